@@ -1,0 +1,149 @@
+"""Algebra of scaled products ``s B A`` that never builds a d_out x d_in matrix.
+
+Everything works on factors: inner products and norms by Gram matrices (r x r), sums by
+concatenation, the best approximation of a rank by QR of the factors and an r x r SVD. Computed in
+float64, since norms of differences cancel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from prelort.adapters.adapter import Factors, LoraAdapter
+from prelort.adapters.scale import ScaleRule
+from prelort.errors import AdapterError
+
+
+def concatenate(adapters: Sequence[LoraAdapter], weights: Sequence[float]) -> LoraAdapter:
+    """The adapter whose product is ``sum_k weights[k] * s(r_k) B_k A_k``, exactly.
+
+    Its rank is the sum of the ranks (FLoRA's stacking, arXiv 2409.05976, eq. 5); weights and
+    scales go into B alone. Extras are averaged with the same weights, as they have no factors.
+    """
+    if not adapters or len(adapters) != len(weights):
+        raise AdapterError(f"{len(adapters)} adapters need as many weights, got {len(weights)}")
+    rule = adapters[0].scale
+    _same_layers(adapters)
+    layers: dict[str, Factors] = {}
+    for name in adapters[0].layers:
+        parts = [adapter.layers[name] for adapter in adapters]
+        total = sum(part.rank for part in parts)
+        scaled = [
+            part.B * (weight * adapter.scale(part.rank) / rule(total))
+            for part, adapter, weight in zip(parts, adapters, weights, strict=True)
+        ]
+        layers[name] = Factors(torch.cat([part.A for part in parts]), torch.cat(scaled, dim=1))
+    extras = {
+        name: sum(
+            (w * a.extras[name] for a, w in zip(adapters, weights, strict=True)),
+            start=torch.zeros_like(adapters[0].extras[name]),
+        )
+        for name in adapters[0].extras
+    }
+    return LoraAdapter(layers, rule, extras)
+
+
+def inner(x: LoraAdapter, y: LoraAdapter) -> float:
+    """The Frobenius inner product of the two scaled products, summed over layers."""
+    _same_layers([x, y])
+    return sum(layer_inner(x, y, name) for name in x.layers)
+
+
+def layer_inner(x: LoraAdapter, y: LoraAdapter, name: str) -> float:
+    """``<s B_x A_x, s B_y A_y> = s_x s_y tr((B_x' B_y)(A_y A_x'))`` of one layer."""
+    fx, fy = x.layers[name], y.layers[name]
+    gram_b = fx.B.double().T @ fy.B.double()
+    gram_a = fx.A.double() @ fy.A.double().T
+    return x.scale(fx.rank) * y.scale(fy.rank) * float((gram_b * gram_a).sum())
+
+
+def norm(x: LoraAdapter) -> float:
+    """The Frobenius norm of the scaled product over all layers."""
+    return math.sqrt(max(inner(x, x), 0.0))
+
+
+def distance(x: LoraAdapter, y: LoraAdapter) -> float:
+    """The Frobenius norm of the difference of two scaled products."""
+    return norm(difference(x, y))
+
+
+def difference(x: LoraAdapter, y: LoraAdapter) -> LoraAdapter:
+    """An adapter whose product is that of x minus that of y; extras are dropped.
+
+    Orthonormalised through QR first, so that `norm` of it does not lose small differences to
+    cancellation as ``|x|^2 - 2<x,y> + |y|^2`` would.
+    """
+    bare = [LoraAdapter(a.to(torch.float64).layers, a.scale) for a in (x, y)]
+    stacked = concatenate(bare, [1.0, -1.0])
+    layers = {name: _orthonormal(factors) for name, factors in stacked.layers.items()}
+    scale = {name: stacked.scale(f.rank) for name, f in stacked.layers.items()}
+    rescaled = {
+        name: Factors(f.A, f.B * (scale[name] / stacked.scale(f.rank)))
+        for name, f in layers.items()
+    }
+    return LoraAdapter(rescaled, stacked.scale)
+
+
+def best_approximation(adapter: LoraAdapter, rank: int) -> LoraAdapter:
+    """The adapter of this rank whose product is nearest in Frobenius norm (Eckart-Young).
+
+    The singular values are split evenly, sqrt(S) to each factor; slots are in falling order, so
+    that a prefix of the result is the best approximation of its own rank (constant scale rule).
+    Layers whose rank or dimensions are smaller keep what they can. Raises `AdapterError` for a
+    rank below 1.
+    """
+    if rank < 1:
+        raise AdapterError(f"rank {rank} is not allowed: use at least 1")
+    layers: dict[str, Factors] = {}
+    for name, factors in adapter.layers.items():
+        left, singular, right = factored_svd(factors)
+        kept = min(rank, singular.numel())
+        ratio = adapter.scale(factors.rank) / adapter.scale(kept)
+        root = (singular[:kept] * ratio).sqrt()
+        dtype = factors.A.dtype
+        layers[name] = Factors(
+            (root[:, None] * right[:kept]).to(dtype), (left[:, :kept] * root).to(dtype)
+        )
+    return LoraAdapter(layers, adapter.scale, adapter.extras)
+
+
+def factored_svd(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
+    """SVD of ``B A`` (unscaled) as U [d_out, q], S [q], V' [q, d_in] in float64.
+
+    q = min(rank, d_in, d_out). By QR of both factors and an SVD of the small core.
+    """
+    q_b, r_b = torch.linalg.qr(factors.B.double())
+    q_a, r_a = torch.linalg.qr(factors.A.double().T)
+    u, singular, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    return q_b @ u, singular, vh @ q_a.T
+
+
+def zeros(like: LoraAdapter, scale: ScaleRule | None = None) -> LoraAdapter:
+    """A float32 adapter of zeros of the same shapes."""
+    layers = {
+        name: Factors(
+            torch.zeros_like(f.A, dtype=torch.float32), torch.zeros_like(f.B, dtype=torch.float32)
+        )
+        for name, f in like.layers.items()
+    }
+    extras = {n: torch.zeros_like(t, dtype=torch.float32) for n, t in like.extras.items()}
+    return LoraAdapter(layers, scale or like.scale, extras)
+
+
+def _orthonormal(factors: Factors) -> Factors:
+    """The same product with an orthonormal B, so that its norm is that of A."""
+    q, r = torch.linalg.qr(factors.B.double())
+    return Factors(r @ factors.A.double(), q)
+
+
+def _same_layers(adapters: Sequence[LoraAdapter]) -> None:
+    first = adapters[0]
+    for other in adapters[1:]:
+        for name in first.layers.keys() ^ other.layers.keys():
+            raise AdapterError(f"layer {name!r} is in one adapter and not in another")
+        for name in first.extras.keys() ^ other.extras.keys():
+            raise AdapterError(f"tensor {name!r} is in one adapter and not in another")

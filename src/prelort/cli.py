@@ -1,0 +1,250 @@
+"""The command line: ``prelort run | evaluate | export | methods | config``.
+
+Heavy imports (torch, transformers) are inside the commands, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from prelort import config as configuration
+from prelort.errors import ConfigError, PrelortError
+
+if TYPE_CHECKING:
+    pass
+
+app = typer.Typer(
+    help="Federated LoRA fine-tuning for clients whose hardware affords different ranks.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one key, e.g. --set seed=3."),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
+
+RUN_EXAMPLES = """[bold]Examples[/bold]
+
+  prelort run
+
+  prelort run --method prelort --method zero-padding --out runs/first
+
+  prelort run my.toml --set federation.rounds=50 --set seed=1
+
+  prelort run --set model.name=Qwen/Qwen3-0.6B --set data.source=reports.csv
+
+  prelort run --resume runs/first
+
+Without CONFIG the embedded default runs; `prelort config` prints it, to start your own from.
+"""
+
+
+@app.command(epilog=RUN_EXAMPLES)
+def run(
+    config: Annotated[
+        Path | None, typer.Argument(help="TOML file; without one, the embedded default.")
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option("--method", "-m", help="Overrides method.name; several are compared."),
+    ] = None,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder of the run (default: runs/METHOD-TIME).")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option("--resume", help="Go on with the run in this folder.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train one adapter for clients of mixed ranks, and measure it at every rank prefix."""
+    from prelort.experiment import several
+    from prelort.experiment.run import run as run_one
+    from prelort.report.progress import LiveProgress
+
+    if resume is not None and out is not None:
+        raise ConfigError("give --out for a new run or --resume for an old one, not both")
+    target, settings, names = _what_to_run(config, method or [], overrides or [], out, resume)
+    console = Console()
+    with LiveProgress(console, quiet=quiet) as progress:
+        if len(names) == 1:
+            folders = {names[0]: target}
+            run_one(settings, target, resume=resume is not None, listeners=[progress])
+            several.write_results(folders, target)
+        else:
+            folders = {name: target / several.folder_name(name) for name in names}
+            several.run_methods(
+                settings, names, target, resume=resume is not None, listeners=[progress]
+            )
+    _show(console, folders, target)
+
+
+@app.command(
+    epilog="[bold]Examples[/bold]\n\n  prelort evaluate runs/first/prelort\n\n"
+    "  prelort evaluate runs/first/prelort --set data.test=other.csv"
+)
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    overrides: Overrides = None,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a run's adapter again, at every rank prefix, perhaps on other data."""
+    from prelort.experiment.inspect import evaluate_run
+    from prelort.report.tables import comparison_table
+
+    console = Console()
+    with console.status("measuring", spinner="dots") if not quiet else console.capture():
+        event = evaluate_run(run, overrides or [])
+    console.print(comparison_table({run.name: [event]}))
+
+
+@app.command(
+    epilog="[bold]Examples[/bold]\n\n  prelort export runs/first/prelort --rank 4 --out adapter-r4\n\n"
+    "  prelort export runs/first/prelort --rank 16 --merge --out model-tuned"
+)
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    rank: Annotated[
+        int | None, typer.Option("--rank", "-r", help="Cut to this rank (default: the largest).")
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Write the whole model, adapter merged into the base.")
+    ] = False,
+) -> None:
+    """Write any prefix of a run's adapter as a PEFT folder, or merged into the base model."""
+    from prelort.experiment.inspect import export_run
+
+    written = export_run(run, out, rank, merge=merge)
+    Console().print(f"wrote {written}", soft_wrap=True)
+
+
+@app.command()
+def methods() -> None:
+    """List the methods: what each is, and its paper."""
+    from rich.table import Table
+
+    from prelort.methods import REGISTRY
+
+    table = Table("method", "what it is", "paper")
+    for name, method in REGISTRY.items():
+        table.add_row(f"[bold]{name}[/bold]", method.summary, method.paper)
+    Console().print(table)
+
+
+@app.command()
+def config() -> None:
+    """Print the embedded default's configuration, to start your own from."""
+    sys.stdout.write(configuration.EMBEDDED_FILE.read_text(encoding="utf-8"))
+
+
+def main() -> None:
+    """Run the command line; what a user can put right is told in one sentence, exit code 2."""
+    warnings.showwarning = _warn
+    _quiet_libraries()
+    console = Console(stderr=True)
+    try:
+        app(standalone_mode=True)
+    except PrelortError as error:
+        console.print(f"[bold red]error:[/bold red] {_plain(error)}", soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        console.print("stopped; go on with: prelort run --resume FOLDER", soft_wrap=True)
+        sys.exit(130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+            raise
+        where = f" {error.filename!r}" if error.filename else ""
+        console.print(
+            f"[bold red]error:[/bold red] {_plain(error.strerror or str(error))}{where}: what was "
+            "finished is kept; make room or choose another folder, then prelort run --resume "
+            "FOLDER",
+            soft_wrap=True,
+        )
+        sys.exit(2)
+
+
+def _what_to_run(
+    path: Path | None,
+    names: Sequence[str],
+    overrides: Sequence[str],
+    out: Path | None,
+    resume: Path | None,
+) -> tuple[Path, configuration.Config, list[str]]:
+    """The folder, the configuration and the methods that the options mean."""
+    from prelort.experiment import several
+    from prelort.experiment.folder import RunFolder
+
+    if resume is None:
+        settings = configuration.load(path, overrides)
+        chosen = list(dict.fromkeys(names)) or [settings.method.name]
+        if len(chosen) == 1:
+            settings = several.with_method(settings, chosen[0])
+        name = several.folder_name(chosen[0]) if len(chosen) == 1 else "several"
+        return out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}", settings, chosen
+    together = several.methods_in(resume)
+    chosen = list(names) or together or []
+    if together is not None and chosen != together:
+        raise ConfigError(f"{str(resume)!r} holds the methods {together}, not {chosen}")
+    first = resume / several.folder_name(together[0]) if together else resume
+    settings = RunFolder(first).read_config()
+    if path is not None or overrides:
+        # Given again: it must be what the run was started with; run() names what differs.
+        given = configuration.load(path or RunFolder(first).config_file, overrides)
+        settings = several.with_method(given, settings.method.name) if not names else given
+    return resume, settings, chosen or [settings.method.name]
+
+
+def _show(console: Console, folders: dict[str, Path], target: Path) -> None:
+    """The table, and where everything is."""
+    from prelort.experiment.several import read_runs
+    from prelort.report.tables import comparison_table
+
+    console.print(comparison_table(read_runs(folders)))
+    console.print(f"picture   {target / 'rank_curves.png'}", soft_wrap=True)
+    for path in folders.values():
+        console.print(f"adapters  {path / 'adapters'}", soft_wrap=True)
+
+
+def _warn(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    """A warning of ours is one line; a library's is not the user's business."""
+    if category is UserWarning and not _from_library(str(where[0]) if where else ""):
+        Console(stderr=True).print(f"[yellow]warning:[/yellow] {_plain(message)}", soft_wrap=True)
+
+
+def _from_library(filename: str) -> bool:
+    return "site-packages" in filename and "prelort" not in Path(filename).parts
+
+
+def _quiet_libraries() -> None:
+    """No progress bars and notices of the libraries' own; set before they are imported."""
+    import os
+
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _plain(text: object) -> str:
+    """Square brackets in a message are not markup."""
+    from rich.markup import escape
+
+    return escape(str(text))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,359 @@
+"""One typed configuration for a run: the same keys in TOML, in ``--set`` and in Python.
+
+Every section is a frozen pydantic model that refuses unknown keys. `load` turns whatever is
+wrong into one sentence that names the key, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from prelort.errors import ConfigError
+
+EMBEDDED = "embedded"
+"""The name of the base model and of the text that come with the package."""
+
+EMBEDDED_FILE = Path(__file__).parent / "embedded" / "default.toml"
+"""The configuration that runs where none is given."""
+
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, and unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Section):
+    """The base model that every client shares and nobody trains."""
+
+    name: str = Field(EMBEDDED, description="'embedded', a local folder, or a hub name")
+    revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    device: str = Field("auto", description="'auto', 'cpu', 'cuda' or 'cuda:N'")
+    quantization: Literal["none", "8bit", "4bit"] = Field(
+        "none", description="load the base in 8 or 4 bits (bitsandbytes, CUDA only)"
+    )
+    trust_remote_code: bool = Field(False, description="run the model's own code from the hub")
+
+
+class DataConfig(Section):
+    """Where the examples come from and which columns hold what."""
+
+    source: str = Field(
+        EMBEDDED,
+        description="'embedded', a hub name, or a CSV/TSV/JSON/JSON-lines/Parquet/text file",
+    )
+    subset: str | None = Field(None, description="the hub data set's configuration name")
+    split: str = Field("train", description="which split of a hub data set to train on")
+    test: str | None = Field(None, description="file, or split of a hub data set, to test on")
+    test_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.2, description="share of each client's rows held out where `test` is not given"
+    )
+    text_column: str | None = Field(None, description="found by itself where it is clear")
+    label_column: str | None = Field(None, description="classification: the class")
+    prompt_template: str = Field(
+        "{instruction}\n\n{context}\n\n",
+        description="instruction task: the prompt, with columns in braces",
+    )
+    completion_column: str | None = Field(None, description="instruction task: the answer")
+    messages_column: str = Field("messages", description="chat task: list of role and content")
+    max_length: Annotated[int, Field(ge=8)] = Field(128, description="tokens an example")
+    max_train_examples: Annotated[int, Field(ge=1)] | None = None
+    max_test_examples: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="test on at most so many examples, drawn by the seed"
+    )
+
+
+class PartitionConfig(Section):
+    """How the training rows are dealt to the clients."""
+
+    by: Literal["column", "iid", "dirichlet", "quantity", "shards"] = "column"
+    clients: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="number of clients; `column` takes one per value where it is not set"
+    )
+    column: str | None = Field(
+        None, description="column, dirichlet, shards: the column to deal by (default: the label)"
+    )
+    alpha: Annotated[float, Field(gt=0.0)] = Field(
+        0.5, description="dirichlet, quantity: concentration; small is more uneven"
+    )
+    shards_per_client: Annotated[int, Field(ge=1)] = 2
+    min_examples: Annotated[int, Field(ge=1)] = Field(2, description="rows each client has")
+
+
+class LoraSettings(Section):
+    """Which layers are adapted, and the federation's one scale rule."""
+
+    target_modules: str | tuple[str, ...] = Field(
+        "all-linear", description="'all-linear' or names of modules (their last parts)"
+    )
+    scale_rule: Literal["constant", "rslora"] = Field(
+        "constant", description="constant: s for every rank; rslora: alpha / sqrt(rank in use)"
+    )
+    scale: Annotated[float, Field(gt=0.0)] = Field(
+        2.0, description="s of the constant rule, alpha of rslora"
+    )
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    modules_to_save: tuple[str, ...] | None = Field(
+        None, description="modules trained in full, e.g. the head (classification: by itself)"
+    )
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        default_factory=dict, description="largest rank of single layers, by (the end of) a name"
+    )
+
+
+class RanksConfig(Section):
+    """Which client can afford which rank."""
+
+    mix: str = Field(
+        "2*0.25, 4*0.25, 8*0.25, 16*0.25",
+        description="a list '4, 8, 16, 16' (one a client) or a mix 'rank*share, ...'",
+    )
+    assign: Literal["random", "by-size", "in-order"] = Field(
+        "random", description="who gets which: drawn by the seed, most data highest, as listed"
+    )
+
+
+class TrainingConfig(Section):
+    """What a client does between receiving an adapter and sending it back."""
+
+    local_steps: Annotated[int, Field(ge=0)] = Field(
+        0, description="optimiser steps a round; 0: as many as local_epochs makes"
+    )
+    local_epochs: Annotated[float, Field(gt=0.0)] = Field(
+        1.0, description="passes over the client's examples a round, where local_steps is 0"
+    )
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    gradient_accumulation: Annotated[int, Field(ge=1)] = 1
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: Annotated[float, Field(gt=0.0)] = 8e-3
+    head_learning_rate: Annotated[float, Field(gt=0.0)] | None = Field(
+        None, description="for modules trained in full; default: learning_rate"
+    )
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="SGD only")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "cosine", description="of the rate, over the whole run and not within one round"
+    )
+    warmup: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="share of the run")
+    max_grad_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="bfloat16: autocast of the forward pass"
+    )
+    gradient_checkpointing: bool = False
+    shuffle: bool = Field(True, description="draw batches by the seed; false: in the data's order")
+
+
+class MethodConfig(Section):
+    """The published algorithm, and what it leaves to choose."""
+
+    name: str = Field("prelort", description="see `prelort methods`, or 'package.module:Class'")
+    weights: Literal["examples", "uniform"] = Field(
+        "examples", description="a client's weight: its number of examples, or 1"
+    )
+    objective: Literal["plain", "mean", "example", "step", "full+one"] | None = Field(
+        None, description="how prefixes are trained (PreLort); default: the method's own"
+    )
+    full_share: Annotated[float, Field(ge=0.0, le=1.0)] | None = Field(
+        None, description="weight of the client's full rank; the rest is shared by its prefixes"
+    )
+    level_weights: dict[str, Annotated[float, Field(ge=0.0)]] | None = Field(
+        None, description="weight of each rank level, e.g. {2 = 0.5, 4 = 1}; over full_share"
+    )
+
+
+class FederationConfig(Section):
+    """Rounds, who takes part, and what is tolerated."""
+
+    rounds: Annotated[int, Field(ge=1)] = 12
+    clients_per_round: Annotated[int, Field(ge=1)] | Share = Field(
+        5, description="a number of clients, or (with a decimal point) a share of them"
+    )
+    quorum: Annotated[int, Field(ge=1)] | Share = Field(
+        0.5, description="usable replies a round needs: a number, or a share of those asked"
+    )
+    timeout: Annotated[float, Field(gt=0.0)] = Field(
+        3600.0, description="seconds that a round waits for its replies"
+    )
+    wire_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    max_client_examples: Annotated[int, Field(ge=1)] = Field(
+        10_000_000, description="a reply that claims more is refused"
+    )
+    max_abs_value: Annotated[float, Field(gt=0.0)] = Field(
+        1e4, description="a reply with a larger number in its adapter is refused"
+    )
+
+
+class EvaluationConfig(Section):
+    """What is measured, when, and at which prefixes of the global adapter."""
+
+    every: Annotated[int, Field(ge=0)] = Field(
+        0, description="measure every so many rounds; 0: before the first and after the last"
+    )
+    prefixes: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
+        None, description="ranks to measure at; default: the clients' rank levels"
+    )
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    metrics: tuple[Literal["accuracy", "macro_f1", "perplexity", "rouge_l"], ...] | None = Field(
+        None, description="default: the task's own"
+    )
+    max_new_tokens: Annotated[int, Field(ge=1)] = Field(48, description="for rouge_l")
+    max_generated: Annotated[int, Field(ge=1)] = Field(64, description="examples for rouge_l")
+
+
+class Config(Section):
+    """A whole run."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    task: Literal["causal-lm", "instruction", "chat", "classification"] = "causal-lm"
+    threads: Annotated[int, Field(ge=1)] | None = Field(None, description="CPU threads of torch")
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    partition: PartitionConfig = PartitionConfig()
+    ranks: RanksConfig = RanksConfig()
+    lora: LoraSettings = LoraSettings()
+    training: TrainingConfig = TrainingConfig()
+    method: MethodConfig = MethodConfig()
+    federation: FederationConfig = FederationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+
+def load(path: Path | None = None, overrides: Iterable[str] = ()) -> Config:
+    """Read a TOML file, apply ``a.b=value`` overrides, and check everything.
+
+    Without a file the embedded default is meant. Raises `ConfigError` with one sentence.
+    """
+    values = read_toml(path or EMBEDDED_FILE)
+    for override in overrides:
+        _apply(values, override)
+    return check(values)
+
+
+def check(values: Mapping[str, Any]) -> Config:
+    """Build a `Config` from plain values; raises `ConfigError` with one sentence."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_sentence(error)) from None
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The contents of a TOML file; raises `ConfigError` if it is missing or malformed."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"configuration file {str(path)!r} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"configuration file {str(path)!r} cannot be read: {error}") from None
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"configuration file {str(path)!r} is not valid TOML: {error}") from None
+
+
+def to_toml(config: Config) -> str:
+    """The resolved configuration as TOML; keys that are not set are left out."""
+    return tomli_w.dumps(_without_none(config.model_dump(mode="json")))
+
+
+def differences(first: Config, second: Config) -> list[str]:
+    """The dotted keys whose values differ."""
+    a, b = _flat(first.model_dump(mode="json")), _flat(second.model_dump(mode="json"))
+    return [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    return value
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    """Put one ``a.b=value`` into the nested values; the value is TOML, or else a string."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(
+            f"--set {override!r} is not of the form key=value, e.g. method.name=fedit"
+        )
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *sections, last = key.strip().split(".")
+    target = values
+    for section in sections:
+        inner = target.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {override!r}: {section!r} is a value, not a section")
+        target = inner
+    target[last] = value
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first thing wrong, as one sentence with the value and what is allowed."""
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"] if not str(part).startswith("function-")]
+    key = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        allowed = _keys_at(Config, first["loc"][:-1])
+        return f"unknown key {key!r}: {_nearest(str(first['loc'][-1]), allowed)}"
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    value = json.dumps(first["input"], default=str)
+    if first["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    key = _known_part(first["loc"])
+    return f"{key} = {value} is not allowed: {message}"
+
+
+def _known_part(location: Sequence[Any]) -> str:
+    """The dotted key without the names that pydantic adds for the branches of a union."""
+    parts: list[str] = []
+    model: type[BaseModel] | None = Config
+    for part in location:
+        if model is None or part not in model.model_fields:
+            break
+        parts.append(str(part))
+        model = _section(model, str(part))
+    return ".".join(parts)
+
+
+def _keys_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
+    for part in location:
+        model = _section(model, str(part)) or model
+    return list(model.model_fields)
+
+
+def _section(model: type[BaseModel], key: str) -> type[BaseModel] | None:
+    """The section behind a key, None if the key is a value."""
+    annotation: Any = model.model_fields[key].annotation
+    return (
+        annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    )
+
+
+def _nearest(word: str, allowed: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, allowed, n=1)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return "allowed are " + ", ".join(allowed)

@@ -1,0 +1,1 @@
+"""A run: configuration to folder, with checkpoints and resume."""

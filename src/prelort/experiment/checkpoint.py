@@ -1,0 +1,120 @@
+"""Checkpoints: the server's state after a round, in safetensors and JSON.
+
+A checkpoint is a folder that appears by one rename, with a SHA-256 of its tensors, so that it is
+whole or not there. All random states are functions of the seed and the round (`prelort.seeds`),
+so these two numbers are the sampler's and the clients' random state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from prelort.adapters import LoraAdapter, ScaleRule
+from prelort.errors import AdapterError, CheckpointError
+from prelort.experiment.folder import remove_folder, replace_folder
+from prelort.methods.interface import ServerState
+
+FORMAT = 1
+KEPT = 2
+_ADAPTER, _MEMORY = "adapter:", "memory:"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A server state, and what is needed to go on from it."""
+
+    state: ServerState
+    seed: int
+    base: str
+    """Fingerprint of the base model."""
+    metrics_bytes: int
+    """Length of ``metrics.jsonl`` when it was written."""
+
+
+def save(checkpoint: Checkpoint, folder: Path) -> Path:
+    """Write a checkpoint under its round's number and drop all but the last two."""
+    state = checkpoint.state
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in state.adapter.tensors().items():
+        tensors[_ADAPTER + name] = tensor.contiguous()
+    for name, tensor in state.memory.items():
+        tensors[_MEMORY + name] = tensor.contiguous()
+    data = safetensors.torch.save(tensors)
+    facts = {
+        "format": FORMAT,
+        "round": state.round,
+        "seed": checkpoint.seed,
+        "base": checkpoint.base,
+        "scale_rule": state.adapter.scale.kind,
+        "scale": state.adapter.scale.value,
+        "metrics_bytes": checkpoint.metrics_bytes,
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+
+    def fill(target: Path) -> None:
+        (target / "state.safetensors").write_bytes(data)
+        (target / "state.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
+
+    path = folder / f"{state.round:05d}"
+    replace_folder(path, fill)
+    for old in _existing(folder)[:-KEPT]:
+        remove_folder(old)
+    return path
+
+
+def load_latest(folder: Path, base: str) -> Checkpoint | None:
+    """The newest whole checkpoint, None if there never was one.
+
+    A damaged one is passed over with a warning that says so. Raises `CheckpointError` if all are
+    damaged, or if the run was trained on another base model.
+    """
+    existing = _existing(folder)
+    for path in reversed(existing):
+        try:
+            found = load(path)
+        except CheckpointError as error:
+            warnings.warn(f"{error}; falling back to the checkpoint before it", stacklevel=2)
+            continue
+        if found.base != base:
+            raise CheckpointError(
+                f"{str(path)!r} was trained on another base model: fingerprint {found.base}, "
+                f"but model.name now has {base}"
+            )
+        return found
+    if existing:
+        raise CheckpointError(f"all checkpoints in {str(folder)!r} are damaged")
+    return None
+
+
+def load(path: Path) -> Checkpoint:
+    """One checkpoint. Raises `CheckpointError` if anything in it is damaged or missing."""
+    try:
+        facts = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        data = (path / "state.safetensors").read_bytes()
+        if hashlib.sha256(data).hexdigest() != facts["sha256"]:
+            raise ValueError("its tensors are not the ones that were written")
+        tensors = safetensors.torch.load(data)
+        rule = ScaleRule(facts["scale_rule"], facts["scale"])
+        adapter = LoraAdapter.from_tensors(_under(tensors, _ADAPTER), rule)
+        state = ServerState(adapter, int(facts["round"]), _under(tensors, _MEMORY))
+        return Checkpoint(state, facts["seed"], facts["base"], facts["metrics_bytes"])
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError, AdapterError) as error:
+        raise CheckpointError(f"checkpoint {str(path)!r} is damaged: {error}") from None
+
+
+def _existing(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.name.isdigit())
+
+
+def _under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

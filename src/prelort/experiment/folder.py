@@ -1,0 +1,159 @@
+"""A run is a folder.
+
+config.toml          the resolved configuration; `prelort run config.toml` repeats the run
+versions.json        of Python, of the libraries that matter, and of the machine
+metrics.jsonl        one event a line, written while the run goes
+log.txt              warnings and tracebacks
+checkpoints/00012/   the server's state after a round, the last two kept
+adapters/rank-8/     the result: standard PEFT folders, one for each rank
+results.md, *.png    tables and pictures
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from prelort import config as configuration
+from prelort.config import Config
+from prelort.errors import ConfigError
+
+LIBRARIES = ("prelort", "torch", "transformers", "peft", "datasets", "flwr", "safetensors", "numpy")
+
+
+class RunFolder:
+    """The paths of one run, its lock, and its event log."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.toml"
+        self.metrics_file = path / "metrics.jsonl"
+        self.log_file = path / "log.txt"
+        self.checkpoints = path / "checkpoints"
+        self.adapters = path / "adapters"
+        self._lock = FileLock(path / ".lock")
+
+    def create(self, config: Config) -> None:
+        """Make the folder for a new run. Raises `ConfigError` if it holds one already."""
+        if self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir())):
+            raise ConfigError(
+                f"{str(self.path)!r} exists and is not empty: choose another --out, or go on with "
+                f"the run in it by --resume {self.path}"
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.config_file, configuration.to_toml(config).encode())
+        except OSError as error:
+            raise ConfigError(
+                f"{str(self.path)!r} cannot be written: {error.strerror or error}"
+            ) from None
+        write_atomically(self.path / "versions.json", json.dumps(versions(), indent=2).encode())
+
+    def read_config(self) -> Config:
+        """The configuration of the run that is there. Raises `ConfigError` if there is none."""
+        if not self.config_file.is_file():
+            raise ConfigError(f"{str(self.path)!r} holds no run: config.toml is missing")
+        return configuration.load(self.config_file)
+
+    def lock(self) -> None:
+        """Take the folder for this process. Raises `ConfigError` if another one has it."""
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise ConfigError(
+                f"{str(self.path)!r} is in use: another prelort process is running it"
+            ) from None
+        except OSError as error:
+            raise ConfigError(
+                f"{str(self.path)!r} cannot be written: {error.strerror or error}"
+            ) from None
+
+    def unlock(self) -> None:
+        """Let another process have it."""
+        self._lock.release()
+
+    def event_log(self) -> EventLog:
+        """The log, to append to."""
+        return EventLog(self.metrics_file)
+
+
+class EventLog:
+    """Appends events to ``metrics.jsonl``, each flushed, so that a killed run has lost none."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Write one event."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_strict(event), allow_nan=False) + "\n")
+
+    @property
+    def size(self) -> int:
+        """Bytes written so far."""
+        return self._path.stat().st_size if self._path.exists() else 0
+
+    def cut(self, size: int) -> None:
+        """Forget what was written after the first ``size`` bytes (rounds that are run again)."""
+        if self.size > size:
+            with self._path.open("r+b") as file:
+                file.truncate(size)
+
+
+def _strict(value: Any) -> Any:
+    """The value with null for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _strict(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file as a whole: a reader, or a crash, sees the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def replace_folder(path: Path, fill: Callable[[Path], None]) -> None:
+    """Put a folder in place as a whole: filled under another name, synced, then renamed."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    remove_folder(temporary)
+    temporary.mkdir(parents=True)
+    fill(temporary)
+    for file in temporary.iterdir():
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+    remove_folder(path)
+    os.replace(temporary, path)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a flat folder if it is there."""
+    if path.is_dir():
+        for file in path.iterdir():
+            file.unlink()
+        path.rmdir()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result may depend on."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for library in LIBRARIES:
+        try:
+            found[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            found[library] = "not installed"
+    return found

@@ -1,0 +1,73 @@
+"""What can be done with a finished run: measure its adapter again, export a prefix of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prelort import config as configuration
+from prelort.adapters import peft_folder
+from prelort.errors import CheckpointError, ConfigError
+from prelort.experiment import checkpoint
+from prelort.experiment.assemble import assemble
+from prelort.experiment.checkpoint import Checkpoint
+from prelort.experiment.folder import RunFolder
+from prelort.experiment.measure import measure, prefixes
+from prelort.models import base
+from prelort.models.lora import install
+
+
+def evaluate_run(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The event ``evaluated`` of a run's newest adapter, the untuned base with it.
+
+    ``overrides`` change the configuration (data, evaluation); the model must stay the same.
+    """
+    folder = RunFolder(path)
+    folder.read_config()
+    config = configuration.load(folder.config_file, overrides)
+    assembly = assemble(config)
+    found = _newest(folder, assembly.workspace.agreement.base)
+    levels = sorted({site.rank for site in assembly.sites})
+    ranks = prefixes(config, levels, found.state.adapter.rank)
+    untuned = measure(assembly, assembly.initial, [0])[0]
+    measured = measure(assembly, found.state.adapter, ranks)
+    return {
+        "event": "evaluated",
+        "round": found.state.round,
+        "base": untuned,
+        "prefixes": {str(rank): values for rank, values in measured.items()},
+    }
+
+
+def export_run(path: Path, out: Path, rank: int | None, *, merge: bool) -> Path:
+    """Write the adapter cut to ``rank`` to ``out``: a PEFT folder, or a whole merged model.
+
+    Raises `ConfigError` for a rank that the adapter does not have or an ``out`` that is not empty.
+    """
+    folder = RunFolder(path)
+    config = folder.read_config()
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise ConfigError(f"{str(out)!r} exists and is not empty: choose another --out")
+    found = _newest(folder, base.fingerprint(config.model))
+    most = found.state.adapter.rank
+    wanted = most if rank is None else rank
+    if not 1 <= wanted <= most:
+        raise ConfigError(f"--rank {wanted} is not allowed: the adapter has ranks 1 to {most}")
+    assembly = assemble(config)
+    adapter = found.state.adapter.prefix(wanted)
+    if not merge:
+        peft_folder.save(adapter, out, assembly.template)
+        return out
+    install(assembly.workspace.model, adapter)
+    merged = assembly.workspace.model.merge_and_unload()
+    merged.save_pretrained(out)
+    assembly.tokenizer.save_pretrained(out)
+    return out
+
+
+def _newest(folder: RunFolder, base_fingerprint: str) -> Checkpoint:
+    found = checkpoint.load_latest(folder.checkpoints, base_fingerprint)
+    if found is None:
+        raise CheckpointError(f"{str(folder.path)!r} has no checkpoint yet")
+    return found

@@ -1,0 +1,86 @@
+"""Several methods on the same clients, data and seeds, one run after the other in one folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from prelort import methods
+from prelort.config import Config
+from prelort.errors import ConfigError
+from prelort.experiment.folder import RunFolder, write_atomically
+from prelort.experiment.run import Listener, RunResult, run
+from prelort.report import events, plots, tables
+
+METHODS_FILE = "methods.json"
+"""In the folder of several runs: the names of their methods, in order."""
+
+
+def run_methods(
+    config: Config,
+    names: Sequence[str],
+    out: Path,
+    *,
+    resume: bool = False,
+    listeners: Sequence[Listener] = (),
+) -> list[RunResult]:
+    """Run ``config`` with each of the methods, in ``out/<method>``, and compare them in ``out``.
+
+    With ``resume`` finished runs are kept, an unfinished one goes on, the others are started.
+    """
+    for name in names:
+        methods.find(name)
+    if not resume:
+        if out.is_file() or (out.is_dir() and any(out.iterdir())):
+            raise ConfigError(
+                f"{str(out)!r} exists and is not empty: choose another --out, or go on with the "
+                f"runs in it by --resume {out}"
+            )
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            write_atomically(out / METHODS_FILE, json.dumps(list(names)).encode())
+        except OSError as error:
+            raise ConfigError(f"{str(out)!r} cannot be written: {error.strerror}") from None
+    results = []
+    for name in names:
+        folder = out / folder_name(name)
+        begun = RunFolder(folder).config_file.is_file()
+        chosen = with_method(config, name)
+        results.append(run(chosen, folder, resume=begun, listeners=listeners))
+        write_results({n: out / folder_name(n) for n in names}, out)
+    return results
+
+
+def with_method(config: Config, name: str) -> Config:
+    """The configuration with another method, and otherwise the same."""
+    return config.model_copy(update={"method": config.method.model_copy(update={"name": name})})
+
+
+def methods_in(path: Path) -> list[str] | None:
+    """The methods of a folder of several runs, None if it is none."""
+    file = path / METHODS_FILE
+    if not file.is_file():
+        return None
+    try:
+        return [str(name) for name in json.loads(file.read_text(encoding="utf-8"))]
+    except ValueError as error:
+        raise ConfigError(f"{str(file)!r} is damaged: {error}") from None
+
+
+def read_runs(folders: dict[str, Path]) -> dict[str, list[events.Event]]:
+    """The events of the runs that have begun, by name."""
+    logs = {name: RunFolder(path).metrics_file for name, path in folders.items()}
+    return {name: events.read(file) for name, file in logs.items() if file.is_file()}
+
+
+def write_results(folders: dict[str, Path], out: Path) -> None:
+    """Write ``results.md`` and ``rank_curves.png`` of the runs to ``out``."""
+    runs = read_runs(folders)
+    write_atomically(out / "results.md", tables.comparison_markdown(runs).encode())
+    plots.rank_curves(runs, out / "rank_curves.png")
+
+
+def folder_name(method: str) -> str:
+    """A method's name as a folder's."""
+    return method.replace(":", "-").replace("/", "-")

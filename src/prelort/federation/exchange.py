@@ -1,0 +1,69 @@
+"""Sending messages over any Flower grid and taking the replies as they arrive."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from prelort.federation.flower import Error, Grid, Message
+
+POLL_SECONDS = 0.2
+NO_ANSWER = 101
+"""The error code of the reply that stands for a client that did not answer in time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A Flower grid and how it is to be used.
+
+    ``in_flight``: messages out at a time (None: all at once). ``deadline``: seconds for one round
+    trip with all clients; infinite where each client's own time-out is enough.
+    """
+
+    grid: Grid
+    in_flight: int | None
+    deadline: float
+
+
+def exchange(engine: Engine, messages: Iterable[Message]) -> Iterator[Message]:
+    """Yield exactly one reply for each message, as they arrive; its source is the node asked.
+
+    A client that does not answer by the deadline is answered for by an error message. Messages
+    are taken from the iterable only when they can go out, so that the server never holds more of
+    them than needed.
+    """
+    queue = iter(messages)
+    asked: dict[str, Message] = {}
+    deadline = time.monotonic() + engine.deadline
+    while time.monotonic() <= deadline:
+        _send(engine, queue, asked)
+        if not asked:
+            return
+        replies = list(engine.grid.pull_messages(list(asked)))
+        for reply in replies:
+            message = asked.pop(reply.metadata.reply_to_message_id, None)
+            if message is not None:
+                yield _from_node_asked(message, reply)
+        if not replies:
+            time.sleep(POLL_SECONDS)
+    late = f"did not answer within {engine.deadline:g} s"
+    for message in [*asked.values(), *queue]:
+        yield Message(Error(NO_ANSWER, late), reply_to=message)
+
+
+def _send(engine: Engine, queue: Iterator[Message], asked: dict[str, Message]) -> None:
+    """Push messages until as many are out as the engine allows."""
+    while engine.in_flight is None or len(asked) < engine.in_flight:
+        message = next(queue, None)
+        if message is None:
+            return
+        (message_id,) = engine.grid.push_messages([message])
+        asked[message_id] = message
+
+
+def _from_node_asked(message: Message, reply: Message) -> Message:
+    """A SuperLink answers in its own name for a node that is gone; put the node's name back."""
+    if reply.has_error() and reply.metadata.src_node_id != message.metadata.dst_node_id:
+        return Message(reply.error, reply_to=message)
+    return reply

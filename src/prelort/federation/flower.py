@@ -1,0 +1,66 @@
+"""The parts of Flower that this project uses, and the only place that touches private ones.
+
+flwr is pinned exactly: it releases every week or two and often moves things. What is private here
+was read in 1.41.
+"""
+
+from __future__ import annotations
+
+import os
+
+# No telemetry and no look for updates: sites decide what leaves their machines.
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Error,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import Result, Strategy
+from flwr.supercore.task_identity import TaskIdentity
+
+__all__ = [
+    "Array",
+    "ArrayRecord",
+    "ClientApp",
+    "ConfigRecord",
+    "Context",
+    "Error",
+    "Grid",
+    "Message",
+    "MessageType",
+    "MetricRecord",
+    "RecordDict",
+    "Result",
+    "ServerApp",
+    "Strategy",
+    "identify_process",
+    "set_message_id",
+]
+
+SERVER_NODE = 1
+"""Flower's own node id of the server side."""
+
+
+def identify_process(run_id: int) -> None:
+    """Let this process create messages, as Flower's own runtimes do before they start an app.
+
+    `Message` reads the run and node from a class attribute of the process (private in 1.41).
+    """
+    TaskIdentity.run_id = run_id
+    TaskIdentity.node_id = SERVER_NODE
+    TaskIdentity.task_id = run_id
+
+
+def set_message_id(message: Message, message_id: str) -> None:
+    """Give a message its id, as a SuperLink does (private in 1.41)."""
+    message.metadata.__dict__["_message_id"] = message_id

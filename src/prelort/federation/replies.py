@@ -1,0 +1,40 @@
+"""Checking a client's reply before anything in it is believed."""
+
+from __future__ import annotations
+
+import math
+
+from prelort.config import FederationConfig
+from prelort.errors import UpdateRefused
+from prelort.federation import wire
+from prelort.federation.flower import Message
+from prelort.federation.registry import Agreement
+from prelort.methods.interface import Client, Update
+
+
+def checked(
+    reply: Message, client: Client, round_index: int, agreement: Agreement, limits: FederationConfig
+) -> tuple[Update, wire.TrainReply]:
+    """The update in a reply and its header.
+
+    Raises `UpdateRefused` with the reason: an error or no answer, another base, layers, scale,
+    rank, client or round than asked, an impossible number of examples, or a tensor that is
+    missing, surplus, mis-shaped, mistyped, not finite or absurdly large.
+    """
+    content = wire.content_of(reply)
+    head = wire.header(content, wire.TrainReply)
+    agreement.check(head, client.rank)
+    if head.client != client.name:
+        raise UpdateRefused(f"answers for {head.client!r}")
+    if head.round != round_index:
+        raise UpdateRefused(f"answers for round {head.round + 1}, asked was {round_index + 1}")
+    if not 1 <= head.examples <= limits.max_client_examples:
+        raise UpdateRefused(
+            f"claims {head.examples} examples, allowed are 1 to "
+            f"federation.max_client_examples = {limits.max_client_examples}"
+        )
+    if not math.isfinite(head.loss):
+        raise UpdateRefused(f"reports a loss of {head.loss}")
+    adapter = wire.adapter(content, head)
+    wire.check_adapter(adapter, agreement.schema, client.rank, limits.max_abs_value)
+    return Update(client, adapter, head.examples), head

@@ -1,0 +1,82 @@
+"""The server's side: the Flower `ServerApp` that brings clients, method and rounds together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from prelort import methods
+from prelort.config import Config
+from prelort.errors import ConfigError
+from prelort.federation.exchange import Engine
+from prelort.federation.flower import Context, Grid, ServerApp
+from prelort.federation.registry import Agreement, Participant, introductions
+from prelort.federation.sampling import check_numbers
+from prelort.federation.strategy import AdapterStrategy, Emit
+from prelort.methods.interface import ServerState
+
+
+@dataclass(frozen=True, slots=True)
+class ServerPlan:
+    """What the server needs: the configuration, where to begin, and whom to tell.
+
+    ``before_rounds`` gets the state and the rank levels once the clients are known (and measures
+    the untuned base); ``after_round`` gets the state after each round (and checkpoints it).
+    """
+
+    config: Config
+    state: ServerState
+    agreement: Agreement
+    emit: Emit
+    before_rounds: Callable[[ServerState, tuple[int, ...]], None]
+    after_round: Callable[[ServerState], None]
+    finished: Callable[[ServerState, tuple[int, ...]], None]
+
+
+def make_server_app(plan: ServerPlan, engine_of: Callable[[Grid], Engine]) -> ServerApp:
+    """A `ServerApp` whose main carries out ``plan`` over the grid that it is started with."""
+    app = ServerApp()
+
+    @app.main()  # type: ignore[untyped-decorator]
+    def main(grid: Grid, context: Context) -> None:
+        serve(plan, engine_of(grid))
+
+    return app
+
+
+def serve(plan: ServerPlan, engine: Engine) -> None:
+    """Ask who is there, check that the method can serve them, and run the rounds.
+
+    Raises `ConfigError` before any training for too few or unsuitable clients, and `QuorumError`
+    when a round fails.
+    """
+    config = plan.config
+
+    def refused(name: str, reason: str) -> None:
+        plan.emit(
+            {"event": "client_refused", "round": plan.state.round, "client": name, "reason": reason}
+        )
+
+    participants = introductions(engine, plan.agreement, refused)
+    _check(plan, participants)
+    levels = tuple(sorted({participant.client.rank for participant in participants}))
+    method = methods.build(config.method, levels, config.seed)
+    method.check([participant.client for participant in participants])
+    plan.before_rounds(plan.state, levels)
+    strategy = AdapterStrategy(config, method, participants, plan.state, plan.agreement, plan.emit)
+    plan.finished(strategy.run_rounds(engine, plan.after_round), levels)
+
+
+def _check(plan: ServerPlan, participants: list[Participant]) -> None:
+    federation = plan.config.federation
+    if not participants:
+        raise ConfigError("no client can take part: all were refused, see the log")
+    check_numbers(len(participants), federation.clients_per_round, federation.quorum)
+    most = plan.agreement.schema.rank
+    for participant in participants:
+        client = participant.client
+        if client.rank > most:
+            raise ConfigError(
+                f"client {client.name!r} offers rank {client.rank}, but the global adapter has "
+                f"{most}"
+            )

@@ -1,0 +1,234 @@
+"""The Flower `Strategy` that drives any method."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from prelort.config import Config
+from prelort.errors import QuorumError, UpdateRefused
+from prelort.federation import wire
+from prelort.federation.exchange import Engine, exchange
+from prelort.federation.flower import (
+    ArrayRecord,
+    ConfigRecord,
+    Grid,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+    Strategy,
+)
+from prelort.federation.in_order import InOrder
+from prelort.federation.registry import Agreement, Participant
+from prelort.federation.replies import checked
+from prelort.federation.sampling import count_of, sample
+from prelort.methods.interface import Aggregator, Client, Method, ServerState, Update
+
+Emit = Callable[[dict[str, Any]], None]
+"""Takes one event: a dictionary with ``event``, ``round`` and what belongs to it."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """What one round has cost and brought so far."""
+
+    started: float = field(default_factory=time.monotonic)
+    aggregating: float = 0.0
+    bytes_down: int = 0
+    bytes_up: int = 0
+    examples: int = 0
+    loss_sum: float = 0.0
+    replies: int = 0
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def event(self, server_round: int) -> dict[str, Any]:
+        """The round's summary; the loss is the mean over the clients' examples."""
+        total = time.monotonic() - self.started
+        return {
+            "event": "aggregated",
+            "round": server_round,
+            "replies": self.replies,
+            "failed": len(self.failures),
+            "loss": self.loss_sum / max(self.examples, 1),
+            "bytes_up": self.bytes_up,
+            "bytes_down": self.bytes_down,
+            "seconds": {
+                "train": total - self.aggregating,
+                "aggregate": self.aggregating,
+                "total": total,
+            },
+        }
+
+
+class AdapterStrategy(Strategy):  # type: ignore[misc]
+    """Rounds of broadcast, local training and aggregation, for whatever the method says.
+
+    `state` changes only when a round has reached its quorum. `run_rounds` goes on from any state;
+    Flower's own ``start`` works too, from a fresh one.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        method: Method,
+        participants: Sequence[Participant],
+        state: ServerState,
+        agreement: Agreement,
+        emit: Emit,
+    ) -> None:
+        self.config = config
+        self.method = method
+        self.participants = list(participants)
+        self.state = state
+        self.agreement = agreement
+        self.emit = emit
+        self._tally = Tally()
+
+    def run_rounds(self, engine: Engine, after_round: Callable[[ServerState], None]) -> ServerState:
+        """Run the rounds that are left; ``after_round`` gets the state after each.
+
+        Raises `QuorumError` when a round has too few usable replies; `state` is then the one
+        before that round.
+        """
+        for server_round in range(self.state.round + 1, self.config.federation.rounds + 1):
+            messages = self.configure_train(
+                server_round, ArrayRecord(), ConfigRecord(), engine.grid
+            )
+            self.aggregate_train(server_round, exchange(engine, messages))
+            after_round(self.state)
+        return self.state
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterator[Message]:
+        """One message for each client of the round, each with a content of its own."""
+        asked = self._asked(server_round)
+        self._tally = Tally()
+        self.emit(
+            {
+                "event": "round_started",
+                "round": server_round,
+                "clients": [participant.client.name for participant in asked],
+            }
+        )
+        for participant in asked:
+            content = self._request(server_round, participant.client)
+            self._tally.bytes_down += wire.size(content)
+            yield Message(
+                content,
+                dst_node_id=participant.node_id,
+                message_type=MessageType.TRAIN,
+                group_id=str(server_round),
+            )
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Check and add each reply as it comes; move the state if there are enough of them.
+
+        A reply that cannot be used is left out, with its reason in an event.
+        """
+        asked = {
+            participant.node_id: participant.client for participant in self._asked(server_round)
+        }
+        aggregator = self.method.aggregator(self.state)
+        in_order = self._adder(list(asked.values()), aggregator)
+        for reply in replies:
+            client = asked.pop(reply.metadata.src_node_id, None)
+            if client is None:
+                continue  # answers twice, or was not asked
+            self._take(server_round, client, reply, in_order)
+        self._check_quorum(server_round)
+        started = time.monotonic()
+        self.state = aggregator.result()
+        self._tally.aggregating += time.monotonic() - started
+        event = self._tally.event(server_round)
+        self.emit(event)
+        return wire.record(self.state.adapter), MetricRecord({"loss": event["loss"]})
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """No messages: the metrics are measured where the test data are, after each round."""
+        return []
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Nothing to aggregate."""
+        return None
+
+    def summary(self) -> None:
+        """Nothing: the run's first event says what Flower would log here."""
+
+    def _asked(self, server_round: int) -> list[Participant]:
+        """The clients of a round, by the seed."""
+        wanted, seed = self.config.federation.clients_per_round, self.config.seed
+        return sample(self.participants, wanted, seed=seed, round_index=server_round - 1)
+
+    def _request(self, server_round: int, client: Client) -> RecordDict:
+        """The content of one client's message: what to train and how."""
+        config, objective = self.config, self.method.objective(client)
+        head = wire.TrainRequest(
+            **self.agreement.header(client.rank).model_dump(),
+            dtype=config.federation.wire_dtype,
+            round=server_round - 1,
+            rounds=config.federation.rounds,
+            seed=config.seed,
+            training=config.training,
+            objective=objective.kind,
+            levels=objective.levels,
+            level_weights=objective.weights,
+            timeout=config.federation.timeout,
+        )
+        return wire.pack(head, self.method.broadcast(self.state, client))
+
+    def _adder(self, clients: Sequence[Client], aggregator: Aggregator) -> InOrder[Update]:
+        def add(update: Update) -> None:
+            started = time.monotonic()
+            aggregator.add(update)
+            self._tally.aggregating += time.monotonic() - started
+
+        return InOrder([client.name for client in clients], add)
+
+    def _take(
+        self, server_round: int, client: Client, reply: Message, in_order: InOrder[Update]
+    ) -> None:
+        """Add one reply, or note why it is left out."""
+        tally = self._tally
+        event: dict[str, Any] = {"round": server_round, "client": client.name, "rank": client.rank}
+        try:
+            update, head = checked(
+                reply, client, server_round - 1, self.agreement, self.config.federation
+            )
+        except UpdateRefused as error:
+            tally.failures[client.name] = str(error)
+            self.emit({"event": "client_failed", **event, "reason": str(error)})
+            in_order.skip(client.name)
+            return
+        size = wire.size(reply.content)
+        tally.replies += 1
+        tally.bytes_up += size
+        tally.examples += head.examples
+        tally.loss_sum += head.loss * head.examples
+        details: Mapping[str, Any] = head.model_dump(
+            include={"loss", "examples", "steps", "seconds"}
+        )
+        self.emit({"event": "client_finished", **event, **details, "bytes_up": size})
+        in_order.put(client.name, update)
+
+    def _check_quorum(self, server_round: int) -> None:
+        quorum, tally = self.config.federation.quorum, self._tally
+        asked = len(self._asked(server_round))
+        needed = count_of(quorum, asked)
+        if tally.replies >= needed:
+            return
+        reasons = [f"{name}: {reason}" for name, reason in tally.failures.items()]
+        raise QuorumError(
+            f"round {server_round} has {tally.replies} usable replies of {asked}, but "
+            f"federation.quorum = {quorum} needs {needed}; the global adapter is as it was after "
+            f"round {server_round - 1} ({'; '.join(reasons[:3])})"
+        )

@@ -1,0 +1,53 @@
+"""Published methods by name. To add one, write one file and one line here, or use your own class.
+
+A class outside the package is named ``package.module:Class`` in ``method.name``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Sequence
+
+from prelort.config import MethodConfig
+from prelort.errors import ConfigError
+from prelort.methods.fedit import FedIT
+from prelort.methods.interface import Aggregator, Client, Method, ServerState, Update
+from prelort.methods.prelort import PreLort
+from prelort.methods.zero_padding import ZeroPadding
+
+REGISTRY: dict[str, type[Method]] = {
+    method.name: method for method in (PreLort, ZeroPadding, FedIT)
+}
+
+__all__ = ["REGISTRY", "Aggregator", "Client", "Method", "ServerState", "Update", "build", "find"]
+
+
+def find(name: str) -> type[Method]:
+    """The class of a registered method, or of ``package.module:Class``.
+
+    Raises `ConfigError` with the nearest known name.
+    """
+    if name in REGISTRY:
+        return REGISTRY[name]
+    if ":" in name:
+        return _imported(name)
+    close = difflib.get_close_matches(name, REGISTRY, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(REGISTRY)}"
+    raise ConfigError(f"unknown method {name!r}: {hint}")
+
+
+def build(config: MethodConfig, levels: Sequence[int], seed: int) -> Method:
+    """The configured method for clients of these rank levels (distinct, rising)."""
+    return find(config.name)(config, levels, seed)
+
+
+def _imported(name: str) -> type[Method]:
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"method {name!r} cannot be imported: {error}") from None
+    if not isinstance(found, type):
+        raise ConfigError(f"method {name!r} is not a class")
+    return found

@@ -1,0 +1,55 @@
+"""FedIT: federated averaging of LoRA factors (Zhang et al., arXiv 2305.05644).
+
+    A = sum_k p_k A_k,   B = sum_k p_k B_k,   p_k = n_k / sum n          (all ranks equal)
+
+The mean of the factors is not the factor of the mean product; the difference is the method's
+aggregation noise. Defined for one rank only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from prelort.adapters import LoraAdapter
+from prelort.config import MethodConfig
+from prelort.errors import ConfigError
+from prelort.methods.interface import Client, ServerState
+from prelort.methods.objective import Objective, plain
+from prelort.methods.slot_mean import Averaging, SlotMean, weighting
+
+
+class FedIT:
+    """Weighted mean of A and of B, all clients at one rank."""
+
+    name: ClassVar[str] = "fedit"
+    summary: ClassVar[str] = "plain federated averaging of A and B; all clients have one rank"
+    paper: ClassVar[str] = "FedIT, Zhang et al. 2023, arXiv 2305.05644"
+
+    def __init__(self, config: MethodConfig, levels: Sequence[int], seed: int) -> None:
+        if config.objective not in (None, "plain"):
+            raise ConfigError(
+                f"method.objective = {config.objective!r} is not part of fedit: use 'plain'"
+            )
+        self.config = config
+
+    def check(self, clients: Sequence[Client]) -> None:
+        """Raise `ConfigError` where ranks differ."""
+        ranks = sorted({client.rank for client in clients})
+        if len(ranks) > 1:
+            raise ConfigError(
+                f"method 'fedit' needs one rank for all clients, but they have {ranks}: "
+                "set ranks.mix to one rank, or use a method for mixed ranks such as 'prelort'"
+            )
+
+    def broadcast(self, state: ServerState, client: Client) -> LoraAdapter:
+        """The whole global adapter."""
+        return state.adapter
+
+    def objective(self, client: Client) -> Objective:
+        """Ordinary LoRA training."""
+        return plain(client.rank)
+
+    def aggregator(self, state: ServerState) -> Averaging:
+        """The weighted mean of the replies (with one rank, every slot is held by everyone)."""
+        return Averaging(state, weighting(self.config.weights), SlotMean.over_holders)

@@ -1,0 +1,47 @@
+"""Zero-padding: the baseline that fills a client's missing slots with zeros.
+
+    A_j = sum_{k: r_k >= j} w_k A_{k,j} / sum_k w_k                     (likewise B_j)
+
+A slot held by a share p of the weight keeps p of each factor, so p^2 of its product: what the
+high-rank clients learned is diluted. Widely used as a baseline (e.g. in FLoRA, arXiv 2409.05976).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from prelort.adapters import LoraAdapter
+from prelort.config import MethodConfig
+from prelort.methods.interface import Client, ServerState
+from prelort.methods.objective import Objective, configured
+from prelort.methods.slot_mean import Averaging, SlotMean, weighting
+
+
+class ZeroPadding:
+    """Pad every reply with zeros to the global rank and average."""
+
+    name: ClassVar[str] = "zero-padding"
+    summary: ClassVar[str] = "missing slots count as zeros in a plain average (baseline)"
+    paper: ClassVar[str] = "baseline of FLoRA, Wang et al. 2024, arXiv 2409.05976, and others"
+
+    def __init__(self, config: MethodConfig, levels: Sequence[int], seed: int) -> None:
+        self.config = config
+        self.levels = tuple(levels)
+
+    def check(self, clients: Sequence[Client]) -> None:
+        """Any mixture of ranks is served; the objective of each must leave something to train."""
+        for client in clients:
+            self.objective(client)
+
+    def broadcast(self, state: ServerState, client: Client) -> LoraAdapter:
+        """The prefix of the client's rank."""
+        return state.adapter.prefix(client.rank)
+
+    def objective(self, client: Client) -> Objective:
+        """Ordinary LoRA training, unless the configuration asks for truncations."""
+        return configured(self.config, client.rank, self.levels)
+
+    def aggregator(self, state: ServerState) -> Averaging:
+        """Each slot's sum over its holders, divided by everyone's weight."""
+        return Averaging(state, weighting(self.config.weights), SlotMean.over_everyone)

@@ -1,0 +1,1 @@
+"""The base model and the exchangeable LoRA adapter in it."""

@@ -1,0 +1,169 @@
+"""The base model: loaded from a local folder, a hub name or the package; never unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import cached_file
+
+from prelort.config import EMBEDDED, ModelConfig
+from prelort.errors import ConfigError
+
+_BLOCK = 4096
+_BLOCKS = 64
+
+
+def location(name: str) -> str:
+    """The path or hub name behind ``model.name``."""
+    if name != EMBEDDED:
+        return name
+    return str(importlib.resources.files("prelort") / "embedded" / "base")
+
+
+def device_of(name: str) -> torch.device:
+    """The device that ``model.device`` names. Raises `ConfigError` for CUDA where there is none."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"model.device = {name!r} is unknown: use auto, cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"model.device = {name!r}, but no CUDA device is available: use 'cpu'")
+    return device
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer, with a padding token (the end token where it has none)."""
+    tokenizer = _from_pretrained(AutoTokenizer, config, "tokenizer")
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ConfigError(f"model.name = {config.name!r}: its tokenizer has no padding token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    config: ModelConfig, kind: str, labels: Sequence[str] = (), *, pad_id: int
+) -> PreTrainedModel:
+    """The pretrained model with a causal or a classification head, frozen, on its device.
+
+    A new classification head is drawn from torch's global generator: seed it before.
+    Raises `ConfigError` for a model that is not there or that has no safetensors weights.
+    """
+    device = device_of(config.device)
+    options: dict[str, Any] = {"use_safetensors": True, "dtype": config.dtype}
+    if kind == "classification":
+        options |= {"num_labels": len(labels)}
+        options |= {"id2label": dict(enumerate(labels)), "ignore_mismatched_sizes": True}
+    if config.quantization != "none":
+        options |= {"quantization_config": _quantized(config, device), "device_map": str(device)}
+    auto = AutoModelForSequenceClassification if kind == "classification" else AutoModelForCausalLM
+    model = _from_pretrained(auto, config, "model", **options)
+    model.config.pad_token_id = pad_id
+    if model.generation_config is not None:
+        model.generation_config.pad_token_id = pad_id
+    model.requires_grad_(False)
+    return model if config.quantization != "none" else model.to(device)
+
+
+def fingerprint(config: ModelConfig) -> str:
+    """A hash of the base model's files: configuration, tensor names and shapes, sampled weights.
+
+    Equal for equal files wherever they lie, and independent of how they are loaded (type,
+    quantisation, device). Reads at most 64 blocks of 4 KiB of each weights file.
+    """
+    digest = hashlib.sha256()
+    values = _from_pretrained(AutoConfig, config, "configuration").to_dict()
+    for key in ("_name_or_path", "transformers_version", "torch_dtype", "dtype"):
+        values.pop(key, None)
+    digest.update(json.dumps(values, sort_keys=True, default=str).encode())
+    for path in _weight_files(config):
+        size = path.stat().st_size
+        digest.update(f"{size}".encode())
+        with path.open("rb") as file:
+            for index in range(_BLOCKS):
+                file.seek(max(0, size - _BLOCK) * index // (_BLOCKS - 1))
+                digest.update(file.read(_BLOCK))
+    return digest.hexdigest()[:16]
+
+
+def _weight_files(config: ModelConfig) -> list[Path]:
+    """The safetensors files, in order: one, or the shards that an index names."""
+    index = _file(config, "model.safetensors.index.json")
+    names = ["model.safetensors"]
+    if index is not None:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    files = [_file(config, name) for name in names]
+    if None in files:
+        raise ConfigError(
+            f"model.name = {config.name!r} has no safetensors weights ({', '.join(names)}); "
+            "pickled weights are never loaded: convert them with save_pretrained"
+        )
+    return [path for path in files if path is not None]
+
+
+def _file(config: ModelConfig, name: str) -> Path | None:
+    found = cached_file(
+        location(config.name),
+        name,
+        revision=config.revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
+    return Path(found) if found is not None else None
+
+
+def _from_pretrained(auto: Any, config: ModelConfig, what: str, **options: Any) -> Any:
+    """``auto.from_pretrained`` with its many errors told in one sentence."""
+    name = location(config.name)
+    looks_local = os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1
+    if looks_local and not Path(name).expanduser().is_dir():
+        raise ConfigError(f"model.name = {config.name!r}: there is no such folder")
+    try:
+        return auto.from_pretrained(
+            str(Path(name).expanduser()) if looks_local else name,
+            revision=config.revision or "main",
+            trust_remote_code=config.trust_remote_code,
+            **options,
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error)
+        raise ConfigError(
+            f"model.name = {config.name!r}: its {what} cannot be loaded "
+            f"(give 'embedded', a local folder or a hub name): {first_line}"
+        ) from error
+
+
+def _quantized(config: ModelConfig, device: torch.device) -> Any:
+    """Bitsandbytes settings. Raises `ConfigError` without CUDA or without the library."""
+    if device.type != "cuda":
+        raise ConfigError(f"model.quantization = {config.quantization!r} needs a CUDA device")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"model.quantization = {config.quantization!r} needs bitsandbytes: "
+            "pip install 'prelort[quantised]'"
+        )
+    from transformers import BitsAndBytesConfig
+
+    if config.quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )

@@ -1,0 +1,187 @@
+"""A PEFT model whose one adapter can be exchanged for an adapter of any rank.
+
+PEFT gives the layers, this module gives the exchange: `install` puts an adapter's tensors into the
+layers as new parameters and sets the scale of its rank, `extract` reads them back. Both are
+strict: what is missing, surplus or mis-shaped is an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from prelort.adapters import AdapterSchema, Factors, LoraAdapter, ScaleRule
+from prelort.config import LoraSettings
+from prelort.errors import AdapterError, ConfigError
+from prelort.seeds import torch_generator
+
+ADAPTER = "default"
+"""The name of the adapter inside the PEFT model."""
+
+
+def attach(model: PreTrainedModel, settings: LoraSettings, rank: int, kind: str) -> PeftModel:
+    """Wrap the base in PEFT with LoRA layers of ``rank`` (smaller where a pattern says so).
+
+    Raises `ConfigError` if the target modules match nothing (it lists what exists).
+    """
+    rule = ScaleRule(settings.scale_rule, settings.scale)
+    targets = settings.target_modules
+    names = targets if isinstance(targets, str) else list(targets)
+    config = LoraConfig(
+        task_type=TaskType.SEQ_CLS if kind == "classification" else TaskType.CAUSAL_LM,
+        r=rank,
+        lora_alpha=rule.lora_alpha(rank),
+        use_rslora=rule.kind == "rslora",
+        lora_dropout=settings.dropout,
+        target_modules="all-linear" if names == "all-linear" else _listed(names),
+        modules_to_save=list(settings.modules_to_save) if settings.modules_to_save else None,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+        rank_pattern={key: min(largest, rank) for key, largest in settings.rank_pattern.items()},
+    )
+    try:
+        wrapped: PeftModel = get_peft_model(model, config, adapter_name=ADAPTER)
+    except ValueError as error:
+        if "target modules" not in str(error).lower():
+            raise
+        raise ConfigError(
+            f"lora.target_modules = {names!r} matches no layer: this model has "
+            f"{', '.join(_adaptable(model))}"
+        ) from error
+    return wrapped
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """The adapted layers by the base model's own names."""
+    return {_own_name(n): m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+
+
+def schema(model: nn.Module) -> AdapterSchema:
+    """The shapes of the adapter that is in the model now."""
+    return AdapterSchema.of(extract(model, ScaleRule()))
+
+
+def initial_adapter(model: nn.Module, scale: ScaleRule, seed: int) -> LoraAdapter:
+    """The federation's first global adapter: A uniform as in PEFT, B zero, extras as they are.
+
+    Every client's A is a prefix of one matrix, so that all start in the same coordinates. Drawn
+    with its own generator: it does not depend on how the model was loaded.
+    """
+    current = extract(model, scale)
+    layers: dict[str, Factors] = {}
+    for name, factors in current.layers.items():
+        generator = torch_generator(seed, "initial adapter", name)
+        a = torch.empty(factors.A.shape, dtype=torch.float32)
+        # Kaiming with a = sqrt(5), PEFT's and nn.Linear's own: uniform in +-1/sqrt(d_in).
+        bound = 1 / math.sqrt(a.shape[1])
+        a.uniform_(-bound, bound, generator=generator)
+        layers[name] = Factors(a, torch.zeros(factors.B.shape, dtype=torch.float32))
+    return dataclasses.replace(current, layers=layers)
+
+
+def install(model: nn.Module, adapter: LoraAdapter) -> None:
+    """Make ``adapter`` (any rank) the model's adapter: new trainable float32 parameters.
+
+    The scale of every layer becomes s(rank of the layer). Optimisers of earlier parameters are
+    void. Raises `AdapterError` if a layer or an extra is missing or surplus, or does not fit.
+    """
+    layers, extras = lora_layers(model), dict(_extras(model))
+    _check_names(layers.keys(), adapter.layers.keys(), "layer")
+    _check_names(extras.keys(), adapter.extras.keys(), "tensor")
+    for name, layer in layers.items():
+        _install_layer(name, layer, adapter.layers[name], adapter.scale)
+    for name, (module, attribute) in extras.items():
+        old = getattr(module, attribute)
+        new = adapter.extras[name]
+        if old.shape != new.shape:
+            raise AdapterError(
+                f"tensor {name!r} has shape {list(new.shape)}, expected {list(old.shape)}"
+            )
+        setattr(module, attribute, _parameter(new, old.device))
+
+
+def extract(model: nn.Module, scale: ScaleRule) -> LoraAdapter:
+    """The adapter that is in the model, as float32 copies on the CPU."""
+    layers = {
+        name: Factors(_copy(layer.lora_A[ADAPTER].weight), _copy(layer.lora_B[ADAPTER].weight))
+        for name, layer in lora_layers(model).items()
+    }
+    extras = {name: _copy(getattr(module, attr)) for name, (module, attr) in _extras(model)}
+    return LoraAdapter(layers, scale, extras)
+
+
+def trainable(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The parameters of the factors and those of the extras."""
+    factors: list[nn.Parameter] = []
+    for layer in lora_layers(model).values():
+        factors += [layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight]
+    return factors, [getattr(module, attribute) for _, (module, attribute) in _extras(model)]
+
+
+def _install_layer(name: str, layer: LoraLayer, factors: Factors, scale: ScaleRule) -> None:
+    a, b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+    if factors.A.shape[1] != a.in_features or factors.B.shape[0] != b.out_features:
+        raise AdapterError(
+            f"layer {name!r}: A is {list(factors.A.shape)} and B is {list(factors.B.shape)}, "
+            f"expected [rank, {a.in_features}] and [{b.out_features}, rank]"
+        )
+    rank = factors.rank
+    device = a.weight.device
+    a.weight, b.weight = _parameter(factors.A, device), _parameter(factors.B, device)
+    a.out_features = b.in_features = rank
+    layer.r[ADAPTER] = rank
+    layer.lora_alpha[ADAPTER] = scale.lora_alpha(rank)
+    layer.scaling[ADAPTER] = scale(rank)
+
+
+def _extras(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
+    """The tensors of modules trained in full: own name -> (module, attribute)."""
+    for wrapper_name, wrapper in model.named_modules():
+        if not isinstance(wrapper, ModulesToSaveWrapper):
+            continue
+        copy = wrapper.modules_to_save[ADAPTER]
+        for name, _ in copy.named_parameters():
+            path, _, attribute = name.rpartition(".")
+            yield f"{_own_name(wrapper_name)}.{name}", (copy.get_submodule(path), attribute)
+
+
+def _own_name(name: str) -> str:
+    """The base model's name of a module inside the PEFT model."""
+    return name.removeprefix("base_model.model.")
+
+
+def _parameter(tensor: Tensor, device: torch.device) -> nn.Parameter:
+    return nn.Parameter(tensor.detach().to(device, torch.float32, copy=True).contiguous())
+
+
+def _copy(parameter: Tensor) -> Tensor:
+    return parameter.detach().to("cpu", torch.float32, copy=True)
+
+
+def _check_names(expected: object, given: object, what: str) -> None:
+    missing = sorted(set(expected) - set(given))  # type: ignore[call-overload]
+    surplus = sorted(set(given) - set(expected))  # type: ignore[call-overload]
+    if missing:
+        raise AdapterError(f"{what} {missing[0]!r} of the base model is missing in the adapter")
+    if surplus:
+        raise AdapterError(f"{what} {surplus[0]!r} of the adapter is not in the base model")
+
+
+def _listed(names: str | list[str]) -> list[str]:
+    return [names] if isinstance(names, str) else names
+
+
+def _adaptable(model: nn.Module) -> list[str]:
+    """The last parts of the names of all linear layers, once each."""
+    found = {
+        n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)
+    }
+    return sorted(found)

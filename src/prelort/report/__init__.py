@@ -1,0 +1,1 @@
+"""What a run tells its user: events, live progress, tables and pictures."""

@@ -1,0 +1,65 @@
+"""What a task is: how rows become examples, how a batch becomes a loss, what is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from datasets import Dataset
+
+from prelort.config import DataConfig
+
+Batch = dict[str, torch.Tensor]
+"""``input_ids``, ``attention_mask`` [batch, length] and ``labels`` ([batch, length] or [batch])."""
+
+IGNORED = -100
+"""The label of a token that is not learnt (prompt and padding)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One encoded example.
+
+    ``labels`` has one entry per token (causal tasks, `IGNORED` where nothing is learnt) or is the
+    class's number. ``reference`` is the text that a generation is compared with, and
+    ``prompt_length`` the number of tokens to generate from; both only where the task generates.
+    """
+
+    input_ids: list[int]
+    labels: list[int] | int
+    prompt_length: int = 0
+    reference: str = ""
+
+
+class Task(Protocol):
+    """A kind of training; one file each in `prelort.tasks`."""
+
+    name: str
+    kind: Literal["causal", "classification"]
+    metrics: tuple[str, ...]
+    """Measured by default."""
+    allowed_metrics: tuple[str, ...]
+
+    def columns(self, config: DataConfig, available: Sequence[str]) -> tuple[str, ...]:
+        """The columns read, found among ``available``; raises `ConfigError` naming what is not."""
+        ...
+
+    def encode(
+        self, rows: Dataset, tokenizer: Any, config: DataConfig, labels: Sequence[str]
+    ) -> list[Example]:
+        """Tokenise one client's rows; ``labels`` are the class names in order (classification)."""
+        ...
+
+    def collate(self, examples: Sequence[Example], pad_id: int) -> Batch:
+        """Pad examples on the right to a batch."""
+        ...
+
+    def weight(self, batch: Batch) -> int:
+        """What the loss is averaged over: learnt tokens, or examples."""
+        ...
+
+    def loss_sum(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """The loss summed over what `weight` counts (a float32 scalar)."""
+        ...

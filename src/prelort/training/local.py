@@ -1,0 +1,163 @@
+"""What one client does in a round: optimiser steps on its own examples.
+
+A plain loop and not `transformers.Trainer`: the nested objective needs several weighted passes a
+step, and a Trainer built anew for every client and round costs more than a tiny model's steps.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import (
+    get_constant_schedule_with_warmup,
+    get_cosine_schedule_with_warmup,
+    get_linear_schedule_with_warmup,
+)
+
+from prelort.config import TrainingConfig
+from prelort.errors import PrelortError
+from prelort.methods.objective import Objective
+from prelort.models.lora import trainable
+from prelort.seeds import derive, torch_generator
+from prelort.tasks.interface import Batch, Example, Task
+from prelort.training.batches import batches, steps_per_round
+from prelort.training.truncation import Truncation
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """One client's work in one round. ``round_index`` counts from 0."""
+
+    client: str
+    round_index: int
+    rounds: int
+    seed: int
+    objective: Objective
+    timeout: float = math.inf
+    """Seconds after which the client gives up."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """``loss``: mean over the steps of the objective (per token, or per example)."""
+
+    loss: float
+    steps: int
+    seconds: float
+
+
+def train(
+    model: nn.Module,
+    truncation: Truncation,
+    task: Task,
+    examples: Sequence[Example],
+    config: TrainingConfig,
+    assignment: Assignment,
+    pad_id: int,
+) -> TrainResult:
+    """Train the installed adapter in place, deterministically for equal arguments.
+
+    The optimiser starts fresh and its state is thrown away. Raises `PrelortError` if the loss is
+    no longer finite or the time is up.
+    """
+    started = time.monotonic()
+    if not examples:
+        raise PrelortError(f"client {assignment.client!r} has no training examples")
+    seed, client, index = assignment.seed, assignment.client, assignment.round_index
+    steps = steps_per_round(len(examples), config)
+    optimizer, scheduler = _optimizer(model, config, steps, assignment)
+    draws = torch_generator(seed, "truncations", client, index)
+    order = batches(len(examples), config, round_index=index, seed=seed, client=client)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    device = parameters[0].device
+    losses: list[float] = []
+    model.train()
+    _checkpointing(model, config.gradient_checkpointing)
+    with _seeded(derive(seed, "dropout", client, index), device):
+        for step in range(steps):
+            chosen = [next(order) for _ in range(config.gradient_accumulation)]
+            micro = [task.collate([examples[i] for i in batch], pad_id) for batch in chosen]
+            weight = max(1, sum(task.weight(batch) for batch in micro))
+            loss = torch.zeros((), device=device)
+            for batch in micro:
+                moved = {name: tensor.to(device) for name, tensor in batch.items()}
+                for part in assignment.objective.passes(len(batch["input_ids"]), draws):
+                    with truncation.at(part.ranks, _shape(moved)), _precision(config, device):
+                        share = task.loss_sum(model, moved) * (part.weight / weight)
+                        share.backward()  # type: ignore[no-untyped-call]
+                    loss += share.detach()
+            losses.append(float(loss))
+            if not math.isfinite(losses[-1]):
+                raise PrelortError(
+                    f"the loss became {losses[-1]} at local step {step + 1} of {steps} "
+                    f"(training.learning_rate = {config.learning_rate:g}): lower the rate"
+                )
+            if config.max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad(set_to_none=True)
+            if time.monotonic() - started > assignment.timeout:
+                raise PrelortError(
+                    f"timed out after {assignment.timeout:g} s at local step {step + 1} of {steps}"
+                )
+    return TrainResult(sum(losses) / len(losses), steps, time.monotonic() - started)
+
+
+def _optimizer(
+    model: nn.Module, config: TrainingConfig, steps: int, assignment: Assignment
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """A fresh optimiser, at the place in the run's schedule where this round begins."""
+    factors, extras = trainable(model)
+    rate = config.learning_rate
+    groups = [{"params": factors, "lr": rate, "initial_lr": rate}]
+    if extras:
+        head_rate = config.head_learning_rate or rate
+        groups.append({"params": extras, "lr": head_rate, "initial_lr": head_rate})
+    optimizer: torch.optim.Optimizer
+    if config.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+    else:
+        optimizer = torch.optim.SGD(
+            groups, lr=rate, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+    total = steps * assignment.rounds
+    warmup = round(config.warmup * total)
+    done = assignment.round_index * steps - 1
+    if config.schedule == "cosine":
+        return optimizer, get_cosine_schedule_with_warmup(optimizer, warmup, total, 0.5, done)
+    if config.schedule == "linear":
+        return optimizer, get_linear_schedule_with_warmup(optimizer, warmup, total, done)
+    return optimizer, get_constant_schedule_with_warmup(optimizer, warmup, done)
+
+
+def _checkpointing(model: nn.Module, wanted: bool) -> None:
+    if wanted:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    elif getattr(model, "is_gradient_checkpointing", False):
+        model.gradient_checkpointing_disable()  # type: ignore[operator]
+
+
+def _precision(config: TrainingConfig, device: torch.device) -> AbstractContextManager[object]:
+    if config.precision == "bfloat16":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+def _shape(batch: Batch) -> tuple[int, int]:
+    rows, length = batch["input_ids"].shape
+    return rows, length
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Dropout drawn from ``seed``, the global generators left as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,101 @@
+"""Use a prefix of the installed adapter, for a whole batch or for each example on its own.
+
+A hook between A and B of every LoRA layer multiplies the r-dimension by a row of a small table:
+slot j of a truncation rho is kept if j < rho, at the scale s(rho) / s(rank of the layer). The base
+layer is not touched, so quantised bases, mixed precision and gradient checkpointing keep working,
+and an untruncated pass costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prelort.adapters import ScaleRule
+from prelort.errors import ConfigError
+from prelort.models.lora import ADAPTER, lora_layers
+
+
+class Truncation:
+    """The truncation in use, for the LoRA layers of one model.
+
+    Stays valid when another adapter is installed. `detach` removes the hooks.
+    """
+
+    def __init__(self, model: nn.Module, scale: ScaleRule) -> None:
+        self._scale = scale
+        self._ranks: int | Tensor | None = None
+        self._tokens: tuple[int, int] | None = None
+        self._tables: dict[tuple[int, torch.device], Tensor] = {}
+        self._masks: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+        self._handles = [
+            layer.lora_A[ADAPTER].register_forward_hook(self._mask)
+            for layer in lora_layers(model).values()
+        ]
+
+    @contextmanager
+    def at(
+        self, ranks: int | Tensor | None, tokens: tuple[int, int] | None = None
+    ) -> Iterator[None]:
+        """Truncate every forward pass inside; keep the backward pass inside too.
+
+        ``ranks``: None (the whole adapter), one rank for the batch (0: the base model), or an
+        int64 tensor [batch]. ``tokens``: batch and length of the batch, needed where a model
+        flattens them to one dimension before its linear layers.
+        """
+        before = self._ranks, self._tokens, self._masks
+        self._ranks, self._tokens, self._masks = ranks, tokens, {}
+        try:
+            yield
+        finally:
+            self._ranks, self._tokens, self._masks = before
+
+    def detach(self) -> None:
+        """Remove the hooks from the model."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _mask(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+        """The hook: ``output`` is ``A x``, [batch, ..., rank]."""
+        if self._ranks is None:
+            return None
+        mask = self._row(output)
+        if mask.ndim == 1:
+            return output * mask
+        if output.shape[0] == mask.shape[0]:
+            return output * mask.view(mask.shape[0], *[1] * (output.ndim - 2), mask.shape[1])
+        if self._tokens is not None and output.ndim == 2:
+            batch, length = self._tokens
+            if output.shape[0] == batch * length:
+                return output * mask.repeat_interleave(length, dim=0)
+        raise ConfigError(
+            f"method.objective = 'example' does not work with this model: a layer sees "
+            f"{list(output.shape[:-1])} rows for a batch of {mask.shape[0]}; use 'step' or 'mean'"
+        )
+
+    def _row(self, output: Tensor) -> Tensor:
+        """The factors of the ranks in use: [rank], or [batch, rank]; made once a pass."""
+        rank = output.shape[-1]
+        key = (rank, output.device, output.dtype)
+        if key not in self._masks:
+            ranks = self._ranks
+            table = self._table(rank, output.device)
+            if isinstance(ranks, Tensor):
+                index: int | Tensor = ranks.to(output.device).clamp(max=rank)
+            else:
+                index = min(int(ranks or 0), rank)
+            self._masks[key] = table[index].to(output.dtype)
+        return self._masks[key]
+
+    def _table(self, rank: int, device: torch.device) -> Tensor:
+        """[rank + 1, rank]: row rho keeps the first rho slots at s(rho) / s(rank)."""
+        key = (rank, device)
+        if key not in self._tables:
+            table = torch.tril(torch.ones(rank + 1, rank), diagonal=-1)
+            scales = [self._scale(rho) / self._scale(rank) for rho in range(rank + 1)]
+            self._tables[key] = (table * torch.tensor(scales)[:, None]).to(device)
+        return self._tables[key]
