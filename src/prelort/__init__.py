@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from prelort.config import Config
+from prelort.config import load as load_config
 from prelort.errors import PrelortError
 
 if TYPE_CHECKING:
@@ -17,7 +18,15 @@ if TYPE_CHECKING:
     from prelort.experiment.run import RunResult, run
 
 __version__ = "0.1.0"
-__all__ = ["Config", "LoraAdapter", "PrelortError", "RunResult", "ScaleRule", "run"]
+__all__ = [
+    "Config",
+    "LoraAdapter",
+    "PrelortError",
+    "RunResult",
+    "ScaleRule",
+    "load_config",
+    "run",
+]
 
 _LAZY = {
     "LoraAdapter": "prelort.adapters",

@@ -11,16 +11,13 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from prelort import config as configuration
 from prelort.errors import ConfigError, PrelortError
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     help="Federated LoRA fine-tuning for clients whose hardware affords different ranks.",
@@ -35,6 +32,19 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override one key, e.g. --set seed=3."),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
+
+_OF_THE_DISK = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+)
+"""No room, no permission, no such place: what a user can put right."""
 
 RUN_EXAMPLES = """[bold]Examples[/bold]
 
@@ -63,7 +73,8 @@ def run(
     ] = None,
     overrides: Overrides = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder of the run (default: runs/METHOD-TIME).")
+        Path | None,
+        typer.Option("--out", "-o", help="Folder of the run (default: runs/METHOD-TIME)."),
     ] = None,
     resume: Annotated[
         Path | None, typer.Option("--resume", help="Go on with the run in this folder.")
@@ -79,16 +90,22 @@ def run(
         raise ConfigError("give --out for a new run or --resume for an old one, not both")
     target, settings, names = _what_to_run(config, method or [], overrides or [], out, resume)
     console = Console()
-    with LiveProgress(console, quiet=quiet) as progress:
-        if len(names) == 1:
-            folders = {names[0]: target}
-            run_one(settings, target, resume=resume is not None, listeners=[progress])
-            several.write_results(folders, target)
-        else:
-            folders = {name: target / several.folder_name(name) for name in names}
-            several.run_methods(
-                settings, names, target, resume=resume is not None, listeners=[progress]
-            )
+    try:
+        with LiveProgress(console, quiet=quiet) as progress:
+            if len(names) == 1:
+                folders = {names[0]: target}
+                run_one(settings, target, resume=resume is not None, listeners=[progress])
+                several.write_results(folders, target)
+            else:
+                folders = {name: target / several.folder_name(name) for name in names}
+                several.run_methods(
+                    settings, names, target, resume=resume is not None, listeners=[progress]
+                )
+    except KeyboardInterrupt:
+        Console(stderr=True).print(
+            f"stopped; go on with: prelort run --resume {_plain(target)}", soft_wrap=True
+        )
+        raise typer.Exit(130) from None
     _show(console, folders, target)
 
 
@@ -112,7 +129,8 @@ def evaluate(
 
 
 @app.command(
-    epilog="[bold]Examples[/bold]\n\n  prelort export runs/first/prelort --rank 4 --out adapter-r4\n\n"
+    epilog="[bold]Examples[/bold]\n\n"
+    "  prelort export runs/first/prelort --rank 4 --out adapter-r4\n\n"
     "  prelort export runs/first/prelort --rank 16 --merge --out model-tuned"
 )
 def export(
@@ -153,6 +171,7 @@ def config() -> None:
 
 def main() -> None:
     """Run the command line; what a user can put right is told in one sentence, exit code 2."""
+    sys.path.append(str(Path.cwd()))  # last: a user's own method, as module:Class
     warnings.showwarning = _warn
     _quiet_libraries()
     console = Console(stderr=True)
@@ -161,11 +180,8 @@ def main() -> None:
     except PrelortError as error:
         console.print(f"[bold red]error:[/bold red] {_plain(error)}", soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        console.print("stopped; go on with: prelort run --resume FOLDER", soft_wrap=True)
-        sys.exit(130)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno not in _OF_THE_DISK:
             raise
         where = f" {error.filename!r}" if error.filename else ""
         console.print(
@@ -196,16 +212,18 @@ def _what_to_run(
         name = several.folder_name(chosen[0]) if len(chosen) == 1 else "several"
         return out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}", settings, chosen
     together = several.methods_in(resume)
-    chosen = list(names) or together or []
-    if together is not None and chosen != together:
-        raise ConfigError(f"{str(resume)!r} holds the methods {together}, not {chosen}")
-    first = resume / several.folder_name(together[0]) if together else resume
-    settings = RunFolder(first).read_config()
+    first = RunFolder(resume / several.folder_name(together[0]) if together else resume)
+    settings = first.read_config()
+    held = together or [settings.method.name]
+    chosen = list(dict.fromkeys(names)) or held
+    if chosen != held:
+        raise ConfigError(f"{str(resume)!r} holds the methods {held}, not {chosen}")
     if path is not None or overrides:
         # Given again: it must be what the run was started with; run() names what differs.
-        given = configuration.load(path or RunFolder(first).config_file, overrides)
-        settings = several.with_method(given, settings.method.name) if not names else given
-    return resume, settings, chosen or [settings.method.name]
+        given = configuration.load(path or first.config_file, overrides)
+        renamed = any(override.split("=")[0].strip() == "method.name" for override in overrides)
+        settings = given if renamed else several.with_method(given, settings.method.name)
+    return resume, settings, chosen
 
 
 def _show(console: Console, folders: dict[str, Path], target: Path) -> None:
@@ -226,7 +244,8 @@ def _warn(message: Warning | str, category: type[Warning], *where: Any, **more: 
 
 
 def _from_library(filename: str) -> bool:
-    return "site-packages" in filename and "prelort" not in Path(filename).parts
+    ours = Path(filename).is_relative_to(Path(__file__).parent)
+    return "site-packages" in filename and not ours
 
 
 def _quiet_libraries() -> None:

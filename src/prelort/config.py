@@ -30,7 +30,7 @@ Share = Annotated[float, Field(gt=0.0, le=1.0)]
 class Section(BaseModel):
     """A part of the configuration: immutable, and unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -146,7 +146,9 @@ class TrainingConfig(Section):
         "cosine", description="of the rate, over the whole run and not within one round"
     )
     warmup: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="share of the run")
-    max_grad_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
+    max_grad_norm: Annotated[float, Field(ge=0.0)] = Field(
+        1.0, description="gradients are scaled down to this norm; 0: never"
+    )
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="bfloat16: autocast of the forward pass"
     )

@@ -16,7 +16,7 @@ from typing import Any
 
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from prelort.adapters.adapter import LoraAdapter
@@ -28,7 +28,22 @@ CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 """What PEFT puts before the base model's own names."""
 
-_UNSUPPORTED = {"use_dora": "DoRA", "lora_bias": "LoRA biases", "target_parameters": "parameters"}
+_UNSUPPORTED = {
+    "use_dora": "DoRA",
+    "use_qalora": "QALoRA layers",
+    "use_bdlora": "block-diagonal factors",
+    "lora_bias": "LoRA biases",
+    "target_parameters": "parameters",
+    "alora_invocation_tokens": "activated LoRA layers",
+    "arrow_config": "routed adapters",
+    "kasa_config": "KaSA layers",
+    "monteclora_config": "MonteCLoRA layers",
+    "layer_replication": "repeated layers",
+}
+"""What makes PEFT compute something else than ``s B A`` on the base model."""
+
+_CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+"""Initialisations that take something out of the base model's own weights."""
 
 
 def save(adapter: LoraAdapter, folder: Path, template: LoraConfig) -> None:
@@ -42,7 +57,9 @@ def save(adapter: LoraAdapter, folder: Path, template: LoraConfig) -> None:
         PREFIX + name: t.detach().cpu().contiguous() for name, t in adapter.tensors().items()
     }
     rule = {"scale_rule": adapter.scale.kind, "scale": adapter.scale.value}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", "prelort": json.dumps(rule)})
+    # Not save_file: it tells a full disk by an error of its own instead of an OSError.
+    data = to_bytes(tensors, metadata={"format": "pt", "prelort": json.dumps(rule)})
+    (folder / WEIGHTS).write_bytes(data)
     config_for(adapter, template).save_pretrained(str(folder))
 
 
@@ -57,10 +74,9 @@ def config_for(adapter: LoraAdapter, template: LoraConfig) -> LoraConfig:
         r=most,
         lora_alpha=_whole(rule.lora_alpha(most)),
         use_rslora=rule.kind == "rslora",
-        # PEFT reads the keys as regular expressions matched at the end of a module's name.
-        rank_pattern={re.escape(name): rank for name, rank in different.items()},
+        rank_pattern={_exactly(name): rank for name, rank in different.items()},
         alpha_pattern={
-            re.escape(name): _whole(rule.lora_alpha(rank)) for name, rank in different.items()
+            _exactly(name): _whole(rule.lora_alpha(rank)) for name, rank in different.items()
         },
         inference_mode=True,
     )
@@ -98,6 +114,8 @@ def _load_config(folder: Path) -> LoraConfig:
         raise AdapterError(f"{str(path)!r} does not exist: not a PEFT adapter folder") from None
     except (OSError, ValueError) as error:
         raise AdapterError(f"{str(path)!r} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise AdapterError(f"{str(path)!r} holds no JSON object: not a PEFT adapter folder")
     if values.get("peft_type") != "LORA":
         raise AdapterError(f"{str(path)!r}: peft_type {values.get('peft_type')!r} is not 'LORA'")
     for key, what in _UNSUPPORTED.items():
@@ -105,10 +123,30 @@ def _load_config(folder: Path) -> LoraConfig:
             raise AdapterError(f"{str(path)!r}: {key} = {values[key]!r}: {what} are not supported")
     if values.get("bias", "none") != "none":
         raise AdapterError(f"{str(path)!r}: bias = {values['bias']!r} is not supported: use 'none'")
+    initial = values.get("init_lora_weights")
+    if isinstance(initial, str) and initial.lower().startswith(_CHANGES_BASE):
+        raise AdapterError(
+            f"{str(path)!r}: init_lora_weights = {initial!r} is not supported: it changes the "
+            "base model (PEFT can convert such an adapter when it saves it)"
+        )
+    _check_numbers(path, values)
     return LoraConfig.from_pretrained(str(folder))
 
 
-def _load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+def _check_numbers(path: Path, values: Mapping[str, Any]) -> None:
+    """Ranks and alphas must be numbers above 0, in the patterns too."""
+    numbers = {key: values[key] for key in ("r", "lora_alpha") if key in values}
+    for key in ("rank_pattern", "alpha_pattern"):
+        pattern = values.get(key) or {}
+        if not isinstance(pattern, dict):
+            raise AdapterError(f"{str(path)!r}: {key} = {pattern!r} is not a JSON object")
+        numbers |= {f"{key}[{name!r}]": number for name, number in pattern.items()}
+    for key, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, int | float) or not number > 0:
+            raise AdapterError(f"{str(path)!r}: {key} = {number!r} is not a number above 0")
+
+
+def _load_tensors(path: Path) -> tuple[dict[str, Tensor], ScaleRule | None]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -117,25 +155,40 @@ def _load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]
         raise AdapterError(f"{str(path)!r} does not exist") from None
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{str(path)!r} is not a whole safetensors file: {error}") from None
-    recorded = metadata.get("prelort")
-    return tensors, json.loads(recorded) if recorded else None
+    return tensors, _recorded(path, metadata.get("prelort"))
+
+
+def _recorded(path: Path, text: str | None) -> ScaleRule | None:
+    """The exact scale rule in the header, None in a folder that we did not write."""
+    if text is None:
+        return None
+    try:
+        values = json.loads(text)
+        return ScaleRule(values["scale_rule"], float(values["scale"]))
+    except (ValueError, TypeError, KeyError, AdapterError) as error:
+        raise AdapterError(f"{str(path)!r}: its header is damaged: {text!r} ({error})") from None
 
 
 def _check_extras(adapter: LoraAdapter, config: LoraConfig) -> None:
-    """Every tensor that is no factor must belong to a module that PEFT trains in full."""
+    """Every tensor that is no factor must belong to a module that PEFT trains in full.
+
+    PEFT takes the modules whose name ends with a word of ``modules_to_save``.
+    """
     modules = tuple(config.modules_to_save or ())
     for name in adapter.extras:
-        if not any(part in modules for part in name.split(".")):
+        parts = name.split(".")
+        owners = [".".join(parts[:count]) for count in range(1, len(parts))]
+        if not any(owner.endswith(modules) for owner in owners):
             raise AdapterError(
                 f"tensor {name!r} is surplus: modules_to_save is {list(modules)} in {CONFIG}"
             )
 
 
-def _scale_rule(
-    adapter: LoraAdapter, config: LoraConfig, recorded: Mapping[str, Any] | None
-) -> ScaleRule:
+def _scale_rule(adapter: LoraAdapter, config: LoraConfig, recorded: ScaleRule | None) -> ScaleRule:
     """The one rule that gives every layer the scale in its PEFT configuration."""
-    rules = set()
+    if not adapter.layers:
+        raise AdapterError(f"{WEIGHTS} holds no LoRA layer")
+    rules: list[ScaleRule] = []
     for name, factors in adapter.layers.items():
         rank = _by_pattern(config.rank_pattern, name, config.r)
         if rank != factors.rank:
@@ -144,21 +197,25 @@ def _scale_rule(
                 f"but {CONFIG} says {rank}"
             )
         alpha = _by_pattern(config.alpha_pattern, name, config.lora_alpha)
-        rules.add(
+        rules.append(
             ScaleRule("rslora", float(alpha))
             if config.use_rslora
             else ScaleRule("constant", float(alpha) / rank)
         )
     values = [rule.value for rule in rules]
-    if not rules or max(values) - min(values) > 1e-9 * max(values):
-        raise AdapterError(f"the layers' scales differ ({sorted(values)}): one rule is needed")
-    found = rules.pop()
+    if max(values) - min(values) > 1e-9 * max(values):
+        raise AdapterError(f"the layers' scales differ ({sorted(set(values))}): one rule is needed")
+    found = rules[0]
     if recorded is None:
         return found
-    exact = ScaleRule(recorded["scale_rule"], float(recorded["scale"]))
-    if exact.kind != found.kind or not math.isclose(exact.value, found.value, rel_tol=1e-9):
-        raise AdapterError(f"{WEIGHTS} says scale {exact}, but {CONFIG} says {found}")
-    return exact
+    if recorded.kind != found.kind or not math.isclose(recorded.value, found.value, rel_tol=1e-9):
+        raise AdapterError(f"{WEIGHTS} says scale {recorded}, but {CONFIG} says {found}")
+    return recorded
+
+
+def _exactly(name: str) -> str:
+    """A pattern for one layer: PEFT matches its keys, as regular expressions, at a name's end."""
+    return f"^{re.escape(name)}"
 
 
 def _by_pattern(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:

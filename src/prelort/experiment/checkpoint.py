@@ -1,7 +1,7 @@
 """Checkpoints: the server's state after a round, in safetensors and JSON.
 
-A checkpoint is a folder that appears by one rename, with a SHA-256 of its tensors, so that it is
-whole or not there. All random states are functions of the seed and the round (`prelort.seeds`),
+A checkpoint is a folder that appears by one rename, with a SHA-256 of its contents, so that it
+is whole or not there. All random states are functions of the seed and the round (`prelort.seeds`),
 so these two numbers are the sampler's and the clients' random state.
 """
 
@@ -12,6 +12,7 @@ import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -43,12 +44,13 @@ def save(checkpoint: Checkpoint, folder: Path) -> Path:
     """Write a checkpoint under its round's number and drop all but the last two."""
     state = checkpoint.state
     tensors: dict[str, torch.Tensor] = {}
+    # Copies: safetensors refuses tensors that share memory, as an adapter and its last one may.
     for name, tensor in state.adapter.tensors().items():
-        tensors[_ADAPTER + name] = tensor.contiguous()
+        tensors[_ADAPTER + name] = tensor.detach().clone(memory_format=torch.contiguous_format)
     for name, tensor in state.memory.items():
-        tensors[_MEMORY + name] = tensor.contiguous()
+        tensors[_MEMORY + name] = tensor.detach().clone(memory_format=torch.contiguous_format)
     data = safetensors.torch.save(tensors)
-    facts = {
+    facts: dict[str, Any] = {
         "format": FORMAT,
         "round": state.round,
         "seed": checkpoint.seed,
@@ -56,8 +58,8 @@ def save(checkpoint: Checkpoint, folder: Path) -> Path:
         "scale_rule": state.adapter.scale.kind,
         "scale": state.adapter.scale.value,
         "metrics_bytes": checkpoint.metrics_bytes,
-        "sha256": hashlib.sha256(data).hexdigest(),
     }
+    facts["sha256"] = _digest(facts, data)
 
     def fill(target: Path) -> None:
         (target / "state.safetensors").write_bytes(data)
@@ -99,21 +101,36 @@ def load(path: Path) -> Checkpoint:
     try:
         facts = json.loads((path / "state.json").read_text(encoding="utf-8"))
         data = (path / "state.safetensors").read_bytes()
-        if hashlib.sha256(data).hexdigest() != facts["sha256"]:
-            raise ValueError("its tensors are not the ones that were written")
+        if facts.pop("sha256") != _digest(facts, data):
+            raise ValueError("its contents are not those that were written")
+        if facts["format"] != FORMAT:
+            raise ValueError(f"it has format {facts['format']}, this version reads {FORMAT}")
         tensors = safetensors.torch.load(data)
         rule = ScaleRule(facts["scale_rule"], facts["scale"])
         adapter = LoraAdapter.from_tensors(_under(tensors, _ADAPTER), rule)
-        state = ServerState(adapter, int(facts["round"]), _under(tensors, _MEMORY))
+        state = ServerState(adapter, facts["round"], _under(tensors, _MEMORY))
         return Checkpoint(state, facts["seed"], facts["base"], facts["metrics_bytes"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError, AdapterError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        SafetensorError,
+        AdapterError,
+    ) as error:
         raise CheckpointError(f"checkpoint {str(path)!r} is damaged: {error}") from None
 
 
 def _existing(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if path.name.isdigit())
+    return sorted((p for p in folder.iterdir() if p.name.isdecimal()), key=lambda p: int(p.name))
+
+
+def _digest(facts: dict[str, Any], data: bytes) -> str:
+    """Of everything in a checkpoint: a flipped bit anywhere is found."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode() + data).hexdigest()
 
 
 def _under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ results.md, *.png    tables and pictures
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -29,33 +30,49 @@ from prelort.errors import ConfigError
 LIBRARIES = ("prelort", "torch", "transformers", "peft", "datasets", "flwr", "safetensors", "numpy")
 
 
+_LEFTOVERS = (".config.toml.tmp", ".methods.json.tmp")
+
+
 class RunFolder:
     """The paths of one run, its lock, and its event log."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config_file = path / "config.toml"
+        self.versions_file = path / "versions.json"
         self.metrics_file = path / "metrics.jsonl"
         self.log_file = path / "log.txt"
         self.checkpoints = path / "checkpoints"
         self.adapters = path / "adapters"
         self._lock = FileLock(path / ".lock")
+        self._made = False
 
     def create(self, config: Config) -> None:
         """Make the folder for a new run. Raises `ConfigError` if it holds one already."""
-        if self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir())):
-            raise ConfigError(
-                f"{str(self.path)!r} exists and is not empty: choose another --out, or go on with "
-                f"the run in it by --resume {self.path}"
-            )
         try:
+            if is_taken(self.path):
+                raise ConfigError(
+                    f"{str(self.path)!r} exists and is not empty: choose another --out, or go on "
+                    f"with the run in it by --resume {self.path}"
+                )
+            self._made = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.config_file, configuration.to_toml(config).encode())
+            write_atomically(self.versions_file, json.dumps(versions(), indent=2).encode())
         except OSError as error:
             raise ConfigError(
                 f"{str(self.path)!r} cannot be written: {error.strerror or error}"
             ) from None
-        write_atomically(self.path / "versions.json", json.dumps(versions(), indent=2).encode())
+
+    def discard(self) -> None:
+        """Take back what `create` and a run refused before its first checkpoint have written."""
+        if self.checkpoints.exists():
+            return
+        for name in ("config.toml", "versions.json", "metrics.jsonl", "log.txt", ".lock"):
+            (self.path / name).unlink(missing_ok=True)
+        if self._made:
+            with contextlib.suppress(OSError):  # somebody has put a file of their own there
+                self.path.rmdir()
 
     def read_config(self) -> Config:
         """The configuration of the run that is there. Raises `ConfigError` if there is none."""
@@ -106,6 +123,16 @@ class EventLog:
         if self.size > size:
             with self._path.open("r+b") as file:
                 file.truncate(size)
+
+
+def is_taken(path: Path) -> bool:
+    """Whether something is there that a new run must not touch.
+
+    What a run leaves that was killed while it wrote its first file does not count.
+    """
+    if path.is_dir():
+        return any(child.name not in _LEFTOVERS for child in path.iterdir())
+    return path.exists()
 
 
 def _strict(value: Any) -> Any:

@@ -12,7 +12,7 @@ from prelort.errors import CheckpointError, ConfigError
 from prelort.experiment import checkpoint
 from prelort.experiment.assemble import assemble
 from prelort.experiment.checkpoint import Checkpoint
-from prelort.experiment.folder import RunFolder
+from prelort.experiment.folder import RunFolder, is_taken
 from prelort.experiment.measure import measure, prefixes
 from prelort.models import base
 from prelort.models.lora import install
@@ -28,6 +28,9 @@ def evaluate_run(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     config = configuration.load(folder.config_file, overrides)
     assembly = assemble(config)
     found = _newest(folder, assembly.workspace.agreement.base)
+    rule = assembly.workspace.agreement.scale
+    if found.state.adapter.scale != rule:
+        raise ConfigError(f"the run's scale is {found.state.adapter.scale}, not {rule}")
     levels = sorted({site.rank for site in assembly.sites})
     ranks = prefixes(config, levels, found.state.adapter.rank)
     untuned = measure(assembly, assembly.initial, [0])[0]
@@ -47,7 +50,7 @@ def export_run(path: Path, out: Path, rank: int | None, *, merge: bool) -> Path:
     """
     folder = RunFolder(path)
     config = folder.read_config()
-    if out.exists() and (out.is_file() or any(out.iterdir())):
+    if is_taken(out):
         raise ConfigError(f"{str(out)!r} exists and is not empty: choose another --out")
     found = _newest(folder, base.fingerprint(config.model))
     most = found.state.adapter.rank

@@ -58,7 +58,8 @@ def run(
 
     With ``resume`` go on with the run in the folder, from its last checkpoint, to the same
     adapters, bit for bit (same machine, same number of threads). Raises `ConfigError`,
-    `CheckpointError`, `QuorumError`; nothing that was finished is lost by any of them.
+    `CheckpointError`, `QuorumError`; nothing that was finished is lost by any of them. A new run
+    that is refused before it begins leaves nothing behind.
     """
     folder = RunFolder(Path(out))
     if resume:
@@ -70,6 +71,11 @@ def run(
     try:
         with _logging_to(folder.log_file), _deterministic(config.threads):
             return _Run(folder, config, listeners).go()
+    except ConfigError:
+        folder.unlock()
+        if not resume:
+            folder.discard()
+        raise
     finally:
         folder.unlock()
 
@@ -116,7 +122,6 @@ class _Run:
         if state.round > 0:
             self.tell({"event": "resumed", "round": state.round, **self._facts()})
             return
-        self.log.cut(0)
         self.emit({"event": "run_started", "round": 0, **self._facts()})
         self._measure(state, with_prefixes=self.config.evaluation.every > 0)
         self._checkpoint(state)
@@ -145,7 +150,8 @@ class _Run:
 
     def emit(self, event: dict[str, Any]) -> None:
         """Write an event, then tell it."""
-        self.log(event)
+        if event["event"] != "client_refused" or event["round"] == 0:
+            self.log(event)  # on resuming, who was refused is there already
         self.tell(event)
 
     def tell(self, event: dict[str, Any]) -> None:
@@ -169,12 +175,14 @@ class _Run:
         base = self.assembly.workspace.agreement.base
         found = checkpoint.load_latest(self.folder.checkpoints, base)
         if found is None:
+            self.log.cut(0)
             return ServerState(self.assembly.initial)
         if found.seed != self.config.seed:
             raise CheckpointError(
                 f"{str(self.folder.checkpoints)!r} has seed {found.seed}, not {self.config.seed}"
             )
-        self.log.cut(found.metrics_bytes)
+        # Before the first round everything is done again: it costs little.
+        self.log.cut(found.metrics_bytes if found.state.round > 0 else 0)
         return found.state
 
     def _measure(self, state: ServerState, with_prefixes: bool = True) -> None:
@@ -199,7 +207,8 @@ class _Run:
         checkpoint.save(
             Checkpoint(state, self.config.seed, base, self.log.size), self.folder.checkpoints
         )
-        self.emit({"event": "checkpointed", "round": state.round})
+        # Not written: the log ends where its checkpoint says, so that resuming repeats no line.
+        self.tell({"event": "checkpointed", "round": state.round})
 
 
 def export_prefixes(

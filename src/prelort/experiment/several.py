@@ -9,7 +9,7 @@ from pathlib import Path
 from prelort import methods
 from prelort.config import Config
 from prelort.errors import ConfigError
-from prelort.experiment.folder import RunFolder, write_atomically
+from prelort.experiment.folder import RunFolder, is_taken, write_atomically
 from prelort.experiment.run import Listener, RunResult, run
 from prelort.report import events, plots, tables
 
@@ -32,22 +32,29 @@ def run_methods(
     for name in names:
         methods.find(name)
     if not resume:
-        if out.is_file() or (out.is_dir() and any(out.iterdir())):
-            raise ConfigError(
-                f"{str(out)!r} exists and is not empty: choose another --out, or go on with the "
-                f"runs in it by --resume {out}"
-            )
         try:
+            if is_taken(out):
+                raise ConfigError(
+                    f"{str(out)!r} exists and is not empty: choose another --out, or go on with "
+                    f"the runs in it by --resume {out}"
+                )
             out.mkdir(parents=True, exist_ok=True)
             write_atomically(out / METHODS_FILE, json.dumps(list(names)).encode())
         except OSError as error:
-            raise ConfigError(f"{str(out)!r} cannot be written: {error.strerror}") from None
-    results = []
+            raise ConfigError(
+                f"{str(out)!r} cannot be written: {error.strerror or error}"
+            ) from None
+    results: list[RunResult] = []
     for name in names:
         folder = out / folder_name(name)
         begun = RunFolder(folder).config_file.is_file()
         chosen = with_method(config, name)
-        results.append(run(chosen, folder, resume=begun, listeners=listeners))
+        try:
+            results.append(run(chosen, folder, resume=begun, listeners=listeners))
+        except ConfigError:
+            if not resume and not results:
+                (out / METHODS_FILE).unlink()  # nothing has begun: the same --out can be used again
+            raise
         write_results({n: out / folder_name(n) for n in names}, out)
     return results
 

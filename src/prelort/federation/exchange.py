@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 from prelort.federation.flower import Error, Grid, Message
 
@@ -48,7 +49,7 @@ def exchange(engine: Engine, messages: Iterable[Message]) -> Iterator[Message]:
         if not replies:
             time.sleep(POLL_SECONDS)
     late = f"did not answer within {engine.deadline:g} s"
-    for message in [*asked.values(), *queue]:
+    for message in chain(asked.values(), queue):
         yield Message(Error(NO_ANSWER, late), reply_to=message)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prelort.config import Config
@@ -141,9 +141,11 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
             if client is None:
                 continue  # answers twice, or was not asked
             self._take(server_round, client, reply, in_order)
+        for client in asked.values():  # only where another loop than `exchange` sent the messages
+            self._leave_out(server_round, client, "did not answer", in_order)
         self._check_quorum(server_round)
         started = time.monotonic()
-        self.state = aggregator.result()
+        self.state = replace(aggregator.result(), round=server_round)
         self._tally.aggregating += time.monotonic() - started
         event = self._tally.event(server_round)
         self.emit(event)
@@ -205,9 +207,7 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
                 reply, client, server_round - 1, self.agreement, self.config.federation
             )
         except UpdateRefused as error:
-            tally.failures[client.name] = str(error)
-            self.emit({"event": "client_failed", **event, "reason": str(error)})
-            in_order.skip(client.name)
+            self._leave_out(server_round, client, str(error), in_order)
             return
         size = wire.size(reply.content)
         tally.replies += 1
@@ -219,6 +219,14 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
         )
         self.emit({"event": "client_finished", **event, **details, "bytes_up": size})
         in_order.put(client.name, update)
+
+    def _leave_out(
+        self, server_round: int, client: Client, reason: str, in_order: InOrder[Update]
+    ) -> None:
+        self._tally.failures[client.name] = reason
+        event = {"round": server_round, "client": client.name, "rank": client.rank}
+        self.emit({"event": "client_failed", **event, "reason": reason})
+        in_order.skip(client.name)
 
     def _check_quorum(self, server_round: int) -> None:
         quorum, tally = self.config.federation.quorum, self._tally

@@ -7,12 +7,13 @@ its structure is wrong. The same bytes go through every engine.
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Annotated, Any, Literal, TypeVar
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
 from safetensors import SafetensorError
 
 from prelort.adapters import AdapterSchema, LoraAdapter, ScaleRule
@@ -24,6 +25,8 @@ from prelort.methods.objective import Kind, Objective
 PROTOCOL = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Dtype = Literal["float32", "bfloat16", "float16"]
+Seconds = Annotated[float, PlainSerializer(lambda value: f"{value:.6e}", when_used="json")]
+"""A time, always as many bytes long, so that equal runs count equal bytes."""
 
 _HEADER, _ADAPTER = "header", "adapter"
 
@@ -39,7 +42,7 @@ class Header(BaseModel):
     layers: str
     """Digest of the adapter's layer names and shapes."""
     scale_rule: Literal["constant", "rslora"]
-    scale: float
+    scale: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
     rank: Annotated[int, Field(ge=1)]
 
     @property
@@ -82,7 +85,7 @@ class TrainReply(Header):
     examples: int
     steps: int
     loss: float
-    seconds: float
+    seconds: Seconds
 
 
 H = TypeVar("H", bound=Header)
@@ -118,11 +121,11 @@ def header(content: RecordDict, kind: type[H]) -> H:
     try:
         found = kind.model_validate_json(text)
     except ValidationError as error:
+        _check_protocol(_stated_protocol(text))  # another protocol has other keys
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "header"
         raise UpdateRefused(f"malformed header: {where}: {first['msg']}") from None
-    if found.protocol != PROTOCOL:
-        raise UpdateRefused(f"speaks protocol {found.protocol}, expected {PROTOCOL}")
+    _check_protocol(found.protocol)
     return found
 
 
@@ -170,6 +173,21 @@ def content_of(reply: Message) -> RecordDict:
     if reply.has_error():
         raise UpdateRefused(reply.error.reason or f"failed with error code {reply.error.code}")
     return reply.content
+
+
+def _check_protocol(stated: object) -> None:
+    if stated != PROTOCOL:
+        raise UpdateRefused(f"speaks protocol {stated}, expected {PROTOCOL}")
+
+
+def _stated_protocol(text: str) -> object:
+    """The protocol that a header of unknown keys states; ours where it states none."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        return PROTOCOL
+    stated = values.get("protocol", PROTOCOL) if isinstance(values, dict) else PROTOCOL
+    return stated if isinstance(stated, int) else PROTOCOL
 
 
 def _text(content: RecordDict) -> str:

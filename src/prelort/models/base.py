@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -64,22 +65,42 @@ def load_model(
     """The pretrained model with a causal or a classification head, frozen, on its device.
 
     A new classification head is drawn from torch's global generator: seed it before.
-    Raises `ConfigError` for a model that is not there or that has no safetensors weights.
+    Raises `ConfigError` for a model that is not there, that has no safetensors weights, or whose
+    weights lack something other than the new head.
     """
     device = device_of(config.device)
-    options: dict[str, Any] = {"use_safetensors": True, "dtype": config.dtype}
+    options: dict[str, Any] = {
+        "use_safetensors": True,
+        "dtype": config.dtype,
+        "output_loading_info": True,
+    }
     if kind == "classification":
         options |= {"num_labels": len(labels)}
         options |= {"id2label": dict(enumerate(labels)), "ignore_mismatched_sizes": True}
     if config.quantization != "none":
         options |= {"quantization_config": _quantized(config, device), "device_map": str(device)}
     auto = AutoModelForSequenceClassification if kind == "classification" else AutoModelForCausalLM
-    model = _from_pretrained(auto, config, "model", **options)
+    model, loading = _from_pretrained(auto, config, "model", **options)
+    _check_whole(config, model, kind, loading)
     model.config.pad_token_id = pad_id
-    if model.generation_config is not None:
+    if getattr(model, "generation_config", None) is not None:
         model.generation_config.pad_token_id = pad_id
     model.requires_grad_(False)
     return model if config.quantization != "none" else model.to(device)
+
+
+def _check_whole(config: ModelConfig, model: Any, kind: str, loading: dict[str, Any]) -> None:
+    """Raise `ConfigError` naming a weight that transformers drew at random outside a new head."""
+    drawn = {*loading["missing_keys"], *(entry[0] for entry in loading["mismatched_keys"])}
+    if kind == "classification":
+        # Encoders come with and without a pooler; it stands between the encoder and the head.
+        inside = f"{model.base_model_prefix}."
+        drawn = {name for name in drawn if name.startswith(inside) and ".pooler." not in name}
+    if drawn:
+        raise ConfigError(
+            f"model.name = {config.name!r}: its weights lack {min(drawn)!r} in the shape that its "
+            f"configuration says ({len(drawn)} such tensors): this is not the whole model"
+        )
 
 
 def fingerprint(config: ModelConfig) -> str:
@@ -120,7 +141,7 @@ def _weight_files(config: ModelConfig) -> list[Path]:
 
 def _file(config: ModelConfig, name: str) -> Path | None:
     found = cached_file(
-        location(config.name),
+        os.path.expanduser(location(config.name)),
         name,
         revision=config.revision,
         _raise_exceptions_for_missing_entries=False,
@@ -143,7 +164,7 @@ def _from_pretrained(auto: Any, config: ModelConfig, what: str, **options: Any) 
             trust_remote_code=config.trust_remote_code,
             **options,
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error)
         raise ConfigError(
             f"model.name = {config.name!r}: its {what} cannot be loaded "

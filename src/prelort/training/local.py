@@ -78,7 +78,8 @@ def train(
     device = parameters[0].device
     losses: list[float] = []
     model.train()
-    _checkpointing(model, config.gradient_checkpointing)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     with _seeded(derive(seed, "dropout", client, index), device):
         for step in range(steps):
             chosen = [next(order) for _ in range(config.gradient_accumulation)]
@@ -98,7 +99,7 @@ def train(
                     f"the loss became {losses[-1]} at local step {step + 1} of {steps} "
                     f"(training.learning_rate = {config.learning_rate:g}): lower the rate"
                 )
-            if config.max_grad_norm is not None:
+            if config.max_grad_norm > 0:
                 nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
             optimizer.step()
             scheduler.step()
@@ -135,13 +136,6 @@ def _optimizer(
     if config.schedule == "linear":
         return optimizer, get_linear_schedule_with_warmup(optimizer, warmup, total, done)
     return optimizer, get_constant_schedule_with_warmup(optimizer, warmup, done)
-
-
-def _checkpointing(model: nn.Module, wanted: bool) -> None:
-    if wanted:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    elif getattr(model, "is_gradient_checkpointing", False):
-        model.gradient_checkpointing_disable()  # type: ignore[operator]
 
 
 def _precision(config: TrainingConfig, device: torch.device) -> AbstractContextManager[object]:

@@ -1,0 +1,76 @@
+"""What the benchmarks share: the machine's description, paired timings, tables and JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from prelort.experiment.folder import versions
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """What the figures depend on."""
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else _processor()
+    return {
+        **versions(),
+        "device": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def paired(sides: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each side, measured in turn so that all meet the same disturbances.
+
+    Each side returns its own seconds. One unmeasured turn comes first.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in sides}
+    for repeat in range(repeats + 1):
+        for name, side in sides.items():
+            seconds = side()
+            if repeat > 0:
+                taken[name].append(seconds)
+    return taken
+
+
+def ratio(taken: Mapping[str, Sequence[float]], name: str, reference: str) -> dict[str, float]:
+    """Median, smallest and largest of the turns' ratios to the reference's time."""
+    ratios = [a / b for a, b in zip(taken[name], taken[reference], strict=True)]
+    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+
+
+def report(name: str, title: str, rows: Sequence[Mapping[str, Any]], facts: Any) -> None:
+    """Print the rows as a table and write them, with the facts, to ``results/<name>.json``."""
+    table = Table(*rows[0], title=title)
+    for row in rows:
+        table.add_row(*(_text(value) for value in row.values()))
+    console = Console(width=110)
+    console.print(table)
+    console.print(facts)
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"title": title, "facts": facts, "rows": rows}, indent=2) + "\n")
+    console.print(f"wrote {path.relative_to(Path(__file__).parent.parent)}")
+
+
+def _text(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,117 @@
+"""What does the federation cost, beyond the clients' own training loops?
+
+The embedded default's rounds through the whole machinery (messages, checks, aggregation,
+checkpoints) against the bare sum of the same clients' local training, in turns.
+
+    python benchmarks/overhead.py [--rounds 3] [--repeats 5]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from common import machine, paired, ratio, report
+
+from prelort import methods
+from prelort.config import load
+from prelort.experiment import checkpoint
+from prelort.experiment.assemble import Assembly, assemble
+from prelort.experiment.checkpoint import Checkpoint
+from prelort.federation.exchange import Engine
+from prelort.federation.in_process import InProcessGrid
+from prelort.federation.sampling import sample
+from prelort.federation.server import ServerPlan, serve
+from prelort.federation.site import make_client_app
+from prelort.methods.interface import Client, ServerState
+from prelort.models.lora import install
+from prelort.training.local import Assignment, train
+
+
+def federated(assembly: Assembly) -> float:
+    """Seconds of the rounds through server and client app, a checkpoint after each."""
+    sites = assembly.sites
+    app = make_client_app(lambda context: sites[int(context.node_config["partition-id"])])
+    grid = InProcessGrid(app, [{"partition-id": index} for index in range(len(sites))])
+    with tempfile.TemporaryDirectory() as folder:
+
+        def save(state: ServerState) -> None:
+            checkpoint.save(Checkpoint(state, 0, "", 0), Path(folder))
+
+        plan = ServerPlan(
+            config=assembly.config,
+            state=ServerState(assembly.initial),
+            agreement=assembly.workspace.agreement,
+            emit=lambda event: None,
+            before_rounds=lambda state, levels: None,
+            after_round=save,
+            finished=lambda state, levels: None,
+        )
+        started = time.perf_counter()
+        serve(plan, Engine(grid, 1, float("inf")))
+        return time.perf_counter() - started
+
+
+def bare(assembly: Assembly) -> float:
+    """Seconds of the same clients' local training alone, one after the other."""
+    config, work = assembly.config, assembly.workspace
+    levels = sorted({site.rank for site in assembly.sites})
+    method = methods.build(config.method, levels, config.seed)
+    by_name = sorted(assembly.sites, key=lambda site: site.name)
+    seconds = 0.0
+    for index in range(config.federation.rounds):
+        per_round = config.federation.clients_per_round
+        for site in sample(by_name, per_round, seed=config.seed, round_index=index):
+            client = Client(site.name, site.rank, len(site.examples))
+            install(work.model, assembly.initial.prefix(site.rank))
+            assignment = Assignment(
+                site.name, index, config.federation.rounds, config.seed, method.objective(client)
+            )
+            started = time.perf_counter()
+            train(
+                work.model,
+                work.truncation,
+                work.task,
+                site.examples,
+                config.training,
+                assignment,
+                work.pad_id,
+            )
+            seconds += time.perf_counter() - started
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    config = load(None, [f"federation.rounds={arguments.rounds}", "data.max_test_examples=8"])
+    assembly = assemble(config)
+    # No measuring: the rounds alone are compared.
+    assembly = dataclasses.replace(assembly, test=())
+    sides = {"bare": lambda: bare(assembly), "federated": lambda: federated(assembly)}
+    taken = paired(sides, arguments.repeats)
+    rows = []
+    for name in sides:
+        ratios = ratio(taken, name, "bare")
+        rows.append(
+            {
+                "side": name,
+                "seconds (median)": sorted(taken[name])[len(taken[name]) // 2],
+                "x bare (median)": ratios["median"],
+                "min": ratios["min"],
+                "max": ratios["max"],
+            }
+        )
+    facts = {**machine(), "command": "python benchmarks/overhead.py", **vars(arguments)}
+    report("overhead", "A federated run against the bare local training loops", rows, facts)
+
+
+if __name__ == "__main__":
+    main()

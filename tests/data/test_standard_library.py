@@ -1,0 +1,114 @@
+"""The corpus made of the Python standard library's own source."""
+
+from __future__ import annotations
+
+import re
+import sysconfig
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from prelort.data import standard_library
+from prelort.data.standard_library import SourceFile, cut, find_clients, load, split
+from prelort.errors import PrelortError
+
+
+@pytest.fixture(scope="module")
+def splits() -> tuple[Dataset, Dataset]:
+    """The corpus of the Python that runs the tests."""
+    return load()
+
+
+def write(folder: Path, relative: str, lines: int = 2_500) -> None:
+    """Write a module of this many numbered 20-byte lines that no other module has."""
+    path = folder / relative
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stem = relative.replace("/", "_")[:10]
+    path.write_text("".join(f"{stem:10} = {number:06}\n" for number in range(lines)))
+
+
+def test_columns(splits: tuple[Dataset, Dataset]) -> None:
+    for part in splits:
+        assert part.column_names == ["text", "client", "path"]
+        assert all(text.strip() for text in part["text"])
+
+
+def test_every_client_is_in_both_splits(splits: tuple[Dataset, Dataset]) -> None:
+    train, test = splits
+    assert set(train["client"]) == set(test["client"])
+    assert len(set(train["client"])) >= 16
+
+
+def test_splits_are_disjoint(splits: tuple[Dataset, Dataset]) -> None:
+    train, test = splits
+    assert len({*train["path"], *test["path"]}) == len(train) + len(test)
+    assert not set(train["text"]) & set(test["text"])
+
+
+def test_texts_are_files_of_the_library_or_lines_of_them(splits: tuple[Dataset, Dataset]) -> None:
+    library = Path(sysconfig.get_path("stdlib"))
+    for part in splits:
+        for row in part:
+            name, _, lines = row["path"].partition(":")
+            text = (library / name).read_text(encoding="utf-8", errors="replace")
+            if lines:
+                first, last = map(int, lines.split("-"))
+                text = "".join(text.splitlines(keepends=True)[first - 1 : last])
+            assert row["text"] == text
+
+
+def test_four_fifths_of_every_client_are_for_training(splits: tuple[Dataset, Dataset]) -> None:
+    sizes = []
+    for part in splits:
+        size: dict[str, int] = {}
+        for row in part:
+            size[row["client"]] = size.get(row["client"], 0) + len(row["text"].encode())
+        sizes.append(size)
+    train, test = sizes
+    for client in train:
+        total = train[client] + test[client]
+        assert standard_library.MINIMUM_BYTES <= total <= standard_library.MAXIMUM_BYTES
+        assert 0.08 <= test[client] / total <= 0.3, client
+
+
+def test_no_tests_and_nothing_installed(splits: tuple[Dataset, Dataset]) -> None:
+    for part in splits:
+        for path in part["path"]:
+            assert not re.search(r"(^|/)(test|tests|idle_test|site-packages)/", path)
+
+
+def test_loading_again_gives_the_same(splits: tuple[Dataset, Dataset]) -> None:
+    for first, second in zip(splits, load(), strict=True):
+        assert first.to_dict() == second.to_dict()
+
+
+def test_modules_fill_up_where_packages_are_missing(tmp_path: Path) -> None:
+    write(tmp_path, "json/encoder.py")
+    write(tmp_path, "json/test/big.py")
+    write(tmp_path, "html/entities.py", lines=100)  # too small for a client
+    write(tmp_path, "_private.py")
+    for letter in "abcdefghijklmnopq":
+        write(tmp_path, f"{letter}_module.py", lines=2_100 if letter < "d" else 2_500)
+    clients = find_clients(tmp_path)
+    names = [client.name for client in clients]
+    assert names == ["json", *(f"modules {letter}" for letter in "adefghijklmnopq")]
+    assert all(client.train and client.test for client in clients)
+    assert not any("test" in file.path for client in clients for file in client.train)
+
+
+def test_a_library_without_source_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PrelortError, match="makes 0 clients where 16 are needed"):
+        find_clients(tmp_path)
+
+
+def test_a_package_of_one_file_is_cut_by_lines() -> None:
+    text = "".join(f"line {number}\n" for number in range(10))
+    client = split("p", [SourceFile("p/a.py", text)])
+    assert [file.path for file in client.train + client.test] == ["p/a.py:1-8", "p/a.py:9-10"]
+    assert client.train[0].text + client.test[0].text == text
+
+
+def test_a_file_of_one_line_stays_whole() -> None:
+    first, second = cut(SourceFile("p/a.py", "pass\n"))
+    assert (first.text, second.text) == ("pass\n", "")
