@@ -88,7 +88,7 @@ class PartitionConfig(Section):
         0.5, description="dirichlet, quantity: concentration; small is more uneven"
     )
     shards_per_client: Annotated[int, Field(ge=1)] = 2
-    min_examples: Annotated[int, Field(ge=1)] = Field(2, description="rows each client has")
+    min_examples: Annotated[int, Field(ge=1)] = Field(1, description="rows each client has")
 
 
 class LoraSettings(Section):

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from prelort import config as configuration
 from prelort import methods
 from prelort.adapters import LoraAdapter, peft_folder
 from prelort.config import Config
+from prelort.data import describe
 from prelort.errors import CheckpointError, ConfigError
 from prelort.experiment import checkpoint
 from prelort.experiment.assemble import Assembly, assemble
@@ -122,6 +124,7 @@ class _Run:
         if state.round > 0:
             self.tell({"event": "resumed", "round": state.round, **self._facts()})
             return
+        self._describe_clients()
         self.emit({"event": "run_started", "round": 0, **self._facts()})
         self._measure(state, with_prefixes=self.config.evaluation.every > 0)
         self._checkpoint(state)
@@ -158,6 +161,13 @@ class _Run:
         """Call the listeners."""
         for listener in self.listeners:
             listener(event)
+
+    def _describe_clients(self) -> None:
+        """Leave a table and a picture of who holds what."""
+        rows = self.assembly.rows
+        with (self.folder.path / "clients.txt").open("w", encoding="utf-8") as file:
+            Console(file=file, width=120).print(describe.summary(rows, rows.label_column))
+        describe.picture(rows, rows.label_column, self.folder.path / "clients.png")
 
     def _facts(self) -> dict[str, Any]:
         config = self.config

@@ -110,9 +110,8 @@ def record(adapter: LoraAdapter) -> ArrayRecord:
 def size(content: RecordDict) -> int:
     """The bytes of header and adapter, as they travel."""
     total = len(_text(content).encode())
-    if _ADAPTER in content.array_records:
-        total += len(content.array_records[_ADAPTER][_ADAPTER].data)
-    return total
+    blob = _blob(content)
+    return total if blob is None else total + len(blob.data)
 
 
 def header(content: RecordDict, kind: type[H]) -> H:
@@ -135,11 +134,11 @@ def adapter(content: RecordDict, head: TrainRequest | TrainReply) -> LoraAdapter
     Raises `UpdateRefused` for truncated or foreign bytes and for a type that is not the stated
     one. Shapes and values are checked by `check_adapter`.
     """
-    arrays = content.array_records.get(_ADAPTER)
-    if arrays is None or _ADAPTER not in arrays or arrays[_ADAPTER].stype != "safetensors":
+    blob = _blob(content)
+    if blob is None or blob.stype != "safetensors":
         raise UpdateRefused("carries no adapter")
     try:
-        tensors = safetensors.torch.load(arrays[_ADAPTER].data)
+        tensors = safetensors.torch.load(blob.data)
         found = LoraAdapter.from_tensors(tensors, head.rule)
     except (SafetensorError, AdapterError, ValueError, KeyError, RuntimeError) as error:
         raise UpdateRefused(f"adapter cannot be read: {error}") from None
@@ -190,9 +189,18 @@ def _stated_protocol(text: str) -> object:
     return stated if isinstance(stated, int) else PROTOCOL
 
 
+# Not by `content.array_records` and its like: these views make a cycle of references with the
+# content (flwr 1.41), and it then waits with its adapter for the garbage collector.
+
+
+def _blob(content: RecordDict) -> Array | None:
+    arrays = content.get(_ADAPTER)
+    return arrays.get(_ADAPTER) if isinstance(arrays, ArrayRecord) else None
+
+
 def _text(content: RecordDict) -> str:
-    config = content.config_records.get(_HEADER)
-    text: Any = config.get("json") if config is not None else None
+    config = content.get(_HEADER)
+    text: Any = config.get("json") if isinstance(config, ConfigRecord) else None
     if not isinstance(text, str):
         raise UpdateRefused("carries no header")
     return text

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
+import sys
 from collections.abc import Sequence
 
 from prelort.config import MethodConfig
@@ -20,13 +22,17 @@ REGISTRY: dict[str, type[Method]] = {
     method.name: method for method in (PreLort, ZeroPadding, FedIT)
 }
 
+_PARTS = ("check", "broadcast", "objective", "aggregator")
+"""What a class must have to be a `Method`."""
+
 __all__ = ["REGISTRY", "Aggregator", "Client", "Method", "ServerState", "Update", "build", "find"]
 
 
 def find(name: str) -> type[Method]:
     """The class of a registered method, or of ``package.module:Class``.
 
-    Raises `ConfigError` with the nearest known name.
+    The module is looked for in the current folder too. Raises `ConfigError` with the nearest known
+    name, or with what is wrong with the class.
     """
     if name in REGISTRY:
         return REGISTRY[name]
@@ -44,10 +50,17 @@ def build(config: MethodConfig, levels: Sequence[int], seed: int) -> Method:
 
 def _imported(name: str) -> type[Method]:
     module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:  # an installed command does not search it by itself
+        sys.path.append(os.getcwd())
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"method {name!r} cannot be imported: {error}") from None
+    except Exception as error:  # the user's own code may raise anything
+        raise ConfigError(
+            f"method {name!r} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
     if not isinstance(found, type):
         raise ConfigError(f"method {name!r} is not a class")
+    lacking = [part for part in _PARTS if not callable(getattr(found, part, None))]
+    if lacking:
+        raise ConfigError(f"method {name!r} is no method: it lacks {', '.join(lacking)}")
     return found

@@ -101,7 +101,7 @@ def configured(
     weights: dict[int, float] | None = None
     if config.level_weights is not None:
         for key in config.level_weights:
-            if not key.isdigit() or int(key) not in levels:
+            if not key.isdecimal() or int(key) not in levels:
                 raise ConfigError(
                     f"method.level_weights: {key!r} is not a rank level: the clients' ranks are "
                     f"{', '.join(map(str, levels))}"

@@ -50,6 +50,8 @@ class SlotMean:
 
     def add(self, adapter: LoraAdapter, weight: float) -> None:
         """Fold in the slots that ``adapter`` has; extras are held by everyone."""
+        if weight == 0:
+            return
         self.total += weight
         for name, factors in adapter.layers.items():
             held, mean = self.held[name][: factors.rank], self.mean.layers[name]
@@ -103,8 +105,9 @@ class Averaging:
         self.mean.add(update.adapter, self.weight(update))
 
     def result(self) -> ServerState:
-        """The state after the round."""
-        adapter = self.finish(self.mean, self.state.adapter)
+        """The state after the round; its adapter is the old one where no reply had a weight."""
+        old = self.state.adapter
+        adapter = self.finish(self.mean, old) if self.mean.total > 0 else old
         return ServerState(adapter, self.state.round + 1, self.state.memory)
 
 

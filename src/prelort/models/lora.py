@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
@@ -31,31 +32,36 @@ ADAPTER = "default"
 def attach(model: PreTrainedModel, settings: LoraSettings, rank: int, kind: str) -> PeftModel:
     """Wrap the base in PEFT with LoRA layers of ``rank`` (smaller where a pattern says so).
 
-    Raises `ConfigError` if the target modules match nothing (it lists what exists).
+    Raises `ConfigError` if a target module, a module to save or a key of the rank pattern matches
+    nothing (it lists what exists), or matches what cannot be adapted.
     """
     rule = ScaleRule(settings.scale_rule, settings.scale)
     targets = settings.target_modules
-    names = targets if isinstance(targets, str) else list(targets)
+    names = [targets] if isinstance(targets, str) else list(targets)
+    everything = names == ["all-linear"]
+    if not everything:
+        _check_targets(model, names)
+    for name in settings.modules_to_save or ():
+        if not any(own.endswith(name) for own, _ in model.named_modules()):
+            raise ConfigError(f"lora.modules_to_save: {name!r} matches no module of this model")
     config = LoraConfig(
         task_type=TaskType.SEQ_CLS if kind == "classification" else TaskType.CAUSAL_LM,
         r=rank,
         lora_alpha=rule.lora_alpha(rank),
         use_rslora=rule.kind == "rslora",
         lora_dropout=settings.dropout,
-        target_modules="all-linear" if names == "all-linear" else _listed(names),
+        target_modules="all-linear" if everything else names,
         modules_to_save=list(settings.modules_to_save) if settings.modules_to_save else None,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         rank_pattern={key: min(largest, rank) for key, largest in settings.rank_pattern.items()},
     )
-    try:
-        wrapped: PeftModel = get_peft_model(model, config, adapter_name=ADAPTER)
-    except ValueError as error:
-        if "target modules" not in str(error).lower():
-            raise
-        raise ConfigError(
-            f"lora.target_modules = {names!r} matches no layer: this model has "
-            f"{', '.join(_adaptable(model))}"
-        ) from error
+    wrapped: PeftModel = get_peft_model(model, config, adapter_name=ADAPTER)
+    for key in settings.rank_pattern:
+        if not any(re.match(rf"(.*\.)?({key})$", name) for name in lora_layers(wrapped)):
+            raise ConfigError(
+                f"lora.rank_pattern: {key!r} matches no adapted layer: they are "
+                f"{', '.join(_last_parts(lora_layers(wrapped)))}"
+            )
     return wrapped
 
 
@@ -91,21 +97,25 @@ def install(model: nn.Module, adapter: LoraAdapter) -> None:
     """Make ``adapter`` (any rank) the model's adapter: new trainable float32 parameters.
 
     The scale of every layer becomes s(rank of the layer). Optimisers of earlier parameters are
-    void. Raises `AdapterError` if a layer or an extra is missing or surplus, or does not fit.
+    void. Raises `AdapterError` if a layer or an extra is missing or surplus, or does not fit; the
+    model is then left as it was.
     """
     layers, extras = lora_layers(model), dict(_extras(model))
     _check_names(layers.keys(), adapter.layers.keys(), "layer")
     _check_names(extras.keys(), adapter.extras.keys(), "tensor")
     for name, layer in layers.items():
-        _install_layer(name, layer, adapter.layers[name], adapter.scale)
+        _check_fit(name, layer, adapter.layers[name])
     for name, (module, attribute) in extras.items():
-        old = getattr(module, attribute)
-        new = adapter.extras[name]
+        old, new = getattr(module, attribute), adapter.extras[name]
         if old.shape != new.shape:
             raise AdapterError(
                 f"tensor {name!r} has shape {list(new.shape)}, expected {list(old.shape)}"
             )
-        setattr(module, attribute, _parameter(new, old.device))
+    for name, layer in layers.items():
+        _install_layer(layer, adapter.layers[name], adapter.scale)
+    for name, (module, attribute) in extras.items():
+        device = getattr(module, attribute).device
+        setattr(module, attribute, _parameter(adapter.extras[name], device))
 
 
 def extract(model: nn.Module, scale: ScaleRule) -> LoraAdapter:
@@ -126,13 +136,17 @@ def trainable(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]
     return factors, [getattr(module, attribute) for _, (module, attribute) in _extras(model)]
 
 
-def _install_layer(name: str, layer: LoraLayer, factors: Factors, scale: ScaleRule) -> None:
+def _check_fit(name: str, layer: LoraLayer, factors: Factors) -> None:
     a, b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
     if factors.A.shape[1] != a.in_features or factors.B.shape[0] != b.out_features:
         raise AdapterError(
             f"layer {name!r}: A is {list(factors.A.shape)} and B is {list(factors.B.shape)}, "
             f"expected [rank, {a.in_features}] and [{b.out_features}, rank]"
         )
+
+
+def _install_layer(layer: LoraLayer, factors: Factors, scale: ScaleRule) -> None:
+    a, b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
     rank = factors.rank
     device = a.weight.device
     a.weight, b.weight = _parameter(factors.A, device), _parameter(factors.B, device)
@@ -175,13 +189,20 @@ def _check_names(expected: object, given: object, what: str) -> None:
         raise AdapterError(f"{what} {surplus[0]!r} of the adapter is not in the base model")
 
 
-def _listed(names: str | list[str]) -> list[str]:
-    return [names] if isinstance(names, str) else names
+def _check_targets(model: nn.Module, names: list[str]) -> None:
+    """Every name must match at the end of some module's name, and linear layers only."""
+    for name in names:
+        matches = [m for n, m in model.named_modules() if f".{n}".endswith(f".{name}")]
+        strange = [m for m in matches if not isinstance(m, nn.Linear | Conv1D)]
+        if not matches or strange:
+            what = f"a {type(strange[0]).__name__}, no linear layer" if strange else "no layer"
+            linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+            raise ConfigError(
+                f"lora.target_modules = {names!r}: {name!r} matches {what}: this model has "
+                f"{', '.join(_last_parts(linear))}"
+            )
 
 
-def _adaptable(model: nn.Module) -> list[str]:
-    """The last parts of the names of all linear layers, once each."""
-    found = {
-        n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)
-    }
-    return sorted(found)
+def _last_parts(names: Iterable[str]) -> list[str]:
+    """The last parts of the names of layers, once each."""
+    return sorted({name.split(".")[-1] for name in names})

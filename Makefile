@@ -1,0 +1,53 @@
+# Two commands do everything on a machine that has Python 3.11 or newer:
+#   make quickstart    install into .venv and run the embedded default
+#   make test          install into .venv and pass the tests
+
+PYTHON ?= python3
+BIN := .venv/bin
+# The release that this repository is tested with; the package itself allows a range. Elsewhere
+# than on a CPU: make install TORCH="torch==2.13.0 --index-url ..." for the build of your GPU.
+TORCH ?= torch==2.13.0
+OUT ?= runs/quickstart
+
+.PHONY: help install quickstart test lint types format docs bench clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(BIN)/.installed ## make .venv and install the package with its tools
+
+$(BIN)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev,docs,encoder]"
+	@touch $@
+
+quickstart: install ## train mixed-rank clients with two methods: a table, a picture, adapters
+	@if [ -e $(OUT)/methods.json ]; then $(BIN)/prelort run --resume $(OUT); \
+	else $(BIN)/prelort run --method prelort --method zero-padding --out $(OUT); fi
+
+test: install ## run all tests
+	$(BIN)/python -m pytest -n auto --maxprocesses 8
+
+lint: install ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install ## check types
+	$(BIN)/mypy
+
+format: install ## put style and formatting right
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: install ## build the documentation into site/
+	$(BIN)/mkdocs build --strict --quiet
+
+bench: install ## the benchmarks, results in benchmarks/results
+	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/nested_cost.py
+
+clean: ## remove the environment and what was built
+	rm -rf .venv site dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

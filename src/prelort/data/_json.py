@@ -1,0 +1,84 @@
+"""Reading JSON and JSON lines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from datasets.exceptions import DatasetsError
+
+from prelort.data._reading import lines, load, reason
+
+
+def read_json_lines(path: Path) -> Dataset:
+    """One object a line; raises ValueError naming the first line that is none."""
+    for _ in lines(path):
+        pass  # the loader does not check that the text is UTF-8
+    try:
+        return load("json", path, parse_agent_traces=False)
+    except (ValueError, DatasetsError) as error:
+        number = 0
+        for number, line in lines(path):
+            _object(line, f"line {number}")
+        raise ValueError(reason(error) if number else "it has no rows") from None
+
+
+def read_json(path: Path) -> Dataset:
+    """A list of objects, or an object with one such list inside; raises ValueError."""
+    text = path.read_text(encoding="utf-8-sig")
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        if _is_json_lines(text):
+            return read_json_lines(path)
+        raise ValueError(f"it is not JSON: {error}") from None
+    if isinstance(content, dict):
+        lists = {k: v for k, v in content.items() if _is_list_of_objects(v)}
+        if len(lists) != 1:
+            found = ", ".join(repr(name) for name in lists) or "none"
+            raise ValueError(f"an object must have one list of objects inside, and has: {found}")
+        (content,) = lists.values()
+    if not isinstance(content, list):
+        raise ValueError("it must be a list of objects, or an object with one inside")
+    for number, row in enumerate(content, start=1):
+        if not isinstance(row, dict):
+            raise ValueError(f"row {number} is not an object: {json.dumps(row)[:60]}")
+    # Not Dataset.from_list, which takes its columns from the first row.
+    names = list(dict.fromkeys(name for row in content for name in row))
+    columns = {name: [row.get(name) for row in content] for name in names}
+    try:
+        return Dataset.from_dict(columns)
+    except (ValueError, TypeError) as error:
+        mixed = next((name for name in names if not _is_of_one_type(columns[name])), None)
+        raise ValueError(f"column {mixed!r} mixes kinds of values: {error}") from None
+
+
+def _is_of_one_type(values: list[Any]) -> bool:
+    try:
+        Dataset.from_dict({"": values})
+    except (ValueError, TypeError):
+        return False
+    return True
+
+
+def _is_json_lines(text: str) -> bool:
+    """Whether a .json file has one object a line, as many on the hub do."""
+    try:
+        return isinstance(json.loads(text.split("\n", 1)[0]), dict)
+    except json.JSONDecodeError:
+        return False
+
+
+def _is_list_of_objects(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)
+
+
+def _object(line: str, where: str) -> None:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON: {error.msg}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is not an object: {line[:60]}")

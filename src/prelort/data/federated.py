@@ -1,0 +1,190 @@
+"""From a configuration to each client's rows: read, check, deal, hold out, assign ranks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+from datasets import Dataset, concatenate_datasets
+
+from prelort import tasks
+from prelort.config import EMBEDDED, Config, PartitionConfig
+from prelort.data import ranks, sources
+from prelort.data.partition import Part, client_column, partition
+from prelort.data.shares import apportion
+from prelort.data.streams import generator
+from prelort.errors import ConfigError
+from prelort.tasks.columns import class_names, class_order, listed, require_filled
+
+
+@dataclass(frozen=True)
+class ClientRows:
+    """One client's share: what it trains on, and what it is measured on (None: nothing)."""
+
+    name: str
+    rank: int
+    train: Dataset
+    test: Dataset | None
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A value of the client column that became no client, and why."""
+
+    name: str
+    rows: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class FederatedRows:
+    """The rows of a whole run.
+
+    ``test`` is the given test set, or else all clients' test rows one after another. ``labels``
+    are the class names in the order of their numbers (empty unless the task is classification),
+    and ``label_column`` the column that holds them, or the one that was dealt by.
+    """
+
+    clients: tuple[ClientRows, ...]
+    test: Dataset
+    labels: tuple[str, ...]
+    label_column: str | None
+    dropped: tuple[Dropped, ...]
+
+
+def load(config: Config) -> FederatedRows:
+    """Read, check and deal the configured data. Raises `ConfigError` in one sentence.
+
+    Equal configurations and data give equal rows. Where there is no test set each client holds
+    out ``data.test_fraction`` of its rows, at least one, and trains on at least one.
+    """
+    train, test = sources.read(config.data)
+    columns = _check_columns(config, train, test)
+    labels: tuple[str, ...] = ()
+    if config.task == "classification":
+        # Of all rows that were read: the classes belong to the data set, not to what was drawn.
+        labels = _check_labels(train, test, columns[1])
+    label_column = columns[1] if labels else config.data.label_column
+    train = _draw(train, config.data.max_train_examples, config.seed, "train")
+    dealing = config.partition
+    if test is None:  # a client needs a row to train on and one to test on
+        dealing = dealing.model_copy(update={"min_examples": max(dealing.min_examples, 2)})
+    parts = partition(train, dealing, label_column, config.seed)
+    dropped = _dropped(train, dealing, parts)
+    trains = [train.select(part.indices) for part in parts]
+    names = [part.name for part in parts]
+    learnt, tests, pooled = _with_tests(config, test, trains, names)
+    assigned = ranks.assign(config.ranks, [len(rows) for rows in learnt], config.seed)
+    clients = map(ClientRows, names, assigned, learnt, tests)
+    shown = label_column or (config.partition.column if config.partition.by != "column" else None)
+    return FederatedRows(tuple(clients), pooled, labels, shown, dropped)
+
+
+def _with_tests(
+    config: Config, test: Dataset | None, trains: Sequence[Dataset], names: Sequence[str]
+) -> tuple[Sequence[Dataset], Sequence[Dataset | None], Dataset]:
+    """Each client's training rows, each client's test rows, and the pooled test rows."""
+    most, seed = config.data.max_test_examples, config.seed
+    if test is None:
+        trains, tests = _hold_out(config, trains, names)
+    else:
+        tests = _own_tests(config, test, names)
+        if not any(tests):
+            return trains, tests, _draw(test, most, seed, "test")
+    tests = _draw_of_each(tests, most, seed)
+    return trains, tests, concatenate_datasets([rows for rows in tests if rows is not None])
+
+
+def _check_columns(config: Config, train: Dataset, test: Dataset | None) -> tuple[str, ...]:
+    """The task's columns, which exist in both sets; the first one is filled in every row."""
+    columns = tasks.get(config.task).columns(config.data, train.column_names)
+    for key, rows in (("data.source", train), ("data.test", test)):
+        if rows is None:
+            continue
+        for column in columns:
+            if column not in rows.column_names:
+                raise ConfigError(f"{key} has no column {column!r}: {listed(rows.column_names)}")
+        require_filled(rows, columns[0], key)
+    return columns
+
+
+def _check_labels(train: Dataset, test: Dataset | None, column: str) -> tuple[str, ...]:
+    labels = class_order(train, column, "data.source")
+    if len(labels) < 2:
+        raise ConfigError(
+            f"data.source has one class only, {labels[0]!r} in column {column!r}: "
+            "classification needs two or more"
+        )
+    if test is not None:
+        for number, name in enumerate(class_names(test, column, "data.test"), start=1):
+            if name not in labels:
+                raise ConfigError(
+                    f"data.test: row {number} has the label {name!r}, which no training row has"
+                )
+    return labels
+
+
+def _dropped(
+    train: Dataset, dealing: PartitionConfig, parts: Sequence[Part]
+) -> tuple[Dropped, ...]:
+    if dealing.by != "column":
+        return ()
+    column = client_column(dealing, train.column_names)
+    counts = Counter(class_names(train, column, "partition.column"))
+    kept = {part.name for part in parts}
+    least = dealing.min_examples
+    return tuple(
+        Dropped(name, rows, "too few rows" if rows < least else "more than partition.clients")
+        for name, rows in counts.most_common()
+        if name not in kept
+    )
+
+
+def _hold_out(
+    config: Config, trains: Sequence[Dataset], names: Sequence[str]
+) -> tuple[list[Dataset], list[Dataset | None]]:
+    kept: list[Dataset] = []
+    held: list[Dataset | None] = []
+    for rows, name in zip(trains, names, strict=True):
+        size = min(max(round(len(rows) * config.data.test_fraction), 1), len(rows) - 1)
+        order = generator(config.seed, "hold-out", name).permutation(len(rows))
+        held.append(rows.select(np.sort(order[:size])))
+        kept.append(rows.select(np.sort(order[size:])))
+    return kept, held
+
+
+def _own_tests(config: Config, test: Dataset, names: Sequence[str]) -> list[Dataset | None]:
+    """The embedded test rows by client; a test set that was given is nobody's own."""
+    given = config.data.source != EMBEDDED or config.data.test is not None
+    if given or config.partition.by != "column":
+        return [None] * len(names)
+    values = np.asarray(test[client_column(config.partition, test.column_names)][:])
+    found = [np.flatnonzero(values == name) for name in names]
+    return [test.select(indices) if len(indices) else None for indices in found]
+
+
+def _draw(rows: Dataset, most: int | None, seed: int, purpose: str) -> Dataset:
+    if most is None or most >= len(rows):
+        return rows
+    drawn = generator(seed, "draw", purpose).choice(len(rows), most, replace=False)
+    return rows.select(np.sort(drawn))
+
+
+def _draw_of_each(
+    tests: Sequence[Dataset | None], most: int | None, seed: int
+) -> list[Dataset | None]:
+    """Draw in proportion, so that every client keeps a row as long as there are enough."""
+    sizes = [0 if rows is None else len(rows) for rows in tests]
+    if most is None or most >= sum(sizes):
+        return list(tests)
+    holders = [k for k, size in enumerate(sizes) if size]
+    quotas = apportion(most, [Fraction(sizes[k]) for k in holders], at_least_one=True)
+    drawn: list[Dataset | None] = [None] * len(tests)
+    for k, quota in zip(holders, quotas, strict=True):
+        rows = tests[k]
+        if rows is not None and quota:
+            drawn[k] = _draw(rows, quota, seed, f"test-{k}")
+    return drawn

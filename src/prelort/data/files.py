@@ -1,0 +1,120 @@
+"""Reading one local file as a table of rows, with errors that name the row."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from datasets import Dataset, Features, Value
+from datasets.exceptions import DatasetsError
+
+from prelort.data._json import read_json, read_json_lines
+from prelort.data._reading import lines, load, reason
+from prelort.errors import ConfigError
+
+
+def read(path: Path, key: str) -> Dataset:
+    """The rows of a file by its suffix; ``key`` is the configuration's key that an error names.
+
+    CSV and TSV need a header, and their cells are text as written ('007' and 'NA' stay). JSON is
+    a list of objects, or an object with one such list inside; JSON lines one object a line. A
+    text file gives column ``text``, one row a line that is not blank. All text is UTF-8.
+
+    Raises `ConfigError`: unknown suffix, empty, malformed (with the row's number), not UTF-8.
+    """
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise ConfigError(
+            f"{key} = {str(path)!r} has an unknown kind of file: allowed are {', '.join(READERS)}"
+        )
+    try:
+        if path.stat().st_size == 0:
+            raise ValueError("the file is empty")
+        rows = reader(path)
+    except (ValueError, OSError, DatasetsError) as error:
+        raise ConfigError(f"{key} = {str(path)!r} cannot be read: {reason(error)}") from None
+    if len(rows) == 0:
+        raise ConfigError(f"{key} = {str(path)!r} cannot be read: it has no rows")
+    return rows
+
+
+def _csv(path: Path) -> Dataset:
+    return _delimited(path, ",", csv.QUOTE_MINIMAL)
+
+
+def _tsv(path: Path) -> Dataset:
+    try:
+        return _delimited(path, "\t", csv.QUOTE_MINIMAL)
+    except ValueError:
+        # Spreadsheets quote cells; TSV proper, as many data sets have it, knows no quoting.
+        return _delimited(path, "\t", csv.QUOTE_NONE)
+
+
+def _delimited(path: Path, separator: str, quoting: Literal[0, 3]) -> Dataset:
+    header = _check_delimited(path, separator, quoting)
+    # Text everywhere: types guessed from the first rows would break on later ones, turn '007'
+    # to 7 and the word 'None' to a missing value.
+    return load(
+        "csv",
+        path,
+        sep=separator,
+        quoting=quoting,
+        encoding="utf-8-sig",
+        features=Features({name: Value("string") for name in header}),
+        keep_default_na=False,
+    )
+
+
+def _check_delimited(path: Path, separator: str, quoting: Literal[0, 3]) -> list[str]:
+    """The header; raises ValueError for a row of another length, which pandas would bend."""
+    with path.open(encoding="utf-8-sig", newline="") as file, _long_cells():
+        # strict: a quote that is never closed would swallow the rest of the file.
+        rows = csv.reader(file, delimiter=separator, quoting=quoting, strict=True)
+        try:
+            header = next(rows, [])
+            if len(set(header)) < len(header) or not all(header):
+                raise ValueError(f"the header has an empty or repeated name: {header}")
+            number = 0
+            for number, cells in enumerate(filter(None, rows), start=1):
+                if len(cells) != len(header):
+                    raise ValueError(
+                        f"row {number} (line {rows.line_num}) has {len(cells)} cells, "
+                        f"and the header has {len(header)}"
+                    )
+        except csv.Error as error:
+            raise ValueError(f"line {rows.line_num}: {error}") from None
+    if number == 0:
+        raise ValueError("it has no rows")
+    return header
+
+
+@contextmanager
+def _long_cells() -> Iterator[None]:
+    """Lift csv's limit of 131,072 characters a cell: a cell may be a whole document."""
+    limit = csv.field_size_limit(2**31 - 1)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _parquet(path: Path) -> Dataset:
+    return load("parquet", path)
+
+
+def _text(path: Path) -> Dataset:
+    return Dataset.from_dict({"text": [line for _, line in lines(path)]})
+
+
+READERS: dict[str, Callable[[Path], Dataset]] = {
+    ".csv": _csv,
+    ".tsv": _tsv,
+    ".json": read_json,
+    ".jsonl": read_json_lines,
+    ".parquet": _parquet,
+    ".txt": _text,
+}
+"""How each suffix is read."""

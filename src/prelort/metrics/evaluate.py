@@ -1,0 +1,182 @@
+"""One model measured at several ranks on the same examples."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from prelort.errors import ConfigError
+from prelort.metrics import scores
+from prelort.metrics.generate import continuations, fit_prompt, pad_token
+from prelort.tasks.interface import Example, Task
+
+FROM_LOGITS = ("accuracy", "macro_f1")
+
+
+@dataclass
+class _Tally:
+    """What one rank has gathered so far."""
+
+    nll: float = 0.0  # a Python float is a float64
+    weight: int = 0
+    predictions: list[int] = field(default_factory=list)
+    truth: list[int] = field(default_factory=list)
+    texts: dict[int, str] = field(default_factory=dict)
+
+
+def evaluate(
+    model: torch.nn.Module,
+    task: Task,
+    examples: Sequence[Example],
+    ranks: Sequence[int],
+    at_rank: Callable[[int], AbstractContextManager[Any]],
+    *,
+    metrics: Sequence[str],
+    tokenizer: Any,
+    batch_size: int,
+    max_new_tokens: int,
+    max_generated: int,
+    device: torch.device | str,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[int, dict[str, float]]:
+    """The metrics, and always ``loss``, at each of ``ranks`` (0 is the untuned base).
+
+    ``with at_rank(r):`` must make ``model`` the model of rank r. Neither the order of the examples
+    nor ``batch_size`` matters but for rounding, except that ``rouge_l`` takes the first
+    ``max_generated`` examples that have a prompt and a reference. Units: loss in nats per token
+    (causal) or example, accuracy and macro_f1 in 0..1, rouge_l in 0..100. ``progress`` is called
+    with the steps done and their number. The modules' training modes are restored.
+
+    Raises `ConfigError` for a metric that the task does not allow and where nothing can be
+    measured: no examples, nothing learnt in them, no references for ``rouge_l``.
+    """
+    _check(task, examples, metrics)
+    if not ranks:
+        return {}
+    asked = _with_reference(examples)[:max_generated] if "rouge_l" in metrics else []
+    if "rouge_l" in metrics and not asked:
+        raise ConfigError("metric 'rouge_l' needs test examples with a prompt and a reference")
+    batches = _batches(examples, [len(e.input_ids) for e in examples], batch_size)
+    generated = _batches(asked, [e.prompt_length for e in asked], batch_size)
+    tallies = {rank: _Tally() for rank in ranks}
+    total = (len(batches) + len(generated)) * len(tallies)
+    tick = _ticker(progress, total)
+    with _evaluating(model), _logits(model, any(m in FROM_LOGITS for m in metrics)) as logits:
+        for members in batches:
+            batch = task.collate([examples[i] for i in members], pad_token(tokenizer))
+            weight = int(task.weight(batch))
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            for rank, tally in tallies.items():
+                with at_rank(rank):
+                    tally.nll += float(task.loss_sum(model, batch).item())
+                tally.weight += weight
+                if logits:
+                    tally.predictions += logits.pop().argmax(dim=-1).tolist()
+                    tally.truth += batch["labels"].tolist()
+                    logits.clear()
+                tick()
+    with _evaluating(model):
+        for members in generated:
+            prompts = [asked[i].input_ids[: asked[i].prompt_length] for i in members]
+            prompts = [fit_prompt(model, prompt, max_new_tokens) for prompt in prompts]
+            for rank, tally in tallies.items():
+                with at_rank(rank):
+                    texts = continuations(
+                        model, tokenizer, prompts, max_new_tokens=max_new_tokens, device=device
+                    )
+                tally.texts.update(zip(members, texts, strict=True))
+                tick()
+    references = [example.reference for example in asked]
+    return {rank: _summary(tally, metrics, references) for rank, tally in tallies.items()}
+
+
+def _check(task: Task, examples: Sequence[Example], metrics: Sequence[str]) -> None:
+    for metric in metrics:
+        if metric not in task.allowed_metrics:
+            allowed = ", ".join(task.allowed_metrics)
+            raise ConfigError(
+                f"metric {metric!r} is not defined for task {task.name!r}: allowed are {allowed}"
+            )
+        if metric in FROM_LOGITS and task.kind != "classification":
+            raise ConfigError(f"metric {metric!r} needs a task that classifies, not {task.name!r}")
+    if not examples:
+        raise ConfigError("there are no test examples to evaluate on")
+
+
+def _with_reference(examples: Sequence[Example]) -> list[Example]:
+    return [e for e in examples if e.reference and e.prompt_length > 0]
+
+
+def _batches(examples: Sequence[Example], lengths: list[int], size: int) -> list[list[int]]:
+    """Indices in batches of like length, to save padding; the longest first, to fail early."""
+    order = sorted(range(len(examples)), key=lambda i: -lengths[i])
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def _ticker(progress: Callable[[int, int], None] | None, total: int) -> Callable[[], None]:
+    """A function that counts its calls and reports them."""
+    counter = itertools.count(1)
+
+    def tick() -> None:
+        if progress is not None:
+            progress(next(counter), total)
+
+    return tick
+
+
+def _summary(tally: _Tally, metrics: Sequence[str], references: list[str]) -> dict[str, float]:
+    if tally.weight < 1:
+        raise ConfigError("no test example has anything to learn: every label is ignored")
+    values: dict[str, float] = {}
+    for metric in metrics:
+        if metric == "perplexity":
+            values[metric] = scores.perplexity(tally.nll, tally.weight)
+        elif metric == "accuracy":
+            values[metric] = scores.accuracy(tally.predictions, tally.truth)
+        elif metric == "macro_f1":
+            values[metric] = scores.macro_f1(tally.predictions, tally.truth)
+        elif metric == "rouge_l":
+            ordered = [tally.texts[i] for i in range(len(references))]
+            values[metric] = scores.rouge_l(ordered, references)
+        else:
+            raise ConfigError(f"metric {metric!r} is allowed by the task but unknown here")
+    values["loss"] = tally.nll / tally.weight
+    return values
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """No gradients and eval mode; afterwards every module is back in the mode that it had."""
+    # Not inference_mode: tensors made there (rotary caches) must not meet autograd later.
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _logits(model: torch.nn.Module, wanted: bool) -> Iterator[list[torch.Tensor]]:
+    """The list that receives the logits of each forward pass.
+
+    They are overheard while the task computes its loss, which saves a second forward pass.
+    """
+    heard: list[torch.Tensor] = []
+
+    def hear(module: torch.nn.Module, arguments: Any, output: Any) -> None:
+        heard.append(output.logits)
+
+    handle = model.register_forward_hook(hear) if wanted else None
+    try:
+        yield heard
+    finally:
+        if handle is not None:
+            handle.remove()

@@ -1,0 +1,167 @@
+"""What a run wrote down (``metrics.jsonl``), and what can be read off it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prelort.errors import PrelortError
+
+Event = dict[str, Any]
+"""One line: ``event`` names its kind; but for ``run_started`` it has a ``round``."""
+
+Values = dict[str, float]
+"""Metric to value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """The metrics of the global adapter at every rank prefix after a round."""
+
+    round: int
+    prefixes: dict[int, Values]
+
+    def by_rank(self, metric: str) -> dict[int, float]:
+        """Rank to value, lowest rank first; ranks that lack the metric are left out."""
+        rows = sorted(self.prefixes.items())
+        return {rank: values[metric] for rank, values in rows if metric in values}
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What a run took, up to where it got."""
+
+    rounds: int
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+    finished: bool
+
+
+def read(path: Path | str) -> list[Event]:
+    """The events of a run, in the order written.
+
+    A last line that is cut short, as a killed run leaves it, is passed over. Raises
+    `PrelortError` where the file is missing, cannot be read, or has any other line that is not
+    an event.
+    """
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        raise PrelortError(f"metrics file {str(path)!r} cannot be read: {error.strerror}") from None
+    events: list[Event] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            event = json.loads(line)
+            if not isinstance(event, dict) or "event" not in event:
+                raise ValueError
+        except ValueError:  # also what bad JSON and bad UTF-8 raise
+            if number == len(lines):  # no newline came after it
+                break
+            raise PrelortError(f"{str(path)!r}, line {number}, is not an event of a run") from None
+        events.append(event)
+    return events
+
+
+def settled(events: Iterable[Event]) -> list[Event]:
+    """The events that count: a resumed run takes back what came after its checkpoint.
+
+    A killed run may have begun the round that is done again on resuming; its lines are still in
+    the file and would count twice.
+    """
+    kept: list[Event] = []
+    for event in events:
+        if event["event"] == "resumed":
+            back = event.get("round", 0)
+            kept = [e for e in kept if e.get("round", 0) <= back and e["event"] != "run_finished"]
+        kept.append(event)
+    return kept
+
+
+def started(events: Iterable[Event]) -> Event:
+    """The ``run_started`` event, or an empty one."""
+    return next((e for e in events if e["event"] == "run_started"), {})
+
+
+def evaluations(events: Iterable[Event]) -> list[Evaluation]:
+    """The evaluations by round; of several of one round the last."""
+    found = {
+        e.get("round", 0): Evaluation(
+            e.get("round", 0),
+            {int(rank): _values(row) for rank, row in e.get("prefixes", {}).items()},
+        )
+        for e in settled(events)
+        if e["event"] == "evaluated" and e.get("prefixes")
+    }
+    return [found[number] for number in sorted(found)]
+
+
+def final_evaluation(events: Iterable[Event]) -> Evaluation | None:
+    """The last evaluation, or None before the first."""
+    found = evaluations(events)
+    return found[-1] if found else None
+
+
+def shortfall(events: Sequence[Event]) -> str:
+    """Why the final evaluation is not of the run's last round; empty where it is."""
+    final, rounds = final_evaluation(events), started(events).get("rounds")
+    if final is None:
+        return "not measured yet"
+    if rounds is not None and final.round < rounds:
+        return f"measured after round {final.round} of {rounds}"
+    return ""
+
+
+def base_row(events: Iterable[Event]) -> Values:
+    """The untuned base's metrics; empty where the run did not measure them."""
+    return next((_values(e["base"]) for e in events if e.get("base")), {})
+
+
+def metrics_of(runs: Mapping[str, Sequence[Event]]) -> list[str]:
+    """The metrics that the runs measured, in their order; ``loss`` only if there is no other."""
+    names: dict[str, None] = {}
+    for events in runs.values():
+        names.update(dict.fromkeys(base_row(events)))
+        for evaluation in evaluations(events):
+            for values in evaluation.prefixes.values():
+                names.update(dict.fromkeys(values))
+    return [name for name in names if name != "loss"] or list(names)
+
+
+def train_losses(events: Iterable[Event]) -> dict[int, float]:
+    """Round to the mean training loss of its replies."""
+    rounds = (e for e in settled(events) if e["event"] == "aggregated")
+    return {e["round"]: float(e["loss"]) for e in rounds if e.get("loss") is not None}
+
+
+def totals(events: Iterable[Event]) -> Totals:
+    """Bytes sent by clients (up) and to clients (down), wall seconds, and rounds completed.
+
+    Of a finished run as it says itself; of a run that stopped, the sum over the rounds done.
+    """
+    counted = settled(events)
+    rounds = {e["round"]: e for e in counted if e["event"] == "aggregated"}
+    for event in reversed(counted):
+        if event["event"] == "run_finished":
+            up, down = int(event.get("bytes_up", 0)), int(event.get("bytes_down", 0))
+            return Totals(int(event["round"]), up, down, float(event.get("seconds", 0.0)), True)
+    seconds = sum(e.get("seconds", {}).get("total", 0.0) for e in rounds.values())
+    seconds += sum(e.get("seconds", 0.0) for e in counted if e["event"] == "evaluated")
+    return Totals(
+        rounds=max(rounds, default=0),
+        bytes_up=sum(e.get("bytes_up", 0) for e in rounds.values()),
+        bytes_down=sum(e.get("bytes_down", 0) for e in rounds.values()),
+        seconds=seconds,
+        finished=False,
+    )
+
+
+def _values(row: Mapping[str, Any]) -> Values:
+    """Numbers as they are; a null, as strict JSON writes a NaN, is a NaN again."""
+    return {name: math.nan if value is None else float(value) for name, value in row.items()}

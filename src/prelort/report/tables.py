@@ -1,0 +1,190 @@
+"""Runs side by side: a metric at every rank prefix, its area, and what the run cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from prelort.errors import PrelortError
+from prelort.metrics.scores import aurac
+from prelort.report.events import (
+    Event,
+    base_row,
+    final_evaluation,
+    metrics_of,
+    shortfall,
+    totals,
+)
+from prelort.report.wording import Wording, human_bytes, human_seconds, listed, plain, wording
+
+BASE = "untuned base"
+
+Runs = Mapping[str, Sequence[Event]]
+"""A run's name (mostly its method) to its events."""
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of numbers: a head of two parts, and a text per row, the best ones marked."""
+
+    over: str
+    under: str
+    texts: list[str]
+    best: list[bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One metric's table, before it is drawn. The first row is always the untuned base."""
+
+    title: str
+    names: list[str]
+    columns: list[Column]
+    notes: list[str]
+
+
+def comparison_table(runs: Runs, metric: str | None = None) -> Table:
+    """The runs as a table for the terminal; with several metrics, one table under the other.
+
+    Rows: the untuned base, then each run. Columns: the metric at every rank prefix of the last
+    evaluation, its area under the rank curve (AURAC), bytes and time. The best of a column is
+    bold where its rows differ. Raises `PrelortError` for a metric that no run measured.
+    """
+    tables = [_drawn(block) for block in blocks(runs, metric)]
+    if len(tables) == 1:
+        return tables[0]
+    stack = Table.grid()
+    stack.add_row(Group(*tables))
+    return stack
+
+
+def comparison_markdown(runs: Runs, metric: str | None = None) -> str:
+    """What `comparison_table` says, as Markdown; one table per metric under a heading each."""
+    return "\n".join(_written(block) for block in blocks(runs, metric))
+
+
+def blocks(runs: Runs, metric: str | None = None) -> list[Block]:
+    """The tables' contents, one for each metric asked for."""
+    measured = metrics_of(runs)
+    if metric is None:
+        return [_block(runs, name) for name in measured or ["loss"]]
+    everything = {*measured, *(["loss"] if measured else [])}
+    if metric not in everything:
+        known = listed(sorted(everything)) or "nothing so far"
+        raise PrelortError(f"metric {metric!r} was not measured: there is {known}")
+    return [_block(runs, metric)]
+
+
+def _block(runs: Runs, metric: str) -> Block:
+    words = wording(metric)
+    finals = {name: final_evaluation(events) for name, events in runs.items()}
+    curves = {name: final.by_rank(metric) if final else {} for name, final in finals.items()}
+    ranks = sorted({rank for curve in curves.values() for rank in curve})
+    shared = _shared_ranks(list(curves.values()))
+    bases = [row[metric] for row in map(base_row, runs.values()) if metric in row]
+    base = bases[0] if bases else None
+
+    columns = [
+        _scored(words, f"rank {rank}", [base, *(curve.get(rank) for curve in curves.values())])
+        for rank in ranks
+    ]
+    areas = [_area(curve, shared) for curve in curves.values()]
+    columns.append(_scored(words, "AURAC", [base, *areas]))
+    spent = [totals(events) for events in runs.values()]
+    for over, under, show, costs in (
+        ("bytes ↓", "up", human_bytes, [spend.bytes_up for spend in spent]),
+        ("bytes ↓", "down", human_bytes, [spend.bytes_down for spend in spent]),
+        ("time ↓", "", human_seconds, [spend.seconds for spend in spent]),
+    ):
+        texts = ["–", *map(show, costs)]
+        # A run that stopped early is cheap for no merit.
+        rivals = [c if spend.finished else None for c, spend in zip(costs, spent, strict=True)]
+        columns.append(Column(over, under, texts, _best([None, *rivals], texts, False)))
+
+    early = {name: shortfall(events) for name, events in runs.items()}
+    names = [BASE, *(plain(name) + (" *" if early[name] else "") for name in runs)]
+    notes = [f"* {plain(name)}: {why}." for name, why in early.items() if why]
+    if ranks and shared != ranks:
+        over = ("ranks " if len(shared) > 1 else "rank ") + listed(shared) if shared else "no rank"
+        notes.append(f"AURAC over {over}, because not every run was measured at every rank.")
+    # Rounding differs between batch sizes and machines; another model or test set differs more.
+    if any(not math.isclose(other, bases[0], rel_tol=1e-3) for other in bases):
+        notes.append(
+            "The runs' untuned bases differ: they do not share a model or test data,"
+            " and the base shown is the first one's."
+        )
+    title = f"{words.title} by rank prefix of the global adapter, {words.direction}"
+    return Block(title, names, columns, notes)
+
+
+def _scored(words: Wording, under: str, values: Sequence[float | None]) -> Column:
+    texts = [words.show(value) for value in values]
+    best = _best(values, texts, words.higher_is_better)
+    return Column(f"{words.short} {words.arrow}", under, texts, best)
+
+
+def _shared_ranks(curves: Sequence[Mapping[int, float]]) -> list[int]:
+    """The ranks that all runs have, leaving aside runs that have no prefixes (a single rank)."""
+    wide = [set(curve) for curve in curves if len(curve) > 1] or [set(c) for c in curves if c]
+    return sorted(set.intersection(*wide)) if wide else []
+
+
+def _area(curve: Mapping[int, float], ranks: Sequence[int]) -> float | None:
+    """Over the ranks shared: areas over different ranks cannot be compared."""
+    if not ranks or not set(ranks) <= set(curve):
+        return None
+    return aurac({rank: curve[rank] for rank in ranks})
+
+
+def _best(values: Sequence[float | None], texts: Sequence[str], highest: bool) -> list[bool]:
+    """Which rows to mark: those that read like the best one, unless every number reads alike."""
+    numbers = {i: v for i, v in enumerate(values) if v is not None}
+    finite = {i: v for i, v in numbers.items() if math.isfinite(v)}
+    if not finite or len({texts[i] for i in numbers}) < 2:
+        return [False] * len(texts)
+    winner = (max if highest else min)(finite, key=finite.__getitem__)
+    return [i in finite and texts[i] == texts[winner] for i in range(len(texts))]
+
+
+def _drawn(block: Block) -> Table:
+    # Narrow enough for four ranks and 80 columns.
+    table = Table(
+        title=Text(block.title),
+        title_justify="left",
+        title_style="bold",
+        caption=Text("\n".join(block.notes)) if block.notes else None,
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
+    table.add_column("")
+    for column in block.columns:
+        head = Text(f"{column.over}\n{column.under}".rstrip())
+        table.add_column(head, justify="right", no_wrap=True)
+    for row, name in enumerate(block.names):
+        cells = [Text(c.texts[row], style="bold" if c.best[row] else "") for c in block.columns]
+        table.add_row(Text(name), *cells)
+    return table
+
+
+def _written(block: Block) -> str:
+    heads = [f"{c.over} {c.under}".rstrip() for c in block.columns]
+    lines = [f"**{block.title}**", "", _row(["", *heads])]
+    lines.append("|---|" + "---:|" * len(heads))
+    for row, name in enumerate(block.names):
+        cells = [f"**{c.texts[row]}**" if c.best[row] else c.texts[row] for c in block.columns]
+        lines.append(_row([name.replace("|", "\\|"), *cells]))
+    for note in block.notes:
+        lines += ["", note.replace("*", "\\*")]
+    return "\n".join(lines) + "\n"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

@@ -1,0 +1,87 @@
+"""What the causal tasks share: how a batch of token sequences becomes a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+
+from prelort.errors import ConfigError
+from prelort.tasks._batches import attention_mask, pad_right
+from prelort.tasks.interface import IGNORED, Batch, Example
+
+
+class CausalTask:
+    """Next-token prediction where an example's ``labels`` are not `IGNORED`."""
+
+    kind: Literal["causal", "classification"] = "causal"
+
+    def collate(self, examples: Sequence[Example], pad_id: int) -> Batch:
+        """``input_ids``, ``attention_mask`` and ``labels``, each [batch, longest], int64."""
+        labels = [e.labels for e in examples if not isinstance(e.labels, int)]
+        return {
+            "input_ids": pad_right([e.input_ids for e in examples], pad_id),
+            "attention_mask": attention_mask([len(e.input_ids) for e in examples]),
+            "labels": pad_right(labels, IGNORED),
+        }
+
+    def weight(self, batch: Batch) -> int:
+        """The number of tokens predicted: the first of a sequence has nothing before it."""
+        return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+    def loss_sum(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """Summed negative log likelihood of the predicted tokens in nats (float32 scalar)."""
+        logits = model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            use_cache=False,
+        ).logits
+        return F.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(),
+            batch["labels"][:, 1:].flatten(),
+            ignore_index=IGNORED,
+            reduction="sum",
+        )
+
+
+def opening(tokenizer: Any) -> list[int]:
+    """The special tokens that the tokenizer itself puts before a text (bos), often none."""
+    plain: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full: list[int] = tokenizer("a")["input_ids"]
+    for start in range(len(full) - len(plain) + 1):
+        if full[start : start + len(plain)] == plain:
+            return full[:start]
+    return []
+
+
+def end_of_text(tokenizer: Any) -> int:
+    """The end-of-sequence token; raises `ConfigError` if the tokenizer has none."""
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            "the tokenizer has no end-of-sequence token (eos_token), which tells where a text "
+            "ends: use a causal language model's tokenizer"
+        )
+    return int(tokenizer.eos_token_id)
+
+
+def answer_example(
+    prompt: Sequence[int],
+    prompt_labels: Sequence[int],
+    answer: Sequence[int],
+    reference: str,
+    max_length: int,
+    keep: int = 0,
+) -> Example:
+    """A prompt and an answer learnt in full, in at most ``max_length`` tokens.
+
+    What is too long loses tokens on the prompt's left, after its first ``keep`` (bos); only when
+    a single token of the prompt is left is the answer cut, on its right.
+    """
+    answer = list(answer)[: max_length - max(keep, min(1, len(prompt)))]
+    room = max_length - len(answer)
+    cut = max(0, len(prompt) - room)  # tokens to lose, from position `keep` on
+    ids = [*prompt[:keep], *prompt[keep + cut :]]
+    labels = [*prompt_labels[:keep], *prompt_labels[keep + cut :]]
+    return Example([*ids, *answer], [*labels, *answer], len(ids), reference)

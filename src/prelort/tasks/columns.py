@@ -1,0 +1,112 @@
+"""Finding the columns of a task, and reading their cells."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from prelort.errors import ConfigError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def find(key: str, wanted: str | None, candidates: Sequence[str], available: Sequence[str]) -> str:
+    """The column named by the configuration's ``key``, or else the first usual name that exists.
+
+    Usual names are matched without regard to case. Raises `ConfigError` that lists the columns.
+    """
+    if wanted is not None:
+        require(key, wanted, available)
+        return wanted
+    lower = {name.lower(): name for name in reversed(available)}
+    for candidate in candidates:
+        if candidate in lower:
+            return lower[candidate]
+    raise ConfigError(
+        f"{key} is not set, and none of the usual names ({', '.join(candidates)}) "
+        f"is a column: {listed(available)}"
+    )
+
+
+def require(key: str, wanted: str, available: Sequence[str]) -> None:
+    """Raise `ConfigError` unless the column ``wanted`` by ``key`` exists."""
+    if wanted not in available:
+        raise ConfigError(f"{key} = {wanted!r} is not a column: {listed(available)}")
+
+
+def listed(available: Sequence[str]) -> str:
+    """The columns that exist, for the end of a sentence."""
+    return "the columns are " + ", ".join(repr(name) for name in available)
+
+
+def cells(rows: Dataset, column: str) -> list[Any]:
+    """All cells of a column, as they are."""
+    return list(rows[column][:])
+
+
+def require_filled(rows: Dataset, column: str, where: str) -> None:
+    """Raise `ConfigError` naming the first row (counted from 1) of ``where`` without a value."""
+    for number, cell in enumerate(cells(rows, column), start=1):
+        if cell is None:
+            raise ConfigError(f"{where}: row {number} has no value in column {column!r}")
+
+
+def texts(rows: Dataset, column: str) -> list[str]:
+    """The cells of a column as text: numbers as written, a missing cell as the empty text.
+
+    Raises `ConfigError` for lists, objects and the like.
+    """
+    return [_text(cell, column) for cell in cells(rows, column)]
+
+
+def names(rows: Dataset, column: str) -> list[str | None]:
+    """The value of each row in a column as the name of a class (or client), None where missing.
+
+    A `datasets.ClassLabel` gives its names, a whole number its digits, a string itself. The empty
+    string counts as missing.
+    """
+    feature = rows.features[column]
+    values = cells(rows, column)
+    if hasattr(feature, "int2str"):
+        # The hub marks the classes of unlabelled rows by -1.
+        return [None if v is None or v < 0 else str(feature.int2str(v)) for v in values]
+    return [_text(value, column) or None for value in values]
+
+
+def class_names(rows: Dataset, column: str, where: str) -> list[str]:
+    """`names`, all of them present; raises `ConfigError` naming the first row without one."""
+    found: list[str] = []
+    for number, name in enumerate(names(rows, column), start=1):
+        if name is None:
+            raise ConfigError(f"{where}: row {number} has no value in column {column!r}")
+        found.append(name)
+    return found
+
+
+def class_order(rows: Dataset, column: str, where: str) -> tuple[str, ...]:
+    """The classes that occur: in the order of a `datasets.ClassLabel`, else sorted.
+
+    Names that are all whole numbers are sorted as numbers.
+    """
+    seen = set(class_names(rows, column, where))
+    feature = rows.features[column]
+    if hasattr(feature, "int2str"):
+        return tuple(name for name in feature.names if name in seen)
+    if all(name.lstrip("-").isdecimal() for name in seen):
+        return tuple(sorted(seen, key=lambda name: (int(name), name)))
+    return tuple(sorted(seen))
+
+
+def _text(cell: Any, column: str) -> str:
+    if cell is None:
+        return ""
+    if isinstance(cell, str):
+        return cell
+    if isinstance(cell, float) and cell.is_integer():
+        return str(int(cell))  # whole numbers become floats where a neighbour is missing
+    if isinstance(cell, (bool, int, float)):
+        return str(cell)
+    raise ConfigError(
+        f"column {column!r} holds {type(cell).__name__} values, where text or numbers are needed"
+    )

@@ -1,0 +1,300 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+
+from prelort import config
+from prelort.config import Config
+from prelort.data.federated import FederatedRows, load
+from prelort.errors import ConfigError
+
+Rows = list[dict[str, Any]]
+Write = Callable[[str, Rows], str]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def write_rows(name: str, rows: Rows) -> str:
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    return write_rows
+
+
+def configured(source: str, **values: Any) -> Config:
+    data = {"source": source, **values.pop("data", {})}
+    defaults = {"task": "classification", "partition": {"by": "iid", "clients": 4}}
+    return config.check({**defaults, **values, "data": data})
+
+
+def labelled(number: int, classes: Sequence[Any] = ("a", "b", "c")) -> Rows:
+    return [{"text": f"t{i}", "label": classes[i % len(classes)], "id": i} for i in range(number)]
+
+
+def ids(rows: Dataset) -> list[int]:
+    return list(rows["id"][:])
+
+
+def as_lists(rows: FederatedRows) -> list[Any]:
+    clients = [(c.name, c.rank, ids(c.train), c.test and ids(c.test)) for c in rows.clients]
+    return [clients, ids(rows.test), rows.labels]
+
+
+def test_holds_out_a_share_of_each_client(write: Write) -> None:
+    rows = load(configured(write("train", labelled(200)), data={"test_fraction": 0.3}))
+    assert [(len(c.train), len(c.test)) for c in rows.clients] == [(35, 15)] * 4  # type: ignore[arg-type]
+    everything = [i for c in rows.clients for i in ids(c.train)] + ids(rows.test)
+    assert sorted(everything) == list(range(200))
+    assert ids(rows.test) == [i for c in rows.clients for i in ids(c.test)]  # type: ignore[arg-type]
+    assert rows.labels == ("a", "b", "c")
+    assert rows.label_column == "label"
+    assert rows.dropped == ()
+
+
+def test_the_seed_decides_everything(write: Write) -> None:
+    path = write("train", labelled(60))
+    first = as_lists(load(configured(path, seed=1)))
+    assert as_lists(load(configured(path, seed=1))) == first
+    second = as_lists(load(configured(path, seed=2)))
+    assert second[0] != first[0]
+    assert second[1] != first[1]
+
+
+def by_client(sizes: dict[str, int]) -> Rows:
+    names = [name for name, size in sizes.items() for _ in range(size)]
+    return [{"text": "t", "client": name, "id": i} for i, name in enumerate(names)]
+
+
+def test_natural_clients_hold_out_by_the_seed(write: Write) -> None:
+    source = write("train", by_client({"a": 30, "b": 30}))
+    values: dict[str, Any] = {"task": "causal-lm", "partition": {}}
+    held = [ids(load(configured(source, seed=seed, **values)).test) for seed in (0, 0, 1)]
+    assert held[0] == held[1] != held[2]
+
+
+def test_a_clients_held_out_rows_do_not_depend_on_the_others(write: Write) -> None:
+    values: dict[str, Any] = {"task": "causal-lm", "partition": {}}
+    held = []
+    for name, others in (("one", 40), ("two", 20)):
+        rows = load(configured(write(name, by_client({"a": 30, "b": others})), **values))
+        (client,) = [c for c in rows.clients if c.name == "a"]
+        assert client.test is not None
+        held.append(ids(client.test))
+    assert held[0] == held[1]
+
+
+def test_the_ranks_do_not_depend_on_how_rows_are_dealt(write: Write) -> None:
+    path = write("train", labelled(60))
+    other = {"by": "quantity", "clients": 4}
+    ranks = [
+        [c.rank for c in load(configured(path, **values)).clients]
+        for values in ({}, {"partition": other}, {"data": {"test_fraction": 0.5}})
+    ]
+    assert ranks[0] == ranks[1] == ranks[2]
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.99])
+def test_each_side_has_a_row(write: Write, fraction: float) -> None:
+    rows = load(
+        configured(
+            write("train", labelled(8)),
+            data={"test_fraction": fraction},
+            partition={"by": "iid", "clients": 4, "min_examples": 1},
+        )
+    )
+    assert [(len(c.train), len(c.test)) for c in rows.clients] == [(1, 1)] * 4  # type: ignore[arg-type]
+
+
+def test_a_client_of_one_row_is_left_out_where_one_must_be_held_out(write: Write) -> None:
+    rows = [{"text": "t", "client": name} for name in "aaab"]
+    values: dict[str, Any] = {
+        "task": "causal-lm",
+        "partition": {"min_examples": 1},
+        "ranks": {"mix": "4*1"},
+    }
+    source = write("train", rows)
+    loaded = load(configured(source, **values))
+    assert [c.name for c in loaded.clients] == ["a"]
+    assert [(d.name, d.rows, d.reason) for d in loaded.dropped] == [("b", 1, "too few rows")]
+    given = load(configured(source, data={"test": write("test", rows)}, **values))
+    assert [c.name for c in given.clients] == ["a", "b"]
+
+
+def test_a_given_test_set_is_pooled_and_nobodys_own(write: Write) -> None:
+    test = write("test", labelled(9))
+    rows = load(configured(write("train", labelled(40)), data={"test": test}))
+    assert ids(rows.test) == list(range(9))
+    assert all(client.test is None for client in rows.clients)
+    assert sorted(i for c in rows.clients for i in ids(c.train)) == list(range(40))
+
+
+def test_the_embedded_text_comes_with_each_clients_test_rows() -> None:
+    rows = load(config.check({"partition": {"min_examples": 1}}))
+    assert len(rows.clients) >= 10
+    assert rows.labels == ()
+    for client in rows.clients:
+        assert set(client.train["client"][:]) == {client.name}
+        assert client.test is not None
+        assert set(client.test["client"][:]) == {client.name}
+    assert len(rows.test) == sum(len(c.test or ()) for c in rows.clients)
+
+
+def test_fewer_embedded_clients_are_tested_on_their_own_rows_only() -> None:
+    rows = load(config.check({"partition": {"clients": 3}}))
+    assert set(rows.test["client"][:]) == {client.name for client in rows.clients}
+    assert {dropped.reason for dropped in rows.dropped} >= {"more than partition.clients"}
+
+
+def test_the_embedded_text_dealt_otherwise_is_tested_on_as_a_whole() -> None:
+    rows = load(config.check({"partition": {"by": "iid", "clients": 5}}))
+    assert all(client.test is None for client in rows.clients)
+    assert len(set(rows.test["client"][:])) >= 10
+
+
+def test_limits_draw_by_the_seed(write: Write) -> None:
+    train, test = write("train", labelled(200)), write("test", labelled(100))
+    limits = {"test": test, "max_train_examples": 50, "max_test_examples": 30}
+    drawn = [load(configured(train, data=limits, seed=seed)) for seed in (0, 0, 1)]
+    assert sum(len(c.train) for c in drawn[0].clients) == 50
+    assert len(drawn[0].test) == 30
+    assert as_lists(drawn[0]) == as_lists(drawn[1])
+    assert ids(drawn[0].test) != ids(drawn[2].test)
+    used = [sorted(i for c in rows.clients for i in ids(c.train)) for rows in drawn]
+    assert used[0] != used[2]
+    assert ids(drawn[0].test) != list(range(30))
+
+
+def test_a_limit_on_held_out_rows_leaves_every_client_its_share(write: Write) -> None:
+    rows = load(configured(write("train", labelled(400)), data={"max_test_examples": 10}))
+    sizes = [len(client.test or ()) for client in rows.clients]
+    assert sorted(sizes) == [2, 2, 3, 3]
+    assert ids(rows.test) == [i for c in rows.clients for i in ids(c.test)]  # type: ignore[arg-type]
+    uneven = by_client({"a": 800, "b": 200, "c": 10})
+    rows = load(
+        configured(
+            write("uneven", uneven), task="causal-lm", partition={}, data={"max_test_examples": 20}
+        )
+    )
+    assert {c.name: len(c.test or ()) for c in rows.clients} == {"a": 15, "b": 4, "c": 1}
+    few = load(configured(write("train", labelled(400)), data={"max_test_examples": 2}))
+    assert len(few.test) == 2
+    assert sum(client.test is None for client in few.clients) == 2
+
+
+def test_classes_are_those_of_the_data_set_not_of_what_was_drawn(write: Write) -> None:
+    train, test = write("train", labelled(200)), write("test", labelled(9))
+    rows = load(configured(train, data={"test": test, "max_train_examples": 8}))
+    assert rows.labels == ("a", "b", "c")
+
+
+def test_a_held_out_class_is_no_unseen_class(write: Write) -> None:
+    # One row of class z, held out for some seed.
+    path = write("train", [*labelled(7), {"text": "t", "label": "z", "id": 7}])
+    for seed in range(10):
+        partition = {"by": "iid", "clients": 1}
+        values = {"partition": partition, "data": {"test_fraction": 0.5}, "ranks": {"mix": "4"}}
+        assert load(configured(path, seed=seed, **values)).labels == ("a", "b", "c", "z")
+
+
+def test_numbers_are_classes_in_their_order(write: Write) -> None:
+    rows = load(configured(write("train", labelled(40, [10, 9, 2]))))
+    assert rows.labels == ("2", "9", "10")
+
+
+def test_text_digits_and_numbers_are_the_same_classes(write: Write) -> None:
+    test = write("test", labelled(4, ["1", "0"]))
+    assert load(configured(write("train", labelled(40, [0, 1])), data={"test": test})).labels == (
+        "0",
+        "1",
+    )
+
+
+def test_a_class_label_keeps_its_order(tmp_path: Path) -> None:
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "maybe", "a"])})
+    rows = {"text": ["t"] * 20, "label": [0, 2] * 10}
+    Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "saved")
+    assert load(configured(str(tmp_path / "saved"))).labels == ("no", "a")
+
+
+def test_by_size_looks_at_the_training_rows(write: Write) -> None:
+    rows = [{"text": "t", "client": name} for name in "a" * 10 + "b" * 40 + "c" * 20]
+    source = write("train", rows)
+    ranks = {"mix": "2, 4, 8", "assign": "by-size"}
+    values: dict[str, Any] = {"task": "causal-lm", "partition": {}, "ranks": ranks}
+    loaded = load(configured(source, **values))
+    assert {c.name: c.rank for c in loaded.clients} == {"b": 8, "c": 4, "a": 2}
+
+
+@pytest.mark.parametrize(
+    "train, test, values, message",
+    [
+        (labelled(40), [{"text": "t", "label": "z"}], {}, r"data\.test: row 1 has the label 'z', "),
+        (
+            labelled(40),
+            [{"text": "t"}],
+            {},
+            r"data\.test has no column 'label': the columns are 't",
+        ),
+        (labelled(40, ["a"]), None, {}, r"data\.source has one class only, 'a' in column 'label'"),
+        (
+            [{"text": "t", "label": "a"}, {"text": "t"}],
+            None,
+            {},
+            r"source: row 2 has no value in c",
+        ),
+        ([{"text": "t", "label": "a"}, {"label": "b"}], None, {}, r"source: row 2 has no value in"),
+        ([{"words": "t", "label": "a"}], None, {}, r"data\.text_column is not set, and none of "),
+        (labelled(40), None, {"ranks": {"mix": "2, 4"}}, "the list has 2 ranks for 4 clients"),
+        (labelled(40), None, {"ranks": {"mix": "0*1"}}, "'0' is not a rank"),
+        (labelled(7), None, {}, "needs 8 rows, and there are 7"),
+        (
+            labelled(40),
+            None,
+            {"data": {"label_column": "topic"}},
+            r"data\.label_column = 'topic' is not a column: the columns are 'text', 'label', 'id'",
+        ),
+    ],
+)
+def test_refuses_in_a_sentence(
+    write: Write, train: Rows, test: Rows | None, values: dict[str, Any], message: str
+) -> None:
+    data = dict(values.get("data", {}))
+    if test is not None:
+        data["test"] = write("test", test)
+    with pytest.raises(ConfigError, match=message):
+        load(configured(write("train", train), **{**values, "data": data}))
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize(
+    "source, test, classes, sizes",
+    [
+        ("banking77/train.csv", "banking77/test.csv", 77, (10_003, 3_080)),
+        ("sst2/train.tsv", "sst2/dev.tsv", 2, (67_349, 872)),
+        ("ag_news/train.jsonl", "ag_news/test.jsonl", 4, (4_000, 7_600)),
+    ],
+)
+def test_deals_real_classes(
+    shared: Path, source: str, test: str, classes: int, sizes: tuple[int, int]
+) -> None:
+    folder = shared / "data"
+    partition = {"by": "dirichlet", "clients": 20}
+    rows = load(
+        configured(str(folder / source), data={"test": str(folder / test)}, partition=partition)
+    )
+    assert len(rows.labels) == classes
+    assert (sum(len(c.train) for c in rows.clients), len(rows.test)) == sizes
+
+
+@pytest.mark.real_data
+def test_deals_real_instructions_to_their_natural_clients(shared: Path) -> None:
+    path = str(shared / "data" / "dolly15k" / "dolly15k.jsonl")
+    rows = load(configured(path, task="instruction", partition={"column": "category"}))
+    assert len(rows.clients) == 8
+    assert sum(len(c.train) + len(c.test or ()) for c in rows.clients) == 15_003

@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, Features
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prelort.config import PartitionConfig
+from prelort.data.partition import Part, partition
+from prelort.errors import ConfigError
+
+DEALT = ("iid", "dirichlet", "quantity", "shards")
+
+
+def rows_of(labels: Sequence[Any], column: str = "label") -> Dataset:
+    return Dataset.from_dict({column: list(labels), "row": list(range(len(labels)))})
+
+
+def config(**values: Any) -> PartitionConfig:
+    return PartitionConfig(**values)
+
+
+def sizes(parts: Sequence[Part]) -> list[int]:
+    return [len(part.indices) for part in parts]
+
+
+def histogram(parts: Sequence[Part], labels: Sequence[Any]) -> list[Counter[Any]]:
+    return [Counter(labels[i] for i in part.indices) for part in parts]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    by=st.sampled_from(DEALT),
+    labels=st.lists(st.integers(0, 4), min_size=1, max_size=80),
+    clients=st.integers(1, 12),
+    least=st.integers(1, 5),
+    alpha=st.floats(1e-6, 1e6),
+    shards=st.integers(1, 3),
+    seed=st.integers(0, 2**64),
+)
+def test_deals_every_row_once_with_a_minimum_and_by_the_seed(
+    by: str, labels: list[int], clients: int, least: int, alpha: float, shards: int, seed: int
+) -> None:
+    needed = clients * max(least, shards if by == "shards" else 0)
+    settings_ = config(
+        by=by, clients=clients, min_examples=least, alpha=alpha, shards_per_client=shards
+    )
+    rows = rows_of(labels)
+    if len(labels) < needed:
+        with pytest.raises(ConfigError, match=f"needs .* rows, and there are {len(labels)}"):
+            partition(rows, settings_, "label", seed)
+        return
+    parts = partition(rows, settings_, "label", seed)
+    assert len({part.name for part in parts}) == len(parts) == clients
+    assert sorted(i for part in parts for i in part.indices) == list(range(len(labels)))
+    assert min(sizes(parts)) >= least
+    assert all(list(part.indices) == sorted(part.indices) for part in parts)
+    assert partition(rows, settings_, "label", seed) == parts
+
+
+@pytest.mark.parametrize("by", DEALT)
+def test_another_seed_deals_otherwise_and_the_global_state_plays_no_part(by: str) -> None:
+    rows = rows_of([i % 5 for i in range(200)])
+    settings_ = config(by=by, clients=8)
+    np.random.seed(0)
+    first = partition(rows, settings_, "label", 1)
+    state = np.random.get_state()[1].tolist()
+    np.random.seed(99)
+    assert partition(rows, settings_, "label", 1) == first
+    np.random.seed(0)
+    assert np.random.get_state()[1].tolist() == state
+    assert partition(rows, settings_, "label", 2) != first
+
+
+def test_iid_sizes_differ_by_one_row_at_most() -> None:
+    parts = partition(rows_of(range(103)), config(by="iid", clients=10), None, 0)
+    assert sorted(sizes(parts)) == [10] * 7 + [11] * 3
+    assert [part.name for part in parts] == [f"client-{k}" for k in range(10)]
+
+
+def test_names_sort_as_the_clients_do() -> None:
+    names = [p.name for p in partition(rows_of(range(40)), config(by="iid", clients=12), None, 0)]
+    assert names == sorted(names)
+    assert names[-1] == "client-11"
+
+
+def _mean_entropy(parts: Sequence[Part], labels: Sequence[int]) -> float:
+    entropies = []
+    for counts in histogram(parts, labels):
+        total = counts.total()
+        entropies.append(-sum(n / total * math.log(n / total) for n in counts.values()))
+    return float(np.mean(entropies))
+
+
+def test_dirichlet_is_more_even_with_a_larger_alpha() -> None:
+    labels = [i % 5 for i in range(2000)]
+    mean = [
+        _mean_entropy(
+            partition(rows_of(labels), config(by="dirichlet", clients=10, alpha=a), "label", 0),
+            labels,
+        )
+        for a in (0.05, 1.0, 1000.0)
+    ]
+    assert mean[0] < 0.7 < mean[1] < 1.5 < mean[2] <= math.log(5)
+
+
+def test_dirichlet_shares_have_the_moments_of_the_distribution() -> None:
+    # A share of one client is Beta(a, (K-1) a): mean 1/K, variance (K-1) / (K^2 (K a + 1)).
+    clients, alpha, rows = 4, 0.5, 400
+    data = rows_of([0] * rows)
+    settings_ = config(by="dirichlet", clients=clients, alpha=alpha, min_examples=1)
+    shares = np.array([sizes(partition(data, settings_, "label", s)) for s in range(300)]) / rows
+    variance = (clients - 1) / (clients**2 * (clients * alpha + 1))
+    # min_examples = 1 redraws a few extreme ones, so that it lies a little below.
+    assert 0.6 * variance < shares.var() < 1.1 * variance
+
+
+def test_quantity_is_uneven_in_size_but_not_in_label() -> None:
+    labels = [i % 2 for i in range(4000)]
+    parts = partition(rows_of(labels), config(by="quantity", clients=5, alpha=0.5), None, 3)
+    assert max(sizes(parts)) > 3 * min(sizes(parts))
+    for counts in histogram(parts, labels):
+        if counts.total() >= 300:
+            assert abs(counts[0] / counts.total() - 0.5) < 0.12
+
+
+def test_an_extreme_alpha_is_topped_up_to_the_minimum() -> None:
+    parts = partition(
+        rows_of([0] * 20), config(by="quantity", clients=9, alpha=1e-6, min_examples=2), None, 0
+    )
+    assert sorted(sizes(parts)) == [2] * 8 + [4]
+
+
+def test_shards_give_each_client_few_labels() -> None:
+    labels = [i % 10 for i in range(1000)]
+    parts = partition(
+        rows_of(labels), config(by="shards", clients=10, shards_per_client=2), "label", 0
+    )
+    assert sizes(parts) == [100] * 10
+    assert all(len(counts) <= 2 for counts in histogram(parts, labels))
+
+
+def test_column_gives_one_client_per_value_largest_first_then_by_name() -> None:
+    parts = partition(rows_of(["b", "a", "b", "c", "a", "c", "c"], "client"), config(), None, 0)
+    assert parts == [Part("c", (3, 5, 6)), Part("a", (1, 4)), Part("b", (0, 2))]
+
+
+def test_column_keeps_the_largest_and_leaves_out_the_small() -> None:
+    rows = rows_of(["a"] * 3 + ["b"] * 1 + ["c"] * 4 + ["d"] * 2, "who")
+    parts = partition(rows, config(column="who"), None, 0)
+    assert [part.name for part in parts] == ["c", "a", "d"]
+    parts = partition(rows, config(column="who", clients=2), None, 0)
+    assert [part.name for part in parts] == ["c", "a"]
+
+
+def test_column_names_are_those_of_a_class_label_or_digits() -> None:
+    features = Features({"kind": ClassLabel(names=["cat", "dog"])})
+    rows = Dataset.from_dict({"kind": [1, 0, 1, 0]}, features=features)
+    assert {p.name for p in partition(rows, config(column="kind"), None, 0)} == {"cat", "dog"}
+    numbers = partition(rows_of([7, 7, 12, 12], "id"), config(column="id"), None, 0)
+    assert [part.name for part in numbers] == ["12", "7"]
+
+
+@pytest.mark.parametrize("by", ["dirichlet", "shards"])
+def test_the_configured_column_goes_before_the_label(by: str) -> None:
+    rows = Dataset.from_dict({"label": [0] * 40, "kind": [i % 2 for i in range(40)]})
+    settings_ = config(by=by, clients=4, alpha=0.01, column="kind", shards_per_client=1)
+    kinds = rows["kind"][:]
+    parts = partition(rows, settings_, "label", 0)
+    assert any(len(counts) == 1 for counts in histogram(parts, kinds))
+
+
+@pytest.mark.parametrize(
+    "values, label, message",
+    [
+        ({"by": "iid"}, None, r"partition\.by = 'iid' needs partition\.clients"),
+        (
+            {"by": "iid", "clients": 6, "min_examples": 2},
+            None,
+            r"partition\.clients = 6 with partition\.min_examples = 2 needs 12 rows, and there are",
+        ),
+        (
+            {"by": "shards", "clients": 5, "shards_per_client": 3},
+            "label",
+            r"partition\.shards_per_client = 3 needs 15 rows, and there are 10",
+        ),
+        (
+            {"by": "dirichlet", "clients": 2},
+            None,
+            r"'dirichlet' needs a label: set partition\.column, where the columns are 'label', 'r",
+        ),
+        (
+            {"by": "dirichlet", "clients": 2, "column": "lable"},
+            "label",
+            r"partition\.column = 'lable' is not a column: the columns are 'label', 'row'",
+        ),
+        (
+            {"by": "column", "column": "who"},
+            None,
+            r"partition\.column = 'who' is not a column: the columns are 'label', 'row'",
+        ),
+        (
+            {"by": "column"},
+            None,
+            r"needs partition\.column, for there is no column 'client': the columns are 'label'",
+        ),
+        (
+            {"by": "column", "column": "row"},
+            None,
+            r"one client is more than there are: 0 of the 10 values of column 'row' have at least",
+        ),
+        (
+            {"by": "column", "column": "label", "clients": 3, "min_examples": 4},
+            None,
+            r"partition\.clients = 3 is more than there are: 2 of the 2 values of column 'label'",
+        ),
+    ],
+)
+def test_refuses_in_a_sentence(values: dict[str, Any], label: str | None, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        partition(rows_of([i % 2 for i in range(10)]), config(**values), label, 0)
+
+
+@pytest.mark.parametrize("missing", [None, ""])
+def test_names_the_row_without_a_client(missing: str | None) -> None:
+    rows = rows_of(["a", "a", missing, "b"], "client")
+    with pytest.raises(ConfigError, match="row 3 has no value in column 'client'"):
+        partition(rows, config(), None, 0)

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+from collections import Counter
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prelort.config import RanksConfig
+from prelort.data.ranks import assign
+from prelort.data.shares import apportion
+from prelort.errors import ConfigError
+
+WEIGHTS = st.lists(st.integers(1, 20), min_size=1, max_size=6)
+
+
+def dealt(mix: str, clients: int, how: str = "in-order", seed: int = 0) -> list[int]:
+    return assign(RanksConfig(mix=mix, assign=how), [10] * clients, seed)  # type: ignore[arg-type]
+
+
+@given(weights=WEIGHTS, total=st.integers(0, 100))
+def test_apportioned_counts_keep_their_shares_to_within_one(weights: list[int], total: int) -> None:
+    counts = apportion(total, weights, at_least_one=False)
+    assert sum(counts) == total
+    for count, weight in zip(counts, weights, strict=True):
+        assert abs(count - Fraction(total * weight, sum(weights))) < 1
+
+
+@given(weights=WEIGHTS, clients=st.integers(1, 60))
+def test_a_mix_keeps_its_shares_and_forgets_no_rank(weights: list[int], clients: int) -> None:
+    levels = [2**k for k in range(len(weights))]
+    entries = zip(levels, weights, strict=True)
+    mix = ", ".join(f"{rank}*{weight}/{sum(weights)}" for rank, weight in entries)
+    counts = Counter(dealt(mix, clients))
+    assert counts.total() == clients
+    if clients >= len(levels):
+        assert set(counts) == set(levels)
+    if all(clients * weight >= sum(weights) for weight in weights):  # each is due one anyway
+        for rank, weight in zip(levels, weights, strict=True):
+            assert abs(counts[rank] - Fraction(clients * weight, sum(weights))) < 1
+
+
+@given(seed=st.integers(0, 2**64))
+def test_random_permutes_by_the_seed(seed: int) -> None:
+    mix = "2*0.5, 8*0.25, 16*0.25"
+    ranks = dealt(mix, 12, "random", seed)
+    assert sorted(ranks) == [2] * 6 + [8] * 3 + [16] * 3
+    assert dealt(mix, 12, "random", seed) == ranks
+
+
+def test_seeds_differ() -> None:
+    assert len({tuple(dealt("2*0.5, 8*0.5", 12, "random", seed)) for seed in range(20)}) > 15
+
+
+def test_in_order_keeps_the_list_and_the_order_of_a_mix() -> None:
+    assert dealt("16, 4,8 ,4", 4) == [16, 4, 8, 4]
+    assert dealt("8*0.25, 2*0.75", 4) == [8, 2, 2, 2]
+
+
+def test_by_size_gives_the_highest_rank_to_the_largest() -> None:
+    config = RanksConfig(mix="2, 4, 8, 16", assign="by-size")
+    assert assign(config, [5, 100, 5, 50], 0) == [4, 16, 2, 8]
+
+
+def test_equal_remainders_go_to_the_first_listed() -> None:
+    assert Counter(dealt("2*0.25, 4*0.25, 8*0.25, 16*0.25", 6)) == {2: 2, 4: 2, 8: 1, 16: 1}
+
+
+def test_a_small_share_still_has_its_client() -> None:
+    assert Counter(dealt("2*0.98, 4*0.01, 8*0.01", 4)) == {2: 2, 4: 1, 8: 1}
+
+
+def test_shares_may_be_rounded_decimals_and_one_rank_named_twice() -> None:
+    assert dealt("4*0.3333333, 8*0.6666667", 3) == [4, 8, 8]
+    assert dealt("4*0.5, 4*0.5", 3) == [4, 4, 4]
+
+
+@pytest.mark.parametrize(
+    "mix, message",
+    [
+        ("4, 0, 8", "'0' is not a rank, which is a whole number of at least 1"),
+        ("4, -2, 8", "'-2' is not a rank"),
+        ("4, 2.5, 8", "'2.5' is not a rank"),
+        ("four, 4, 8", "'four' is not a rank"),
+        ("4, , 8", "'' is not a rank"),
+        ("", "'' is not a rank"),
+        ("²*1", "'²' is not a rank"),
+        ("0*1", "'0' is not a rank"),
+        ("4, 8", "the list has 2 ranks for 3 clients"),
+        ("4, 8, 8, 8", "the list has 4 ranks for 3 clients"),
+        ("4", r"the list has 1 ranks for 3 clients \('4\*1' gives every client rank 4\)"),
+        ("4, 8*0.5", "write a list of ranks .* or a mix .*, not both"),
+        ("4*0.5, 8*0.4", r"the shares sum to 0\.9, and must sum to 1"),
+        ("4*0.5, 8*0.50001", r"the shares sum to 1\.00001, and must sum to 1"),
+        ("4*0, 8*1", "'0' is not a share, which is above 0 and at most 1"),
+        ("4*-0.5, 8*1.5", "'-0.5' is not a share"),
+        ("4*2, 8*0.5", "'2' is not a share"),
+        ("4*half, 8*0.5", "'half' is not a share"),
+        ("4*nan, 8*0.5", "'nan' is not a share"),
+        ("4*1/0, 8*0.5", "'1/0' is not a share"),
+    ],
+)
+def test_refuses_in_a_sentence(mix: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as refusal:
+        dealt(mix, 3)
+    assert str(refusal.value).startswith(f"ranks.mix = {mix!r} is not allowed")

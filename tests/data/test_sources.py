@@ -1,0 +1,324 @@
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from datasets import Dataset, DatasetDict
+from datasets.exceptions import DatasetNotFoundError
+
+from prelort.config import DataConfig
+from prelort.data import _reading, sources
+from prelort.errors import ConfigError
+
+ROWS = [{"text": "one, two", "label": "a"}, {"text": 'say "hi"\nnow', "label": "b"}]
+
+
+def read(source: Path | str, **values: Any) -> Dataset:
+    return sources.read(DataConfig(source=str(source), **values))[0]
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A hub that must not be asked; what it was asked for."""
+    asked: list[str] = []
+
+    def load(name: str, *_: Any, **__: Any) -> None:
+        asked.append(name)
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr(sources, "load_dataset", load)
+    return asked
+
+
+CSV = 'text,label\n"one, two",a\n"say ""hi""\nnow",b\n'
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("data.csv", CSV),
+        ("data.CSV", "\ufeff" + CSV),
+        ("data.tsv", 'text\tlabel\none, two\ta\n"say ""hi""\nnow"\tb\n'),
+        ("data.json", json.dumps(ROWS)),
+        ("data.json", json.dumps({"version": 1, "tags": ["x"], "rows": ROWS})),
+        ("data.json", "".join(json.dumps(row) + "\n" for row in ROWS)),
+        ("data.jsonl", "".join(json.dumps(row) + "\n\n" for row in ROWS)),
+    ],
+)
+def test_reads_each_kind_of_file(tmp_path: Path, name: str, content: str) -> None:
+    assert read(write(tmp_path / name, content)).to_list() == ROWS
+
+
+def test_reads_parquet_with_its_features(tmp_path: Path) -> None:
+    rows = Dataset.from_list(ROWS).class_encode_column("label")
+    rows.to_parquet(tmp_path / "data.parquet")
+    assert read(tmp_path / "data.parquet").features["label"].names == ["a", "b"]
+
+
+def test_text_is_a_row_a_line_without_the_blank_ones(tmp_path: Path) -> None:
+    path = write(tmp_path / "data.txt", "one\n\n  \r\n two \r\nthree")
+    assert read(path).to_list() == [{"text": "one"}, {"text": " two "}, {"text": "three"}]
+
+
+def test_csv_cells_are_text_as_written(tmp_path: Path) -> None:
+    path = write(tmp_path / "data.csv", "text,label\nNone,007\nNA,1\n,x\n")
+    assert read(path).to_list() == [
+        {"text": "None", "label": "007"},
+        {"text": "NA", "label": "1"},
+        {"text": "", "label": "x"},
+    ]
+
+
+def test_csv_types_do_not_depend_on_the_first_rows(tmp_path: Path) -> None:
+    lines = [f"t,{i}" for i in range(12_000)] + ["t,other"]  # more than a chunk of the loader
+    rows = read(write(tmp_path / "data.csv", "text,label\n" + "\n".join(lines)))
+    assert rows["label"][-1] == "other"
+
+
+def test_tsv_may_have_quotes_that_mean_nothing(tmp_path: Path) -> None:
+    path = write(tmp_path / "data.tsv", 'text\tlabel\n"hello" he said\t1\n"\t0\n')
+    assert read(path)["text"][:] == ['"hello" he said', '"']
+
+
+def test_a_cell_may_be_a_long_document(tmp_path: Path) -> None:
+    long = "word " * 60_000
+    assert read(write(tmp_path / "data.csv", f'text\n"{long}"\n'))["text"][:] == [long]
+
+
+def test_json_rows_may_lack_a_column_and_keep_their_types(tmp_path: Path) -> None:
+    content = [{"date": "2020-01-01", "label": "0"}, {"text": "x", "label": "1"}]
+    rows = read(write(tmp_path / "data.json", json.dumps({"data": content})))
+    assert rows.to_list() == [
+        {"date": "2020-01-01", "label": "0", "text": None},
+        {"date": None, "label": "1", "text": "x"},
+    ]
+
+
+def test_a_path_is_no_pattern_and_may_be_hidden(tmp_path: Path) -> None:
+    folder = tmp_path / ".run[1]*"
+    folder.mkdir()
+    write(folder / "data[0].csv", "text\nright\n")
+    assert read(folder / "data[0].csv")["text"][:] == ["right"]
+
+
+def test_a_changed_file_is_read_anew_and_leaves_nothing_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(cache))
+    path = write(tmp_path / "data.csv", "text\none\n")
+    stamp = path.stat()
+    assert read(path)["text"][:] == ["one"]
+    write(path, "text\ntwo\n")
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert read(path)["text"][:] == ["two"]
+    assert not cache.exists()
+
+
+def test_a_large_file_is_mapped_from_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_reading, "IN_MEMORY", 1)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = read(write(tmp_path / "data.csv", "text\none\n"))
+    assert rows["text"][:] == ["one"]
+    assert rows.cache_files
+
+
+def test_reading_is_silent_and_leaves_the_settings(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
+    logged: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = logged.append  # type: ignore[method-assign]
+    logging.getLogger("datasets").addHandler(handler)
+    try:
+        with pytest.raises(ConfigError):
+            read(write(tmp_path / "data.parquet", "none"))
+        read(write(tmp_path / "data.csv", "text\none\n"))
+    finally:
+        logging.getLogger("datasets").removeHandler(handler)
+    assert logged == []
+    assert capfd.readouterr() == ("", "")
+    assert (datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()) == before
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("e.csv", "", "the file is empty"),
+        ("e.txt", "\n \n", "it has no rows"),
+        ("e.csv", "text,label\n\n", "it has no rows"),
+        ("e.jsonl", "\n", "it has no rows"),
+        ("e.json", "[]", "it has no rows"),
+        ("long.csv", "text,label\na,b\nc,d,e\n", r"row 2 \(line 3\) has 3 cells, and the header"),
+        ("all.csv", "text,label\na,b,c\nd,e,f\n", r"row 1 \(line 2\) has 3 cells"),
+        ("short.csv", "text,label\na,b\nc\n", r"row 2 \(line 3\) has 1 cells, and the header h"),
+        ("quote.csv", 'text,label\n"a,b\nc,d\n', "line 3: unexpected end of data"),
+        ("twice.csv", "text,text\na,b\n", "the header has an empty or repeated name"),
+        ("short.tsv", "text\tlabel\na\n", r"row 1 \(line 2\) has 1 cells"),
+        ("latin.csv", b"text\n\xe4 b\n", "it is not UTF-8 text"),
+        ("latin.txt", b"\xe4 b\n", "it is not UTF-8 text"),
+        ("latin.jsonl", b'{"a": "\xe4"}\n', "it is not UTF-8 text"),
+        ("cut.jsonl", '{"a": 1}\n{"a":\n', "line 2 is not JSON: Expecting value"),
+        ("list.jsonl", '{"a": 1}\n[1]\n', r"line 2 is not an object: \[1\]"),
+        ("cut.json", '[{"a": 1}', "it is not JSON: .* line 1 column 10"),
+        ("number.json", "3", "it must be a list of objects"),
+        ("mixed.json", '[{"a": 1}, 2]', "row 2 is not an object: 2"),
+        ("types.json", '[{"b": 1, "a": 1}, {"a": "x"}]', "column 'a' mixes kinds of values"),
+        ("none.json", '{"a": [1]}', "must have one list of objects inside, and has: none"),
+        ("two.json", '{"a": [{"x": 1}], "b": [{"x": 1}]}', "has: 'a', 'b'"),
+        ("bad.parquet", "hello", "Parquet"),
+        ("data.xlsx", "x", "unknown kind of file: allowed are .csv, .tsv, .json, .jsonl, .parq"),
+        ("data", "x", "unknown kind of file"),
+    ],
+)
+def test_refuses_a_file_in_one_sentence(
+    tmp_path: Path, name: str, content: str | bytes, message: str
+) -> None:
+    path = write(tmp_path / name, content)
+    with pytest.raises(ConfigError, match=message) as refusal:
+        read(path)
+    assert str(refusal.value).startswith(f"data.source = {str(path)!r} ")
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "./nowhere",
+        "/nowhere/data",
+        "~/nowhere-at-all",
+        "folder/data.csv",
+        "data.jsonl",
+        "a/b/c",
+        "",
+    ],
+)
+def test_a_missing_path_is_not_asked_for_on_the_hub(source: str, no_hub: list[str]) -> None:
+    with pytest.raises(ConfigError, match="there is no such file or folder"):
+        read(source)
+    assert no_hub == []
+
+
+def test_a_folder_of_the_home_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "data.csv", "text\none\n")
+    assert len(read("~/data.csv")) == 1
+
+
+def test_reads_what_save_to_disk_wrote(tmp_path: Path) -> None:
+    rows = Dataset.from_list(ROWS)
+    rows.save_to_disk(tmp_path / "one")
+    DatasetDict(train=rows, dev=rows.select([0])).save_to_disk(tmp_path / "two")
+    assert read(tmp_path / "one").to_list() == ROWS
+    assert len(read(tmp_path / "two", split="dev")) == 1
+    train, test = sources.read(DataConfig(source=str(tmp_path / "two"), test="dev"))
+    assert test is not None
+    assert (len(train), len(test)) == (2, 1)
+    with pytest.raises(ConfigError, match="no split 'val': the splits are 'train', 'dev'"):
+        read(tmp_path / "two", split="val")
+
+
+def test_a_damaged_saved_folder_is_refused(tmp_path: Path) -> None:
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
+    write(tmp_path / "one" / "data-00000-of-00001.arrow", "broken")
+    with pytest.raises(ConfigError, match=r"is not a folder that datasets\.save_to_disk wrote"):
+        read(tmp_path / "one")
+
+
+def test_reads_a_folder_that_holds_files_of_splits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    write(folder / "train.jsonl", '{"text": "one"}\n{"text": "two"}\n')
+    write(folder / "test.jsonl", '{"text": "three"}\n')
+    assert len(read(folder)) == 2
+    assert len(read(folder, split="test")) == 1
+    with pytest.raises(ConfigError, match="has no split 'dev': the splits are 'train', 'test'"):
+        read(folder, split="dev")
+
+
+def test_a_test_file_goes_with_any_source(tmp_path: Path) -> None:
+    train = write(tmp_path / "train.csv", "text\na\nb\n")
+    test = write(tmp_path / "test.jsonl", '{"text": "c"}\n')
+    _, rows = sources.read(DataConfig(source=str(train), test=str(test)))
+    assert rows is not None
+    assert rows.to_list() == [{"text": "c"}]
+    _, rows = sources.read(DataConfig(test=str(test)))
+    assert rows is not None
+    assert len(rows) == 1
+
+
+@pytest.mark.parametrize("test", ["gone.csv", "validation"])
+def test_a_missing_test_file_is_named(tmp_path: Path, test: str, no_hub: list[str]) -> None:
+    path = write(tmp_path / "train.csv", "text\na\n")
+    with pytest.raises(ConfigError, match=f"data.test = '{test}'"):
+        sources.read(DataConfig(source=str(path), test=test))
+    assert no_hub == []
+
+
+def test_the_embedded_text_has_its_own_test_rows() -> None:
+    train, test = sources.read(DataConfig())
+    assert test is not None
+    assert {"text", "client"} <= set(train.column_names) & set(test.column_names)
+    with pytest.raises(ConfigError, match=r"data\.test = 'test' is not allowed with the emb"):
+        sources.read(DataConfig(test="test"))
+
+
+def _raising(error: Exception) -> Callable[..., None]:
+    def load(*_: Any, **__: Any) -> None:
+        raise error
+
+    return load
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (ConnectionError("Couldn't reach 'org/set' on the Hub"), "the hub cannot be reached"),
+        (DatasetNotFoundError("Dataset 'org/set' doesn't exist"), "nor a data set on the hub"),
+        (
+            ValueError("Unknown split \"trian\". Should be one of ['train', 'test']."),
+            "data set 'org/set' has no split 'trian': the splits are 'train', 'test'",
+        ),
+        (
+            ValueError("BuilderConfig 'x' not found. Available: ['a', 'b']"),
+            r"cannot be loaded: BuilderConfig 'x' not found\. Available: \['a', 'b'\]",
+        ),
+        (RuntimeError("Dataset scripts are no longer\nsupported"), "scripts are no longer supp"),
+    ],
+)
+def test_what_the_hub_refuses_is_told_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+) -> None:
+    monkeypatch.setattr(sources, "load_dataset", _raising(error))
+    with pytest.raises(ConfigError, match=message) as refusal:
+        read("org/set", split="trian")
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_hub_name_is_loaded_by_subset_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str, subset: str | None, split: str) -> Dataset:
+        return Dataset.from_dict({"text": [f"{name} {subset} {split}"]})
+
+    monkeypatch.setattr(sources, "load_dataset", load)
+    config = DataConfig(source="org/set", subset="small", split="train[:10%]", test="test")
+    train, test = sources.read(config)
+    assert test is not None
+    assert train["text"][:] == ["org/set small train[:10%]"]
+    assert test["text"][:] == ["org/set small test"]

@@ -1,0 +1,357 @@
+import math
+import random
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+from prelort.errors import ConfigError
+from prelort.metrics.evaluate import evaluate
+from prelort.metrics.scores import macro_f1, rouge_l
+from prelort.tasks.interface import IGNORED, Example
+
+PAD, END, VOCABULARY = 0, 1, 40
+cheap = settings(
+    max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+class Tokenizer:
+    pad_token_id = PAD
+    eos_token_id = END
+
+    def decode(self, ids, skip_special_tokens):
+        assert skip_special_tokens
+        return " ".join(f"w{i}" for i in ids if i not in (PAD, END))
+
+
+class Causal:
+    name, kind = "causal-lm", "causal"
+    metrics, allowed_metrics = ("perplexity",), ("perplexity", "rouge_l", "accuracy")
+
+    def collate(self, examples, pad_id):
+        width = max(len(e.input_ids) for e in examples)
+
+        def padded(values, filler):
+            return torch.tensor([list(v) + [filler] * (width - len(v)) for v in values])
+
+        ids = [e.input_ids for e in examples]
+        return {
+            "input_ids": padded(ids, pad_id),
+            "attention_mask": padded([[1] * len(i) for i in ids], 0),
+            "labels": padded([e.labels for e in examples], IGNORED),
+        }
+
+    def weight(self, batch):
+        return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+    def loss_sum(self, model, batch):
+        assert not torch.is_grad_enabled()
+        assert not model.training
+        out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        logits, labels = out.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
+        return cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+
+
+class Classification(Causal):
+    name, kind = "classification", "classification"
+    metrics, allowed_metrics = ("accuracy",), ("accuracy", "macro_f1")
+
+    def collate(self, examples, pad_id):
+        tokens = [Example(e.input_ids, e.input_ids) for e in examples]
+        return {
+            **super().collate(tokens, pad_id),
+            "labels": torch.tensor([e.labels for e in examples]),
+        }
+
+    def weight(self, batch):
+        return len(batch["labels"])
+
+    def loss_sum(self, model, batch):
+        out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        return cross_entropy(out.logits.float(), batch["labels"], reduction="sum")
+
+
+@pytest.fixture(scope="module")
+def llama():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=PAD,
+        bos_token_id=2,
+        eos_token_id=END,
+        initializer_range=0.6,  # far from uniform: a mistake shows in the perplexity
+    )
+    return LlamaForCausalLM(config)
+
+
+@pytest.fixture(scope="module")
+def bert():
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_labels=4,
+        initializer_range=0.6,
+        hidden_dropout_prob=0.5,  # outside eval mode the answers are random
+    )
+    return BertForSequenceClassification(config)
+
+
+def ranked(model):
+    """A stand-in for an adapter: at rank r the head is 1 + r / 4 times as sharp."""
+    head = model.get_output_embeddings() or model.classifier
+
+    @contextmanager
+    def at_rank(rank):
+        before = head.weight.data
+        head.weight.data = before * (1 + rank / 4)
+        try:
+            yield
+        finally:
+            head.weight.data = before
+
+    return at_rank
+
+
+def texts(count, seed=0):
+    draw = random.Random(seed)
+    made = []
+    for number in range(count):
+        ids = [draw.randrange(2, VOCABULARY) for _ in range(draw.randint(4, 14))]
+        prompt = draw.randint(1, 3)
+        labels = [IGNORED] * prompt + ids[prompt:]
+        made.append(Example(ids, labels, prompt, f"w{number} w7 w9"))
+    return made
+
+
+def sentences(count, seed=0):
+    draw = random.Random(seed)
+    return [
+        Example(
+            [draw.randrange(2, VOCABULARY) for _ in range(draw.randint(2, 12))], draw.randrange(4)
+        )
+        for _ in range(count)
+    ]
+
+
+def measure(model, task, examples, ranks=(0, 2, 4), metrics=("perplexity",), size=4, **more):
+    options = {"tokenizer": Tokenizer(), "max_new_tokens": 5, "max_generated": 64, **more}
+    return evaluate(
+        model, task, examples, ranks, ranked(model), metrics=metrics, batch_size=size,
+        device="cpu", **options,
+    )  # fmt: skip
+
+
+def alone(model, example, rank):
+    """Sum of the negative log-likelihood (float64) and tokens of one example, with no padding."""
+    with torch.no_grad(), ranked(model)(rank):
+        logits = model.eval()(input_ids=torch.tensor([example.input_ids])).logits[0].double()
+    chosen = logits.log_softmax(-1)
+    at = [t for t in range(1, len(example.labels)) if example.labels[t] != IGNORED]
+    return -sum(float(chosen[t - 1, example.labels[t]]) for t in at), len(at)
+
+
+def test_perplexity_and_loss_at_each_rank_against_one_example_at_a_time(llama):
+    examples = texts(9)
+    result = measure(llama, Causal(), examples)
+    assert list(result) == [0, 2, 4]
+    for rank, row in result.items():
+        sums = [alone(llama, e, rank) for e in examples]
+        loss = sum(nll for nll, _ in sums) / sum(n for _, n in sums)
+        assert row == pytest.approx({"perplexity": math.exp(loss), "loss": loss}, rel=1e-5)
+    assert result[0]["loss"] != pytest.approx(result[4]["loss"], rel=1e-2)
+
+
+@cheap
+@given(st.randoms(use_true_random=False), st.integers(1, 12))
+def test_causal_metrics_do_not_depend_on_order_or_batch_size(llama, draw, size):
+    examples = texts(7)
+    options = {"ranks": (0, 4), "metrics": ("perplexity", "rouge_l"), "max_new_tokens": 3}
+    expected = measure(llama, Causal(), examples, **options)
+    shuffled = draw.sample(examples, len(examples))
+    result = measure(llama, Causal(), shuffled, size=size, **options)
+    for rank in expected:
+        assert result[rank] == pytest.approx(expected[rank], rel=1e-5)
+
+
+@cheap
+@given(st.randoms(use_true_random=False), st.integers(1, 12))
+def test_classification_metrics_do_not_depend_on_order_or_batch_size(bert, draw, size):
+    examples = sentences(11)
+    metrics = ("accuracy", "macro_f1")
+    expected = measure(bert, Classification(), examples, metrics=metrics)
+    shuffled = draw.sample(examples, len(examples))
+    result = measure(bert, Classification(), shuffled, metrics=metrics, size=size)
+    for rank in expected:
+        assert result[rank] == pytest.approx(expected[rank], rel=1e-5)
+
+
+def test_classification_against_one_example_at_a_time(bert):
+    examples = sentences(11)
+    result = measure(bert, Classification(), examples, metrics=("macro_f1", "accuracy"))
+    bert.eval()
+    for rank, row in result.items():
+        with torch.no_grad(), ranked(bert)(rank):
+            logits = [bert(input_ids=torch.tensor([e.input_ids])).logits[0] for e in examples]
+        truth = [e.labels for e in examples]
+        guesses = [int(one.argmax()) for one in logits]
+        hits = sum(g == t for g, t in zip(guesses, truth, strict=True))
+        loss = sum(-float(z.log_softmax(-1)[t]) for z, t in zip(logits, truth, strict=True)) / 11
+        assert 0 < hits < 11
+        expected = {"macro_f1": macro_f1(guesses, truth), "accuracy": hits / 11, "loss": loss}
+        assert row == pytest.approx(expected, rel=1e-5)
+        assert list(row) == ["macro_f1", "accuracy", "loss"]
+
+
+def greedy(model, prompt, steps):
+    """The plainest possible generation: no cache, no padding, no library."""
+    ids = list(prompt)
+    for _ in range(steps):
+        best = int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
+        if best == END:
+            break
+        ids.append(best)
+    return Tokenizer().decode(ids[len(prompt) :], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("size", [1, 3, 20])
+def test_rouge_l_is_that_of_greedy_text_from_the_prompt_alone(llama, size):
+    # References are what the base itself says, so only the right generation scores 100.
+    llama.eval()
+    with torch.no_grad():
+        examples = [
+            Example(e.input_ids, e.labels, e.prompt_length, greedy(llama, p, 5) or "nothing")
+            for e in texts(9)
+            for p in [e.input_ids[: e.prompt_length]]
+        ]
+        with ranked(llama)(4):
+            sharper = [greedy(llama, e.input_ids[: e.prompt_length], 5) for e in examples]
+    assert len({e.reference for e in examples}) > 3
+    result = measure(llama, Causal(), examples, (0, 4), metrics=("rouge_l",), size=size)
+    assert result[0]["rouge_l"] == pytest.approx(100)
+    references = [e.reference for e in examples]
+    assert result[4]["rouge_l"] == pytest.approx(rouge_l(sharper, references))
+
+
+def test_rouge_l_stops_at_the_end_token_even_if_the_filler_is_a_word(llama):
+    class WordAsFiller(Tokenizer):
+        pad_token_id = 5
+
+    prompts = [[7], [9, 3], [4, 4, 4]]
+    llama.eval()
+    with torch.no_grad():
+        said = [greedy(llama, p, 12) for p in prompts]
+    # Make the second prompt's third word the end of text: its row is filled up after two words.
+    end = int(said[1].split()[2][1:])
+    cut = [" ".join(text.split(f"w{end}")[0].split()) or "nothing" for text in said]
+    examples = [
+        Example([*p, 3], [IGNORED] * len(p) + [3], len(p), reference)
+        for p, reference in zip(prompts, cut, strict=True)
+        if reference != "nothing"
+    ]
+    before = llama.generation_config.eos_token_id
+    llama.generation_config.eos_token_id = [END, end]
+    try:
+        result = measure(
+            llama, Causal(), examples, (0,), metrics=("rouge_l",),
+            tokenizer=WordAsFiller(), max_new_tokens=12,
+        )  # fmt: skip
+    finally:
+        llama.generation_config.eos_token_id = before
+    assert result[0]["rouge_l"] == pytest.approx(100)
+
+
+def test_rouge_l_takes_the_first_examples_that_have_a_reference(llama, monkeypatch):
+    examples = texts(6)
+    examples[1] = Example(examples[1].input_ids, examples[1].labels)
+    seen = []
+
+    def remember(predictions, references):
+        seen.append(list(references))
+        return 0.0
+
+    monkeypatch.setattr("prelort.metrics.scores.rouge_l", remember)
+    measure(llama, Causal(), examples, (0,), metrics=("rouge_l",), max_generated=3, size=2)
+    assert seen == [[examples[i].reference for i in (0, 2, 3)]]
+
+
+def test_a_prompt_too_long_for_the_positions_loses_its_oldest_tokens(llama, monkeypatch):
+    ids = [2 + i % 30 for i in range(62)]
+    prompts = []
+    generate = llama.generate
+
+    def spy(**arguments):
+        prompts.extend(arguments["input_ids"].tolist())
+        return generate(**arguments)
+
+    monkeypatch.setattr(llama, "generate", spy)
+    measure(llama, Causal(), [Example(ids, ids, 62, "w1")], (0,), metrics=("rouge_l",))
+    assert prompts == [ids[62 - (64 - 5) :]]
+
+
+def test_modes_and_gradients_are_as_before_and_progress_is_told(llama):
+    llama.train()
+    llama.model.layers[0].eval()
+    modes = [module.training for module in llama.modules()]
+    told = []
+    measure(
+        llama, Causal(), texts(9), metrics=("perplexity", "rouge_l"),
+        progress=lambda done, total: told.append((done, total)),
+    )  # fmt: skip
+    assert [module.training for module in llama.modules()] == modes
+    assert told == [(i, 18) for i in range(1, 19)]  # (3 batches + 3 of prompts) x 3 ranks
+    assert all(parameter.grad is None for parameter in llama.parameters())
+    assert torch.is_grad_enabled()
+
+
+def test_modes_are_restored_and_the_rank_is_left_after_an_error(llama):
+    class Breaks(Causal):
+        def loss_sum(self, model, batch):
+            raise RuntimeError("out of memory")
+
+    llama.train()
+    weight = llama.lm_head.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="out of memory") as caught:
+        measure(llama, Breaks(), texts(3), (4,))
+    assert caught.value.__traceback__ is not None  # the frames are alive, and yet:
+    assert llama.training
+    assert torch.equal(llama.lm_head.weight, weight)
+    assert torch.is_grad_enabled()
+
+
+def test_a_model_that_broke_has_an_infinite_perplexity(llama):
+    class Huge(Causal):
+        def loss_sum(self, model, batch):
+            return torch.tensor(1e30)
+
+    assert measure(llama, Huge(), texts(2), (0,))[0]["perplexity"] == math.inf
+
+
+def test_no_ranks_no_work(llama):
+    assert measure(llama, Causal(), texts(2), ()) == {}
+
+
+def test_what_cannot_be_measured_is_said_in_a_sentence(llama):
+    with pytest.raises(ConfigError, match=r"'macro_f1'.*'causal-lm'.*perplexity, rouge_l"):
+        measure(llama, Causal(), texts(2), metrics=("macro_f1",))
+    with pytest.raises(ConfigError, match="'accuracy' needs a task that classifies"):
+        measure(llama, Causal(), texts(2), metrics=("accuracy",))
+    with pytest.raises(ConfigError, match="no test examples"):
+        measure(llama, Causal(), [])
+    with pytest.raises(ConfigError, match="anything to learn"):
+        measure(llama, Causal(), [Example([3, 4, 5], [IGNORED] * 3)])
+    with pytest.raises(ConfigError, match="'rouge_l' needs test examples with a prompt"):
+        measure(llama, Causal(), [Example([3, 4], [3, 4])], metrics=("rouge_l",))

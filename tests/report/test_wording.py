@@ -1,0 +1,58 @@
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prelort.report.wording import clock_time, human_bytes, human_seconds, listed, plain, wording
+
+
+@pytest.mark.parametrize(
+    "count, text",
+    [
+        (0, "0 B"), (999, "999 B"), (1000, "1 kB"), (1234, "1.23 kB"), (999_499, "999 kB"),
+        (999_600, "1 MB"), (12_345_678, "12.3 MB"), (4.2e9, "4.2 GB"), (7e13, "70 TB"),
+        (None, "–"),
+    ],
+)  # fmt: skip
+def test_bytes(count, text):
+    assert human_bytes(count) == text
+
+
+@given(st.integers(0, 10**14))
+def test_bytes_are_right_to_three_digits(count):
+    number, unit = human_bytes(count).split()
+    size = float(number) * {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}[unit]
+    assert size == pytest.approx(count, rel=6e-3)
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [
+        (0.042, "0.042 s"), (9.94, "9.9 s"), (9.97, "10 s"), (30.1, "30 s"), (59.7, "1 min 00 s"),
+        (125, "2 min 05 s"), (3599.6, "1 h 00 min"), (12_000, "3 h 20 min"), (None, "–"),
+        (math.nan, "–"),
+    ],
+)  # fmt: skip
+def test_seconds(seconds, text):
+    assert human_seconds(seconds) == text
+
+
+def test_small_things():
+    assert [clock_time(s) for s in (7.4, 754, 3723)] == ["0:07", "12:34", "1:02:03"]
+    assert listed([2, 4, 8]) == "2, 4 and 8"
+    assert listed([2]) == "2"
+    assert listed([]) == ""
+    assert plain("a\x1b[31m\r\nb") == "a [31m  b"
+
+
+def test_values_are_shown_in_their_unit():
+    assert wording("accuracy").show(0.6734) == "67.3"
+    assert wording("perplexity").show(1234.5) == "1234"
+    assert wording("perplexity").show(3.14159) == "3.14"
+    assert wording("perplexity").show(math.inf) == "inf"
+    assert wording("perplexity").show(2.5e9) == "2.5e+09"
+    assert wording("perplexity").show(None) == "–"
+    assert wording("perplexity").direction == "lower is better"
+    assert wording("rouge_l").arrow == "↑"
+    assert wording("my_metric").name == "my_metric"

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from byte_tokens import TEMPLATE, learnt, make_tokenizer, read
+from datasets import Dataset
+
+from prelort.config import DataConfig
+from prelort.errors import ConfigError
+from prelort.tasks import get
+from prelort.tasks.interface import Example
+
+TASK = get("chat")
+
+
+def say(*turns: str) -> list[dict[str, str]]:
+    """Messages from 'u: text', 'a: text' and 's: text'."""
+    roles = {"u": "user", "a": "assistant", "s": "system"}
+    return [{"role": roles[turn[0]], "content": turn[3:]} for turn in turns]
+
+
+def encode(
+    conversations: list[Any], tokenizer: Any, max_length: int = 128, column: str = "messages"
+) -> list[Example]:
+    rows = Dataset.from_dict({column: conversations})
+    config = DataConfig(max_length=max_length, messages_column=column)
+    return TASK.encode(rows, tokenizer, config, ())
+
+
+def test_the_assistants_turns_are_learnt(chat_tokenizer: Any) -> None:
+    (example,) = encode([say("u: hi", "a: hello", "u: bye", "a: ciao")], chat_tokenizer)
+    text = "<user>hi<end><assistant>hello<end><user>bye<end><assistant>ciao<end>"
+    assert read(chat_tokenizer, example.input_ids) == text
+    assert learnt(chat_tokenizer, example) == "hello<end>|ciao<end>"
+    prompt = example.input_ids[: example.prompt_length]
+    assert read(chat_tokenizer, prompt) == text.removesuffix("ciao<end>")
+    assert example.reference == "ciao"
+
+
+def test_the_tokens_are_those_of_the_template(chat_tokenizer: Any) -> None:
+    conversation = say("u: hi", "a: hello", "u: bye", "a: ciao")
+    (example,) = encode([conversation], chat_tokenizer)
+    whole = chat_tokenizer.apply_chat_template(conversation, return_dict=False)
+    assert example.input_ids == whole
+
+
+def test_conversations_are_not_mixed_up(chat_tokenizer: Any) -> None:
+    draw = random.Random(0)
+    conversations = [
+        say(*(f"{role}: {i}{k}" for k in range(draw.randint(1, 4)) for role in "ua"))
+        for i in range(10)
+    ]
+    together = encode(conversations, chat_tokenizer)
+    apart = [encode([conversation], chat_tokenizer)[0] for conversation in conversations]
+    assert together == apart
+
+
+def test_a_conversation_ends_with_its_last_assistant_turn(chat_tokenizer: Any) -> None:
+    examples = encode([say("u: hi", "a: hello", "u: bye"), say("u: hi")], chat_tokenizer)
+    assert [read(chat_tokenizer, e.input_ids) for e in examples] == [
+        "<user>hi<end><assistant>hello<end>"
+    ]
+
+
+def test_an_assistant_may_begin(chat_tokenizer: Any) -> None:
+    (example,) = encode([say("a: hello", "u: hi", "a: so")], chat_tokenizer)
+    assert learnt(chat_tokenizer, example) == "<assistant>hello<end>|so<end>"
+
+
+def test_a_template_may_drop_thoughts_from_earlier_turns() -> None:
+    # As reasoning models do: only the last turn keeps what stands before the bar.
+    content = "{{ message['content'] if loop.last else message['content'].split('|')[-1] }}"
+    template = TEMPLATE.replace("{{ message['content'] }}", content)
+    tokenizer = make_tokenizer(template=template)
+    (example,) = encode([say("u: q", "a: xx|yes", "u: r", "a: zz|no")], tokenizer)
+    text = "<user>q<end><assistant>yes<end><user>r<end><assistant>zz|no<end>"
+    assert read(tokenizer, example.input_ids) == text
+    # What was rendered anew is not learnt, for no prefix of the conversation ends so.
+    assert learnt(tokenizer, example) == "zz|no<end>"
+    assert read(tokenizer, example.input_ids[: example.prompt_length]).endswith("<assistant>")
+
+
+def test_a_template_without_a_generation_prompt() -> None:
+    tokenizer = make_tokenizer(template=TEMPLATE.split("{% if")[0])
+    (example,) = encode([say("u: hi", "a: hello")], tokenizer)
+    assert learnt(tokenizer, example) == "<assistant>hello<end>"
+
+
+def test_too_long_a_conversation_loses_its_oldest_tokens(chat_tokenizer: Any) -> None:
+    conversation = say("u: first", "a: one", "u: second", "a: two")
+    (example,) = encode([conversation], chat_tokenizer, max_length=16)
+    assert read(chat_tokenizer, example.input_ids) == "ne<end><user>second<end><assistant>two<end>"
+    assert learnt(chat_tokenizer, example) == "ne<end>|two<end>"
+    assert read(chat_tokenizer, example.input_ids[example.prompt_length :]) == "two<end>"
+    (example,) = encode([say("u: hi", "a: 0123456789")], chat_tokenizer, max_length=8)
+    assert read(chat_tokenizer, example.input_ids) == "<assistant>0123456"
+
+
+def test_columns_of_messages_are_messages(chat_tokenizer: Any) -> None:
+    columns = {"role": ["user", "assistant"], "content": ["hi", "hello"]}
+    (example,) = encode([columns], chat_tokenizer, column="talk")
+    assert learnt(chat_tokenizer, example) == "hello<end>"
+
+
+def test_needs_a_chat_template(tokenizer: Any) -> None:
+    with pytest.raises(ConfigError, match="the tokenizer has no chat template, which the task 'ch"):
+        encode([say("u: hi", "a: hello")], tokenizer)
+
+
+def test_a_refusal_of_the_template_is_told() -> None:
+    tokenizer = make_tokenizer(template="{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(ConfigError, match="refuses a conversation: roles must alternate"):
+        encode([say("u: hi", "a: hello")], tokenizer)
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        "hi",
+        [{"role": "user"}],
+        [{"role": "user", "content": None}],
+        ["hi"],
+        [{"from": "human", "value": "hi"}],
+    ],
+)
+def test_refuses_what_are_no_messages(chat_tokenizer: Any, cell: Any) -> None:
+    with pytest.raises(ConfigError, match="column 'messages' must hold lists of messages with 'ro"):
+        encode([cell], chat_tokenizer)
+
+
+def test_names_the_missing_column() -> None:
+    with pytest.raises(ConfigError, match=r"data\.messages_column = 'messages' is not a column"):
+        TASK.columns(DataConfig(), ["conversations"])
+    assert TASK.columns(DataConfig(), ["messages"]) == ("messages",)

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from byte_tokens import make_tokenizer, read
+from datasets import ClassLabel, Dataset, Features, Value
+from transformers import BertConfig, BertForSequenceClassification
+
+from prelort.config import DataConfig
+from prelort.errors import ConfigError
+from prelort.tasks import get
+from prelort.tasks.interface import Example
+
+TASK = get("classification")
+LABELS = ("no", "yes", "maybe")
+
+
+def encode(rows: Dataset, tokenizer: Any, max_length: int = 16) -> list[Example]:
+    return TASK.encode(rows, tokenizer, DataConfig(max_length=max_length), LABELS)
+
+
+@pytest.fixture
+def model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=300,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        num_labels=3,
+    )
+    built: torch.nn.Module = BertForSequenceClassification(config).eval()
+    return built
+
+
+def test_a_row_is_its_text_and_the_number_of_its_class() -> None:
+    tokenizer = make_tokenizer(bos=True)
+    rows = Dataset.from_dict({"text": ["one", "two" * 10], "label": ["yes", "no"]})
+    examples = encode(rows, tokenizer)
+    assert [read(tokenizer, e.input_ids) for e in examples] == [
+        "<bos>one",
+        "<bos>" + ("two" * 10)[:15],
+    ]
+    assert [e.labels for e in examples] == [1, 0]
+
+
+def test_a_class_label_goes_by_its_name(tokenizer: Any) -> None:
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["maybe", "no"])})
+    rows = Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}, features=features)
+    assert [e.labels for e in encode(rows, tokenizer)] == [2, 0]
+
+
+def test_no_rows_are_no_examples(tokenizer: Any) -> None:
+    rows = Dataset.from_dict({"text": ["x"], "label": ["no"]}).select([])
+    assert encode(rows, tokenizer) == []
+
+
+def test_an_unknown_label_is_named(tokenizer: Any) -> None:
+    rows = Dataset.from_dict({"text": ["x"], "label": ["never"]})
+    with pytest.raises(ConfigError, match="the label 'never' is not among those of the training"):
+        encode(rows, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "available, found",
+    [
+        (["text", "category"], ("text", "category")),
+        (["sentence", "label"], ("sentence", "label")),
+        (["label", "category", "question"], ("question", "label")),
+        (["Query", "Intent"], ("Query", "Intent")),
+    ],
+)
+def test_finds_its_columns(available: list[str], found: tuple[str, str]) -> None:
+    assert TASK.columns(DataConfig(), available) == found
+
+
+def test_names_the_missing_column() -> None:
+    with pytest.raises(ConfigError, match=r"data\.label_column is not set, and none of the usual"):
+        TASK.columns(DataConfig(), ["text", "id"])
+    with pytest.raises(ConfigError, match=r"data\.text_column = 'txt' is not a column: the colum"):
+        TASK.columns(DataConfig(text_column="txt"), ["text", "label"])
+
+
+def test_a_batch_weighs_its_examples() -> None:
+    batch = TASK.collate([Example([5, 6, 7], 2), Example([8], 0)], pad_id=9)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [2, 0]
+    assert TASK.weight(batch) == 2
+
+
+def test_the_loss_is_the_sum_of_cross_entropies(model: torch.nn.Module) -> None:
+    examples = [Example([5, 6, 7], 2), Example([8], 0)]
+    expected = 0.0
+    for example in examples:
+        logits = model(input_ids=torch.tensor([example.input_ids])).logits[0].double()
+        assert isinstance(example.labels, int)
+        expected -= float(logits.log_softmax(-1)[example.labels].detach())
+    loss = TASK.loss_sum(model, TASK.collate(examples, pad_id=0))
+    assert loss.shape == ()
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert TASK.loss_sum(model.bfloat16(), TASK.collate(examples, 0)).dtype == torch.float32

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+
+from prelort.errors import ConfigError
+from prelort.tasks import columns
+
+
+def test_the_configured_column_goes_before_the_usual_ones() -> None:
+    assert columns.find("data.text_column", "b", ("text",), ["text", "b"]) == "b"
+
+
+def test_usual_names_are_tried_in_their_order_without_regard_to_case() -> None:
+    assert columns.find("k", None, ("text", "sentence"), ["sentence", "Text"]) == "Text"
+
+
+def test_names_what_is_missing_and_what_there_is() -> None:
+    with pytest.raises(ConfigError, match=r"k = 'c' is not a column: the columns are 'a', 'b'"):
+        columns.find("k", "c", ("text",), ["a", "b"])
+    with pytest.raises(ConfigError, match=r"k is not set, and none of the usual names \(text\) is"):
+        columns.find("k", None, ("text",), ["a", "b"])
+
+
+def test_cells_as_text() -> None:
+    rows = Dataset.from_dict(
+        {"a": [1.0, 2.5, None], "b": [True, False, None], "c": ["x", "", None]}
+    )
+    assert columns.texts(rows, "a") == ["1", "2.5", ""]
+    assert columns.texts(rows, "b") == ["True", "False", ""]
+    assert columns.texts(rows, "c") == ["x", "", ""]
+    with pytest.raises(ConfigError, match="column 'd' holds list values, where text or numbers"):
+        columns.texts(Dataset.from_dict({"d": [["x"]]}), "d")
+
+
+def test_class_names() -> None:
+    features = Features({"label": ClassLabel(names=["no", "yes"])})
+    rows = Dataset.from_dict({"label": [1, 0, -1, None]}, features=features)
+    assert columns.names(rows, "label") == ["yes", "no", None, None]
+    with pytest.raises(ConfigError, match="here: row 3 has no value in column 'label'"):
+        columns.class_names(rows, "label", "here")
+
+
+def test_class_order_is_by_number_or_alphabet() -> None:
+    text = Dataset.from_dict({"n": ["10", "-1", "9"], "s": ["b", "10", "a"]})
+    assert columns.class_order(text, "n", "") == ("-1", "9", "10")
+    assert columns.class_order(text, "s", "") == ("10", "a", "b")
+    assert columns.class_order(text.cast_column("n", Value("int64")), "n", "") == ("-1", "9", "10")

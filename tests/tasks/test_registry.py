@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import get_args
+
+import pytest
+
+from prelort import tasks
+from prelort.config import Config, EvaluationConfig
+from prelort.errors import ConfigError
+from prelort.tasks.interface import Task
+
+NAMES = get_args(Config.model_fields["task"].annotation)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_task_of_the_configuration_exists(name: str) -> None:
+    task: Task = tasks.get(name)
+    assert task.name == name
+    assert task.kind == ("classification" if name == "classification" else "causal")
+    assert task.metrics
+    assert set(task.metrics) <= set(task.allowed_metrics)
+    EvaluationConfig(metrics=task.allowed_metrics)  # type: ignore[arg-type]
+
+
+def test_an_unknown_task_is_refused_with_the_names() -> None:
+    with pytest.raises(ConfigError, match="task = 'chta' is not allowed: the tasks are causal-lm"):
+        tasks.get("chta")
+
+
+def test_dealing_and_naming_cost_no_torch() -> None:
+    code = (
+        "import sys, prelort.data.partition, prelort.data.ranks, prelort.tasks;"
+        "print([m for m in ('torch', 'datasets', 'transformers') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stderr
