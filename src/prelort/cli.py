@@ -82,12 +82,15 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Train one adapter for clients of mixed ranks, and measure it at every rank prefix."""
+    if resume is not None and out is not None:
+        raise ConfigError("give --out for a new run or --resume for an old one, not both")
+    if resume is None:
+        configuration.load(config, overrides or [])  # what is wrong there is told at once
+
     from prelort.experiment import several
     from prelort.experiment.run import run as run_one
     from prelort.report.progress import LiveProgress
 
-    if resume is not None and out is not None:
-        raise ConfigError("give --out for a new run or --resume for an old one, not both")
     target, settings, names = _what_to_run(config, method or [], overrides or [], out, resume)
     console = Console()
     try:

@@ -23,7 +23,7 @@ def rows_of(labels: Sequence[Any], column: str = "label") -> Dataset:
 
 
 def config(**values: Any) -> PartitionConfig:
-    return PartitionConfig(**values)
+    return PartitionConfig(**{"min_examples": 2, **values})
 
 
 def sizes(parts: Sequence[Part]) -> list[int]:

@@ -174,6 +174,20 @@ def test_resuming_does_not_take_the_earlier_rounds_for_speed(make_run):
     assert state.left(now) == pytest.approx(7.0)
 
 
+def test_replaying_the_past_before_a_resumption_changes_no_estimate(make_run):
+    events = make_run("prelort", {2: 27.0}, rounds=10)
+    past = [e for e in events if e.get("round", 0) <= 8]
+    state, _ = state_after(past)
+    now = 1000.0
+    state.absorb({"event": "resumed", "round": 8}, now)
+    assert state.left(now) is None
+    for event in (e for e in events if e.get("round") == 9 and e["event"] != "checkpointed"):
+        state.absorb(event, now)
+        now += 1.0
+    assert state.left(now) == pytest.approx(7.0)
+    assert state.elapsed(now) == pytest.approx(7.0)
+
+
 def test_the_loss_of_a_round_is_the_mean_over_examples():
     state = RunState("x", began=0.0, rounds=3)
     for event in (

@@ -59,8 +59,9 @@ def save(adapter: LoraAdapter, folder: Path, template: LoraConfig) -> None:
     rule = {"scale_rule": adapter.scale.kind, "scale": adapter.scale.value}
     # Not save_file: it tells a full disk by an error of its own instead of an OSError.
     data = to_bytes(tensors, metadata={"format": "pt", "prelort": json.dumps(rule)})
-    (folder / WEIGHTS).write_bytes(data)
+    (folder / WEIGHTS).write_bytes(_ordered(data))
     config_for(adapter, template).save_pretrained(str(folder))
+    _in_order(folder / CONFIG)
 
 
 def config_for(adapter: LoraAdapter, template: LoraConfig) -> LoraConfig:
@@ -211,6 +212,25 @@ def _scale_rule(adapter: LoraAdapter, config: LoraConfig, recorded: ScaleRule | 
     if recorded.kind != found.kind or not math.isclose(recorded.value, found.value, rel_tol=1e-9):
         raise AdapterError(f"{WEIGHTS} says scale {recorded}, but {CONFIG} says {found}")
     return recorded
+
+
+def _ordered(data: bytes) -> bytes:
+    """Safetensors bytes with the metadata in order, so that equal adapters are equal files."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
+
+
+def _in_order(path: Path) -> None:
+    """PEFT writes its sets in any order; sort them, so that equal adapters are equal files."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(values.get(key), list):
+            values[key] = sorted(values[key])
+    path.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _exactly(name: str) -> str:

@@ -29,8 +29,16 @@ from prelort.errors import ConfigError
 
 LIBRARIES = ("prelort", "torch", "transformers", "peft", "datasets", "flwr", "safetensors", "numpy")
 
-
 _LEFTOVERS = (".config.toml.tmp", ".methods.json.tmp")
+_BEFORE_THE_ROUNDS = (
+    "config.toml",
+    "versions.json",
+    "metrics.jsonl",
+    "log.txt",
+    "clients.txt",
+    "clients.png",
+    ".lock",
+)
 
 
 class RunFolder:
@@ -68,7 +76,7 @@ class RunFolder:
         """Take back what `create` and a run refused before its first checkpoint have written."""
         if self.checkpoints.exists():
             return
-        for name in ("config.toml", "versions.json", "metrics.jsonl", "log.txt", ".lock"):
+        for name in _BEFORE_THE_ROUNDS:
             (self.path / name).unlink(missing_ok=True)
         if self._made:
             with contextlib.suppress(OSError):  # somebody has put a file of their own there

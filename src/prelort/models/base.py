@@ -110,7 +110,10 @@ def fingerprint(config: ModelConfig) -> str:
     quantisation, device). Reads at most 64 blocks of 4 KiB of each weights file.
     """
     digest = hashlib.sha256()
-    values = _from_pretrained(AutoConfig, config, "configuration").to_dict()
+    _from_pretrained(AutoConfig, config, "configuration")  # says in one sentence what is wrong
+    file = _file(config, "config.json")
+    # The file and not the object: another release of transformers adds other defaults to that.
+    values = json.loads(file.read_text(encoding="utf-8")) if file is not None else {}
     for key in ("_name_or_path", "transformers_version", "torch_dtype", "dtype"):
         values.pop(key, None)
     digest.update(json.dumps(values, sort_keys=True, default=str).encode())

@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prelort.adapters import AdapterSchema, Factors, LoraAdapter, ScaleRule
+from prelort.errors import AdapterError
+from random_adapters import random_adapter, ranks, same_bits, scale_rules, seeds
+
+quick = settings(deadline=None, max_examples=40)
+
+
+@quick
+@given(data=st.data(), rank=ranks, rule=scale_rules, seed=seeds)
+def test_a_prefix_of_a_prefix_is_the_shorter_prefix(data, rank, rule, seed):
+    adapter = random_adapter([rank, max(1, rank - 2)], seed, scale=rule)
+    long = data.draw(st.integers(1, rank))
+    short = data.draw(st.integers(1, long))
+    assert same_bits(adapter.prefix(long).prefix(short), adapter.prefix(short))
+
+
+@quick
+@given(rank=ranks, rule=scale_rules, seed=seeds)
+def test_a_prefix_holds_the_first_slots_and_the_same_rule(rank, rule, seed):
+    adapter = random_adapter(9, seed, scale=rule)
+    prefix = adapter.prefix(rank)
+    assert prefix.rank == rank
+    assert prefix.scale == rule
+    for name, factors in prefix.layers.items():
+        assert torch.equal(factors.A, adapter.layers[name].A[:rank])
+        assert torch.equal(factors.B, adapter.layers[name].B[:, :rank])
+    assert torch.equal(prefix.extras["score.weight"], adapter.extras["score.weight"])
+
+
+def test_a_prefix_is_a_view_and_not_a_copy():
+    adapter = random_adapter(4)
+    prefix = adapter.prefix(2).layers["wide"]
+    assert prefix.A.data_ptr() == adapter.layers["wide"].A.data_ptr()
+    assert prefix.B.data_ptr() == adapter.layers["wide"].B.data_ptr()
+
+
+def test_layers_with_fewer_slots_keep_all_of_theirs():
+    prefix = random_adapter([8, 3]).prefix(5)
+    assert {name: f.rank for name, f in prefix.layers.items()} == {"wide": 5, "tall": 3}
+
+
+@pytest.mark.parametrize("rank", [0, -1, 9])
+def test_a_prefix_that_does_not_exist_is_refused(rank):
+    with pytest.raises(AdapterError, match=rf"rank {rank} is not allowed: use 1 to 8"):
+        random_adapter(8).prefix(rank)
+
+
+@quick
+@given(rank=ranks, value=st.floats(0.01, 100))
+def test_the_scale_of_a_prefix_follows_the_rule_at_its_own_rank(rank, value):
+    assert ScaleRule("constant", value)(rank) == value
+    assert ScaleRule("rslora", value)(rank) == pytest.approx(value / rank**0.5, rel=1e-15)
+    for kind, power in (("constant", 1.0), ("rslora", 0.5)):
+        rule = ScaleRule(kind, value)
+        assert rule.lora_alpha(rank) / rank**power == pytest.approx(rule(rank), rel=1e-15)
+
+
+def test_the_empty_prefix_has_scale_zero():
+    assert ScaleRule("constant", 2.0)(0) == ScaleRule("rslora", 2.0)(0) == 0.0
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_scale_must_be_a_number_above_zero(value):
+    with pytest.raises(AdapterError, match="must be above 0"):
+        ScaleRule("constant", value)
+
+
+def test_an_unknown_scale_rule_is_refused():
+    with pytest.raises(AdapterError, match="'alpha/r' is unknown"):
+        ScaleRule("alpha/r", 1.0)  # type: ignore[arg-type]
+
+
+def test_factors_that_do_not_fit_each_other_are_refused():
+    with pytest.raises(AdapterError, match=r"A is \[2, 5\], B is \[6, 3\]"):
+        Factors(torch.zeros(2, 5), torch.zeros(6, 3))
+    with pytest.raises(AdapterError, match="do not fit"):
+        Factors(torch.zeros(2), torch.zeros(6, 2))
+
+
+@quick
+@given(first=ranks, second=ranks, rule=scale_rules, seed=seeds)
+def test_tensors_and_back_is_the_same_adapter(first, second, rule, seed):
+    adapter = random_adapter([first, second], seed, scale=rule)
+    again = LoraAdapter.from_tensors(adapter.tensors(), rule)
+    assert same_bits(again, adapter)
+    assert again.scale == rule
+    assert again.layers.keys() == adapter.layers.keys()
+    assert again.extras.keys() == adapter.extras.keys()
+
+
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+def test_a_factor_without_its_partner_is_named(factor):
+    tensors = random_adapter(2).tensors()
+    del tensors[f"tall.{factor}.weight"]
+    with pytest.raises(AdapterError, match=rf"'tall\.{factor}\.weight' is missing"):
+        LoraAdapter.from_tensors(tensors, ScaleRule())
+
+
+def test_partners_of_different_ranks_are_named():
+    tensors = random_adapter(2).tensors() | {"tall.lora_A.weight": torch.zeros(3, 3)}
+    with pytest.raises(AdapterError, match="layer 'tall': factors do not fit"):
+        LoraAdapter.from_tensors(tensors, ScaleRule())
+
+
+@pytest.mark.parametrize(
+    "name", ["tall.lora_B.bias", "tall.lora_magnitude_vector", "tall.lora_embedding_A"]
+)
+def test_other_kinds_of_lora_tensors_are_named(name):
+    tensors = random_adapter(2).tensors() | {name: torch.zeros(3)}
+    with pytest.raises(AdapterError, match=rf"'{name}' is not supported"):
+        LoraAdapter.from_tensors(tensors, ScaleRule())
+
+
+def test_to_changes_the_type_of_every_tensor():
+    adapter = random_adapter(3)
+    half = adapter.to(torch.float16)
+    assert {t.dtype for t in half.tensors().values()} == {torch.float16}
+    assert torch.equal(half.layers["wide"].A, adapter.layers["wide"].A.half())
+
+
+def test_the_number_of_parameters_counts_factors_and_extras():
+    assert random_adapter([2, 1]).num_parameters == 2 * (7 + 4) + 1 * (3 + 6) + 6
+
+
+@quick
+@given(rank=ranks, seed=seeds)
+def test_a_schema_accepts_the_prefixes_of_its_adapter(rank, seed):
+    adapter = random_adapter([9, 4], seed)
+    AdapterSchema.of(adapter).check(adapter.prefix(rank), rank)
+
+
+def test_a_schema_names_a_missing_layer():
+    adapter = random_adapter(4)
+    less = LoraAdapter({"wide": adapter.layers["wide"]}, adapter.scale, adapter.extras)
+    with pytest.raises(AdapterError, match=r"'tall\.lora_A\.weight' is missing"):
+        AdapterSchema.of(adapter).check(less, 4)
+
+
+def test_a_schema_names_a_missing_extra():
+    adapter = random_adapter(4)
+    with pytest.raises(AdapterError, match=r"'score\.weight' is missing"):
+        AdapterSchema.of(adapter).check(LoraAdapter(adapter.layers, adapter.scale), 4)
+
+
+@pytest.mark.parametrize("surplus", ["other.lora_A.weight", "other.bias"])
+def test_a_schema_names_a_surplus_tensor(surplus):
+    adapter = random_adapter(4)
+    tensors = adapter.tensors() | {surplus: torch.zeros(4, 5)}
+    if "lora" in surplus:
+        tensors["other.lora_B.weight"] = torch.zeros(5, 4)
+    more = LoraAdapter.from_tensors(tensors, adapter.scale)
+    with pytest.raises(AdapterError, match=rf"'{surplus}' is surplus"):
+        AdapterSchema.of(adapter).check(more, 4)
+
+
+def test_a_schema_names_a_tensor_of_another_rank_or_shape():
+    adapter = random_adapter(4)
+    schema = AdapterSchema.of(adapter)
+    with pytest.raises(
+        AdapterError, match=r"'wide\.lora_A\.weight' has shape \[4, 7\], expected \[2, 7\]"
+    ):
+        schema.check(adapter, 2)
+    head = LoraAdapter(adapter.layers, adapter.scale, {"score.weight": torch.zeros(3, 2)})
+    with pytest.raises(AdapterError, match=r"'score\.weight' has shape \[3, 2\]"):
+        schema.check(head, 4)
+
+
+def test_the_digest_tells_layers_and_shapes_apart_but_not_ranks():
+    digest = AdapterSchema.of(random_adapter(4)).digest()
+    assert AdapterSchema.of(random_adapter([2, 1], seed=5)).digest() == digest
+    other = {"wide": (7, 4), "tall": (3, 5)}
+    assert AdapterSchema.of(random_adapter(4, dimensions=other)).digest() != digest
+    renamed = {"wide": (7, 4), "long": (3, 6)}
+    assert AdapterSchema.of(random_adapter(4, dimensions=renamed)).digest() != digest
+    assert AdapterSchema.of(random_adapter(4, extras=False)).digest() != digest

@@ -1,0 +1,190 @@
+"""Every operation against the dense matrices that it never builds, in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prelort.adapters import Factors, LoraAdapter, ScaleRule, algebra
+from prelort.errors import AdapterError
+from random_adapters import (
+    DIMENSIONS,
+    dense,
+    dense_norm,
+    random_adapter,
+    ranks,
+    same_bits,
+    scale_rules,
+    seeds,
+)
+
+quick = settings(deadline=None, max_examples=40)
+pairs_of_ranks = st.tuples(ranks, ranks)
+
+
+def adapters(draw, count, rule, seed):
+    """``count`` float64 adapters, each layer at a rank of its own."""
+    return [
+        random_adapter(list(draw(pairs_of_ranks)), seed + k, scale=rule, dtype=torch.float64)
+        for k in range(count)
+    ]
+
+
+@quick
+@given(data=st.data(), rule=scale_rules, seed=seeds, count=st.integers(1, 4))
+def test_concatenation_is_the_weighted_sum_of_products(data, rule, seed, count):
+    parts = adapters(data.draw, count, rule, seed)
+    weights = data.draw(st.lists(st.floats(-3, 3), min_size=count, max_size=count))
+    stacked = algebra.concatenate(parts, weights)
+    for name in DIMENSIONS:
+        expected = sum(w * dense(part)[name] for w, part in zip(weights, parts, strict=True))
+        torch.testing.assert_close(dense(stacked)[name], expected, rtol=1e-10, atol=1e-10)
+        assert stacked.layers[name].rank == sum(part.layers[name].rank for part in parts)
+    expected = sum(w * p.extras["score.weight"] for w, p in zip(weights, parts, strict=True))
+    torch.testing.assert_close(stacked.extras["score.weight"], expected)
+
+
+def test_concatenation_of_different_rules_keeps_each_product():
+    parts = [
+        random_adapter(3, 1, scale=ScaleRule("rslora", 4.0), dtype=torch.float64),
+        random_adapter(2, 2, scale=ScaleRule("constant", 0.5), dtype=torch.float64),
+    ]
+    stacked = algebra.concatenate(parts, [0.25, 0.75])
+    for name in DIMENSIONS:
+        expected = 0.25 * dense(parts[0])[name] + 0.75 * dense(parts[1])[name]
+        torch.testing.assert_close(dense(stacked)[name], expected)
+
+
+def test_concatenation_needs_one_weight_for_each_adapter():
+    with pytest.raises(AdapterError, match="1 adapters need as many weights, got 2"):
+        algebra.concatenate([random_adapter(2)], [1.0, 2.0])
+    with pytest.raises(AdapterError, match="0 adapters"):
+        algebra.concatenate([], [])
+
+
+def test_adapters_of_different_layers_are_refused_by_name():
+    other = random_adapter(2, dimensions={"wide": (7, 4)})
+    with pytest.raises(AdapterError, match="layer 'tall'"):
+        algebra.inner(random_adapter(2), other)
+    with pytest.raises(AdapterError, match=r"tensor 'score\.weight'"):
+        algebra.concatenate([random_adapter(2), random_adapter(2, extras=False)], [1, 1])
+
+
+@quick
+@given(data=st.data(), rule=scale_rules, seed=seeds)
+def test_inner_product_norm_and_distance_equal_the_dense_ones(data, rule, seed):
+    x, y = adapters(data.draw, 2, rule, seed)
+    dx, dy = dense(x), dense(y)
+    inner = float(sum((dx[n] * dy[n]).sum() for n in DIMENSIONS))
+    difference = {n: dx[n] - dy[n] for n in DIMENSIONS}
+    size = dense_norm(dx) * dense_norm(dy)
+    assert algebra.inner(x, y) == pytest.approx(inner, rel=1e-10, abs=1e-12 * size)
+    assert algebra.norm(x) == pytest.approx(dense_norm(dx), rel=1e-10)
+    assert algebra.distance(x, y) == pytest.approx(dense_norm(difference), rel=1e-10)
+
+
+@quick
+@given(data=st.data(), rule=scale_rules, seed=seeds)
+def test_difference_is_the_difference_of_the_products(data, rule, seed):
+    x, y = adapters(data.draw, 2, rule, seed)
+    found = dense(algebra.difference(x, y))
+    for name in DIMENSIONS:
+        expected = dense(x)[name] - dense(y)[name]
+        torch.testing.assert_close(found[name], expected, rtol=1e-10, atol=1e-10)
+
+
+@quick
+@given(rule=scale_rules, rank=ranks, seed=seeds, power=st.integers(4, 12))
+def test_tiny_distances_do_not_drown_in_cancellation(rule, rank, seed, power):
+    x = random_adapter(rank, seed, scale=rule, dtype=torch.float64, extras=False)
+    step = random_adapter(rank, seed + 1, scale=rule, dtype=torch.float64, extras=False)
+    layers = {n: Factors(f.A, f.B + 10.0**-power * step.layers[n].B) for n, f in x.layers.items()}
+    y = LoraAdapter(layers, rule)
+    expected = dense_norm({n: dense(x)[n] - dense(y)[n] for n in DIMENSIONS})
+    # The dense difference itself is exact to about 1e-16 of |x|.
+    assert algebra.distance(x, y) == pytest.approx(
+        expected, rel=1e-6, abs=1e-14 * dense_norm(dense(x))
+    )
+
+
+def test_the_naive_expansion_would_have_lost_that_distance():
+    x = random_adapter(4, dtype=torch.float64, extras=False)
+    layers = {n: Factors(f.A, f.B * (1 + 1e-11)) for n, f in x.layers.items()}
+    y = LoraAdapter(layers, x.scale)
+    naive = algebra.inner(x, x) - 2 * algebra.inner(x, y) + algebra.inner(y, y)
+    exact = 1e-11 * algebra.norm(x)
+    assert abs(math.sqrt(max(naive, 0.0)) - exact) > 0.5 * exact
+    assert algebra.distance(x, y) == pytest.approx(exact, rel=1e-3)
+
+
+def test_an_adapter_has_no_distance_to_itself_in_other_coordinates():
+    x = random_adapter(3, dtype=torch.float64, extras=False)
+    mix = torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    layers = {n: Factors(torch.linalg.solve(mix, f.A), f.B @ mix) for n, f in x.layers.items()}
+    assert algebra.distance(x, LoraAdapter(layers, x.scale)) < 1e-12 * algebra.norm(x)
+
+
+@quick
+@given(rule=scale_rules, own=pairs_of_ranks, rank=st.integers(1, 12), seed=seeds)
+def test_the_best_approximation_is_the_truncated_svd(rule, own, rank, seed):
+    adapter = random_adapter(list(own), seed, scale=rule, dtype=torch.float64)
+    best = algebra.best_approximation(adapter, rank)
+    for name, product in dense(adapter).items():
+        u, s, vh = torch.linalg.svd(product)
+        kept = min(rank, len(s))
+        expected = u[:, :kept] @ torch.diag(s[:kept]) @ vh[:kept]
+        torch.testing.assert_close(dense(best)[name], expected, rtol=1e-8, atol=1e-8)
+        error = torch.linalg.matrix_norm(product - dense(best)[name])
+        assert float(error) == pytest.approx(float(s[kept:].norm()), abs=1e-8)
+        assert best.layers[name].rank == min(rank, adapter.layers[name].rank, *DIMENSIONS[name])
+    assert best.scale == rule
+    assert best.extras is adapter.extras
+
+
+@quick
+@given(own=ranks, rank=ranks, seed=seeds)
+def test_a_prefix_of_the_best_approximation_is_best_at_its_own_rank(own, rank, seed):
+    adapter = random_adapter(own, seed, dtype=torch.float64)
+    full = algebra.best_approximation(adapter, own)
+    rank = min(rank, full.rank)
+    prefix, direct = dense(full.prefix(rank)), dense(algebra.best_approximation(adapter, rank))
+    for name in DIMENSIONS:
+        torch.testing.assert_close(prefix[name], direct[name], rtol=1e-8, atol=1e-8)
+
+
+def test_the_best_approximation_splits_singular_values_evenly_and_in_falling_order():
+    factors = algebra.best_approximation(random_adapter(4, dtype=torch.float64), 3).layers["wide"]
+    sizes_a, sizes_b = factors.A.norm(dim=1), factors.B.norm(dim=0)
+    torch.testing.assert_close(sizes_a, sizes_b)
+    assert torch.equal(sizes_a, sizes_a.sort(descending=True).values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_best_approximation_keeps_the_storage_type(dtype):
+    best = algebra.best_approximation(random_adapter(3, dtype=dtype), 2)
+    assert {t.dtype for t in best.tensors().values()} == {dtype}
+
+
+def test_the_best_approximation_of_zero_is_zero():
+    best = algebra.best_approximation(algebra.zeros(random_adapter(3)), 2)
+    assert all(float(p.norm()) == 0 for p in dense(best).values())
+
+
+def test_an_approximation_of_rank_zero_is_refused():
+    with pytest.raises(AdapterError, match="rank 0 is not allowed"):
+        algebra.best_approximation(random_adapter(2), 0)
+
+
+def test_zeros_are_float32_of_the_same_shapes():
+    like = random_adapter([3, 2], dtype=torch.bfloat16)
+    zeros = algebra.zeros(like)
+    assert same_bits(
+        zeros,
+        LoraAdapter.from_tensors(
+            {n: torch.zeros(t.shape) for n, t in like.tensors().items()}, like.scale
+        ),
+    )

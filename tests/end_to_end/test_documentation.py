@@ -1,0 +1,73 @@
+"""What README and CONTRIBUTING show is what runs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import prelort
+from prelort import cli
+from prelort.config import EMBEDDED_FILE, Config, check, read_toml
+
+ROOT = Path(__file__).parents[2]
+
+
+def code_after(text: str, marker: str) -> str:
+    """The first Python block after ``marker``."""
+    found = re.search(r"```python\n(.*?)```", text.split(marker, 1)[1], re.DOTALL)
+    assert found is not None
+    return found.group(1)
+
+
+def test_the_readmes_python_example_runs_the_embedded_default(tmp_path: Path) -> None:
+    code = code_after((ROOT / "README.md").read_text(), "<!-- python example: begin -->")
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    tuned, untuned = re.findall(r"\d+\.\d+", done.stdout)
+    assert float(tuned) < 0.6 * float(untuned)
+    adapters = tmp_path / "runs" / "from-python" / "adapters"
+    assert {path.name for path in adapters.iterdir()} == {f"rank-{r}" for r in (2, 4, 8, 16)}
+
+
+def test_the_readmes_python_example_is_five_lines() -> None:
+    code = code_after((ROOT / "README.md").read_text(), "<!-- python example: begin -->")
+    assert len([line for line in code.splitlines() if line.strip()]) <= 5
+
+
+def test_contributings_method_in_one_file_runs(
+    tmp_path: Path, make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    (tmp_path / "momentum.py").write_text(code_after(text, "## Add a method in one file"))
+    monkeypatch.syspath_prepend(tmp_path)
+    config = make_config(method={"name": "momentum:Momentum"}, federation={"rounds": 4})
+    result = prelort.run(config, tmp_path / "run")
+    assert result.metrics[8]["perplexity"] < result.base["perplexity"]
+    # Half of the first round's change, and then more than that: it is momentum, and it is kept.
+    plain = prelort.run(make_config(federation={"rounds": 4}), tmp_path / "plain")
+    name = next(iter(plain.adapter.tensors()))
+    assert not plain.adapter.tensors()[name].equal(result.adapter.tensors()[name])
+
+
+def test_configuration_printed_is_the_embedded_default(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.config()
+    assert capsys.readouterr().out == EMBEDDED_FILE.read_text()
+    assert check(read_toml(EMBEDDED_FILE)) == prelort.load_config()
+
+
+def test_every_method_and_target_that_the_documentation_names_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    readme = (ROOT / "README.md").read_text()
+    for target in re.findall(r"^    make (\w+)", readme, re.MULTILINE):
+        assert f"\n{target}:" in makefile
+    from prelort.methods import REGISTRY
+
+    for name in REGISTRY:
+        assert (ROOT / "docs" / "methods" / f"{name}.md").is_file()

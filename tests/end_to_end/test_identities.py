@@ -1,0 +1,367 @@
+"""Laws that whole runs obey, against plain PEFT written out by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import prelort
+from prelort import tasks
+from prelort.adapters import LoraAdapter
+from prelort.config import Config
+from prelort.data import federated
+from prelort.experiment import run as run_module
+from prelort.tasks.interface import Example
+
+Make = Callable[..., Config]
+ONE_CLIENT = {"by": "iid", "clients": 1}
+PLAIN = {"name": "prelort", "objective": "plain"}
+
+
+def same_bits(one: LoraAdapter, other: LoraAdapter) -> bool:
+    a, b = one.tensors(), other.tensors()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def events_of(path: Path) -> list[Any]:
+    def timeless(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: timeless(v) for k, v in value.items() if k != "seconds"}
+        return value
+
+    lines = (path / "metrics.jsonl").read_text().splitlines()
+    return [timeless(json.loads(line)) for line in lines]
+
+
+def examples_of(config: Config, tokenizer: Any) -> tuple[list[Example], list[Example]]:
+    """The only client's training examples, and the test examples."""
+    rows = federated.load(config)
+    task = tasks.get(config.task)
+    (client,) = rows.clients
+    train = task.encode(client.train, tokenizer, config.data, rows.labels)
+    return train, task.encode(rows.test, tokenizer, config.data, rows.labels)
+
+
+def as_tensors(examples: list[Example], pad: int) -> dict[str, Tensor]:
+    """A padded batch with Hugging Face's own labels."""
+    longest = max(len(e.input_ids) for e in examples)
+    ids = torch.full((len(examples), longest), pad)
+    labels = torch.full((len(examples), longest), -100)
+    mask = torch.zeros((len(examples), longest), dtype=torch.long)
+    for row, example in enumerate(examples):
+        length = len(example.input_ids)
+        ids[row, :length] = torch.tensor(example.input_ids)
+        labels[row, :length] = torch.tensor(example.labels)
+        mask[row, :length] = 1
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def trained_by_hand(
+    base: Path,
+    start: Path,
+    examples: list[Example],
+    *,
+    rank: int,
+    steps: int,
+    batch_size: int,
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+    pad: int,
+) -> dict[str, Tensor]:
+    """Plain PEFT, Hugging Face's loss, batches in the data's order, one optimiser throughout."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(model, config)
+    initial = load_file(start / "state.safetensors")
+    state = {f"base_model.model.{n.removeprefix('adapter:')}": t for n, t in initial.items()}
+    assert set_peft_model_state_dict(model, state).unexpected_keys == []
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in parameters) == sum(t.numel() for t in initial.values())
+    stepper = optimizer(parameters)
+    model.train()
+    batches = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
+    for step in range(steps):
+        loss = model(**as_tensors(batches[step % len(batches)], pad)).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        stepper.step()
+        stepper.zero_grad()
+    return {
+        name.replace(".default", ""): p.detach()
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+
+
+class TestOneClientIsPlainPeft:
+    @pytest.mark.parametrize(
+        "name, rounds, steps, optimizer",
+        [
+            ("adamw", 1, 5, lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.0)),
+            ("sgd", 1, 5, lambda p: torch.optim.SGD(p, lr=0.5)),
+            # Without momentum SGD remembers nothing, so rounds are as if there were none.
+            ("sgd", 3, 2, lambda p: torch.optim.SGD(p, lr=0.5)),
+        ],
+        ids=["AdamW", "SGD", "SGD over three rounds"],
+    )
+    @pytest.mark.parametrize("method", ["prelort", "fedit"])
+    def test_same_weights(
+        self,
+        tmp_path: Path,
+        make_config: Make,
+        tiny_llama: Path,
+        tokenizer: Any,
+        monkeypatch: pytest.MonkeyPatch,
+        method: str,
+        name: str,
+        rounds: int,
+        steps: int,
+        optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+    ) -> None:
+        config = make_config(
+            partition=ONE_CLIENT,
+            ranks={"mix": "8"},
+            federation={"rounds": rounds, "clients_per_round": 1},
+            method={"name": method, "objective": "plain"},
+            training={
+                "local_steps": steps,
+                "batch_size": 5,
+                "optimizer": name,
+                "learning_rate": 1e-2 if name == "adamw" else 0.5,
+                "schedule": "constant",
+                "shuffle": False,
+            },
+        )
+        monkeypatch.setattr("prelort.experiment.checkpoint.KEPT", 10)
+        prelort.run(config, tmp_path / "run")
+
+        train, _ = examples_of(config, tokenizer)
+        expected = trained_by_hand(
+            tiny_llama,
+            tmp_path / "run" / "checkpoints" / "00000",
+            train,
+            rank=8,
+            steps=rounds * steps,
+            batch_size=5,
+            optimizer=optimizer,
+            pad=tokenizer.pad_token_id,
+        )
+        found = load_file(tmp_path / "run" / "adapters" / "rank-8" / "adapter_model.safetensors")
+        start = load_file(tmp_path / "run" / "checkpoints" / "00000" / "state.safetensors")
+
+        assert found.keys() == expected.keys()
+        for key, tensor in expected.items():
+            assert torch.allclose(found[key], tensor, rtol=0, atol=1e-6), key
+        moved = max(
+            float((found[f"base_model.model.{n.removeprefix('adapter:')}"] - t).abs().max())
+            for n, t in start.items()
+        )
+        assert moved > 1e-3  # the training did something
+
+
+class TestEqualClients:
+    def write(self, path: Path, clients: int, text_file: Path) -> Path:
+        """The rows of one site, held by so many clients."""
+        rows = [json.loads(line) for line in text_file.read_text().splitlines()][:10]
+        copies = [{**row, "client": f"site-{k}"} for k in range(clients) for row in rows]
+        path.write_text("\n".join(map(json.dumps, copies)))
+        return path
+
+    @pytest.mark.parametrize("method, clients", [("prelort", 5), ("zero-padding", 3), ("fedit", 2)])
+    def test_of_equal_data_are_one_client(
+        self, tmp_path: Path, make_config: Make, text_file: Path, method: str, clients: int
+    ) -> None:
+        results = []
+        for count in (1, clients):
+            source = self.write(tmp_path / f"{count}.jsonl", count, text_file)
+            config = make_config(
+                data={"source": str(source), "test": str(text_file)},
+                ranks={"mix": "4*1"},
+                federation={"rounds": 2, "clients_per_round": count},
+                method={"name": method, "objective": "plain"},
+                training={"shuffle": False},
+            )
+            results.append(prelort.run(config, tmp_path / f"run-{count}"))
+
+        assert same_bits(results[0].adapter, results[1].adapter)
+        assert results[0].metrics == results[1].metrics
+
+    def test_of_unequal_data_are_not(
+        self, tmp_path: Path, make_config: Make, text_file: Path
+    ) -> None:
+        """Guards the law above: the comparison can tell runs apart."""
+        results = []
+        for count, mix in ((1, "4"), (3, "4, 4, 4")):
+            config = make_config(
+                partition={"by": "iid", "column": None, "clients": count},
+                ranks={"mix": mix},
+                federation={"rounds": 2, "clients_per_round": count},
+                method=PLAIN,
+            )
+            results.append(prelort.run(config, tmp_path / f"run-{count}"))
+        assert not same_bits(results[0].adapter, results[1].adapter)
+
+
+class TestDeterminism:
+    def test_the_same_run_twice_is_the_same(self, tmp_path: Path, make_config: Make) -> None:
+        config = make_config(lora={"dropout": 0.2}, evaluation={"every": 1})
+        torch.manual_seed(1)
+        one = prelort.run(config, tmp_path / "one")
+        torch.manual_seed(2)
+        torch.rand(7)
+        two = prelort.run(config, tmp_path / "two")
+
+        assert same_bits(one.adapter, two.adapter)
+        assert one.metrics == two.metrics
+        assert events_of(tmp_path / "one") == events_of(tmp_path / "two")
+        for file in (tmp_path / "one" / "adapters").rglob("*.*"):
+            twin = tmp_path / "two" / file.relative_to(tmp_path / "one")
+            assert file.read_bytes() == twin.read_bytes()
+
+    def test_another_seed_is_another_run(self, tmp_path: Path, make_config: Make) -> None:
+        one = prelort.run(make_config(seed=1), tmp_path / "one")
+        two = prelort.run(make_config(seed=2), tmp_path / "two")
+        assert not same_bits(one.adapter, two.adapter)
+
+    def test_a_run_leaves_the_global_generators_as_they_were(
+        self, tmp_path: Path, make_config: Make
+    ) -> None:
+        torch.manual_seed(5)
+        expected = torch.rand(3)
+        torch.manual_seed(5)
+        prelort.run(make_config(lora={"dropout": 0.2}), tmp_path / "run")
+        assert torch.equal(torch.rand(3), expected)
+        assert not torch.are_deterministic_algorithms_enabled()
+
+    def test_the_order_in_which_sites_are_listed_does_not_matter(
+        self, tmp_path: Path, make_config: Make, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        config = make_config(lora={"dropout": 0.2})
+        results = [prelort.run(config, tmp_path / "as-listed")]
+        real = run_module.assemble
+
+        def turned(config: Config) -> Any:
+            assembly = real(config)
+            s = assembly.sites
+            return dataclasses.replace(assembly, sites=(s[3], s[5], s[0], s[2], s[1], s[4]))
+
+        monkeypatch.setattr(run_module, "assemble", turned)
+        results.append(prelort.run(config, tmp_path / "turned"))
+
+        assert same_bits(results[0].adapter, results[1].adapter)
+        assert events_of(tmp_path / "as-listed") == events_of(tmp_path / "turned")
+
+
+def test_at_equal_ranks_the_methods_are_one(tmp_path: Path, make_config: Make) -> None:
+    results = [
+        prelort.run(
+            make_config(ranks={"mix": "4*1"}, method={"name": name, "objective": "plain"}),
+            tmp_path / name,
+        )
+        for name in ("prelort", "zero-padding", "fedit")
+    ]
+    assert same_bits(results[0].adapter, results[1].adapter)
+    assert same_bits(results[0].adapter, results[2].adapter)
+    assert results[0].metrics == results[1].metrics == results[2].metrics
+
+
+def test_at_mixed_ranks_they_differ(tmp_path: Path, make_config: Make) -> None:
+    """Guards the law above."""
+    adapters = [
+        prelort.run(
+            make_config(method={"name": name, "objective": "plain"}), tmp_path / name
+        ).adapter
+        for name in ("prelort", "zero-padding")
+    ]
+    assert not same_bits(*adapters)
+
+
+def batches(examples: list[Example], pad: int) -> Iterator[dict[str, Tensor]]:
+    for start in range(0, len(examples), 7):
+        yield as_tensors(examples[start : start + 7], pad)
+
+
+class TestExportedAdapters:
+    @pytest.mark.parametrize(
+        "lora",
+        [
+            {"scale_rule": "constant", "scale": 2.0},
+            {"scale_rule": "rslora", "scale": 4.0},
+            {"rank_pattern": {"k_proj": 3}},
+            {"target_modules": ["q_proj", "up_proj"]},
+        ],
+        ids=["constant", "rslora", "rank pattern", "some modules"],
+    )
+    def test_plain_peft_gives_the_perplexity_that_was_reported(
+        self,
+        tmp_path: Path,
+        make_config: Make,
+        tiny_llama: Path,
+        tokenizer: Any,
+        lora: dict[str, Any],
+    ) -> None:
+        # A rate at which the adapter changes the function a lot.
+        config = make_config(lora=lora, training={"learning_rate": 5e-2})
+        result = prelort.run(config, tmp_path / "run")
+        rows = federated.load(config)
+        task = tasks.get(config.task)
+        test = task.encode(rows.test, tokenizer, config.data, ())
+
+        seen = []
+        for folder in ("base", "rank-2", "rank-4", "rank-8"):
+            model: Any = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+            if folder != "base":
+                model = PeftModel.from_pretrained(model, tmp_path / "run" / "adapters" / folder)
+            model.eval()
+            total, tokens = 0.0, 0
+            with torch.no_grad():
+                for batch in batches(test, tokenizer.pad_token_id):
+                    learnt = int((batch["labels"][:, 1:] != -100).sum())
+                    total += float(model(**batch).loss.double()) * learnt
+                    tokens += learnt
+            perplexity = float(torch.tensor(total / tokens, dtype=torch.float64).exp())
+            reported = result.base if folder == "base" else result.metrics[int(folder[5:])]
+            assert perplexity == pytest.approx(reported["perplexity"], rel=1e-5), folder
+            seen.append(perplexity)
+        assert len({round(value, 2) for value in seen}) == 4  # four functions, not one
+
+    def test_classifier_heads_are_exported_too(
+        self, tmp_path: Path, make_config: Make, tiny_bert: Path, tokenizer: Any
+    ) -> None:
+        config = make_config(
+            task="classification",
+            model={"name": str(tiny_bert)},
+            training={"learning_rate": 2e-2},
+        )
+        result = prelort.run(config, tmp_path / "run")
+        rows = federated.load(config)
+        task = tasks.get(config.task)
+        test = task.encode(rows.test, tokenizer, config.data, rows.labels)
+
+        for rank in (2, 4, 8):
+            torch.manual_seed(rank)  # a head that is drawn anew would differ
+            model: Any = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=2)
+            model = PeftModel.from_pretrained(
+                model, tmp_path / "run" / "adapters" / f"rank-{rank}"
+            ).eval()
+            right, total = 0, 0.0
+            with torch.no_grad():
+                for example in test:
+                    ids = torch.tensor([example.input_ids])
+                    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+                    label = torch.tensor([example.labels])
+                    total += float(nn.functional.cross_entropy(logits, label))
+                    right += int(logits.argmax()) == example.labels
+            assert total / len(test) == pytest.approx(result.metrics[rank]["loss"], rel=1e-5)
+            assert right / len(test) == pytest.approx(result.metrics[rank]["accuracy"])

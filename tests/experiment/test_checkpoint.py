@@ -1,0 +1,328 @@
+import errno
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prelort.adapters import Factors, LoraAdapter, ScaleRule
+from prelort.errors import CheckpointError
+from prelort.experiment import checkpoint
+from prelort.experiment.checkpoint import Checkpoint
+from prelort.methods.interface import ServerState
+
+
+def make_checkpoint(number: int = 3, base: str = "base-0", **memory: torch.Tensor) -> Checkpoint:
+    generator = torch.Generator().manual_seed(number)
+    layers = {
+        "q_proj": Factors(
+            torch.randn(4, 6, generator=generator), torch.randn(5, 4, generator=generator)
+        ),
+        "k_proj": Factors(
+            torch.randn(2, 6, generator=generator), torch.randn(3, 2, generator=generator)
+        ),
+    }
+    adapter = LoraAdapter(layers, ScaleRule("rslora", 1.7), {"head.weight": torch.randn(2, 3)})
+    return Checkpoint(ServerState(adapter, number, memory), 11, base, 1000 * number)
+
+
+def assert_same(one: Checkpoint, other: Checkpoint) -> None:
+    a, b = one.state, other.state
+    assert (one.seed, one.base, one.metrics_bytes) == (other.seed, other.base, other.metrics_bytes)
+    assert (a.round, a.adapter.scale) == (b.round, b.adapter.scale)
+    assert a.adapter.layers.keys() == b.adapter.layers.keys()
+    for found, expected in ((a.adapter.tensors(), b.adapter.tensors()), (a.memory, b.memory)):
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert found[name].dtype == tensor.dtype
+            assert torch.equal(found[name], tensor)
+
+
+class TestRoundTrip:
+    def test_everything_comes_back(self, tmp_path: Path) -> None:
+        saved = make_checkpoint(
+            3,
+            momentum=torch.randn(4, 6),
+            count=torch.tensor([7]),
+            half=torch.ones(3, dtype=torch.bfloat16),
+            scalar=torch.tensor(0.25, dtype=torch.float64),
+        )
+        path = checkpoint.save(saved, tmp_path)
+
+        assert path.name == "00003"
+        assert_same(checkpoint.load(path), saved)
+        loaded = checkpoint.load_latest(tmp_path, "base-0")
+        assert loaded is not None
+        assert_same(loaded, saved)
+
+    def test_no_folder_and_an_empty_folder_are_no_checkpoint(self, tmp_path: Path) -> None:
+        assert checkpoint.load_latest(tmp_path / "nothing", "base-0") is None
+        assert checkpoint.load_latest(tmp_path, "base-0") is None
+
+    def test_memory_may_be_views_and_the_adapter_itself(self, tmp_path: Path) -> None:
+        """Server momentum keeps the last adapter: the tensors share memory."""
+        plain = make_checkpoint(1)
+        factors = plain.state.adapter.layers["q_proj"]
+        saved = make_checkpoint(1, last=factors.A, again=factors.A, turned=factors.A.T)
+        state = ServerState(plain.state.adapter, 1, saved.state.memory)
+        checkpoint.save(Checkpoint(state, 0, "base-0", 0), tmp_path)
+
+        loaded = checkpoint.load_latest(tmp_path, "base-0")
+        assert loaded is not None
+        assert torch.equal(loaded.state.memory["turned"], factors.A.T)
+        assert torch.equal(loaded.state.memory["last"], factors.A)
+
+    def test_tensors_that_require_gradients_are_saved_as_values(self, tmp_path: Path) -> None:
+        saved = make_checkpoint(1, value=torch.ones(2, requires_grad=True))
+        checkpoint.save(saved, tmp_path)
+        loaded = checkpoint.load_latest(tmp_path, "base-0")
+        assert loaded is not None
+        assert not loaded.state.memory["value"].requires_grad
+
+    def test_nothing_in_it_is_pickled(self, tmp_path: Path) -> None:
+        path = checkpoint.save(make_checkpoint(), tmp_path)
+        assert sorted(file.name for file in path.iterdir()) == ["state.json", "state.safetensors"]
+        assert json.loads((path / "state.json").read_text())["round"] == 3
+
+
+class TestKeeping:
+    def test_the_last_two_are_kept(self, tmp_path: Path) -> None:
+        for number in range(5):
+            checkpoint.save(make_checkpoint(number), tmp_path)
+            names = sorted(path.name for path in tmp_path.iterdir())
+            assert names == [f"{n:05d}" for n in range(max(0, number - 1), number + 1)]
+
+    def test_rounds_are_in_the_order_of_their_numbers(self, tmp_path: Path) -> None:
+        for number in (99_999, 100_000, 100_001):
+            checkpoint.save(make_checkpoint(number), tmp_path)
+        loaded = checkpoint.load_latest(tmp_path, "base-0")
+        assert loaded is not None
+        assert loaded.state.round == 100_001
+        assert len(list(tmp_path.iterdir())) == 2
+
+    def test_a_round_saved_again_replaces_itself(self, tmp_path: Path) -> None:
+        checkpoint.save(make_checkpoint(3), tmp_path)
+        again = make_checkpoint(3, momentum=torch.ones(2))
+        checkpoint.save(again, tmp_path)
+        assert_same(checkpoint.load(tmp_path / "00003"), again)
+        assert len(list(tmp_path.iterdir())) == 1
+
+
+def truncate(name: str, share: float) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        data = (path / name).read_bytes()
+        (path / name).write_bytes(data[: int(len(data) * share)])
+
+    return damage
+
+
+def delete(name: str) -> Callable[[Path], None]:
+    return lambda path: (path / name).unlink()
+
+
+def replaced(**facts: Any) -> Callable[[Path], None]:
+    """Valid JSON with something else in it."""
+
+    def damage(path: Path) -> None:
+        file = path / "state.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | facts))
+
+    return damage
+
+
+def flip(name: str) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        data = bytearray((path / name).read_bytes())
+        data[len(data) * 2 // 3] ^= 4
+        (path / name).write_bytes(bytes(data))
+
+    return damage
+
+
+def write(name: str, text: str) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        (path / name).write_text(text)
+
+    return damage
+
+
+DAMAGES = {
+    "half the tensors": truncate("state.safetensors", 0.5),
+    "no byte of the tensors": truncate("state.safetensors", 0.0),
+    "tensors one byte short": truncate("state.safetensors", 0.999),
+    "half the facts": truncate("state.json", 0.5),
+    "no byte of the facts": truncate("state.json", 0.0),
+    "no tensors file": delete("state.safetensors"),
+    "no facts file": delete("state.json"),
+    "a flipped bit in the tensors": flip("state.safetensors"),
+    "a flipped bit in the facts": flip("state.json"),
+    "another round": replaced(round=7),
+    "another scale": replaced(scale=3.4),
+    "another log length": replaced(metrics_bytes=0),
+    "facts that are a list": write("state.json", "[]"),
+    "facts that are a word": write("state.json", '"x"'),
+    "facts without keys": write("state.json", "{}"),
+    "facts not UTF-8": lambda path: (path / "state.json").write_bytes(b"\xff\xfe\x00"),
+    "an empty folder": lambda path: [file.unlink() for file in path.iterdir()],
+    "folders for files": lambda path: (
+        (path / "state.json").unlink(),
+        (path / "state.json").mkdir(),
+    ),
+}
+
+
+class TestDamage:
+    @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+    def test_a_damaged_one_falls_back_to_the_one_before_it_and_says_so(
+        self, tmp_path: Path, damage: Callable[[Path], Any]
+    ) -> None:
+        before = make_checkpoint(2, momentum=torch.ones(3))
+        checkpoint.save(before, tmp_path)
+        damage(checkpoint.save(make_checkpoint(3), tmp_path))
+
+        with pytest.warns(UserWarning, match="falling back to the checkpoint before it") as said:
+            loaded = checkpoint.load_latest(tmp_path, "base-0")
+
+        assert loaded is not None
+        assert_same(loaded, before)
+        assert f"{str(tmp_path / '00003')!r} is damaged" in str(said[0].message)
+
+    @pytest.mark.filterwarnings("ignore:checkpoint")
+    @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+    def test_all_damaged_is_an_error(self, tmp_path: Path, damage: Callable[[Path], Any]) -> None:
+        for number in (2, 3):
+            damage(checkpoint.save(make_checkpoint(number), tmp_path))
+        with pytest.raises(CheckpointError) as raised:
+            checkpoint.load_latest(tmp_path, "base-0")
+        assert str(raised.value) == f"all checkpoints in {str(tmp_path)!r} are damaged"
+
+    def test_a_flipped_bit_anywhere_is_found_or_changes_nothing(self, tmp_path: Path) -> None:
+        saved = make_checkpoint(3, momentum=torch.ones(3))
+        path = checkpoint.save(saved, tmp_path)
+        draw = random.Random(0)
+        found = 0
+        for name in ("state.json", "state.safetensors"):
+            whole = (path / name).read_bytes()
+            for _ in range(200):
+                data = bytearray(whole)
+                data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+                (path / name).write_bytes(bytes(data))
+                try:
+                    assert_same(checkpoint.load(path), saved)
+                except CheckpointError:
+                    found += 1
+            (path / name).write_bytes(whole)
+        assert found > 350
+
+    def test_a_later_format_is_not_guessed_at(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(checkpoint, "FORMAT", 2)
+        path = checkpoint.save(make_checkpoint(), tmp_path)
+        monkeypatch.undo()
+        with pytest.raises(CheckpointError, match="format 2, this version reads 1"):
+            checkpoint.load(path)
+
+    def test_going_on_after_a_fallback_replaces_the_damaged_one(self, tmp_path: Path) -> None:
+        checkpoint.save(make_checkpoint(2), tmp_path)
+        truncate("state.safetensors", 0.5)(checkpoint.save(make_checkpoint(3), tmp_path))
+        checkpoint.save(make_checkpoint(3), tmp_path)
+        assert checkpoint.load(tmp_path / "00003").state.round == 3
+
+
+def test_another_base_model_is_an_error_with_both_fingerprints(tmp_path: Path) -> None:
+    checkpoint.save(make_checkpoint(3, base="aaaa"), tmp_path)
+    with pytest.raises(CheckpointError) as raised:
+        checkpoint.load_latest(tmp_path, "bbbb")
+    text = str(raised.value)
+    assert "another base model" in text
+    assert "fingerprint aaaa" in text
+    assert "bbbb" in text
+
+
+class TestAtomic:
+    def test_a_crash_before_the_rename_leaves_the_old_ones(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        before = make_checkpoint(2)
+        checkpoint.save(make_checkpoint(1), tmp_path)
+        checkpoint.save(before, tmp_path)
+
+        def crash(*_: object) -> None:
+            raise RuntimeError("power cut")
+
+        monkeypatch.setattr(os, "replace", crash)
+        with pytest.raises(RuntimeError, match="power cut"):
+            checkpoint.save(make_checkpoint(3), tmp_path)
+        monkeypatch.undo()
+
+        loaded = checkpoint.load_latest(tmp_path, "base-0")
+        assert loaded is not None
+        assert_same(loaded, before)
+        assert checkpoint.load(tmp_path / "00001").state.round == 1
+
+    def test_leftovers_of_a_crash_do_not_stop_the_next_one(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real = os.replace
+        monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("crash")))
+        with pytest.raises(OSError, match="crash"):
+            checkpoint.save(make_checkpoint(3), tmp_path)
+        monkeypatch.setattr(os, "replace", real)
+        leftover = next(path for path in tmp_path.iterdir())
+        assert leftover.name == ".00003.tmp"
+        assert checkpoint.load_latest(tmp_path, "base-0") is None
+
+        saved = make_checkpoint(3)
+        checkpoint.save(saved, tmp_path)
+        loaded = checkpoint.load_latest(tmp_path, "base-0")
+        assert loaded is not None
+        assert_same(loaded, saved)
+        assert [path.name for path in tmp_path.iterdir()] == ["00003"]
+
+    @pytest.mark.parametrize("write", ["write_bytes", "write_text"])
+    def test_a_full_disk_leaves_the_old_ones(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: str
+    ) -> None:
+        before = make_checkpoint(2)
+        checkpoint.save(before, tmp_path)
+
+        def full(*_: object, **__: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(Path, write, full)
+        with pytest.raises(OSError, match="No space left"):
+            checkpoint.save(make_checkpoint(3), tmp_path)
+        monkeypatch.undo()
+
+        loaded = checkpoint.load_latest(tmp_path, "base-0")
+        assert loaded is not None
+        assert_same(loaded, before)
+
+    def test_what_is_being_deleted_when_a_crash_comes_is_older_than_what_is_kept(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for number in (1, 2):
+            checkpoint.save(make_checkpoint(number), tmp_path)
+
+        def crash(path: Path) -> None:
+            if path.name == "00001":
+                (path / "state.json").unlink()
+                raise RuntimeError("power cut")
+
+        monkeypatch.setattr(checkpoint, "remove_folder", crash)
+        with pytest.raises(RuntimeError):
+            checkpoint.save(make_checkpoint(3), tmp_path)
+        monkeypatch.undo()
+        loaded = checkpoint.load_latest(tmp_path, "base-0")
+        assert loaded is not None
+        assert loaded.state.round == 3
+        shutil.rmtree(tmp_path / "00003")
+        loaded = checkpoint.load_latest(tmp_path, "base-0")
+        assert loaded is not None
+        assert loaded.state.round == 2

@@ -1,0 +1,247 @@
+import errno
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from prelort.config import Config, check, load
+from prelort.errors import ConfigError
+from prelort.experiment.folder import EventLog, RunFolder, replace_folder, write_atomically
+
+HOLD = """
+import sys
+from pathlib import Path
+from prelort.experiment.folder import RunFolder
+folder = RunFolder(Path(sys.argv[1]))
+folder.lock()
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def another_process_that_holds(path: Path) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "locked\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+class TestCreate:
+    def test_writes_the_configuration_and_the_versions(self, tmp_path: Path) -> None:
+        config = check({"seed": 7, "lora": {"target_modules": ["q_proj"]}})
+        folder = RunFolder(tmp_path / "deep" / "run")
+        folder.create(config)
+
+        assert folder.read_config() == config
+        versions = json.loads((folder.path / "versions.json").read_text())
+        assert {"python", "torch", "flwr", "peft"} <= versions.keys()
+
+    def test_the_written_configuration_is_a_configuration_file(self, tmp_path: Path) -> None:
+        folder = RunFolder(tmp_path / "run")
+        folder.create(load())
+        assert load(folder.config_file) == load()
+
+    @pytest.mark.parametrize("name", ["notes.txt", "config.toml", ".hidden"])
+    def test_a_folder_with_something_in_it_is_refused_and_left_alone(
+        self, tmp_path: Path, name: str
+    ) -> None:
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(ConfigError, match="exists and is not empty: choose another --out"):
+            RunFolder(tmp_path).create(Config())
+        assert [path.name for path in tmp_path.iterdir()] == [name]
+        assert (tmp_path / name).read_text() == "mine"
+
+    def test_a_file_in_its_place_is_refused_and_left_alone(self, tmp_path: Path) -> None:
+        (tmp_path / "run").write_text("mine")
+        with pytest.raises(ConfigError, match="exists and is not empty"):
+            RunFolder(tmp_path / "run").create(Config())
+        assert (tmp_path / "run").read_text() == "mine"
+
+    def test_an_empty_folder_is_taken(self, tmp_path: Path) -> None:
+        RunFolder(tmp_path).create(Config())
+
+    def test_below_a_file_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("mine")
+        with pytest.raises(ConfigError, match=r"cannot be written: Not a directory"):
+            RunFolder(tmp_path / "file" / "run").create(Config())
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+    def test_no_permission_is_refused(self, tmp_path: Path) -> None:
+        tmp_path.chmod(0o500)
+        with pytest.raises(ConfigError, match="cannot be written: Permission denied"):
+            RunFolder(tmp_path / "run").create(Config())
+
+    @pytest.mark.parametrize("code", [errno.EACCES, errno.ENOSPC, errno.EROFS])
+    def test_whatever_the_system_says_is_told(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+    ) -> None:
+        def refuse(*_: object, **__: object) -> None:
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(Path, "mkdir", refuse)
+        with pytest.raises(ConfigError, match=os.strerror(code)):
+            RunFolder(tmp_path / "run").create(Config())
+
+    def test_killed_while_writing_its_first_file_is_no_run_yet(self, tmp_path: Path) -> None:
+        (tmp_path / ".config.toml.tmp").write_text("half a conf")
+        folder = RunFolder(tmp_path)
+        folder.create(Config())
+        assert folder.read_config() == Config()
+
+    def test_no_run_is_told(self, tmp_path: Path) -> None:
+        for path in (tmp_path, tmp_path / "nothing"):
+            with pytest.raises(ConfigError, match=r"holds no run: config.toml is missing"):
+                RunFolder(path).read_config()
+
+
+class TestDiscard:
+    def test_takes_back_what_was_written(self, tmp_path: Path) -> None:
+        folder = RunFolder(tmp_path / "run")
+        folder.create(Config())
+        folder.lock()
+        folder.event_log()({"event": "run_started"})
+        folder.unlock()
+        folder.discard()
+        assert list(tmp_path.iterdir()) == []
+
+    def test_leaves_an_empty_folder_that_was_there(self, tmp_path: Path) -> None:
+        folder = RunFolder(tmp_path)
+        folder.create(Config())
+        folder.discard()
+        assert tmp_path.is_dir()
+        assert list(tmp_path.iterdir()) == []
+
+    def test_keeps_a_run_that_has_begun(self, tmp_path: Path) -> None:
+        folder = RunFolder(tmp_path / "run")
+        folder.create(Config())
+        folder.checkpoints.mkdir()
+        folder.discard()
+        assert folder.config_file.is_file()
+
+    def test_keeps_what_somebody_else_has_put_there(self, tmp_path: Path) -> None:
+        folder = RunFolder(tmp_path / "run")
+        folder.create(Config())
+        (folder.path / "notes.txt").write_text("mine")
+        folder.discard()
+        assert [path.name for path in folder.path.iterdir()] == ["notes.txt"]
+
+
+class TestLock:
+    def test_a_second_process_is_refused(self, tmp_path: Path) -> None:
+        folder = RunFolder(tmp_path)
+        folder.create(Config())
+        with another_process_that_holds(tmp_path):
+            began = time.monotonic()
+            with pytest.raises(ConfigError, match="is in use: another prelort process"):
+                folder.lock()
+            assert time.monotonic() - began < 5
+
+    def test_a_killed_process_holds_it_no_longer(self, tmp_path: Path) -> None:
+        folder = RunFolder(tmp_path)
+        folder.create(Config())
+        with another_process_that_holds(tmp_path) as process:
+            process.kill()
+            process.wait()
+            folder.lock()
+        folder.unlock()
+
+    def test_it_can_be_taken_again_when_it_was_given_back(self, tmp_path: Path) -> None:
+        folder = RunFolder(tmp_path)
+        folder.lock()
+        folder.unlock()
+        with another_process_that_holds(tmp_path):
+            pass
+
+    def test_the_same_process_cannot_run_it_twice(self, tmp_path: Path) -> None:
+        first, second = RunFolder(tmp_path), RunFolder(tmp_path)
+        first.lock()
+        try:
+            with pytest.raises(ConfigError, match="is in use"):
+                second.lock()
+        finally:
+            first.unlock()
+
+    def test_where_nothing_can_be_written_it_is_told(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        with pytest.raises(ConfigError, match="cannot be written"):
+            RunFolder(tmp_path / "file").lock()
+
+
+class TestEventLog:
+    def test_one_line_an_event_at_once(self, tmp_path: Path) -> None:
+        log = EventLog(tmp_path / "metrics.jsonl")
+        assert log.size == 0
+        log({"event": "a", "round": 0})
+        first = (tmp_path / "metrics.jsonl").read_text()
+        log({"event": "b", "text": "é\n"})
+        assert first == '{"event": "a", "round": 0}\n'
+        assert log.size == len((tmp_path / "metrics.jsonl").read_bytes())
+        assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+    def test_numbers_that_json_lacks_are_null(self, tmp_path: Path) -> None:
+        path = tmp_path / "metrics.jsonl"
+        EventLog(path)({"event": "a", "nan": float("nan"), "deep": [{"inf": (float("inf"), 1.0)}]})
+        assert json.loads(path.read_text()) == {
+            "event": "a",
+            "nan": None,
+            "deep": [{"inf": [None, 1.0]}],
+        }
+
+    def test_cut_forgets_what_came_after(self, tmp_path: Path) -> None:
+        log = EventLog(tmp_path / "metrics.jsonl")
+        log.cut(10)
+        log({"event": "a"})
+        size = log.size
+        log({"event": "b"})
+        log.cut(size)
+        log.cut(size + 100)
+        assert (tmp_path / "metrics.jsonl").read_text() == '{"event": "a"}\n'
+        log.cut(0)
+        assert log.size == 0
+
+
+class TestAtomically:
+    def test_a_crash_leaves_the_old_file(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / "file"
+        write_atomically(path, b"old")
+
+        def crash(*_: object) -> None:
+            raise RuntimeError("power cut")
+
+        monkeypatch.setattr(os, "replace", crash)
+        with pytest.raises(RuntimeError):
+            write_atomically(path, b"new and longer")
+        assert path.read_bytes() == b"old"
+
+    def test_a_crash_while_filling_leaves_the_old_folder(self, tmp_path: Path) -> None:
+        path = tmp_path / "folder"
+        replace_folder(path, lambda target: (target / "a").write_text("old") and None)
+
+        def crash(target: Path) -> None:
+            (target / "a").write_text("new")
+            raise RuntimeError("power cut")
+
+        with pytest.raises(RuntimeError):
+            replace_folder(path, crash)
+        assert (path / "a").read_text() == "old"
+        replace_folder(path, lambda target: (target / "b").write_text("new") and None)
+        assert [file.name for file in path.iterdir()] == ["b"]
+        assert [folder.name for folder in tmp_path.iterdir()] == ["folder"]

@@ -1,0 +1,94 @@
+import collections
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from small_federation import clients_of, make_config, make_strategy
+
+from prelort.errors import ConfigError
+from prelort.federation.sampling import check_numbers, count_of, sample
+
+NAMES = [f"site-{i}" for i in range(20)]
+
+
+@given(st.integers(1, 30), st.integers(0, 2**40), st.integers(0, 500))
+def test_sample_is_distinct_and_in_the_clients_order(wanted: int, seed: int, index: int) -> None:
+    chosen = sample(NAMES, wanted, seed=seed, round_index=index)
+
+    assert len(set(chosen)) == len(chosen) == min(wanted, len(NAMES))
+    assert chosen == [name for name in NAMES if name in chosen]
+    assert chosen == sample(NAMES, wanted, seed=seed, round_index=index)
+
+
+def test_rounds_and_seeds_draw_differently() -> None:
+    drawn = [tuple(sample(NAMES, 5, seed=s, round_index=r)) for s in range(5) for r in range(5)]
+    assert len(set(drawn)) > 20
+
+
+def test_everyone_is_drawn_about_as_often() -> None:
+    counts = collections.Counter(
+        name for index in range(2000) for name in sample(NAMES, 5, seed=0, round_index=index)
+    )
+    # Binomial with mean 500 and deviation 19.4: five deviations.
+    assert all(abs(counts[name] - 500) < 97 for name in NAMES)
+
+
+def test_the_draw_does_not_depend_on_global_generators() -> None:
+    import numpy as np
+    import torch
+
+    before = sample(NAMES, 5, seed=3, round_index=1)
+    np.random.seed(7)
+    torch.manual_seed(7)
+    assert sample(NAMES, 5, seed=3, round_index=1) == before
+
+
+@pytest.mark.parametrize("nodes", [[1000, 1001, 1002, 1003, 1004], [77, 3, 2**63, 12, 40]])
+def test_the_same_clients_whatever_their_node_ids(nodes: list[int]) -> None:
+    clients = clients_of([2, 2, 4, 4, 8])
+    config = make_config(clients_per_round=2)
+    strategy, _ = make_strategy(clients, config, nodes=nodes)
+    asked = [[p.client.name for p in strategy._asked(r)] for r in range(1, 6)]
+    assert asked == [
+        sample([c.name for c in clients], 2, seed=0, round_index=r - 1) for r in range(1, 6)
+    ]
+
+
+@pytest.mark.parametrize(
+    "wanted, available, count",
+    [(3, 10, 3), (3, 2, 3), (0.5, 10, 5), (0.5, 3, 2), (0.01, 10, 1), (1.0, 7, 7), (0.3, 10, 3)],
+)
+def test_count_is_a_number_or_a_share_rounded_up(
+    wanted: int | float, available: int, count: int
+) -> None:
+    assert count_of(wanted, available) == count
+
+
+@given(st.integers(1, 1000), st.integers(1, 100))
+def test_a_share_of_a_hundredth_is_not_lost_to_rounding(available: int, percent: int) -> None:
+    assert count_of(percent / 100, available) == max(1, math.ceil(percent * available / 100))
+
+
+def test_more_clients_a_round_than_there_are_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"clients_per_round = 9, but there are 4 clients"):
+        check_numbers(4, 9, 1)
+
+
+@pytest.mark.parametrize(
+    "clients, per_round, quorum, needed, asked",
+    [(6, 3, 4, 4, 3), (6, 0.5, 4, 4, 3), (2, 2, 5, 5, 2)],
+)
+def test_a_quorum_that_no_round_can_reach_is_refused(
+    clients: int, per_round: int | float, quorum: int, needed: int, asked: int
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        check_numbers(clients, per_round, quorum)
+    text = str(refused.value)
+    assert f"federation.quorum = {quorum} needs {needed} replies" in text
+    assert f"asks {asked} of {clients} clients" in text
+
+
+@given(st.integers(1, 50), st.floats(0.01, 1.0), st.floats(0.01, 1.0))
+def test_shares_always_work_out(clients: int, per_round: float, quorum: float) -> None:
+    check_numbers(clients, per_round, quorum)

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prelort.config import MethodConfig
+from prelort.errors import ConfigError
+from prelort.methods import Client, build
+from prelort.methods.objective import Objective, Pass, configured, nested, plain
+
+quick = settings(deadline=None, max_examples=40)
+LEVELS = (2, 4, 8, 16)
+SAMPLED = ["example", "step", "full+one"]
+NESTED = ["mean", *SAMPLED]
+
+
+def passes(objective, batch=6, seed=0):
+    return objective.passes(batch, torch.Generator().manual_seed(seed))
+
+
+# Weights
+
+
+@pytest.mark.parametrize("kind", NESTED)
+def test_without_shares_all_levels_up_to_the_rank_are_equal(kind):
+    objective = nested(kind, 8, LEVELS)
+    assert objective.levels == (2, 4, 8)
+    assert objective.weights == pytest.approx((1 / 3, 1 / 3, 1 / 3))
+
+
+@quick
+@given(kind=st.sampled_from(NESTED), rank=st.integers(1, 20), share=st.none() | st.floats(0.0, 1.0))
+def test_the_clients_rank_is_always_the_last_level_and_weights_sum_to_one(kind, rank, share):
+    objective = nested(kind, rank, LEVELS, full_share=share)
+    assert objective.levels == (*(level for level in LEVELS if level < rank), rank)
+    assert sum(objective.weights) == pytest.approx(1.0)
+    if share is not None and len(objective.levels) > 1:
+        assert objective.weights[-1] == pytest.approx(share)
+        assert len(set(objective.weights[:-1])) == 1
+
+
+def test_given_level_weights_are_made_to_sum_to_one():
+    objective = nested("mean", 8, LEVELS, level_weights={2: 1.0, 8: 3.0, 16: 5.0})
+    assert objective.levels == (2, 4, 8)
+    assert objective.weights == (0.25, 0.0, 0.75)
+
+
+def test_given_level_weights_come_before_the_full_share():
+    config = MethodConfig(objective="step", full_share=0.9, level_weights={"2": 1, "4": 1})
+    assert configured(config, 4, LEVELS).weights == (0.5, 0.5)
+
+
+def test_the_sampled_kinds_give_the_full_rank_half_of_the_weight_by_default():
+    for kind in SAMPLED:
+        assert configured(MethodConfig(objective=kind), 8, LEVELS).weights == (0.25, 0.25, 0.5)
+    even = configured(MethodConfig(objective="mean"), 8, LEVELS).weights
+    assert even == pytest.approx((1 / 3,) * 3)
+
+
+def test_the_full_share_can_be_chosen():
+    config = MethodConfig(objective="mean", full_share=0.75)
+    assert configured(config, 8, LEVELS).weights == (0.125, 0.125, 0.75)
+
+
+@pytest.mark.parametrize("key", ["3", "32", "two", "-2", "2.0", "²", ""])
+def test_a_weight_for_what_is_no_level_is_an_error(key):
+    config = MethodConfig(objective="mean", level_weights={"2": 1.0, key: 1.0})
+    with pytest.raises(ConfigError, match=rf"'{key}' is not a rank level: .* 2, 4, 8, 16"):
+        configured(config, 8, LEVELS)
+
+
+def test_weights_that_leave_nothing_to_train_are_an_error():
+    config = MethodConfig(objective="mean", level_weights={"8": 1.0, "2": 0.0})
+    assert configured(config, 8, LEVELS).weights == (0.0, 0.0, 1.0)
+    with pytest.raises(ConfigError, match=r"nothing to train for a client of rank 4.*\[2, 4\]"):
+        configured(config, 4, LEVELS)
+
+
+def test_a_method_finds_that_before_the_run():
+    config = MethodConfig(name="prelort", level_weights={"8": 1.0})
+    clients = [Client("large", 8, 5), Client("small", 4, 5)]
+    with pytest.raises(ConfigError, match="client of rank 4"):
+        build(config, [4, 8], 0).check(clients)
+    build(config, [4, 8], 0).check(clients[:1])
+
+
+# Passes
+
+
+def test_plain_is_one_pass_with_nothing_cut():
+    assert passes(plain(8)) == [Pass(None)]
+    assert nested("plain", 8, LEVELS) == plain(8)
+
+
+@pytest.mark.parametrize("kind", NESTED)
+def test_a_client_of_the_lowest_rank_trains_plainly(kind):
+    assert passes(nested(kind, 2, LEVELS, full_share=0.5)) == [Pass(None)]
+
+
+def test_mean_is_a_pass_for_every_level_with_a_weight():
+    objective = nested("mean", 8, LEVELS, level_weights={2: 1, 8: 3})
+    assert passes(objective) == [Pass(2, 0.25), Pass(8, 0.75)]
+
+
+def test_step_is_one_pass_with_one_level():
+    (only,) = passes(nested("step", 8, LEVELS))
+    assert only.weight == 1.0
+    assert only.ranks in (2, 4, 8)
+
+
+def test_example_is_one_pass_with_a_level_for_each_example():
+    (only,) = passes(nested("example", 8, LEVELS), batch=50)
+    assert only.weight == 1.0
+    assert only.ranks.shape == (50,)
+    assert only.ranks.dtype == torch.int64
+    assert set(only.ranks.tolist()) == {2, 4, 8}
+
+
+def test_full_and_one_is_the_full_rank_and_one_lower_level():
+    full, one = passes(nested("full+one", 8, LEVELS, full_share=0.7))
+    assert full == Pass(8, pytest.approx(0.7))
+    assert one.ranks in (2, 4)
+    assert one.weight == pytest.approx(0.3)
+
+
+def test_full_and_one_leaves_out_what_weighs_nothing():
+    assert passes(nested("full+one", 8, LEVELS, full_share=1.0)) == [Pass(None)]
+    (one,) = passes(nested("full+one", 8, LEVELS, full_share=0.0))
+    assert one.ranks in (2, 4)
+    assert one.weight == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("kind", SAMPLED)
+def test_levels_of_weight_zero_are_never_drawn(kind):
+    objective = nested(kind, 16, LEVELS, level_weights={2: 1.0, 4: 0.0, 8: 1.0, 16: 1.0})
+    assert 4 not in drawn(objective, 300)
+
+
+@pytest.mark.parametrize("kind", SAMPLED)
+def test_draws_depend_on_the_generator_alone(kind):
+    objective = nested(kind, 16, LEVELS, full_share=0.25)
+    torch.manual_seed(1)
+    first = drawn(objective, 20, seed=5)
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    assert drawn(objective, 20, seed=5) == first
+    assert torch.equal(torch.get_rng_state(), before)
+    assert drawn(objective, 20, seed=6) != first
+
+
+def drawn(objective: Objective, steps: int, batch: int = 8, seed: int = 0) -> Counter[int]:
+    """How much weight each level received over many steps, in examples."""
+    generator = torch.Generator().manual_seed(seed)
+    counts: Counter[int] = Counter()
+    for _ in range(steps):
+        for one in objective.passes(batch, generator):
+            ranks = one.ranks if isinstance(one.ranks, torch.Tensor) else [one.ranks] * batch
+            for rank in map(int, ranks):
+                counts[rank] += one.weight
+    return counts
+
+
+@pytest.mark.parametrize("kind", NESTED)
+@pytest.mark.parametrize("weights", [{2: 1, 4: 2, 8: 1, 16: 4}, {2: 3, 16: 1}])
+def test_on_average_every_level_gets_its_weight(kind, weights):
+    """Within four standard errors of the number of independent draws."""
+    objective, steps, batch = nested(kind, 16, LEVELS, level_weights=weights), 2000, 8
+    counts = drawn(objective, steps, batch, seed=3)
+    independent = steps * (batch if kind == "example" else 1)
+    for level, weight in zip(objective.levels, objective.weights, strict=True):
+        share = counts[level] / (steps * batch)
+        error = 4 * (weight * (1 - weight) / independent) ** 0.5
+        assert abs(share - weight) <= error + 1e-12, (kind, level)
+
+
+# What each method makes of the configuration
+
+
+def test_prelort_trains_per_example_by_default_and_the_others_plainly():
+    client = Client("k", 8, 5)
+    kinds = {
+        name: build(MethodConfig(name=name), LEVELS, 0).objective(client).kind
+        for name in ("prelort", "zero-padding", "fedit")
+    }
+    assert kinds == {"prelort": "example", "zero-padding": "plain", "fedit": "plain"}
+
+
+def test_the_configured_objective_is_used():
+    for name in ("prelort", "zero-padding"):
+        config = MethodConfig(name=name, objective="mean")
+        objective = build(config, LEVELS, 0).objective(Client("k", 4, 5))
+        assert objective == nested("mean", 4, LEVELS)

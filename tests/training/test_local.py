@@ -1,0 +1,467 @@
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+
+import pytest
+import torch
+from gradients import cut
+from peft import PeftModel
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from prelort import tasks
+from prelort.adapters import ScaleRule, peft_folder
+from prelort.config import TrainingConfig
+from prelort.errors import PrelortError
+from prelort.methods.objective import nested, plain
+from prelort.models.lora import ADAPTER, extract, install, trainable
+from prelort.tasks.interface import Example
+from prelort.training.local import Assignment, TrainResult, train
+from prelort.training.truncation import Truncation
+from random_adapters import same_bits
+from tiny_models import adapted, base_model, kind_of, trained_adapter
+
+RULE = ScaleRule("rslora", 1.3)
+LEVELS = (2, 4, 8)
+
+
+def examples_of(folder, count=12, seed=0):
+    """Sequences of three to eight tokens, so that batches weigh differently."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for index in range(count):
+        length = int(torch.randint(3, 9, (), generator=generator))
+        ids = torch.randint(2, 256, (length,), generator=generator).tolist()
+        made.append(Example(ids, index % 3 if kind_of(folder) == "classification" else ids))
+    return made
+
+
+class Bench:
+    """One model on which clients train, each starting from the same adapter."""
+
+    def __init__(self, folder, **lora):
+        self.folder = folder
+        self.model = adapted(folder, 8, **lora)
+        self.truncation = Truncation(self.model, RULE)
+        self.task = tasks.get("classification" if kind_of(folder) != "causal" else "causal-lm")
+        self.start = trained_adapter(self.model, RULE)
+        self.examples = examples_of(folder)
+
+    def train(self, *, adapter=None, examples=None, **changes):
+        """The result and the trained adapter; ``changes`` of configuration and assignment."""
+        own = {"client", "round_index", "rounds", "seed", "objective", "timeout"}
+        work = {"client": "k", "round_index": 0, "rounds": 1, "seed": 0, "objective": plain(8)}
+        work |= {name: changes.pop(name) for name in own & changes.keys()}
+        defaults = {"local_steps": 3, "batch_size": 4, "learning_rate": 0.05, "optimizer": "sgd"}
+        config = TrainingConfig(**(defaults | changes))
+        install(self.model, adapter or self.start)
+        result = train(
+            self.model,
+            self.truncation,
+            self.task,
+            self.examples if examples is None else examples,
+            config,
+            Assignment(**work),
+            pad_id=0,
+        )
+        return result, extract(self.model, RULE)
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_llama):
+    return Bench(tiny_llama)
+
+
+@pytest.fixture(scope="module")
+def bert(tiny_bert):
+    return Bench(tiny_bert)
+
+
+@pytest.fixture(scope="module")
+def dropping(tiny_llama):
+    """With dropout in front of the factors, which draws random numbers."""
+    return Bench(tiny_llama, dropout=0.3)
+
+
+def assert_close(found, expected, tolerance=1e-6):
+    for name, tensor in expected.tensors().items():
+        torch.testing.assert_close(
+            found.tensors()[name], tensor, rtol=tolerance, atol=tolerance, msg=name
+        )
+
+
+def distance(x, y):
+    return max(float((t - y.tensors()[n]).abs().max()) for n, t in x.tensors().items())
+
+
+# Determinism
+
+
+@pytest.mark.parametrize("kind", ["plain", "mean", "example", "step", "full+one"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_equal_seeds_give_equal_bits_whatever_the_global_generator(dropping, kind, optimizer):
+    objective = nested(kind, 8, LEVELS, full_share=0.5)
+    results = []
+    for global_seed in (1, 2):
+        torch.manual_seed(global_seed)
+        results.append(dropping.train(objective=objective, optimizer=optimizer))
+    (first, adapter), (second, again) = results
+    assert first.loss == second.loss
+    assert same_bits(adapter, again)
+
+
+def test_training_leaves_the_global_generator_as_it_was(dropping):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    dropping.train(objective=nested("example", 8, LEVELS))
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(PrelortError):
+        dropping.train(timeout=0.0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"client": "other"}, {"round_index": 1}])
+def test_another_seed_client_or_round_trains_differently(dropping, change):
+    """Even without shuffling and nesting: the dropout differs too."""
+    settings = {"rounds": 2, "schedule": "constant", "shuffle": False}
+    same_batches = {"local_steps": 6, "batch_size": 4}  # two epochs: the same in every round
+    _, first = dropping.train(**settings, **same_batches)
+    _, second = dropping.train(**settings, **same_batches, **change)
+    assert distance(first, second) > 1e-4
+
+
+def test_dropout_is_used(dropping, llama):
+    assert distance(dropping.train()[1], llama.train()[1]) > 1e-4
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"client": "other"}, {"round_index": 1}])
+def test_draws_of_truncations_depend_on_seed_client_and_round(llama, change):
+    settings = {
+        "objective": nested("example", 8, LEVELS),
+        "shuffle": False,
+        "local_steps": 6,
+        "schedule": "constant",
+        "rounds": 2,
+    }
+    first, second = llama.train(**settings)[1], llama.train(**settings, **change)[1]
+    assert distance(first, second) > 1e-4
+
+
+def test_the_base_model_is_not_changed(llama, tiny_llama):
+    llama.train(optimizer="adamw", weight_decay=0.5)
+    fresh = dict(base_model(tiny_llama).named_parameters())
+    trained = {
+        n.removeprefix("base_model.model.").replace(".base_layer", ""): p
+        for n, p in llama.model.named_parameters()
+        if ".lora_" not in n
+    }
+    assert trained.keys() == fresh.keys()
+    assert all(torch.equal(p, fresh[n]) for n, p in trained.items())
+
+
+# Identity with plain PEFT
+
+
+def switch_off_dropout(model):
+    """That of the base model, which evaluation mode would switch off too."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+
+def plain_peft(bench, tmp_path, steps, batch_size, make_optimizer, *, clip=None):
+    """A loop that anybody would write, on the exported adapter: the losses, and the adapter."""
+    peft_folder.save(bench.start, tmp_path, bench.model.peft_config[ADAPTER])
+    base = base_model(bench.folder)
+    model = PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
+    model.train()
+    switch_off_dropout(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer, losses, position = make_optimizer(parameters), [], 0
+    for _ in range(steps):
+        chosen = bench.examples[position : position + batch_size]
+        position = (position + batch_size) % len(bench.examples)
+        longest = max(len(e.input_ids) for e in chosen)
+        ids = torch.zeros(len(chosen), longest, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, example in enumerate(chosen):
+            ids[row, : len(example.input_ids)] = torch.tensor(example.input_ids)
+            mask[row, : len(example.input_ids)] = 1
+        labels = (
+            torch.tensor([e.labels for e in chosen])
+            if kind_of(bench.folder) == "classification"
+            else ids.masked_fill(mask == 0, -100)
+        )
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, clip)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, extract(model, RULE)
+
+
+@pytest.fixture(params=["llama", "gpt2", "bert"])
+def without_dropout(request):
+    bench = Bench(request.getfixturevalue(f"tiny_{request.param}"))
+    switch_off_dropout(bench.model)
+    return bench
+
+
+SETTINGS = {
+    "sgd": (
+        {"optimizer": "sgd", "learning_rate": 0.1, "max_grad_norm": 0},
+        lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        None,
+    ),
+    "sgd, momentum, decay, clipped": (
+        {"optimizer": "sgd", "learning_rate": 0.1, "momentum": 0.9, "weight_decay": 0.01},
+        lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.01),
+        1.0,
+    ),
+    "adamw, decay, clipped": (
+        {"optimizer": "adamw", "learning_rate": 0.01, "weight_decay": 0.1, "max_grad_norm": 0.5},
+        lambda parameters: torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1),
+        0.5,
+    ),
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_one_round_is_what_plain_peft_training_does(without_dropout, settings, tmp_path):
+    changes, make_optimizer, clip = SETTINGS[settings]
+    steps, batch_size = 5, 5  # the last batch of an epoch is smaller
+    bench = without_dropout
+    bench.examples = bench.examples[:10]
+    losses, expected = plain_peft(bench, tmp_path, steps, batch_size, make_optimizer, clip=clip)
+    result, found = bench.train(
+        local_steps=steps, batch_size=batch_size, shuffle=False, schedule="constant", **changes
+    )
+    assert result.loss == pytest.approx(sum(losses) / steps, rel=1e-6)
+    assert result.steps == steps
+    assert_close(found, expected, 1e-5 if "adamw" in settings else 1e-6)
+    assert distance(found, bench.start) > 2e-3
+
+
+# Objective
+
+
+def batch_of(bench, size):
+    return bench.task.collate(bench.examples[:size], 0)
+
+
+def test_one_step_of_mean_follows_the_mean_of_the_gradients_of_truncated_models(llama):
+    weights = {2: 1.0, 4: 2.0, 8: 5.0}
+    _, found = llama.train(
+        objective=nested("mean", 8, LEVELS, level_weights=weights),
+        local_steps=1,
+        batch_size=6,
+        shuffle=False,
+        learning_rate=0.1,
+        max_grad_norm=0,
+    )
+    batch = batch_of(llama, 6)
+    tokens = llama.task.weight(batch)
+    for level, weight in weights.items():
+        step = cut(llama.model, llama.start, batch, [level] * 6)
+        for name, factors in found.layers.items():
+            share = 0.1 * weight / 8 / tokens
+            factors.A.add_(share * step[f"{name}.A"])
+            factors.B.add_(share * step[f"{name}.B"])
+    assert_close(found, llama.start, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["plain", "mean", "example", "step", "full+one"])
+def test_the_loss_told_is_the_objective(llama, kind):
+    """At a rate of nothing, over many batches: the weighted mean of the losses per token."""
+    objective = nested(kind, 8, LEVELS, full_share=0.5)
+    exact = kind in ("plain", "mean")
+    result, _ = llama.train(
+        objective=objective,
+        local_steps=2 if exact else 120,
+        batch_size=12,
+        shuffle=False,
+        learning_rate=1e-12,
+    )
+    install(llama.model, llama.start)
+    batch, losses = batch_of(llama, 12), {}
+    for level in objective.levels:
+        with torch.no_grad(), llama.truncation.at(level):
+            losses[level] = float(llama.task.loss_sum(llama.model, batch))
+    expected = sum(w * losses[r] for r, w in zip(objective.levels, objective.weights, strict=True))
+    expected /= llama.task.weight(batch)
+    spread = (max(losses.values()) - min(losses.values())) / llama.task.weight(batch)
+    assert result.loss == pytest.approx(expected, abs=1e-5 if exact else 0.2 * spread)
+    assert exact or spread > 0.01
+
+
+# Accumulation
+
+
+@pytest.mark.parametrize("kind", ["plain", "mean"])
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_two_batches_of_four_are_one_batch_of_eight(request, name, kind):
+    bench = request.getfixturevalue(name)
+    switch_off_dropout(bench.model)
+    settings = {
+        "shuffle": False,
+        "objective": nested(kind, 8, LEVELS),
+        "examples": examples_of(bench.folder, 24),
+    }
+    one, found = bench.train(batch_size=8, **settings)
+    two, expected = bench.train(batch_size=4, gradient_accumulation=2, **settings)
+    assert one.loss == pytest.approx(two.loss, rel=1e-6)
+    assert_close(found, expected, 1e-6)
+    _, other = bench.train(batch_size=4, **settings)
+    assert distance(found, other) > 1e-4
+
+
+# Schedules
+
+
+@contextmanager
+def recorded_rates():
+    """The rates of every optimiser step, a list for each parameter group."""
+    rates: list[list[float]] = []
+
+    def record(optimizer, *_):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+
+    handle = register_optimizer_step_pre_hook(record)
+    try:
+        yield rates
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.25])
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_rounds_with_sgd_are_one_uninterrupted_run(llama, schedule, warmup):
+    settings = {"schedule": schedule, "warmup": warmup}
+    with recorded_rates() as whole:
+        _, expected = llama.train(local_steps=12, **settings)
+    adapter = llama.start
+    with recorded_rates() as parts:
+        for index in range(4):
+            _, adapter = llama.train(
+                adapter=adapter, local_steps=3, round_index=index, rounds=4, **settings
+            )
+    assert parts == whole
+    assert same_bits(adapter, expected)
+
+
+def test_the_rates_are_those_of_the_schedules(llama):
+    def rates(**settings):
+        with recorded_rates() as found:
+            for index in range(2):
+                llama.train(local_steps=5, round_index=index, rounds=2, **settings)
+        return [rate / 0.05 for (rate,) in found]
+
+    steps = range(10)
+    assert rates(schedule="constant") == pytest.approx([1.0] * 10)
+    assert rates(schedule="linear") == pytest.approx([1 - t / 10 for t in steps])
+    cosine = [0.5 * (1 + math.cos(math.pi * t / 10)) for t in steps]
+    assert rates(schedule="cosine") == pytest.approx(cosine)
+    warm = [0.0, 0.5, *[0.5 * (1 + math.cos(math.pi * t / 8)) for t in range(8)]]
+    assert rates(schedule="cosine", warmup=0.2) == pytest.approx(warm)
+
+
+def test_clients_with_more_steps_follow_the_same_share_of_the_schedule(llama):
+    last = []
+    for count in (12, 4):
+        with recorded_rates() as found:
+            llama.train(examples=llama.examples[:count], local_steps=0, round_index=1, rounds=2)
+        last.append(found[0][0])
+        assert len(found) == count // 4
+    assert last[0] == pytest.approx(last[1]) == pytest.approx(0.5 * 0.05)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_head_has_a_rate_of_its_own(bert, optimizer):
+    settings = {"optimizer": optimizer, "schedule": "linear", "rounds": 2, "round_index": 1}
+    with recorded_rates() as rates:
+        _, adapter = bert.train(head_learning_rate=1e-9, **settings)
+    assert rates[0] == pytest.approx([0.05 / 2, 1e-9 / 2])
+    _, common = bert.train(**settings)
+    for name, head in adapter.extras.items():
+        assert float((head - bert.start.extras[name]).abs().max()) < 1e-7
+        assert float((common.extras[name] - bert.start.extras[name]).abs().max()) > 1e-4
+    for name, factors in adapter.layers.items():
+        assert not torch.equal(factors.B, bert.start.layers[name].B)
+
+
+def test_without_a_rate_of_its_own_the_head_has_the_common_one(bert):
+    with recorded_rates() as rates:
+        bert.train(local_steps=1)
+    assert rates == [[0.05, 0.05]]
+
+
+# Precision and checkpointing
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(tiny_llama):
+    settings = {"objective": nested("example", 8, LEVELS), "optimizer": "sgd"}
+    _, expected = Bench(tiny_llama, dropout=0.3).train(**settings)
+    _, found = Bench(tiny_llama, dropout=0.3).train(gradient_checkpointing=True, **settings)
+    assert_close(found, expected, 1e-6)
+
+
+def test_bfloat16_is_near_float32_and_keeps_float32_weights(llama):
+    exact, expected = llama.train(objective=nested("mean", 8, LEVELS))
+    result, found = llama.train(objective=nested("mean", 8, LEVELS), precision="bfloat16")
+    assert result.loss == pytest.approx(exact.loss, rel=0.02)
+    assert result.loss != exact.loss
+    moved = distance(expected, llama.start)
+    assert 0 < distance(found, expected) < 0.2 * moved
+    assert {p.dtype for p in trainable(llama.model)[0]} == {torch.float32}
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_loss_that_is_no_number_is_an_error_with_step_and_rate(llama, optimizer):
+    with pytest.raises(
+        PrelortError,
+        match=r"loss became (nan|inf) at local step 2 of 5 \(training.learning_rate = 1e\+30\)",
+    ):
+        llama.train(optimizer=optimizer, learning_rate=1e30, local_steps=5, max_grad_norm=0)
+
+
+def test_a_client_whose_time_is_up_says_so(llama):
+    with pytest.raises(PrelortError, match=r"timed out after 0 s at local step 1 of 3"):
+        llama.train(timeout=0.0)
+
+
+def test_a_client_without_examples_says_so(llama):
+    with pytest.raises(PrelortError, match="client 'k' has no training examples"):
+        llama.train(examples=[])
+
+
+def test_after_an_error_the_next_client_trains_as_if_nothing_had_been(llama):
+    expected = llama.train()[1]
+    with pytest.raises(PrelortError):
+        llama.train(learning_rate=1e30, max_grad_norm=0, local_steps=5)
+    with pytest.raises(PrelortError):
+        llama.train(timeout=0.0, objective=nested("example", 8, LEVELS))
+    assert same_bits(llama.train()[1], expected)
+
+
+# What is told
+
+
+def test_the_result_tells_steps_and_time(llama):
+    result, _ = llama.train(local_steps=0, local_epochs=2)
+    assert isinstance(result, TrainResult)
+    assert result.steps == 6
+    assert 0 < result.seconds < 60
+
+
+@pytest.mark.parametrize("rank", [1, 5])
+def test_an_adapter_of_any_rank_is_trained_at_that_rank(llama, rank):
+    _, found = llama.train(
+        adapter=llama.start.prefix(rank), objective=nested("example", rank, LEVELS)
+    )
+    assert found.rank == rank
+    assert distance(found, llama.start.prefix(rank)) > 1e-4

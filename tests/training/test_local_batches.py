@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prelort.config import TrainingConfig
+from prelort.training.batches import batches, micro_batches_per_epoch, steps_per_round
+
+quick = settings(deadline=None, max_examples=60)
+
+
+def rounds_of(examples, config, rounds, seed=0, client="k"):
+    return [
+        list(batches(examples, config, round_index=index, seed=seed, client=client))
+        for index in range(rounds)
+    ]
+
+
+@quick
+@given(
+    examples=st.integers(1, 40),
+    size=st.integers(1, 9),
+    steps=st.integers(1, 7),
+    accumulation=st.integers(1, 3),
+    shuffle=st.booleans(),
+)
+def test_each_epoch_covers_every_example_once_across_rounds(
+    examples, size, steps, accumulation, shuffle
+):
+    config = TrainingConfig(
+        batch_size=size, local_steps=steps, gradient_accumulation=accumulation, shuffle=shuffle
+    )
+    per_epoch = micro_batches_per_epoch(examples, config)
+    assert per_epoch == math.ceil(examples / size)
+    rounds = math.ceil(2 * per_epoch / (steps * accumulation))
+    given_out = rounds_of(examples, config, rounds)
+    assert all(len(one) == steps * accumulation for one in given_out)
+    order = list(itertools.chain(*given_out))
+    for epoch in range(2):
+        part = order[epoch * per_epoch : (epoch + 1) * per_epoch]
+        assert sorted(itertools.chain(*part)) == list(range(examples))
+        assert all(len(batch) == size for batch in part[:-1])
+
+
+def test_a_round_goes_on_where_the_last_one_stopped():
+    short = TrainingConfig(batch_size=3, local_steps=2)
+    long = TrainingConfig(batch_size=3, local_steps=10)
+    assert list(itertools.chain(*rounds_of(11, short, 5))) == rounds_of(11, long, 1)[0]
+
+
+def test_any_round_can_be_asked_for_without_those_before_it():
+    config = TrainingConfig(batch_size=3, local_steps=2)
+    fifth = list(batches(11, config, round_index=4, seed=0, client="k"))
+    assert fifth == rounds_of(11, config, 5)[4]
+
+
+def test_without_shuffling_batches_are_in_order():
+    config = TrainingConfig(batch_size=2, local_steps=4, shuffle=False)
+    assert rounds_of(5, config, 2) == [
+        [[0, 1], [2, 3], [4], [0, 1]],
+        [[2, 3], [4], [0, 1], [2, 3]],
+    ]
+
+
+def test_orders_differ_between_epochs_clients_and_seeds():
+    config = TrainingConfig(batch_size=4, local_epochs=1)
+    first, second = rounds_of(16, config, 2)
+    others = [rounds_of(16, config, 1, seed=1)[0], rounds_of(16, config, 1, client="other")[0]]
+    for one, other in itertools.combinations([first, second, *others], 2):
+        assert one != other
+
+
+def test_orders_depend_on_nothing_else():
+    config = TrainingConfig(batch_size=4)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = rounds_of(16, config, 2)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert rounds_of(16, config, 2) == first
+
+
+@pytest.mark.parametrize(
+    "examples, epochs, accumulation, steps",
+    [
+        (16, 1, 1, 4),
+        (17, 1, 1, 5),
+        (16, 2.5, 1, 10),
+        (16, 0.5, 1, 2),
+        (16, 1, 2, 2),
+        (3, 0.1, 4, 1),
+    ],
+)
+def test_local_epochs_give_the_number_of_steps(examples, epochs, accumulation, steps):
+    config = TrainingConfig(batch_size=4, local_epochs=epochs, gradient_accumulation=accumulation)
+    assert steps_per_round(examples, config) == steps
+
+
+def test_local_steps_come_before_local_epochs():
+    config = TrainingConfig(batch_size=4, local_steps=3, local_epochs=9)
+    assert steps_per_round(100, config) == steps_per_round(1, config) == 3
