@@ -41,7 +41,7 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     device: str = Field("auto", description="'auto', 'cpu', 'cuda' or 'cuda:N'")
     quantization: Literal["none", "8bit", "4bit"] = Field(
-        "none", description="load the base in 8 or 4 bits (bitsandbytes, CUDA only)"
+        "none", description="load the base in 8 or 4 bits (needs bitsandbytes)"
     )
     trust_remote_code: bool = Field(False, description="run the model's own code from the hub")
 
@@ -230,12 +230,12 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
 
 
-def load(path: Path | None = None, overrides: Iterable[str] = ()) -> Config:
+def load(path: Path | str | None = None, overrides: Iterable[str] = ()) -> Config:
     """Read a TOML file, apply ``a.b=value`` overrides, and check everything.
 
     Without a file the embedded default is meant. Raises `ConfigError` with one sentence.
     """
-    values = read_toml(path or EMBEDDED_FILE)
+    values = read_toml(Path(path) if path is not None else EMBEDDED_FILE)
     for override in overrides:
         _apply(values, override)
     return check(values)

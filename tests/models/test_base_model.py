@@ -139,12 +139,6 @@ def test_an_unknown_device_is_an_error():
         device_of("gpu")
 
 
-@pytest.mark.parametrize("bits", ["4bit", "8bit"])
-def test_quantisation_needs_cuda(tiny_llama, bits):
-    with pytest.raises(ConfigError, match=rf"quantization = '{bits}' needs a CUDA device"):
-        load_model(config_of(tiny_llama, quantization=bits), "causal", pad_id=0)
-
-
 @pytest.mark.parametrize("what", [fingerprint, load_tokenizer])
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "~/nowhere", "a/b/c"])
 def test_a_folder_that_does_not_exist_is_named(what, name):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.resources
+import importlib.util
 import json
 import os
 from collections.abc import Sequence
@@ -111,9 +112,9 @@ def fingerprint(config: ModelConfig) -> str:
     """
     digest = hashlib.sha256()
     _from_pretrained(AutoConfig, config, "configuration")  # says in one sentence what is wrong
-    file = _file(config, "config.json")
+    config_file = _file(config, "config.json")
     # The file and not the object: another release of transformers adds other defaults to that.
-    values = json.loads(file.read_text(encoding="utf-8")) if file is not None else {}
+    values = json.loads(config_file.read_text(encoding="utf-8")) if config_file is not None else {}
     for key in ("_name_or_path", "transformers_version", "torch_dtype", "dtype"):
         values.pop(key, None)
     digest.update(json.dumps(values, sort_keys=True, default=str).encode())
@@ -176,9 +177,7 @@ def _from_pretrained(auto: Any, config: ModelConfig, what: str, **options: Any) 
 
 
 def _quantized(config: ModelConfig, device: torch.device) -> Any:
-    """Bitsandbytes settings. Raises `ConfigError` without CUDA or without the library."""
-    if device.type != "cuda":
-        raise ConfigError(f"model.quantization = {config.quantization!r} needs a CUDA device")
+    """The settings of bitsandbytes. Raises `ConfigError` without the library."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
             f"model.quantization = {config.quantization!r} needs bitsandbytes: "
@@ -188,6 +187,7 @@ def _quantized(config: ModelConfig, device: torch.device) -> Any:
 
     if config.quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
+    compute = torch.bfloat16 if device.type == "cuda" else torch.float32
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
     )
