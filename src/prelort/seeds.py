@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 def derive(seed: int, *purpose: str | int) -> int:
@@ -25,4 +28,6 @@ def numpy_generator(seed: int, *purpose: str | int) -> np.random.Generator:
 
 def torch_generator(seed: int, *purpose: str | int) -> torch.Generator:
     """A CPU torch generator for one purpose."""
+    import torch  # not above: dealing data needs no torch
+
     return torch.Generator().manual_seed(derive(seed, *purpose))

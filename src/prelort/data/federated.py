@@ -15,8 +15,8 @@ from prelort.config import EMBEDDED, Config, PartitionConfig
 from prelort.data import ranks, sources
 from prelort.data.partition import Part, client_column, partition
 from prelort.data.shares import apportion
-from prelort.data.streams import generator
 from prelort.errors import ConfigError
+from prelort.seeds import numpy_generator
 from prelort.tasks.columns import class_names, class_order, listed, require_filled
 
 
@@ -150,7 +150,7 @@ def _hold_out(
     held: list[Dataset | None] = []
     for rows, name in zip(trains, names, strict=True):
         size = min(max(round(len(rows) * config.data.test_fraction), 1), len(rows) - 1)
-        order = generator(config.seed, "hold-out", name).permutation(len(rows))
+        order = numpy_generator(config.seed, "hold-out", name).permutation(len(rows))
         held.append(rows.select(np.sort(order[:size])))
         kept.append(rows.select(np.sort(order[size:])))
     return kept, held
@@ -169,7 +169,7 @@ def _own_tests(config: Config, test: Dataset, names: Sequence[str]) -> list[Data
 def _draw(rows: Dataset, most: int | None, seed: int, purpose: str) -> Dataset:
     if most is None or most >= len(rows):
         return rows
-    drawn = generator(seed, "draw", purpose).choice(len(rows), most, replace=False)
+    drawn = numpy_generator(seed, "draw", purpose).choice(len(rows), most, replace=False)
     return rows.select(np.sort(drawn))
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from prelort.config import PartitionConfig
-from prelort.data.streams import generator
 from prelort.errors import ConfigError
+from prelort.seeds import numpy_generator
 from prelort.tasks.columns import class_names, listed, require
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def partition(
     if config.by == "column":
         return _by_column(rows, config)
     clients = _number_of_clients(config, len(rows))
-    random = generator(seed, "partition", config.by)
+    random = numpy_generator(seed, "partition", config.by)
     every = np.arange(len(rows))
     match config.by:
         case "iid":

@@ -8,8 +8,8 @@ from typing import NoReturn
 
 from prelort.config import RanksConfig
 from prelort.data.shares import apportion
-from prelort.data.streams import generator
 from prelort.errors import ConfigError
+from prelort.seeds import numpy_generator
 
 TOLERANCE = Fraction(1, 10**6)
 """By how much the shares of a mix may miss 1, e.g. thirds written as 0.3333333."""
@@ -25,7 +25,7 @@ def assign(config: RanksConfig, sizes: Sequence[int], seed: int) -> list[int]:
     """
     ranks = _ranks(config.mix, len(sizes))
     if config.assign == "random":
-        order = generator(seed, "ranks").permutation(len(ranks))
+        order = numpy_generator(seed, "ranks").permutation(len(ranks))
         return [ranks[i] for i in order]
     if config.assign == "by-size":
         largest_first = sorted(range(len(sizes)), key=lambda client: -sizes[client])
