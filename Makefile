@@ -43,7 +43,7 @@ format: install ## put style and formatting right
 	$(BIN)/ruff format .
 
 docs: install ## build the documentation into site/
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: install ## the benchmarks, results in benchmarks/results
 	$(BIN)/python benchmarks/overhead.py

@@ -24,7 +24,8 @@ from prelort.config import Config, check
 
 torch.set_num_threads(1)
 
-WORDS = "the quick brown fox jumps over a lazy dog while seven red cats sleep near blue boxes".split()
+SENTENCE = "the quick brown fox jumps over a lazy dog while seven red cats sleep near blue boxes"
+WORDS = SENTENCE.split()
 
 
 @pytest.fixture(scope="session")
@@ -39,13 +40,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator([" ".join(WORDS)] * 4, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
 @pytest.fixture(scope="session")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+def tiny_llama(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast
+) -> Path:
     """The folder of a random Llama with two layers of width 32."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(

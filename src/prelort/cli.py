@@ -92,7 +92,7 @@ def run(
     from prelort.report.progress import LiveProgress
 
     target, settings, names = _what_to_run(config, method or [], overrides or [], out, resume)
-    console = Console()
+    console = _console()
     try:
         with LiveProgress(console, quiet=quiet) as progress:
             if len(names) == 1:
@@ -125,7 +125,7 @@ def evaluate(
     from prelort.experiment.inspect import evaluate_run
     from prelort.report.tables import comparison_table
 
-    console = Console()
+    console = _console()
     with console.status("measuring", spinner="dots") if not quiet else console.capture():
         event = evaluate_run(run, overrides or [])
     console.print(comparison_table({run.name: [event]}))
@@ -163,7 +163,7 @@ def methods() -> None:
     table = Table("method", "what it is", "paper")
     for name, method in REGISTRY.items():
         table.add_row(f"[bold]{name}[/bold]", method.summary, method.paper)
-    Console().print(table)
+    _console().print(table)
 
 
 @app.command()
@@ -174,7 +174,6 @@ def config() -> None:
 
 def main() -> None:
     """Run the command line; what a user can put right is told in one sentence, exit code 2."""
-    sys.path.append(str(Path.cwd()))  # last: a user's own method, as module:Class
     warnings.showwarning = _warn
     _quiet_libraries()
     console = Console(stderr=True)
@@ -229,12 +228,24 @@ def _what_to_run(
     return resume, settings, chosen
 
 
+def _console() -> Console:
+    """Standard output; in a file or a pipe wide enough for the tables."""
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, 120))
+
+
 def _show(console: Console, folders: dict[str, Path], target: Path) -> None:
     """The table, and where everything is."""
     from prelort.experiment.several import read_runs
+    from prelort.report.events import phases
     from prelort.report.tables import comparison_table
+    from prelort.report.wording import human_seconds
 
-    console.print(comparison_table(read_runs(folders)))
+    runs = read_runs(folders)
+    console.print(comparison_table(runs))
+    for name, events in runs.items():
+        taken = ", ".join(f"{phase} {human_seconds(s)}" for phase, s in phases(events).items())
+        console.print(f"time      {name}: {taken}", soft_wrap=True, highlight=False)
     console.print(f"picture   {target / 'rank_curves.png'}", soft_wrap=True)
     for path in folders.values():
         console.print(f"adapters  {path / 'adapters'}", soft_wrap=True)
@@ -253,8 +264,10 @@ def _from_library(filename: str) -> bool:
 
 def _quiet_libraries() -> None:
     """No progress bars and notices of the libraries' own; set before they are imported."""
+    import logging
     import os
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

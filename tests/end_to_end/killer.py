@@ -118,13 +118,14 @@ def prepare(how: dict[str, Any]) -> list[Callable[[dict[str, Any]], None]]:
 
 
 def carry_out(order: dict[str, Any]) -> None:
+    os.chdir(order["folder"])
     if order["task"] == "run":
+        sys.path.append(order["folder"])
         config = prelort.load_config(Path(order["config"]))
         listeners = prepare(order["kill"])
         prelort.run(config, order["out"], resume=order.get("resume", False), listeners=listeners)
     else:
         sys.argv = ["prelort", *order["arguments"]]
-        os.chdir(order["folder"])
         if order.get("largest_file") is not None:
             limit = order["largest_file"]
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

@@ -32,7 +32,8 @@ class Killer:
 
     def _tell(self, order: dict[str, Any]) -> dict[str, int]:
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({**order, "output": str(self.output)}) + "\n")
+        places = {"output": str(self.output), "folder": str(self.folder)}
+        self.process.stdin.write(json.dumps({**order, **places}) + "\n")
         self.process.stdin.flush()
         return dict(json.loads(self._answer()))
 
@@ -45,7 +46,7 @@ class Killer:
 
         ``largest_file``: bytes above which the system refuses to write to a file.
         """
-        order = {"task": "cli", "arguments": arguments, "folder": str(self.folder)}
+        order = {"task": "cli", "arguments": arguments}
         ended = self._tell({**order, "largest_file": largest_file})
         return ended["code"], self.output.read_text()
 
@@ -61,7 +62,7 @@ def events_of(run: Path) -> list[Any]:
 
     def timeless(value: Any) -> Any:
         if isinstance(value, dict):
-            return {k: timeless(v) for k, v in value.items() if k != "seconds"}
+            return {k: timeless(v) for k, v in value.items() if k not in ("seconds", "phases")}
         return value
 
     return [timeless(json.loads(line)) for line in (run / "metrics.jsonl").read_text().splitlines()]

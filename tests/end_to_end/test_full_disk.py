@@ -19,7 +19,7 @@ def told(code: int, said: str) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize("largest", [0, 1_000, 3_000, 12_000, 25_000, 40_000])
+@pytest.mark.parametrize("largest", [1_000, 3_000, 20_000, 30_000])
 def test_a_file_that_cannot_grow_any_more(
     tmp_path: Path, killer: Killer, config_file: Path, undisturbed: Path, largest: int
 ) -> None:

@@ -36,7 +36,7 @@ def same_bits(one: LoraAdapter, other: LoraAdapter) -> bool:
 def events_of(path: Path) -> list[Any]:
     def timeless(value: Any) -> Any:
         if isinstance(value, dict):
-            return {k: timeless(v) for k, v in value.items() if k != "seconds"}
+            return {k: timeless(v) for k, v in value.items() if k not in ("seconds", "phases")}
         return value
 
     lines = (path / "metrics.jsonl").read_text().splitlines()

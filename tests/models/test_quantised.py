@@ -39,7 +39,7 @@ def wide_llama(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path
     return folder
 
 
-@pytest.mark.parametrize(("bits", "layer"), [("4bit", "Linear4bit"), ("8bit", "Linear8bitLt")])
+@pytest.mark.parametrize("bits, layer", [("4bit", "Linear4bit"), ("8bit", "Linear8bitLt")])
 def test_a_prefix_is_the_mask_on_a_quantised_base(wide_llama: Path, bits: str, layer: str) -> None:
     settings = ModelConfig(name=str(wide_llama), device="cpu", quantization=bits)
     quantised = base.load_model(settings, "causal", pad_id=0)

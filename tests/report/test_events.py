@@ -12,6 +12,7 @@ from prelort.report.events import (
     evaluations,
     final_evaluation,
     metrics_of,
+    phases,
     read,
     settled,
     shortfall,
@@ -119,3 +120,13 @@ def test_resuming_a_finished_run_takes_its_end_back(make_run):
     assert not totals(events).finished
     assert totals(events).bytes_up == 8 * 5000
     assert shortfall(events) == "measured after round 0 of 12"
+
+
+def test_phases_add_up_over_rounds_and_forget_what_was_done_again() -> None:
+    def round_of(number: int) -> dict[str, object]:
+        seconds = {"train": 2.0, "aggregate": 0.5, "total": 2.5}
+        return {"event": "aggregated", "round": number, "seconds": seconds}
+
+    measured = {"event": "evaluated", "round": 1, "prefixes": {}, "seconds": 3.0}
+    log = [round_of(1), measured, round_of(2), {"event": "resumed", "round": 1}, round_of(2)]
+    assert phases(log) == {"train": 4.0, "aggregate": 1.0, "evaluate": 3.0}

@@ -122,6 +122,7 @@ class _Run:
         self.levels = levels
         prefixes(self.config, levels, state.adapter.rank)
         if state.round > 0:
+            self.tell({"event": "run_started", "round": 0, **self._facts()})
             self.tell({"event": "resumed", "round": state.round, **self._facts()})
             return
         self._describe_clients()
@@ -142,9 +143,15 @@ class _Run:
         export_prefixes(self.assembly, state.adapter, levels, self.folder.adapters)
         written = reading.read(self.folder.metrics_file)
         totals = reading.totals(written)
-        event = {"bytes_up": totals.bytes_up, "bytes_down": totals.bytes_down}
         self.emit(
-            {"event": "run_finished", "round": state.round, "seconds": totals.seconds, **event}
+            {
+                "event": "run_finished",
+                "round": state.round,
+                "seconds": totals.seconds,
+                "phases": reading.phases(written),
+                "bytes_up": totals.bytes_up,
+                "bytes_down": totals.bytes_down,
+            }
         )
         final = reading.final_evaluation(written)
         metrics = final.prefixes if final is not None else {}

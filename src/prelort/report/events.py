@@ -162,6 +162,18 @@ def totals(events: Iterable[Event]) -> Totals:
     )
 
 
+def phases(events: Iterable[Event]) -> dict[str, float]:
+    """Wall seconds by phase: clients' training with all messages, aggregation, evaluation."""
+    taken = {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0}
+    for event in settled(events):
+        if event["event"] == "aggregated":
+            for phase in ("train", "aggregate"):
+                taken[phase] += event.get("seconds", {}).get(phase, 0.0)
+        elif event["event"] == "evaluated":
+            taken["evaluate"] += event.get("seconds", 0.0)
+    return taken
+
+
 def _values(row: Mapping[str, Any]) -> Values:
     """Numbers as they are; a null, as strict JSON writes a NaN, is a NaN again."""
     return {name: math.nan if value is None else float(value) for name, value in row.items()}

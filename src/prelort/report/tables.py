@@ -164,7 +164,7 @@ def _drawn(block: Block) -> Table:
         collapse_padding=True,
         pad_edge=False,
     )
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for column in block.columns:
         head = Text(f"{column.over}\n{column.under}".rstrip())
         table.add_column(head, justify="right", no_wrap=True)

@@ -1,0 +1,437 @@
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from command_line import CommandLine
+from prelort import cli
+from prelort import config as configuration
+from prelort.config import Config, check, load, to_toml
+
+COMMANDS = ("run", "evaluate", "export", "methods", "config")
+
+
+@pytest.fixture
+def command_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> CommandLine:
+    monkeypatch.setenv("COLUMNS", "120")
+    return CommandLine(monkeypatch, capsys)
+
+
+@pytest.fixture(scope="module")
+def config_file(
+    tmp_path_factory: pytest.TempPathFactory, make_config: Callable[..., Config]
+) -> Path:
+    path = tmp_path_factory.mktemp("config") / "my.toml"
+    # A rate at which the adapter changes the function a lot.
+    config = make_config(
+        federation={"rounds": 2, "clients_per_round": 3}, training={"learning_rate": 5e-2}
+    )
+    path.write_text(to_toml(config))
+    return path
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory, config_file: Path) -> Path:
+    """The folder of two methods' runs, made by the command line."""
+    out = tmp_path_factory.mktemp("runs") / "first"
+    methods = ["-m", "prelort", "-m", "zero-padding"]
+    cli.app(["run", str(config_file), *methods, "--out", str(out), "-q"], standalone_mode=False)
+    return out
+
+
+class TestHelp:
+    def test_lists_the_commands(self, command_line: CommandLine) -> None:
+        outcome = command_line("--help")
+        assert outcome.code == 0
+        for name in COMMANDS:
+            assert re.search(rf"\b{name}\b", outcome.out)
+
+    @pytest.mark.parametrize("name", COMMANDS)
+    @pytest.mark.parametrize("option", ["--help", "-h"])
+    def test_of_each_command(self, command_line: CommandLine, name: str, option: str) -> None:
+        outcome = command_line(name, option)
+        assert outcome.code == 0
+        assert f"prelort {name}" in outcome.out
+        assert outcome.err == ""
+
+    def test_of_run_shows_examples(self, command_line: CommandLine) -> None:
+        out = command_line("run", "--help").out
+        for example in (
+            "prelort run --method prelort --method zero-padding --out runs/first",
+            "prelort run --resume runs/first",
+            "prelort run my.toml --set federation.rounds=50",
+        ):
+            assert example in out
+
+    def test_of_nothing_is_the_help(self, command_line: CommandLine) -> None:
+        outcome = command_line()
+        assert "Usage" in outcome.out + outcome.err
+
+    @pytest.mark.parametrize("module", ["prelort", "prelort.cli"])
+    def test_is_quick_because_nothing_heavy_is_imported(self, module: str) -> None:
+        code = f"import sys, {module}; print([m for m in HEAVY if m in sys.modules])"
+        heavy = ("torch", "transformers", "peft", "flwr", "datasets", "matplotlib", "pandas")
+        ended = subprocess.run(
+            [sys.executable, "-c", code.replace("HEAVY", repr(heavy))],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert ended.stdout == "[]\n"
+
+
+class TestMethods:
+    def test_lists_each_with_its_paper(self, command_line: CommandLine) -> None:
+        outcome = command_line("methods")
+        assert outcome.code == 0
+        words = " ".join(outcome.out.replace("│", " ").split())
+        for expected in ("prelort", "zero-padding", "fedit", "2606.15963", "2305.05644"):
+            assert expected in words
+
+
+class TestConfig:
+    def test_what_it_prints_is_the_default(self, command_line: CommandLine, tmp_path: Path) -> None:
+        outcome = command_line("config")
+        assert outcome.code == 0
+        assert check(tomllib.loads(outcome.out)) == load()
+        (tmp_path / "my.toml").write_text(outcome.out)
+        assert load(tmp_path / "my.toml") == load()
+        assert outcome.out == configuration.EMBEDDED_FILE.read_text()
+
+
+class TestRun:
+    def test_of_one_method(
+        self, command_line: CommandLine, config_file: Path, tmp_path: Path
+    ) -> None:
+        out = tmp_path / "run"
+        outcome = command_line("run", config_file, "--set", "seed=4", "--out", out)
+
+        assert outcome.code == 0
+        assert outcome.err == ""
+        assert "perplexity by rank prefix" in outcome.out
+        assert "untuned base" in outcome.out
+        assert "round 2/2" in outcome.out  # progress, as lines where nobody watches
+        assert str(out / "rank_curves.png") in outcome.out
+        assert load(out / "config.toml") == load(config_file, ["seed=4"])
+        assert (out / "rank_curves.png").read_bytes().startswith(b"\x89PNG")
+        assert (out / "clients.png").read_bytes().startswith(b"\x89PNG")
+        assert "| prelort |" in (out / "results.md").read_text()
+        for rank in (2, 4, 8):
+            assert (out / "adapters" / f"rank-{rank}" / "adapter_config.json").is_file()
+
+    def test_quiet_prints_only_the_result(
+        self, command_line: CommandLine, config_file: Path, tmp_path: Path
+    ) -> None:
+        outcome = command_line("run", config_file, "-q", "--out", tmp_path / "run")
+        assert "perplexity by rank prefix" in outcome.out
+        assert "round 1" not in outcome.out
+
+    def test_the_method_given_is_the_one_run(
+        self, command_line: CommandLine, config_file: Path, tmp_path: Path
+    ) -> None:
+        out = tmp_path / "run"
+        assert command_line("run", config_file, "-m", "zero-padding", "-q", "-o", out).code == 0
+        assert load(out / "config.toml").method.name == "zero-padding"
+        assert "zero-padding" in (out / "results.md").read_text()
+
+    def test_without_out_it_makes_a_folder_below_runs(
+        self,
+        command_line: CommandLine,
+        config_file: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        assert command_line("run", config_file, "-q").code == 0
+        (out,) = (tmp_path / "runs").iterdir()
+        assert re.fullmatch(r"prelort-\d{8}-\d{6}", out.name)
+        assert (out / "adapters" / "rank-8").is_dir()
+
+    def test_of_several_methods_compares_them(self, several: Path) -> None:
+        assert json.loads((several / "methods.json").read_text()) == ["prelort", "zero-padding"]
+        results = (several / "results.md").read_text()
+        assert "| prelort |" in results
+        assert "| zero-padding |" in results
+        assert "untuned base" in results
+        assert (several / "rank_curves.png").read_bytes().startswith(b"\x89PNG")
+        one, two = (load(several / n / "config.toml") for n in ("prelort", "zero-padding"))
+        assert configuration.differences(one, two) == ["method.name"]
+
+    def test_an_interrupt_says_how_to_go_on(
+        self,
+        command_line: CommandLine,
+        config_file: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        from prelort.federation import site
+
+        def interrupted(*arguments: Any) -> None:
+            raise KeyboardInterrupt
+
+        out = tmp_path / "run"
+        with monkeypatch.context() as patch:
+            patch.setattr(site, "train", interrupted)
+            outcome = command_line("run", config_file, "-o", out)
+        assert outcome.code == 130
+        assert outcome.err.strip() == f"stopped; go on with: prelort run --resume {out}"
+        assert command_line("run", "--resume", out, "-q").code == 0
+
+    def test_several_with_one_unfinished_are_gone_on_with(
+        self,
+        command_line: CommandLine,
+        config_file: Path,
+        several: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        from prelort.experiment import run as module
+
+        out = tmp_path / "several"
+        methods = ["-m", "prelort", "-m", "zero-padding"]
+        real = module.checkpoint.save
+
+        def full(checkpoint: Any, folder: Path) -> Path:
+            if folder.parent.name == "zero-padding" and checkpoint.state.round == 2:
+                raise OSError(28, "No space left on device")
+            return real(checkpoint, folder)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module.checkpoint, "save", full)
+            error = command_line("run", config_file, *methods, "-q", "-o", out).error
+        assert error.startswith("No space left on device: what was finished is kept")
+        assert (out / "prelort" / "adapters").is_dir()
+        assert not (out / "zero-padding" / "adapters").exists()
+
+        assert command_line("run", "--resume", out, "-q").code == 0
+
+        for name in ("prelort", "zero-padding"):
+            file = Path(name, "adapters", "rank-8", "adapter_model.safetensors")
+            assert (out / file).read_bytes() == (several / file).read_bytes()
+        assert "| zero-padding |" in (out / "results.md").read_text()
+
+    def test_several_whose_second_has_not_begun_are_gone_on_with(
+        self, command_line: CommandLine, several: Path, tmp_path: Path
+    ) -> None:
+        import shutil
+
+        out = tmp_path / "several"
+        shutil.copytree(several, out)
+        shutil.rmtree(out / "zero-padding")
+        assert command_line("run", "--resume", out, "-q").code == 0
+        file = Path("zero-padding", "adapters", "rank-8", "adapter_model.safetensors")
+        assert (out / file).read_bytes() == (several / file).read_bytes()
+
+    def test_several_are_not_resumed_as_others(
+        self, command_line: CommandLine, several: Path
+    ) -> None:
+        error = command_line("run", "--resume", several, "-m", "fedit").error
+        assert "holds the methods ['prelort', 'zero-padding'], not ['fedit']" in error
+
+    @pytest.mark.parametrize("code", [13, 27, 28, 30, 122])
+    def test_what_the_system_refuses_is_one_sentence(
+        self,
+        command_line: CommandLine,
+        config_file: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        code: int,
+    ) -> None:
+        import os
+
+        from prelort.experiment.folder import EventLog
+
+        def refuse(self: EventLog, event: dict[str, Any]) -> None:
+            raise OSError(code, os.strerror(code), "/somewhere/metrics.jsonl")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(EventLog, "__call__", refuse)
+            error = command_line("run", config_file, "-q", "-o", tmp_path / "run").error
+        assert error.startswith(f"{os.strerror(code)} '/somewhere/metrics.jsonl': ")
+        assert command_line("run", "--resume", tmp_path / "run", "-q").code == 0
+
+    def test_a_bug_is_not_taken_for_the_users_mistake(
+        self,
+        command_line: CommandLine,
+        config_file: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        from prelort.experiment import run as module
+
+        def broken(*arguments: Any) -> None:
+            raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr(module, "assemble", broken)
+        with pytest.raises(OSError, match="Input/output error"):
+            command_line("run", config_file, "-q", "-o", tmp_path / "run")
+
+
+class TestWarnings:
+    def test_a_library_in_a_folder_of_our_name_is_still_a_library(self) -> None:
+        package = Path(cli.__file__).parent
+        assert cli._from_library("/home/me/prelort/.venv/lib/site-packages/torch/nn.py")
+        assert not cli._from_library(str(package / "experiment" / "checkpoint.py"))
+        assert not cli._from_library("/home/me/my_method.py")
+
+
+@pytest.fixture
+def run(several: Path) -> Path:
+    return several / "prelort"
+
+
+class TestEvaluate:
+    def test_gives_what_the_run_gave(self, command_line: CommandLine, run: Path) -> None:
+        before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+        outcome = command_line("evaluate", run)
+        assert outcome.code == 0
+
+        events = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        final = [e for e in events if e["event"] == "evaluated"][-1]
+        for values in final["prefixes"].values():
+            assert f"{values['perplexity']:.1f}" in outcome.out
+        assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+
+    def test_on_other_data(
+        self, command_line: CommandLine, run: Path, tmp_path: Path, text_file: Path
+    ) -> None:
+        other = tmp_path / "other.jsonl"
+        rows = [json.loads(line) for line in text_file.read_text().splitlines()][:4]
+        changed = [{**row, "text": " ".join(reversed(row["text"].split()))} for row in rows]
+        other.write_text("\n".join(map(json.dumps, changed)))
+
+        there = command_line("evaluate", run, "-q")
+        elsewhere = command_line("evaluate", run, "--set", f"data.test={other}", "-q")
+        assert there.code == elsewhere.code == 0
+        assert there.out != elsewhere.out
+
+    def test_at_other_prefixes(self, command_line: CommandLine, run: Path) -> None:
+        outcome = command_line("evaluate", run, "--set", "evaluation.prefixes=[1, 3]")
+        assert "rank 1" in outcome.out
+        assert "rank 3" in outcome.out
+
+    def test_at_another_scale_is_refused(self, command_line: CommandLine, run: Path) -> None:
+        error = command_line("evaluate", run, "--set", "lora.scale=4.0").error
+        assert "scale is constant 2, not constant 4" in error
+
+
+@pytest.fixture(scope="module")
+def batch(tiny_llama: Path) -> dict[str, torch.Tensor]:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    return dict(tokenizer("the quick brown fox jumps over seven lazy dogs", return_tensors="pt"))
+
+
+def logits_of(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.as_tensor(
+            model.eval()(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+            ).logits
+        )
+
+
+class TestExport:
+    @pytest.mark.parametrize("rank", [1, 3, 8, None])
+    def test_of_any_prefix_is_a_peft_folder(
+        self,
+        command_line: CommandLine,
+        run: Path,
+        tmp_path: Path,
+        rank: int | None,
+        tiny_llama: Path,
+        batch: dict[str, torch.Tensor],
+    ) -> None:
+        out = tmp_path / "adapter"
+        options = [] if rank is None else ["--rank", rank]
+        outcome = command_line("export", run, "--out", out, *options)
+        assert outcome.code == 0
+        assert f"wrote {out}" in outcome.out
+        assert json.loads((out / "adapter_config.json").read_text())["r"] == (rank or 8)
+
+        base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+        untuned = logits_of(base, batch)
+        tuned = logits_of(PeftModel.from_pretrained(base, out), batch)
+        assert float((tuned - untuned).abs().max()) > 1e-3
+
+    def test_of_a_rank_that_was_trained_is_the_runs_own(
+        self, command_line: CommandLine, run: Path, tmp_path: Path
+    ) -> None:
+        assert command_line("export", run, "--rank", 4, "-o", tmp_path / "adapter").code == 0
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            assert (tmp_path / "adapter" / name).read_bytes() == (
+                (run / "adapters" / "rank-4" / name).read_bytes()
+            )
+
+    @pytest.mark.parametrize("rank", [2, 8])
+    def test_merged_is_the_base_with_the_adapter(
+        self,
+        command_line: CommandLine,
+        run: Path,
+        tmp_path: Path,
+        tiny_llama: Path,
+        rank: int,
+        batch: dict[str, torch.Tensor],
+    ) -> None:
+        out = tmp_path / "model"
+        outcome = command_line("export", run, "--rank", rank, "--merge", "--out", out)
+        assert outcome.code == 0
+
+        merged = AutoModelForCausalLM.from_pretrained(out)
+        base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+        untuned = logits_of(base, batch)
+        adapted = PeftModel.from_pretrained(base, run / "adapters" / f"rank-{rank}")
+        expected = logits_of(adapted, batch)
+
+        assert not any("lora" in name for name in merged.state_dict())
+        assert torch.allclose(logits_of(merged, batch), expected, atol=1e-5)
+        assert float((expected - untuned).abs().max()) > 1e-2
+        again = AutoTokenizer.from_pretrained(out)
+        assert (
+            again("lazy dogs")["input_ids"]
+            == (AutoTokenizer.from_pretrained(tiny_llama)("lazy dogs")["input_ids"])
+        )
+
+    @pytest.mark.parametrize("rank", [0, -1, 9, 100])
+    def test_of_a_rank_that_is_not_there_is_refused(
+        self, command_line: CommandLine, run: Path, tmp_path: Path, rank: int
+    ) -> None:
+        error = command_line("export", run, f"--rank={rank}", "--out", tmp_path / "a").error
+        assert error == f"--rank {rank} is not allowed: the adapter has ranks 1 to 8"
+        assert not (tmp_path / "a").exists()
+
+    @pytest.mark.parametrize("merge", [[], ["--merge"]])
+    def test_nothing_is_written_over(
+        self, command_line: CommandLine, run: Path, tmp_path: Path, merge: list[str]
+    ) -> None:
+        (tmp_path / "mine.txt").write_text("mine")
+        error = command_line("export", run, *merge, "--out", tmp_path).error
+        assert "exists and is not empty" in error
+        error = command_line("export", run, *merge, "--out", tmp_path / "mine.txt").error
+        assert "exists and is not empty" in error
+        assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+        assert (tmp_path / "mine.txt").read_text() == "mine"
+
+    @pytest.mark.parametrize("merge", [[], ["--merge"]])
+    def test_below_a_file_is_one_sentence(
+        self, command_line: CommandLine, run: Path, tmp_path: Path, merge: list[str]
+    ) -> None:
+        (tmp_path / "file").write_text("mine")
+        error = command_line("export", run, *merge, "--out", tmp_path / "file" / "a").error
+        assert "Not a directory" in error or "File exists" in error
+
+    def test_of_a_folder_of_several_runs_is_told(
+        self, command_line: CommandLine, several: Path, tmp_path: Path
+    ) -> None:
+        error = command_line("export", several, "--out", tmp_path / "a").error
+        assert "holds no run" in error
