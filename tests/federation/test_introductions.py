@@ -77,6 +77,7 @@ def test_the_order_is_that_of_the_names_whatever_the_nodes() -> None:
         ({"scale": 0.0}, "malformed header: scale"),
         ({"protocol": 3}, "speaks protocol 3, expected 1"),
         ({"rank": 0}, "malformed header: rank"),
+        ({"rank": 9}, "offers rank 9, but the global adapter has 8"),
         ({"examples": 0}, "malformed header: examples"),
         ({"client": ""}, "malformed header: client"),
         ({"client": "n" * 201}, "malformed header: client"),

@@ -3,7 +3,7 @@
 config.toml          the resolved configuration; `prelort run config.toml` repeats the run
 versions.json        of Python, of the libraries that matter, and of the machine
 metrics.jsonl        one event a line, written while the run goes
-log.txt              warnings and tracebacks
+log.txt              tracebacks of clients that failed
 checkpoints/00012/   the server's state after a round, the last two kept
 adapters/rank-8/     the result: standard PEFT folders, one for each rank
 results.md, *.png    tables and pictures

@@ -76,6 +76,9 @@ def introductions(
             intro = wire.header(wire.content_of(reply), wire.Introduction)
             name = intro.client
             agreement.check(intro)
+            most = agreement.schema.rank
+            if intro.rank > most:
+                raise UpdateRefused(f"offers rank {intro.rank}, but the global adapter has {most}")
             if name in found:
                 raise UpdateRefused("a client of this name is there already")
             found[name] = Participant(node_id, Client(name, intro.rank, intro.examples))

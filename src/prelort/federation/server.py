@@ -72,11 +72,3 @@ def _check(plan: ServerPlan, participants: list[Participant]) -> None:
     if not participants:
         raise ConfigError("no client can take part: all were refused, see the log")
     check_numbers(len(participants), federation.clients_per_round, federation.quorum)
-    most = plan.agreement.schema.rank
-    for participant in participants:
-        client = participant.client
-        if client.rank > most:
-            raise ConfigError(
-                f"client {client.name!r} offers rank {client.rank}, but the global adapter has "
-                f"{most}"
-            )
