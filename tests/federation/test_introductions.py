@@ -166,10 +166,6 @@ class TestServe:
         with pytest.raises(ConfigError, match="no client can take part"):
             self.serve(introducing(**changes), make_config())
 
-    def test_a_client_above_the_global_rank_is_told(self) -> None:
-        with pytest.raises(ConfigError, match="'site-1' offers rank 16, but the global adapter"):
-            self.serve(introducing(node_1={"rank": 16}), make_config())
-
     def test_a_method_that_cannot_serve_these_clients_is_told(self) -> None:
         config = make_config()
         fedit = config.model_copy(
