@@ -14,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from common import machine, report
 
 from prelort.config import load
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/objectives"))
     arguments = parser.parse_args()
+    torch.set_num_threads(1)  # as in the embedded default's configuration
     jobs = [
         (name, seed, arguments.out / f"{index}-seed{seed}")
         for seed in range(arguments.seeds)

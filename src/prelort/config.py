@@ -77,9 +77,11 @@ class DataConfig(Section):
 class PartitionConfig(Section):
     """How the training rows are dealt to the clients."""
 
-    by: Literal["column", "iid", "dirichlet", "quantity", "shards"] = "column"
+    by: Literal["auto", "column", "iid", "dirichlet", "quantity", "shards"] = Field(
+        "auto", description="auto: natural clients if there is a column of them, else iid"
+    )
     clients: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="number of clients; `column` takes one per value where it is not set"
+        None, description="number of clients; not set: one per value of the column, 16 if auto"
     )
     column: str | None = Field(
         None, description="column, dirichlet, shards: the column to deal by (default: the label)"

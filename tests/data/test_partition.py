@@ -232,3 +232,15 @@ def test_names_the_row_without_a_client(missing: str | None) -> None:
     rows = rows_of(["a", "a", missing, "b"], "client")
     with pytest.raises(ConfigError, match="row 3 has no value in column 'client'"):
         partition(rows, config(), None, 0)
+
+
+def test_auto_keeps_natural_clients_and_else_deals_evenly() -> None:
+    natural = rows_of(["a", "a", "b", "b"], "client")
+    assert [part.name for part in partition(natural, config(by="auto"), None, 0)] == ["a", "b"]
+    named = rows_of(["a", "a", "b", "b"], "who")
+    by_name = partition(named, config(by="auto", column="who"), None, 0)
+    assert [part.name for part in by_name] == ["a", "b"]
+    plain = rows_of(["x"] * 100, "text")
+    assert sizes(partition(plain, config(by="auto"), None, 0)) == [7] * 4 + [6] * 12
+    assert sizes(partition(plain, config(by="auto", clients=5), None, 0)) == [20] * 5
+    assert sizes(partition(rows_of(["x"] * 5, "text"), config(by="auto"), None, 0)) == [3, 2]

@@ -13,7 +13,7 @@ from datasets import Dataset, concatenate_datasets
 from prelort import tasks
 from prelort.config import EMBEDDED, Config, PartitionConfig
 from prelort.data import ranks, sources
-from prelort.data.partition import Part, client_column, partition
+from prelort.data.partition import Part, client_column, partition, resolved
 from prelort.data.shares import apportion
 from prelort.errors import ConfigError
 from prelort.seeds import numpy_generator
@@ -69,7 +69,8 @@ def load(config: Config) -> FederatedRows:
         labels = _check_labels(train, test, columns[1])
     label_column = columns[1] if labels else config.data.label_column
     train = _draw(train, config.data.max_train_examples, config.seed, "train")
-    dealing = config.partition
+    dealing = resolved(config.partition, train)
+    config = config.model_copy(update={"partition": dealing})
     if test is None:  # a client needs a row to train on and one to test on
         dealing = dealing.model_copy(update={"min_examples": max(dealing.min_examples, 2)})
     parts = partition(train, dealing, label_column, config.seed)

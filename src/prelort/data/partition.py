@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 Indices = npt.NDArray[np.int64]
 
+AUTO_CLIENTS = 16
+"""How many clients ``auto`` deals to where there are no natural ones and no number is set."""
+
 TRIES = 100
 """How often Dirichlet shares are drawn anew before the smallest clients are topped up."""
 
@@ -31,11 +34,23 @@ class Part:
     indices: tuple[int, ...]
 
 
+def resolved(config: PartitionConfig, rows: Dataset) -> PartitionConfig:
+    """What ``auto`` means for these rows: by the column of clients if there is one, else iid."""
+    if config.by != "auto":
+        return config
+    if config.column is not None or "client" in rows.column_names:
+        return config.model_copy(update={"by": "column"})
+    most = max(1, len(rows) // max(config.min_examples, 2))  # one row may be held out to test on
+    clients = config.clients or min(AUTO_CLIENTS, most)
+    return config.model_copy(update={"by": "iid", "clients": clients})
+
+
 def partition(
     rows: Dataset, config: PartitionConfig, label_column: str | None, seed: int
 ) -> list[Part]:
     """Deal the rows to clients by ``config.by``, each with at least ``config.min_examples``.
 
+    - ``auto``: see `resolved`.
     - ``column``: one client per value, named by it, largest first (of equal ones, by name);
       ``clients`` keeps the largest, and values with too few rows are left out.
     - ``iid``: a random deal into equal clients.
@@ -46,6 +61,7 @@ def partition(
     All but ``column`` use every row exactly once. ``label_column`` is what dirichlet and shards
     deal by where ``config.column`` is not set. Raises `ConfigError`.
     """
+    config = resolved(config, rows)
     if config.by == "column":
         return _by_column(rows, config)
     clients = _number_of_clients(config, len(rows))
