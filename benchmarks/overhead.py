@@ -3,7 +3,7 @@
 The embedded default's rounds through the whole machinery (messages, checks, aggregation,
 checkpoints) against the bare sum of the same clients' local training, in turns.
 
-    python benchmarks/overhead.py [--rounds 3] [--repeats 5]
+    python benchmarks/overhead.py [--rounds 3] [--repeats 6]
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def bare(assembly: Assembly) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=6)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     config = load(None, [f"federation.rounds={arguments.rounds}", "data.max_test_examples=8"])
@@ -109,7 +109,7 @@ def main() -> None:
                 "max": ratios["max"],
             }
         )
-    facts = {**machine(), "command": "python benchmarks/overhead.py", **vars(arguments)}
+    facts = {**vars(arguments), **machine(), "command": "python benchmarks/overhead.py"}
     report("overhead", "A federated run against the bare local training loops", rows, facts)
 
 
