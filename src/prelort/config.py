@@ -119,6 +119,7 @@ class RanksConfig(Section):
 
     mix: str = Field(
         "2*0.25, 4*0.25, 8*0.25, 16*0.25",
+        coerce_numbers_to_str=True,
         description="a list '4, 8, 16, 16' (one a client) or a mix 'rank*share, ...'",
     )
     assign: Literal["random", "by-size", "in-order"] = Field(

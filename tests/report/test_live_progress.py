@@ -202,3 +202,16 @@ def test_the_loss_of_a_round_is_the_mean_over_examples():
     state.absorb({"event": "client_finished", "round": 2, "loss": 1.0, "examples": 5}, 3.0)
     assert state.loss == pytest.approx(1.0)
     assert state.done == 1.5
+
+
+def test_a_run_that_loads_before_it_starts_has_one_bar() -> None:
+    facts = {"method": "prelort", "rounds": 2, "seed": 0}
+    console = Console(force_terminal=True, width=100, file=io.StringIO())
+    with LiveProgress(console) as progress:
+        progress({"event": "loading", "round": 0, **facts})
+        progress({"event": "run_started", "round": 0, **facts})
+        progress({"event": "run_finished", "round": 2})
+        progress({"event": "loading", "round": 0, **facts, "method": "zero-padding"})
+        assert progress._bars is not None
+        names = [task.description for task in progress._bars.tasks]
+    assert names == ["prelort", "zero-padding"]

@@ -96,7 +96,9 @@ class _Run:
 
     def go(self) -> RunResult:
         """Assemble, find the last checkpoint, and let the server app do the rounds."""
-        self.tell({"event": "loading", "round": 0})
+        method, rounds = self.config.method.name, self.config.federation.rounds
+        loading = {"method": method, "rounds": rounds, "seed": self.config.seed}
+        self.tell({"event": "loading", "round": 0, **loading})
         self.assembly = assemble(self.config)
         sites = self.assembly.sites
         client_app = make_client_app(

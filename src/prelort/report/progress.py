@@ -53,6 +53,7 @@ class LiveProgress:
         self._state: RunState | None = None
         self._task: TaskID | None = None
         self._names: set[str] = set()
+        self._loading = False
         self._pending = False  # a round's line that waits for its evaluation
         live = self._console.is_terminal and not self._console.is_dumb_terminal and not quiet
         self._bars = self._progress() if live else None
@@ -78,8 +79,9 @@ class LiveProgress:
         if kind in ("run_started", "round_started"):
             self._flush()
         state = self._state
-        if state is None or kind == "run_started":
+        if state is None or kind == "loading" or (kind == "run_started" and not self._loading):
             state = self._open(event)
+        self._loading = kind == "loading"  # the bar of the run that is about to start is there
         state.absorb(event, self._clock())
         self._pending = self._pending or kind in ("aggregated", "evaluated")
         if kind == "run_finished":

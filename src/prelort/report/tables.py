@@ -102,7 +102,8 @@ def _block(runs: Runs, metric: str) -> Block:
         ("bytes ↓", "down", human_bytes, [spend.bytes_down for spend in spent]),
         ("time ↓", "", human_seconds, [spend.seconds for spend in spent]),
     ):
-        texts = ["–", *map(show, costs)]
+        pairs = zip(costs, spent, strict=True)
+        texts = ["–", *(show(cost) if spend.rounds else "–" for cost, spend in pairs)]
         # A run that stopped early is cheap for no merit.
         rivals = [c if spend.finished else None for c, spend in zip(costs, spent, strict=True)]
         columns.append(Column(over, under, texts, _best([None, *rivals], texts, False)))
