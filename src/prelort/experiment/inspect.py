@@ -8,14 +8,15 @@ from typing import Any
 
 from prelort import config as configuration
 from prelort.adapters import peft_folder
+from prelort.data import federated
 from prelort.errors import CheckpointError, ConfigError
 from prelort.experiment import checkpoint
-from prelort.experiment.assemble import assemble
+from prelort.experiment.assemble import assemble, prepare_model
 from prelort.experiment.checkpoint import Checkpoint
 from prelort.experiment.folder import RunFolder, is_taken
 from prelort.experiment.measure import measure, prefixes
 from prelort.models import base
-from prelort.models.lora import install
+from prelort.models.lora import ADAPTER, install
 
 
 def evaluate_run(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -57,15 +58,19 @@ def export_run(path: Path, out: Path, rank: int | None, *, merge: bool) -> Path:
     wanted = most if rank is None else rank
     if not 1 <= wanted <= most:
         raise ConfigError(f"--rank {wanted} is not allowed: the adapter has ranks 1 to {most}")
-    assembly = assemble(config)
+    tokenizer = base.load_tokenizer(config.model)
+    # Of the data only the class names are needed, and only where there are classes.
+    labels = federated.load(config).labels if config.task == "classification" else ()
+    workspace, _ = prepare_model(config, tokenizer, rank=most, labels=labels)
     adapter = found.state.adapter.prefix(wanted)
     if not merge:
-        peft_folder.save(adapter, out, assembly.template)
+        peft_folder.save(adapter, out, workspace.model.peft_config[ADAPTER])
         return out
-    install(assembly.workspace.model, adapter)
-    merged = assembly.workspace.model.merge_and_unload()
+    install(workspace.model, adapter)
+    workspace.truncation.detach()
+    merged = workspace.model.merge_and_unload()
     merged.save_pretrained(out)
-    assembly.tokenizer.save_pretrained(out)
+    tokenizer.save_pretrained(out)
     return out
 
 

@@ -97,7 +97,7 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
             messages = self.configure_train(
                 server_round, ArrayRecord(), ConfigRecord(), engine.grid
             )
-            self.aggregate_train(server_round, exchange(engine, messages))
+            self._fold_in(server_round, exchange(engine, messages))
             after_round(self.state)
         return self.state
 
@@ -127,9 +127,18 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Fold the replies into `state`; the new global adapter and the mean training loss.
+
+        Raises `QuorumError` where too few of them can be used.
+        """
+        loss = self._fold_in(server_round, replies)
+        return wire.record(self.state.adapter), MetricRecord({"loss": loss})
+
+    def _fold_in(self, server_round: int, replies: Iterable[Message]) -> float:
         """Check and add each reply as it comes; move the state if there are enough of them.
 
-        A reply that cannot be used is left out, with its reason in an event.
+        A reply that cannot be used is left out, with its reason in an event. Returns the mean
+        training loss over the examples.
         """
         asked = {
             participant.node_id: participant.client for participant in self._asked(server_round)
@@ -149,7 +158,7 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
         self._tally.aggregating += time.monotonic() - started
         event = self._tally.event(server_round)
         self.emit(event)
-        return wire.record(self.state.adapter), MetricRecord({"loss": event["loss"]})
+        return float(event["loss"])
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
