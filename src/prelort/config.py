@@ -11,10 +11,10 @@ import json
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from prelort.errors import ConfigError
 
@@ -31,6 +31,13 @@ class Section(BaseModel):
     """A part of the configuration: immutable, and unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class NoOptions(Section):
+    """Of a method that leaves nothing to choose."""
+
+
+S = TypeVar("S", bound=Section)
 
 
 class ModelConfig(Section):
@@ -58,6 +65,9 @@ class DataConfig(Section):
     test: str | None = Field(None, description="file, or split of a hub data set, to test on")
     test_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
         0.2, description="share of each client's rows held out where `test` is not given"
+    )
+    validation_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0, description="share of each client's training rows held out to tune on; 0: none"
     )
     text_column: str | None = Field(None, description="found by itself where it is clear")
     label_column: str | None = Field(None, description="classification: the class")
@@ -125,6 +135,22 @@ class RanksConfig(Section):
     assign: Literal["random", "by-size", "in-order"] = Field(
         "random", description="who gets which: drawn by the seed, most data highest, as listed"
     )
+    schedule: dict[str, str] = Field(
+        default_factory=dict, description="new mixes later on: {5 = '4*0.5, 16*0.5'} from round 5"
+    )
+    allocation: Literal["fixed", "by-loss"] = Field(
+        "fixed",
+        description="by-loss: all start at the mix's lowest rank, then the best get its highest",
+    )
+    high_share: Share = Field(0.1, description="by-loss: share of the clients that are raised")
+
+    @field_validator("schedule")
+    @classmethod
+    def _rounds(cls, schedule: dict[str, str]) -> dict[str, str]:
+        for key in schedule:
+            if not (key.isascii() and key.isdigit() and int(key) >= 2):
+                raise ValueError(f"{key!r} is not a round from 2 on (round 1 has ranks.mix)")
+        return schedule
 
 
 class TrainingConfig(Section):
@@ -175,6 +201,18 @@ class MethodConfig(Section):
     level_weights: dict[str, Annotated[float, Field(ge=0.0)]] | None = Field(
         None, description="weight of each rank level, e.g. {2 = 0.5, 4 = 1}; over full_share"
     )
+    options: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="a method's own: [method.options.hetlora] gamma = 0.9; see docs/methods",
+    )
+
+    def options_of(self, name: str, kind: type[S]) -> S:
+        """The options of method ``name``. Raises `ConfigError` with one sentence."""
+        values = self.options.get(name, {})
+        try:
+            return kind.model_validate(values)
+        except ValidationError as error:
+            raise ConfigError(_option_sentence(error, f"method.options.{name}", kind)) from None
 
 
 class FederationConfig(Section):
@@ -208,6 +246,12 @@ class EvaluationConfig(Section):
     prefixes: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
         None, description="ranks to measure at; default: the clients' rank levels"
     )
+    on: Literal["test", "validation"] = Field(
+        "test", description="validation: the rows held out by data.validation_fraction"
+    )
+    at_clients: bool = Field(
+        False, description="measure at every client too, on its own held-out rows at its own rank"
+    )
     batch_size: Annotated[int, Field(ge=1)] = 32
     metrics: tuple[Literal["accuracy", "macro_f1", "perplexity", "rouge_l"], ...] | None = Field(
         None, description="default: the task's own"
@@ -231,6 +275,20 @@ class Config(Section):
     method: MethodConfig = MethodConfig()
     federation: FederationConfig = FederationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _validation_rows(self) -> Config:
+        wanted = {
+            "evaluation.on = 'validation'": self.evaluation.on == "validation",
+            "ranks.allocation = 'by-loss'": self.ranks.allocation == "by-loss",
+        }
+        for key, asked in wanted.items():
+            if asked and self.data.validation_fraction == 0:
+                raise ValueError(
+                    f"{key} needs rows held out at the clients: set data.validation_fraction, "
+                    "for instance to 0.1"
+                )
+        return self
 
 
 def load(path: Path | str | None = None, overrides: Iterable[str] = ()) -> Config:
@@ -329,6 +387,19 @@ def _sentence(error: ValidationError) -> str:
         return f"{key}: {message}" if key else message
     key = _known_part(first["loc"])
     return f"{key} = {value} is not allowed: {message}"
+
+
+def _option_sentence(error: ValidationError, where: str, kind: type[BaseModel]) -> str:
+    first = error.errors()[0]
+    key = ".".join([where, *map(str, first["loc"][:1])])
+    if first["type"] == "extra_forbidden":
+        allowed = list(kind.model_fields)
+        if not allowed:
+            return f"unknown key {key!r}: this method has no options"
+        return f"unknown key {key!r}: {_nearest(str(first['loc'][-1]), allowed)}"
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    return f"{key} = {json.dumps(first['input'], default=str)} is not allowed: {message}"
 
 
 def _known_part(location: Sequence[Any]) -> str:

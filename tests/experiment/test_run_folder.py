@@ -12,7 +12,8 @@ import pytest
 
 from prelort.config import Config, check, load
 from prelort.errors import ConfigError
-from prelort.experiment.folder import EventLog, RunFolder, replace_folder, write_atomically
+from prelort.experiment.folder import EventLog, RunFolder
+from prelort.files import replace_folder, write_atomically
 
 HOLD = """
 import sys

@@ -1,6 +1,6 @@
 """The value that moves: `LoraAdapter`, its scale rule, its algebra, its PEFT folder."""
 
-from prelort.adapters.adapter import AdapterSchema, Factors, LoraAdapter, check_shapes
+from prelort.adapters.adapter import AdapterSchema, Factors, LoraAdapter, Trained, check_shapes
 from prelort.adapters.scale import ScaleRule
 
-__all__ = ["AdapterSchema", "Factors", "LoraAdapter", "ScaleRule", "check_shapes"]
+__all__ = ["AdapterSchema", "Factors", "LoraAdapter", "ScaleRule", "Trained", "check_shapes"]

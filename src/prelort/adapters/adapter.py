@@ -10,12 +10,16 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from prelort.adapters.scale import ScaleRule
 from prelort.errors import AdapterError
+
+Trained = Literal["AB", "A", "B"]
+"""The factors that learn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,10 @@ class Factors:
     def prefix(self, rank: int) -> Factors:
         """The first ``rank`` slots (all of them, if there are fewer), as views."""
         return Factors(self.A[:rank], self.B[:, :rank])
+
+    def take(self, slots: Tensor) -> Factors:
+        """The slots of these indices (int64 [count]), in their order, as copies."""
+        return Factors(self.A[slots], self.B[:, slots])
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +75,11 @@ class LoraAdapter:
         if not 1 <= rank <= self.rank:
             raise AdapterError(f"prefix rank {rank} is not allowed: use 1 to {self.rank}")
         layers = {name: factors.prefix(rank) for name, factors in self.layers.items()}
+        return replace(self, layers=layers)
+
+    def scaled(self, factor: float) -> LoraAdapter:
+        """The adapter whose product is ``factor`` times this one's: B is multiplied."""
+        layers = {name: Factors(f.A, f.B * factor) for name, f in self.layers.items()}
         return replace(self, layers=layers)
 
     def to(self, dtype: torch.dtype) -> LoraAdapter:

@@ -22,12 +22,16 @@ from prelort.tasks.columns import class_names, class_order, listed, require_fill
 
 @dataclass(frozen=True)
 class ClientRows:
-    """One client's share: what it trains on, and what it is measured on (None: nothing)."""
+    """One client's share: what it trains on, and what it is measured on (None: nothing).
+
+    ``validation``: rows to choose settings by, None unless ``data.validation_fraction`` is given.
+    """
 
     name: str
     rank: int
     train: Dataset
     test: Dataset | None
+    validation: Dataset | None = None
 
 
 @dataclass(frozen=True)
@@ -71,15 +75,20 @@ def load(config: Config) -> FederatedRows:
     train = _draw(train, config.data.max_train_examples, config.seed, "train")
     dealing = resolved(config.partition, train)
     config = config.model_copy(update={"partition": dealing})
-    if test is None:  # a client needs a row to train on and one to test on
-        dealing = dealing.model_copy(update={"min_examples": max(dealing.min_examples, 2)})
+    # A client needs a row to train on, and one for each set that it holds out itself.
+    least = 1 + (test is None) + (config.data.validation_fraction > 0)
+    dealing = dealing.model_copy(update={"min_examples": max(dealing.min_examples, least)})
     parts = partition(train, dealing, label_column, config.seed)
     dropped = _dropped(train, dealing, parts)
     trains = [train.select(part.indices) for part in parts]
     names = [part.name for part in parts]
     learnt, tests, pooled = _with_tests(config, test, trains, names)
+    validation: Sequence[Dataset | None] = [None] * len(names)
+    share = config.data.validation_fraction
+    if share > 0:
+        learnt, validation = _hold_out(config.seed, "validation", share, learnt, names)
     assigned = ranks.assign(config.ranks, [len(rows) for rows in learnt], config.seed)
-    clients = map(ClientRows, names, assigned, learnt, tests)
+    clients = map(ClientRows, names, assigned, learnt, tests, validation)
     shown = label_column or (config.partition.column if config.partition.by != "column" else None)
     return FederatedRows(tuple(clients), pooled, labels, shown, dropped)
 
@@ -90,7 +99,7 @@ def _with_tests(
     """Each client's training rows, each client's test rows, and the pooled test rows."""
     most, seed = config.data.max_test_examples, config.seed
     if test is None:
-        trains, tests = _hold_out(config, trains, names)
+        trains, tests = _hold_out(seed, "hold-out", config.data.test_fraction, trains, names)
     else:
         tests = _own_tests(config, test, names)
         if not any(tests):
@@ -145,13 +154,13 @@ def _dropped(
 
 
 def _hold_out(
-    config: Config, trains: Sequence[Dataset], names: Sequence[str]
+    seed: int, purpose: str, share: float, trains: Sequence[Dataset], names: Sequence[str]
 ) -> tuple[list[Dataset], list[Dataset | None]]:
     kept: list[Dataset] = []
     held: list[Dataset | None] = []
     for rows, name in zip(trains, names, strict=True):
-        size = min(max(round(len(rows) * config.data.test_fraction), 1), len(rows) - 1)
-        order = numpy_generator(config.seed, "hold-out", name).permutation(len(rows))
+        size = min(max(round(len(rows) * share), 1), len(rows) - 1)
+        order = numpy_generator(seed, purpose, name).permutation(len(rows))
         held.append(rows.select(np.sort(order[:size])))
         kept.append(rows.select(np.sort(order[size:])))
     return kept, held

@@ -6,20 +6,25 @@ import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import concatenate_datasets
 from peft import LoraConfig
 
 from prelort import tasks
 from prelort.adapters import AdapterSchema, LoraAdapter, ScaleRule
 from prelort.config import Config
-from prelort.data import federated
+from prelort.data import federated, ranks
 from prelort.data.federated import FederatedRows
 from prelort.errors import ConfigError
+from prelort.federation.allocation import Allocation, ByLoss
+from prelort.federation.personal import PersonalStore
 from prelort.federation.registry import Agreement
 from prelort.federation.sampling import check_numbers
 from prelort.federation.site import Site, Workspace
+from prelort.methods import find, trait
 from prelort.models import base
 from prelort.models.lora import ADAPTER, attach, initial_adapter
 from prelort.seeds import derive, numpy_generator
@@ -43,16 +48,20 @@ class Assembly:
     """The global adapter before the first round."""
     template: LoraConfig
     """What an exported adapter's PEFT configuration says besides its ranks."""
+    allocation: Allocation
+    """Which ranks change during the run."""
 
 
-def assemble(config: Config) -> Assembly:
-    """Load everything. Raises `ConfigError` for whatever is wrong in configuration or data."""
+def assemble(config: Config, folder: Path | None = None) -> Assembly:
+    """Load everything. Raises `ConfigError` for whatever is wrong in configuration or data.
+
+    In ``folder`` clients keep what a method leaves with them.
+    """
     rows = federated.load(config)
     check_numbers(len(rows.clients), config.federation.clients_per_round, config.federation.quorum)
+    offered, most, allocation = planned_ranks(config, rows)
     tokenizer = base.load_tokenizer(config.model)
-    workspace, initial = prepare_model(
-        config, tokenizer, rank=max(client.rank for client in rows.clients), labels=rows.labels
-    )
+    workspace, initial = prepare_model(config, tokenizer, rank=max(most), labels=rows.labels)
     task = workspace.task
 
     def encode(what: str, some: Any) -> list[Example]:
@@ -61,13 +70,62 @@ def assemble(config: Config) -> Assembly:
             raise ConfigError(f"{what} has no text long enough to make one example")
         return examples
 
+    def encode_own(some: Any) -> Sequence[Example]:
+        return task.encode(some, tokenizer, config.data, rows.labels) if some is not None else ()
+
+    measured_there = config.evaluation.at_clients or trait(find(config.method.name), "personal")
     sites = tuple(
-        Site(client.name, client.rank, encode(f"client {client.name!r}", client.train), workspace)
-        for client in rows.clients
+        Site(
+            name=client.name,
+            rank=rank,
+            examples=encode(f"client {client.name!r}", client.train),
+            workspace=workspace,
+            most=largest,
+            validation=encode_own(client.validation) if allocation.by_loss is not None else (),
+            test=encode_own(client.test) if measured_there else (),
+            personal=PersonalStore(folder / "personal") if folder is not None else None,
+        )
+        for client, rank, largest in zip(rows.clients, offered, most, strict=True)
     )
-    test = _at_most(config, encode("the test set", rows.test))
+    if measured_there and not any(site.test for site in sites):
+        raise ConfigError(
+            "no client has test rows of its own to measure on: leave data.test out, so that each "
+            "holds out data.test_fraction of its rows"
+        )
+    test = _at_most(config, encode("the test set", _test_rows(config, rows)))
     template = workspace.model.peft_config[ADAPTER]
-    return Assembly(config, rows, sites, test, workspace, tokenizer, initial, template)
+    return Assembly(config, rows, sites, test, workspace, tokenizer, initial, template, allocation)
+
+
+def planned_ranks(config: Config, rows: FederatedRows) -> tuple[list[int], list[int], Allocation]:
+    """The rank that each client begins with, the largest it may get, and the plan between."""
+    offered = [client.rank for client in rows.clients]
+    names = [client.name for client in rows.clients]
+    sizes = [len(client.train) for client in rows.clients]
+    by_loss = None
+    if config.ranks.allocation == "by-loss":
+        by_loss = ByLoss(max(offered), config.ranks.high_share)
+        offered = [min(offered)] * len(offered)
+    schedule: dict[int, dict[str, int]] = {}
+    for key, mix in config.ranks.schedule.items():
+        later = config.ranks.model_copy(update={"mix": mix})
+        assigned = ranks.assign(later, sizes, config.seed)
+        schedule[int(key)] = dict(zip(names, assigned, strict=True))
+    allocation = Allocation(schedule, by_loss)
+    everyone = {by_loss.high} if by_loss is not None else set()
+    if trait(find(config.method.name), "ignores_ranks"):
+        everyone |= {max({*offered, *allocation.levels()})}
+    most = [
+        max({rank, *everyone, *(later[name] for later in schedule.values())})
+        for name, rank in zip(names, offered, strict=True)
+    ]
+    return offered, most, allocation
+
+
+def _test_rows(config: Config, rows: FederatedRows) -> Any:
+    if config.evaluation.on == "test":
+        return rows.test
+    return concatenate_datasets([c.validation for c in rows.clients if c.validation is not None])
 
 
 def prepare_model(
@@ -90,6 +148,8 @@ def prepare_model(
         task=task,
         pad_id=tokenizer.pad_token_id,
         agreement=Agreement(fingerprint, AdapterSchema.of(initial), scale),
+        tokenizer=tokenizer,
+        extras=initial.extras,
     )
     return workspace, initial
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from prelort.adapters import LoraAdapter, ScaleRule
 from prelort.errors import AdapterError, CheckpointError
-from prelort.experiment.folder import remove_folder, replace_folder
+from prelort.files import remove_folder, replace_folder
 from prelort.methods.interface import ServerState
 
 FORMAT = 1
@@ -58,6 +58,7 @@ def save(checkpoint: Checkpoint, folder: Path) -> Path:
         "scale_rule": state.adapter.scale.kind,
         "scale": state.adapter.scale.value,
         "metrics_bytes": checkpoint.metrics_bytes,
+        "ranks": dict(state.ranks),
     }
     facts["sha256"] = _digest(facts, data)
 
@@ -108,7 +109,8 @@ def load(path: Path) -> Checkpoint:
         tensors = safetensors.torch.load(data)
         rule = ScaleRule(facts["scale_rule"], facts["scale"])
         adapter = LoraAdapter.from_tensors(_under(tensors, _ADAPTER), rule)
-        state = ServerState(adapter, facts["round"], _under(tensors, _MEMORY))
+        ranks = {str(name): int(rank) for name, rank in facts.get("ranks", {}).items()}
+        state = ServerState(adapter, facts["round"], _under(tensors, _MEMORY), ranks)
         return Checkpoint(state, facts["seed"], facts["base"], facts["metrics_bytes"])
     except (
         OSError,

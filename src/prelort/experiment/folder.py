@@ -14,9 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import platform
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from filelock import FileLock, Timeout
 from prelort import config as configuration
 from prelort.config import Config
 from prelort.errors import ConfigError
+from prelort.files import write_atomically
 
 LIBRARIES = ("prelort", "torch", "transformers", "peft", "datasets", "flwr", "safetensors", "numpy")
 
@@ -150,37 +149,6 @@ def _strict(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_strict(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file as a whole: a reader, or a crash, sees the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def replace_folder(path: Path, fill: Callable[[Path], None]) -> None:
-    """Put a folder in place as a whole: filled under another name, synced, then renamed."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    remove_folder(temporary)
-    temporary.mkdir(parents=True)
-    fill(temporary)
-    for file in temporary.iterdir():
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
-    remove_folder(path)
-    os.replace(temporary, path)
-
-
-def remove_folder(path: Path) -> None:
-    """Delete a flat folder if it is there."""
-    if path.is_dir():
-        for file in path.iterdir():
-            file.unlink()
-        path.rmdir()
 
 
 def versions() -> dict[str, str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prelort import config as configuration
+from prelort import methods
 from prelort.adapters import peft_folder
 from prelort.data import federated
 from prelort.errors import CheckpointError, ConfigError
@@ -14,7 +15,7 @@ from prelort.experiment import checkpoint
 from prelort.experiment.assemble import assemble, prepare_model
 from prelort.experiment.checkpoint import Checkpoint
 from prelort.experiment.folder import RunFolder, is_taken
-from prelort.experiment.measure import measure, prefixes
+from prelort.experiment.measure import measure, prefixes, readouts
 from prelort.models import base
 from prelort.models.lora import ADAPTER, install
 
@@ -32,10 +33,13 @@ def evaluate_run(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     rule = assembly.workspace.agreement.scale
     if found.state.adapter.scale != rule:
         raise ConfigError(f"the run's scale is {found.state.adapter.scale}, not {rule}")
-    levels = sorted({site.rank for site in assembly.sites})
-    ranks = prefixes(config, levels, found.state.adapter.rank)
-    untuned = measure(assembly, assembly.initial, [0])[0]
-    measured = measure(assembly, found.state.adapter, ranks)
+    levels = sorted({site.rank for site in assembly.sites} | assembly.allocation.levels())
+    prefixes(config, levels, assembly.initial.rank)
+    method = methods.build(config.method, levels, config.seed)
+    if methods.trait(method, "personal"):
+        raise ConfigError(f"method {config.method.name!r} leaves no global model to measure")
+    untuned = measure(assembly, {0: assembly.initial})[0]
+    measured = measure(assembly, readouts(config, method, found.state, levels))
     return {
         "event": "evaluated",
         "round": found.state.round,
@@ -54,15 +58,18 @@ def export_run(path: Path, out: Path, rank: int | None, *, merge: bool) -> Path:
     if is_taken(out):
         raise ConfigError(f"{str(out)!r} exists and is not empty: choose another --out")
     found = _newest(folder, base.fingerprint(config.model))
-    most = found.state.adapter.rank
+    method = methods.build(config.method, (found.state.adapter.rank,), config.seed)
+    if methods.trait(method, "personal"):
+        raise ConfigError(f"method {config.method.name!r} leaves no global model to export")
+    most = method.readout(found.state).rank
     wanted = most if rank is None else rank
     if not 1 <= wanted <= most:
         raise ConfigError(f"--rank {wanted} is not allowed: the adapter has ranks 1 to {most}")
     tokenizer = base.load_tokenizer(config.model)
     # Of the data only the class names are needed, and only where there are classes.
     labels = federated.load(config).labels if config.task == "classification" else ()
-    workspace, _ = prepare_model(config, tokenizer, rank=most, labels=labels)
-    adapter = found.state.adapter.prefix(wanted)
+    workspace, _ = prepare_model(config, tokenizer, rank=found.state.adapter.rank, labels=labels)
+    adapter = method.readout(found.state, wanted)
     if not merge:
         peft_folder.save(adapter, out, workspace.model.peft_config[ADAPTER])
         return out

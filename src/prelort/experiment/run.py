@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +24,13 @@ from prelort.experiment import checkpoint
 from prelort.experiment.assemble import Assembly, assemble
 from prelort.experiment.checkpoint import Checkpoint
 from prelort.experiment.folder import RunFolder
-from prelort.experiment.measure import measure, prefixes
+from prelort.experiment.measure import measure, prefixes, readouts
 from prelort.federation.exchange import Engine
 from prelort.federation.flower import Context, RecordDict
 from prelort.federation.in_process import RUN_ID, InProcessGrid
 from prelort.federation.server import ServerPlan, make_server_app
 from prelort.federation.site import make_client_app
-from prelort.methods.interface import ServerState
+from prelort.methods.interface import Method, ServerState
 from prelort.report import events as reading
 
 Listener = Callable[[dict[str, Any]], None]
@@ -92,6 +92,7 @@ class _Run:
         self.log = folder.event_log()
         self.assembly: Assembly
         self.levels: tuple[int, ...] = ()
+        self.method: Method
         self.result: RunResult
 
     def go(self) -> RunResult:
@@ -99,7 +100,7 @@ class _Run:
         method, rounds = self.config.method.name, self.config.federation.rounds
         loading = {"method": method, "rounds": rounds, "seed": self.config.seed}
         self.tell({"event": "loading", "round": 0, **loading})
-        self.assembly = assemble(self.config)
+        self.assembly = assemble(self.config, self.folder.path)
         sites = self.assembly.sites
         client_app = make_client_app(
             lambda context: sites[int(context.node_config["partition-id"])]
@@ -113,6 +114,7 @@ class _Run:
             before_rounds=self.before_rounds,
             after_round=self.after_round,
             finished=self.finished,
+            allocation=self.assembly.allocation,
         )
         server_app = make_server_app(plan, lambda grid: Engine(grid, 1, float("inf")))
         context = Context(RUN_ID, 1, {}, RecordDict(), {})
@@ -122,7 +124,8 @@ class _Run:
     def before_rounds(self, state: ServerState, levels: tuple[int, ...]) -> None:
         """Write the first event, measure the untuned base and checkpoint the beginning."""
         self.levels = levels
-        prefixes(self.config, levels, state.adapter.rank)
+        self.method = methods.build(self.config.method, levels, self.config.seed)
+        prefixes(self.config, levels, self.assembly.initial.rank)
         if state.round > 0:
             self.tell({"event": "run_started", "round": 0, **self._facts()})
             self.tell({"event": "resumed", "round": state.round, **self._facts()})
@@ -142,7 +145,9 @@ class _Run:
 
     def finished(self, state: ServerState, levels: tuple[int, ...]) -> None:
         """Leave the adapters, tell the totals."""
-        export_prefixes(self.assembly, state.adapter, levels, self.folder.adapters)
+        found = readouts(self.config, self.method, state, levels)
+        if not methods.trait(self.method, "personal"):
+            export(self.assembly, found, self.folder.adapters)
         written = reading.read(self.folder.metrics_file)
         totals = reading.totals(written)
         self.emit(
@@ -158,7 +163,8 @@ class _Run:
         final = reading.final_evaluation(written)
         metrics = final.prefixes if final is not None else {}
         base_row = reading.base_row(written)
-        self.result = RunResult(self.folder.path, state.adapter, levels, base_row, metrics)
+        adapter = self.method.readout(state)
+        self.result = RunResult(self.folder.path, adapter, levels, base_row, metrics)
 
     def emit(self, event: dict[str, Any]) -> None:
         """Write an event, then tell it."""
@@ -207,13 +213,14 @@ class _Run:
     def _measure(self, state: ServerState, with_prefixes: bool = True) -> None:
         """Measure the global adapter at its prefixes, before the first round the base too."""
         started = time.monotonic()
-        ranks = prefixes(self.config, self.levels, state.adapter.rank) if with_prefixes else ()
-        asked = (0, *ranks) if state.round == 0 else ranks
+        asked = {0: state.adapter} if state.round == 0 else {}
+        if with_prefixes and not methods.trait(self.method, "personal"):
+            asked |= readouts(self.config, self.method, state, self.levels)
 
         def progress(done: int, total: int) -> None:
             self.tell({"event": "evaluating", "round": state.round, "done": done, "total": total})
 
-        measured = measure(self.assembly, state.adapter, asked, progress)
+        measured = measure(self.assembly, asked, progress)
         event: dict[str, Any] = {"event": "evaluated", "round": state.round}
         if 0 in measured:
             event["base"] = measured.pop(0)
@@ -230,12 +237,10 @@ class _Run:
         self.tell({"event": "checkpointed", "round": state.round})
 
 
-def export_prefixes(
-    assembly: Assembly, adapter: LoraAdapter, ranks: Sequence[int], folder: Path
-) -> None:
-    """Write the adapter cut to each rank as a PEFT folder ``rank-N``."""
-    for rank in sorted({*ranks, adapter.rank}):
-        peft_folder.save(adapter.prefix(rank), folder / f"rank-{rank}", assembly.template)
+def export(assembly: Assembly, adapters: Mapping[int, LoraAdapter], folder: Path) -> None:
+    """Write each rank's adapter as a PEFT folder ``rank-N``."""
+    for rank, adapter in adapters.items():
+        peft_folder.save(adapter, folder / f"rank-{rank}", assembly.template)
 
 
 def _check_same(old: Config, new: Config, path: Path) -> None:

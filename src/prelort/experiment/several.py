@@ -9,8 +9,9 @@ from pathlib import Path
 from prelort import methods
 from prelort.config import Config
 from prelort.errors import ConfigError
-from prelort.experiment.folder import RunFolder, is_taken, write_atomically
+from prelort.experiment.folder import RunFolder, is_taken
 from prelort.experiment.run import Listener, RunResult, run
+from prelort.files import write_atomically
 from prelort.report import events, plots, tables
 
 METHODS_FILE = "methods.json"

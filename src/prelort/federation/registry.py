@@ -15,10 +15,11 @@ from prelort.methods.interface import Client
 
 @dataclass(frozen=True, slots=True)
 class Participant:
-    """A client and the node that it is reached at."""
+    """A client, the node that it is reached at, and the largest rank it can be raised to."""
 
     node_id: int
     client: Client
+    most: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,8 @@ def introductions(
                 raise UpdateRefused(f"offers rank {intro.rank}, but the global adapter has {most}")
             if name in found:
                 raise UpdateRefused("a client of this name is there already")
-            found[name] = Participant(node_id, Client(name, intro.rank, intro.examples))
+            client = Client(name, intro.rank, intro.examples)
+            found[name] = Participant(node_id, client, min(intro.most, most))
         except UpdateRefused as error:
             refused(name, str(error))
     return [found[name] for name in sorted(found)]

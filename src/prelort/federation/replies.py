@@ -9,21 +9,29 @@ from prelort.errors import UpdateRefused
 from prelort.federation import wire
 from prelort.federation.flower import Message
 from prelort.federation.registry import Agreement
-from prelort.methods.interface import Client, Update
+from prelort.methods.interface import Broadcast, Client, Update
 
 
 def checked(
-    reply: Message, client: Client, round_index: int, agreement: Agreement, limits: FederationConfig
+    reply: Message,
+    client: Client,
+    round_index: int,
+    agreement: Agreement,
+    limits: FederationConfig,
+    sent: Broadcast,
+    may_prune: bool = False,
 ) -> tuple[Update, wire.TrainReply]:
-    """The update in a reply and its header.
+    """The update in a reply and its header; what it did not train is as it was ``sent``.
 
     Raises `UpdateRefused` with the reason: an error or no answer, another base, layers, scale,
-    rank, client or round than asked, an impossible number of examples, or a tensor that is
-    missing, surplus, mis-shaped, mistyped, not finite or absurdly large.
+    rank (unless it ``may_prune``), client or round than asked, an impossible number of examples
+    or rank to go on with, or a tensor that is missing, surplus, mis-shaped, mistyped, not finite
+    or absurdly large.
     """
     content = wire.content_of(reply)
     head = wire.header(content, wire.TrainReply)
-    agreement.check(head, client.rank)
+    asked = sent.trainable.rank
+    agreement.check(head, None if may_prune and head.rank < asked else asked)
     if head.client != client.name:
         raise UpdateRefused(f"answers for {head.client!r}")
     if head.round != round_index:
@@ -35,6 +43,13 @@ def checked(
         )
     if not math.isfinite(head.loss):
         raise UpdateRefused(f"reports a loss of {head.loss}")
-    adapter = wire.adapter(content, head)
-    wire.check_adapter(adapter, agreement.schema, client.rank, limits.max_abs_value)
+    if head.next_rank is not None and head.next_rank > agreement.schema.rank:
+        raise UpdateRefused(
+            f"offers rank {head.next_rank}, but the global adapter has {agreement.schema.rank}"
+        )
+    kept = wire.of_kinds(sent.trainable, wire.staying(sent.trains, sent.personal))
+    adapter, surplus = wire.adapter(content, head, kept)
+    if surplus is not None:
+        raise UpdateRefused("sends a frozen adapter, which nobody asked for")
+    wire.check_adapter(adapter, agreement.schema, head.rank, limits.max_abs_value)
     return Update(client, adapter, head.examples), head

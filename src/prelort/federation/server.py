@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from prelort import methods
 from prelort.config import Config
 from prelort.errors import ConfigError
+from prelort.federation.allocation import Allocation
 from prelort.federation.exchange import Engine
 from prelort.federation.flower import Context, Grid, ServerApp
 from prelort.federation.registry import Agreement, Participant, introductions
@@ -31,6 +32,7 @@ class ServerPlan:
     before_rounds: Callable[[ServerState, tuple[int, ...]], None]
     after_round: Callable[[ServerState], None]
     finished: Callable[[ServerState, tuple[int, ...]], None]
+    allocation: Allocation = field(default_factory=Allocation)
 
 
 def make_server_app(plan: ServerPlan, engine_of: Callable[[Grid], Engine]) -> ServerApp:
@@ -59,11 +61,14 @@ def serve(plan: ServerPlan, engine: Engine) -> None:
 
     participants = introductions(engine, plan.agreement, refused)
     _check(plan, participants)
-    levels = tuple(sorted({participant.client.rank for participant in participants}))
+    offered = {participant.client.rank for participant in participants}
+    levels = tuple(sorted(offered | plan.allocation.levels()))
     method = methods.build(config.method, levels, config.seed)
     method.check([participant.client for participant in participants])
     plan.before_rounds(plan.state, levels)
-    strategy = AdapterStrategy(config, method, participants, plan.state, plan.agreement, plan.emit)
+    strategy = AdapterStrategy(
+        config, method, participants, plan.state, plan.agreement, plan.emit, plan.allocation
+    )
     plan.finished(strategy.run_rounds(engine, plan.after_round), levels)
 
 

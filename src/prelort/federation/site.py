@@ -1,19 +1,28 @@
-"""A client's side: what a site has, and the Flower `ClientApp` that trains on it."""
+"""A client's side: what a site has, and the Flower `ClientApp` that trains and measures on it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from peft import PeftModel
+from torch import Tensor
 
-from prelort.errors import PrelortError
+from prelort.adapters import LoraAdapter, Trained
+from prelort.adapters.initial import draw_a
+from prelort.errors import PrelortError, UpdateRefused
 from prelort.federation import wire
 from prelort.federation.flower import ClientApp, Context, Error, Message, RecordDict
+from prelort.federation.personal import PersonalStore
 from prelort.federation.registry import Agreement
+from prelort.metrics.evaluate import evaluate
 from prelort.models.lora import extract, install
 from prelort.tasks.interface import Example, Task
 from prelort.training.local import Assignment, train
+from prelort.training.tail import pruned_rank, tail_norm
 from prelort.training.truncation import Truncation
 
 REFUSED = 100
@@ -29,20 +38,32 @@ class Workspace:
     task: Task
     pad_id: int
     agreement: Agreement
+    tokenizer: Any = None
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    """What is trained in full (a classifier head), as it is before any training."""
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One client: its name, the rank it affords, its examples, where it trains."""
+    """One client: its name, the rank it affords, its examples, where it trains.
+
+    ``most``: the largest rank that it can be raised to (0: its rank). ``next_rank`` is asked after
+    each round (from 0) for the rank that the site affords from then on, None for no change.
+    """
 
     name: str
     rank: int
     examples: Sequence[Example]
     workspace: Workspace
+    most: int = 0
+    validation: Sequence[Example] = ()
+    test: Sequence[Example] = ()
+    personal: PersonalStore | None = None
+    next_rank: Callable[[int], int | None] = lambda round_index: None
 
 
 def make_client_app(site_of: Callable[[Context], Site]) -> ClientApp:
-    """A `ClientApp` that introduces itself (query) and trains (train).
+    """A `ClientApp` that introduces itself (query), trains (train) and measures (evaluate).
 
     ``site_of`` finds the site of a Flower context, e.g. by its ``partition-id``.
     """
@@ -53,29 +74,38 @@ def make_client_app(site_of: Callable[[Context], Site]) -> ClientApp:
         site = site_of(context)
         return Message(wire.pack(_introduction(site)), reply_to=message)
 
-    @app.train()  # type: ignore[untyped-decorator]
-    def train_round(message: Message, context: Context) -> Message:
+    def answer(
+        work: Callable[[Site, Message], RecordDict], message: Message, site: Site
+    ) -> Message:
         try:
-            return Message(_train(site_of(context), message), reply_to=message)
+            return Message(work(site, message), reply_to=message)
         except PrelortError as error:
             return Message(Error(REFUSED, str(error)), reply_to=message)
+
+    @app.train()  # type: ignore[untyped-decorator]
+    def train_round(message: Message, context: Context) -> Message:
+        return answer(_train, message, site_of(context))
+
+    @app.evaluate()  # type: ignore[untyped-decorator]
+    def measure(message: Message, context: Context) -> Message:
+        return answer(_evaluate, message, site_of(context))
 
     return app
 
 
 def _introduction(site: Site) -> wire.Introduction:
     facts = site.workspace.agreement.header(site.rank).model_dump()
-    return wire.Introduction(**facts, client=site.name, examples=len(site.examples))
+    most = max(site.most, site.rank)
+    return wire.Introduction(**facts, client=site.name, examples=len(site.examples), most=most)
 
 
 def _train(site: Site, message: Message) -> RecordDict:
     """Check the request, train the adapter that came with it, and pack the reply."""
     work = site.workspace
     request = wire.header(message.content, wire.TrainRequest)
-    work.agreement.check(request, site.rank)
-    received = wire.adapter(message.content, request)
-    wire.check_adapter(received, work.agreement.schema, site.rank, float("inf"))
-    install(work.model, received)
+    _install(site, message, request, request.trains)
+    tail = request.tail
+    tail_before = tail_norm(work.model, tail, request.rank) if tail else 0.0
     assignment = Assignment(
         client=site.name,
         round_index=request.round,
@@ -93,12 +123,122 @@ def _train(site: Site, message: Message) -> RecordDict:
         assignment,
         work.pad_id,
     )
+    trained = extract(work.model, work.agreement.scale)
+    if request.personal:
+        _keep(site, request, trained)
+    rank = pruned_rank(work.model, tail, request.rank, tail_before) if tail else request.rank
+    offered = site.next_rank(request.round)
     reply = wire.TrainReply(
-        **_introduction(site).model_dump(),
+        **work.agreement.header(rank).model_dump(),
+        client=site.name,
+        examples=len(site.examples),
         dtype=request.dtype,
         round=request.round,
         steps=result.steps,
         loss=result.loss,
         seconds=result.seconds,
+        next_rank=offered if offered is not None else rank if rank < request.rank else None,
+        validation_loss=_validation_loss(site) if request.with_validation else None,
     )
-    return wire.pack(reply, extract(work.model, work.agreement.scale))
+    staying = wire.staying(request.trains, request.personal)
+    return wire.pack(reply, trained.prefix(rank), without=staying)
+
+
+def _evaluate(site: Site, message: Message) -> RecordDict:
+    """Measure the adapter that came with the request on the site's own test rows."""
+    request = wire.header(message.content, wire.EvaluateRequest)
+    if not site.test:
+        raise PrelortError("has no test rows of its own")
+    _install(site, message, request)
+    metrics = request.metrics or site.workspace.task.metrics
+    values = _measured(site, site.test, metrics, request)
+    reply = wire.EvaluateReply(
+        **site.workspace.agreement.header(request.rank).model_dump(),
+        client=site.name,
+        round=request.round,
+        examples=len(site.test),
+        metrics=values,
+    )
+    return wire.pack(reply)
+
+
+def _install(site: Site, message: Message, request: wire.Delivery, trains: Trained = "AB") -> None:
+    """Check what was delivered and make it the model's adapter."""
+    work = site.workspace
+    work.agreement.check(request)
+    most = max(site.most, site.rank)
+    if request.rank > most:
+        raise UpdateRefused(f"affords rank {most} at most, asked was {request.rank}")
+    received, frozen = wire.adapter(message.content, request, _known(site, request))
+    wire.check_adapter(received, work.agreement.schema, request.rank, float("inf"))
+    if frozen is not None:
+        wire.check_frozen(frozen, work.agreement.schema)
+    install(work.model, received, frozen=frozen, trains=trains, gain=request.gain)
+
+
+def _known(site: Site, request: wire.Delivery) -> dict[str, Tensor]:
+    """The tensors that did not travel: drawn from the seed, zero, or the client's own."""
+    schema, extras = site.workspace.agreement.schema, site.workspace.extras
+    tensors: dict[str, Tensor] = {}
+    for name, rank in schema.layer_ranks(request.rank).items():
+        d_in, d_out, largest = schema.layers[name]
+        tensors[f"{name}.lora_B.weight"] = torch.zeros(d_out, rank)
+        if request.drawn != "nothing":
+            drawn = draw_a(request.draw_seed, name, largest, d_in)
+            tensors[f"{name}.lora_A.weight"] = drawn[:rank]
+    own = _kept(site, request) if request.personal else {}
+    known = {name: own.get(name, tensor) for name, tensor in (tensors | dict(extras)).items()}
+    return {name: t for name, t in known.items() if wire.kind_of(name) in request.missing()}
+
+
+def _kept(site: Site, request: wire.Delivery) -> dict[str, Tensor]:
+    """The client's own B and extras from its last round, at the rank of this one."""
+    if site.personal is None:
+        raise PrelortError("has no place to keep its own factors: this method needs one")
+    kept = site.personal.load(site.name, before=request.round)
+    ranks = site.workspace.agreement.schema.layer_ranks(request.rank)
+    for layer, rank in ranks.items():
+        name = f"{layer}.lora_B.weight"
+        if name in kept:
+            grown = torch.zeros(kept[name].shape[0], rank)
+            shared = min(rank, kept[name].shape[1])
+            grown[:, :shared] = kept[name][:, :shared]
+            kept[name] = grown
+    return kept
+
+
+def _keep(site: Site, request: wire.Delivery, trained: LoraAdapter) -> None:
+    if site.personal is not None:
+        own = wire.of_kinds(trained, request.missing())
+        site.personal.save(site.name, request.round, own)
+
+
+def _validation_loss(site: Site) -> float | None:
+    """The loss of the trained adapter on the site's validation rows, None without any."""
+    if not site.validation:
+        return None
+    return _measured(site, site.validation, (), None)["loss"]
+
+
+def _measured(
+    site: Site,
+    examples: Sequence[Example],
+    metrics: Sequence[str],
+    request: wire.EvaluateRequest | None,
+) -> dict[str, float]:
+    """The metrics of what is installed now."""
+    work = site.workspace
+    found = evaluate(
+        work.model,
+        work.task,
+        examples,
+        (1,),
+        lambda rank: nullcontext(),
+        metrics=metrics,
+        tokenizer=work.tokenizer,
+        batch_size=request.batch_size if request is not None else 32,
+        max_new_tokens=request.max_new_tokens if request is not None else 1,
+        max_generated=request.max_generated if request is not None else 1,
+        device=work.model.device,
+    )
+    return found[1]

@@ -10,6 +10,7 @@ from typing import Any
 from prelort.config import Config
 from prelort.errors import QuorumError, UpdateRefused
 from prelort.federation import wire
+from prelort.federation.allocation import Allocation
 from prelort.federation.exchange import Engine, exchange
 from prelort.federation.flower import (
     ArrayRecord,
@@ -25,7 +26,8 @@ from prelort.federation.in_order import InOrder
 from prelort.federation.registry import Agreement, Participant
 from prelort.federation.replies import checked
 from prelort.federation.sampling import count_of, sample
-from prelort.methods.interface import Aggregator, Client, Method, ServerState, Update
+from prelort.methods import trait
+from prelort.methods.interface import Aggregator, Broadcast, Client, Method, ServerState, Update
 
 Emit = Callable[[dict[str, Any]], None]
 """Takes one event: a dictionary with ``event``, ``round`` and what belongs to it."""
@@ -43,6 +45,10 @@ class Tally:
     loss_sum: float = 0.0
     replies: int = 0
     failures: dict[str, str] = field(default_factory=dict)
+    offers: dict[str, int] = field(default_factory=dict)
+    """Client -> the rank that it goes on with."""
+    validation: dict[str, float] = field(default_factory=dict)
+    """Client -> its loss on its validation rows."""
 
     def event(self, server_round: int) -> dict[str, Any]:
         """The round's summary; the loss is the mean over the clients' examples."""
@@ -78,6 +84,7 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
         state: ServerState,
         agreement: Agreement,
         emit: Emit,
+        allocation: Allocation | None = None,
     ) -> None:
         self.config = config
         self.method = method
@@ -85,6 +92,7 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
         self.state = state
         self.agreement = agreement
         self.emit = emit
+        self.allocation = allocation or Allocation()
         self._tally = Tally()
 
     def run_rounds(self, engine: Engine, after_round: Callable[[ServerState], None]) -> ServerState:
@@ -98,8 +106,43 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
                 server_round, ArrayRecord(), ConfigRecord(), engine.grid
             )
             self._fold_in(server_round, exchange(engine, messages))
+            if self._measures_at_clients(server_round):
+                self.evaluate_at_clients(server_round, engine)
             after_round(self.state)
         return self.state
+
+    def evaluate_at_clients(self, server_round: int, engine: Engine) -> None:
+        """Let every client measure what it would receive now, on its own test rows."""
+        started = time.monotonic()
+        clients = {p.node_id: self._now(p) for p in self.participants}
+        messages = (
+            Message(
+                self._evaluation(server_round, client),
+                dst_node_id=node_id,
+                message_type=MessageType.EVALUATE,
+                group_id=str(server_round),
+            )
+            for node_id, client in clients.items()
+        )
+        measured: dict[str, dict[str, Any]] = {}
+        failed: dict[str, str] = {}
+        for reply in exchange(engine, messages):
+            client = clients[reply.metadata.src_node_id]
+            try:
+                head = wire.header(wire.content_of(reply), wire.EvaluateReply)
+                facts = {"rank": client.rank, "examples": head.examples}
+                measured[client.name] = {**facts, "metrics": head.metrics}
+            except UpdateRefused as error:
+                failed[client.name] = str(error)
+        self.emit(
+            {
+                "event": "evaluated_at_clients",
+                "round": server_round,
+                "clients": dict(sorted(measured.items())),
+                "failed": dict(sorted(failed.items())),
+                "seconds": time.monotonic() - started,
+            }
+        )
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -115,7 +158,7 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
             }
         )
         for participant in asked:
-            content = self._request(server_round, participant.client)
+            content = self._request(server_round, self._now(participant))
             self._tally.bytes_down += wire.size(content)
             yield Message(
                 content,
@@ -132,7 +175,7 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
         Raises `QuorumError` where too few of them can be used.
         """
         loss = self._fold_in(server_round, replies)
-        return wire.record(self.state.adapter), MetricRecord({"loss": loss})
+        return wire.record(self.state.adapter.tensors()), MetricRecord({"loss": loss})
 
     def _fold_in(self, server_round: int, replies: Iterable[Message]) -> float:
         """Check and add each reply as it comes; move the state if there are enough of them.
@@ -140,9 +183,7 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
         A reply that cannot be used is left out, with its reason in an event. Returns the mean
         training loss over the examples.
         """
-        asked = {
-            participant.node_id: participant.client for participant in self._asked(server_round)
-        }
+        asked = {p.node_id: self._now(p) for p in self._asked(server_round)}
         aggregator = self.method.aggregator(self.state)
         in_order = self._adder(list(asked.values()), aggregator)
         for reply in replies:
@@ -154,7 +195,9 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
             self._leave_out(server_round, client, "did not answer", in_order)
         self._check_quorum(server_round)
         started = time.monotonic()
-        self.state = replace(aggregator.result(), round=server_round)
+        self.state = replace(
+            aggregator.result(), round=server_round, ranks=self._next_ranks(server_round)
+        )
         self._tally.aggregating += time.monotonic() - started
         event = self._tally.event(server_round)
         self.emit(event)
@@ -177,25 +220,79 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
 
     def _asked(self, server_round: int) -> list[Participant]:
         """The clients of a round, by the seed."""
+        if self.allocation.asks_everyone(server_round):
+            return self.participants
         wanted, seed = self.config.federation.clients_per_round, self.config.seed
         return sample(self.participants, wanted, seed=seed, round_index=server_round - 1)
+
+    def _now(self, participant: Participant) -> Client:
+        """The client at the rank that it has by now."""
+        client = participant.client
+        return replace(client, rank=self.state.ranks.get(client.name, client.rank))
+
+    def _next_ranks(self, server_round: int) -> dict[str, int]:
+        """The ranks after a round: what clients offered, then what the server decides."""
+        ranks, tally = dict(self.state.ranks), self._tally
+        planned = self.allocation.after(server_round, tally.validation, len(self.participants))
+        for participant in self.participants:
+            name, old = participant.client.name, self._now(participant).rank
+            new = planned.get(name, tally.offers.get(name, old))
+            new = min(new, max(participant.most, tally.offers.get(name, 0)))
+            if new != old:
+                ranks[name] = new
+                why = "the server's allocation" if name in planned else "the client's offer"
+                event = {"round": server_round, "client": name, "from": old, "to": new}
+                self.emit({"event": "rank_changed", **event, "reason": why})
+        return ranks
+
+    def _measures_at_clients(self, server_round: int) -> bool:
+        if not (self.config.evaluation.at_clients or trait(self.method, "personal")):
+            return False
+        every, last = self.config.evaluation.every, self.config.federation.rounds
+        return server_round == last or (every > 0 and server_round % every == 0)
 
     def _request(self, server_round: int, client: Client) -> RecordDict:
         """The content of one client's message: what to train and how."""
         config, objective = self.config, self.method.objective(client)
+        sent = self.method.broadcast(self.state, client)
         head = wire.TrainRequest(
-            **self.agreement.header(client.rank).model_dump(),
-            dtype=config.federation.wire_dtype,
-            round=server_round - 1,
+            **self._delivery(server_round - 1, sent),
             rounds=config.federation.rounds,
             seed=config.seed,
             training=config.training,
             objective=objective.kind,
             levels=objective.levels,
             level_weights=objective.weights,
+            tail=objective.tail,
+            trains=sent.trains,
+            with_validation=self.allocation.asks_everyone(server_round),
             timeout=config.federation.timeout,
         )
-        return wire.pack(head, self.method.broadcast(self.state, client))
+        return wire.pack(head, sent.trainable, sent.frozen, without=head.missing())
+
+    def _evaluation(self, server_round: int, client: Client) -> RecordDict:
+        """The content of one client's message: what to measure and how."""
+        settings, sent = self.config.evaluation, self.method.broadcast(self.state, client)
+        head = wire.EvaluateRequest(
+            **self._delivery(server_round, sent),
+            metrics=settings.metrics,
+            batch_size=settings.batch_size,
+            max_new_tokens=settings.max_new_tokens,
+            max_generated=settings.max_generated,
+        )
+        return wire.pack(head, sent.trainable, sent.frozen, without=head.missing())
+
+    def _delivery(self, round_index: int, sent: Broadcast) -> dict[str, Any]:
+        """The facts that every request states about the adapter that comes with it."""
+        return {
+            **self.agreement.header(sent.trainable.rank).model_dump(),
+            "dtype": self.config.federation.wire_dtype,
+            "round": round_index,
+            "drawn": sent.drawn,
+            "draw_seed": sent.draw_seed,
+            "personal": sent.personal,
+            "gain": sent.gain,
+        }
 
     def _adder(self, clients: Sequence[Client], aggregator: Aggregator) -> InOrder[Update]:
         def add(update: Update) -> None:
@@ -213,7 +310,13 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
         event: dict[str, Any] = {"round": server_round, "client": client.name, "rank": client.rank}
         try:
             update, head = checked(
-                reply, client, server_round - 1, self.agreement, self.config.federation
+                reply,
+                client,
+                server_round - 1,
+                self.agreement,
+                self.config.federation,
+                self.method.broadcast(self.state, client),
+                may_prune=self.method.objective(client).tail is not None,
             )
         except UpdateRefused as error:
             self._leave_out(server_round, client, str(error), in_order)
@@ -223,9 +326,14 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
         tally.bytes_up += size
         tally.examples += head.examples
         tally.loss_sum += head.loss * head.examples
+        if head.next_rank is not None:
+            tally.offers[client.name] = head.next_rank
+        if head.validation_loss is not None:
+            tally.validation[client.name] = head.validation_loss
         details: Mapping[str, Any] = head.model_dump(
-            include={"loss", "examples", "steps", "seconds"}
+            include={"loss", "examples", "steps", "seconds", "validation_loss"}
         )
+        details = {key: value for key, value in details.items() if value is not None}
         self.emit({"event": "client_finished", **event, **details, "bytes_up": size})
         in_order.put(client.name, update)
 

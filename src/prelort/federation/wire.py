@@ -9,26 +9,31 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
 from safetensors import SafetensorError
+from torch import Tensor
 
-from prelort.adapters import AdapterSchema, LoraAdapter, ScaleRule
+from prelort.adapters import AdapterSchema, LoraAdapter, ScaleRule, Trained
 from prelort.config import TrainingConfig
 from prelort.errors import AdapterError, UpdateRefused
 from prelort.federation.flower import Array, ArrayRecord, ConfigRecord, Message, RecordDict
-from prelort.methods.objective import Kind, Objective
+from prelort.methods.objective import Kind, Objective, TailPenalty
 
-PROTOCOL = 1
+PROTOCOL = 2
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Dtype = Literal["float32", "bfloat16", "float16"]
 Seconds = Annotated[float, PlainSerializer(lambda value: f"{value:.6e}", when_used="json")]
 """A time, always as many bytes long, so that equal runs count equal bytes."""
 
 _HEADER, _ADAPTER = "header", "adapter"
+_FROZEN = "frozen:"
+"""Before the names of the tensors that are folded into the base for the round."""
+_A, _B, _EXTRA = "A", "B", "extra"
 
 
 class Header(BaseModel):
@@ -56,24 +61,67 @@ class Introduction(Header):
 
     client: Annotated[str, Field(min_length=1, max_length=200)]
     examples: Annotated[int, Field(ge=1)]
+    most: Annotated[int, Field(ge=1)]
+    """The largest rank that the client can be raised to; ``rank`` is the one to begin with."""
 
 
-class TrainRequest(Header):
-    """The server's order to train the adapter that comes with it. ``round`` counts from 0."""
+class Delivery(Header):
+    """How to make the adapter that a request is about out of what came with it.
+
+    ``rank`` is the adapter's. Factors that the client draws itself (``drawn``) or keeps from its
+    last round (``personal``) do not travel.
+    """
 
     dtype: Dtype
     round: int
+    """Counts from 0."""
+    drawn: Literal["nothing", "A", "A and B"] = "nothing"
+    draw_seed: int = 0
+    personal: bool = False
+    gain: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
+
+    def missing(self) -> tuple[str, ...]:
+        """The kinds of tensors that do not travel."""
+        drawn = {"nothing": (), "A": (_A,), "A and B": (_A, _B)}[self.drawn]
+        return (*drawn, _B, _EXTRA) if self.personal else drawn
+
+
+class TrainRequest(Delivery):
+    """The server's order to train the adapter that comes with it."""
+
     rounds: int
     seed: int
     training: TrainingConfig
     objective: Kind
     levels: tuple[int, ...]
     level_weights: tuple[float, ...]
+    tail: TailPenalty | None = None
+    trains: Trained = "AB"
+    with_validation: bool = False
+    """Whether the server wants the loss on the client's validation rows."""
     timeout: float
 
     def to_objective(self) -> Objective:
         """The objective that the client optimises."""
-        return Objective(self.objective, self.levels, self.level_weights)
+        return Objective(self.objective, self.levels, self.level_weights, self.tail)
+
+
+class EvaluateRequest(Delivery):
+    """The server's order to measure the adapter that comes with it on the client's test rows."""
+
+    metrics: tuple[str, ...] | None
+    batch_size: int
+    max_new_tokens: int
+    max_generated: int
+
+
+class EvaluateReply(Header):
+    """What a client measured: metric -> value, over so many test examples."""
+
+    client: str
+    round: int
+    examples: Annotated[int, Field(ge=1)]
+    metrics: dict[str, float | None]
 
 
 class TrainReply(Header):
@@ -86,23 +134,37 @@ class TrainReply(Header):
     steps: int
     loss: float
     seconds: Seconds
+    next_rank: Annotated[int, Field(ge=1)] | None = None
+    """The rank that the client offers from now on; not set: the one it has."""
+    validation_loss: float | None = None
 
 
 H = TypeVar("H", bound=Header)
 
 
-def pack(header: Header, adapter: LoraAdapter | None = None) -> RecordDict:
-    """A message's content. ``adapter`` is sent in the header's dtype, values rounded to it."""
+def pack(
+    header: Header,
+    adapter: LoraAdapter | None = None,
+    frozen: LoraAdapter | None = None,
+    without: Sequence[str] = (),
+) -> RecordDict:
+    """A message's content, in the header's dtype (values are rounded to it).
+
+    ``without``: the kinds of the adapter's tensors that do not travel.
+    """
     content = RecordDict({_HEADER: ConfigRecord({"json": header.model_dump_json()})})
     if adapter is not None:
-        content[_ADAPTER] = record(adapter.to(DTYPES[header.dtype]))  # type: ignore[attr-defined]
+        dtype = DTYPES[header.dtype]  # type: ignore[attr-defined]
+        tensors = {n: t for n, t in adapter.tensors().items() if kind_of(n) not in without}
+        if frozen is not None:
+            tensors |= {_FROZEN + name: tensor for name, tensor in frozen.tensors().items()}
+        content[_ADAPTER] = record({name: tensor.to(dtype) for name, tensor in tensors.items()})
     return content
 
 
-def record(adapter: LoraAdapter) -> ArrayRecord:
-    """An adapter as Flower's record: one safetensors blob."""
-    tensors = {name: tensor.contiguous() for name, tensor in adapter.tensors().items()}
-    data = safetensors.torch.save(tensors)
+def record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
+    """Named tensors as Flower's record: one safetensors blob."""
+    data = safetensors.torch.save({name: t.contiguous() for name, t in tensors.items()})
     blob = Array(dtype="uint8", shape=(len(data),), stype="safetensors", data=data)
     return ArrayRecord({_ADAPTER: blob})
 
@@ -128,24 +190,61 @@ def header(content: RecordDict, kind: type[H]) -> H:
     return found
 
 
-def adapter(content: RecordDict, head: TrainRequest | TrainReply) -> LoraAdapter:
-    """The adapter that came with a header, in the type it travelled in.
+def adapter(
+    content: RecordDict, head: Delivery | TrainReply, known: Mapping[str, Tensor] | None = None
+) -> tuple[LoraAdapter, LoraAdapter | None]:
+    """The adapter that came with a header, completed by the tensors ``known`` already, and the
+    frozen one beside it, if there is one.
 
-    Raises `UpdateRefused` for truncated or foreign bytes and for a type that is not the stated
-    one. Shapes and values are checked by `check_adapter`.
+    Raises `UpdateRefused` for truncated or foreign bytes, for a type that is not the stated one
+    and for a tensor that should not have travelled. Shapes and values are checked by
+    `check_adapter`.
     """
     blob = _blob(content)
     if blob is None or blob.stype != "safetensors":
         raise UpdateRefused("carries no adapter")
     try:
         tensors = safetensors.torch.load(blob.data)
-        found = LoraAdapter.from_tensors(tensors, head.rule)
+        for name in tensors.keys() & (known or {}).keys():
+            raise UpdateRefused(f"tensor {name!r} is surplus: it is not trained")
+        second = {n.removeprefix(_FROZEN): t for n, t in tensors.items() if n.startswith(_FROZEN)}
+        first = {name: t for name, t in tensors.items() if not name.startswith(_FROZEN)}
+        found = LoraAdapter.from_tensors(first | dict(known or {}), head.rule)
+        frozen = LoraAdapter.from_tensors(second, head.rule) if second else None
     except (SafetensorError, AdapterError, ValueError, KeyError, RuntimeError) as error:
         raise UpdateRefused(f"adapter cannot be read: {error}") from None
     for name, tensor in tensors.items():
         if tensor.dtype != DTYPES[head.dtype]:
             raise UpdateRefused(f"tensor {name!r} is {tensor.dtype}, stated was {head.dtype}")
-    return found
+    return found, frozen
+
+
+def staying(trains: Trained, personal: bool) -> tuple[str, ...]:
+    """The kinds of tensors that do not travel back with a reply."""
+    if personal:
+        return (_B, _EXTRA)
+    return {"AB": (), "A": (_B,), "B": (_A,)}[trains]
+
+
+def of_kinds(adapter: LoraAdapter, kinds: Sequence[str]) -> dict[str, Tensor]:
+    """The adapter's tensors of these kinds, by name."""
+    return {name: t for name, t in adapter.tensors().items() if kind_of(name) in kinds}
+
+
+def check_frozen(found: LoraAdapter, schema: AdapterSchema) -> None:
+    """Raise `UpdateRefused` for a frozen adapter that does not fit or holds no numbers.
+
+    Its layers may have any rank.
+    """
+    for name, factors in found.layers.items():
+        shape = (factors.A.shape[1], factors.B.shape[0])
+        if name not in schema.layers or shape != schema.layers[name][:2]:
+            raise UpdateRefused(f"frozen layer {name!r} of {list(shape)} does not fit the model")
+    if found.extras:
+        raise UpdateRefused(f"frozen tensor {min(found.extras)!r} is surplus")
+    for name, tensor in found.tensors().items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise UpdateRefused(f"frozen tensor {name!r} holds a value that is not finite")
 
 
 def check_adapter(
@@ -172,6 +271,13 @@ def content_of(reply: Message) -> RecordDict:
     if reply.has_error():
         raise UpdateRefused(reply.error.reason or f"failed with error code {reply.error.code}")
     return reply.content
+
+
+def kind_of(name: str) -> str:
+    """Whether a tensor is an A, a B or an extra."""
+    if name.endswith(".lora_A.weight"):
+        return _A
+    return _B if name.endswith(".lora_B.weight") else _EXTRA
 
 
 def _check_protocol(stated: object) -> None:

@@ -14,7 +14,15 @@ from collections.abc import Sequence
 from prelort.config import MethodConfig
 from prelort.errors import ConfigError
 from prelort.methods.fedit import FedIT
-from prelort.methods.interface import Aggregator, Client, Method, ServerState, Update
+from prelort.methods.interface import (
+    Aggregator,
+    Broadcast,
+    Client,
+    Method,
+    ServerState,
+    Update,
+)
+from prelort.methods.prefix import PrefixMethod
 from prelort.methods.prelort import PreLort
 from prelort.methods.zero_padding import ZeroPadding
 
@@ -22,10 +30,22 @@ REGISTRY: dict[str, type[Method]] = {
     method.name: method for method in (PreLort, ZeroPadding, FedIT)
 }
 
-_PARTS = ("check", "broadcast", "objective", "aggregator")
+_PARTS = ("check", "broadcast", "objective", "aggregator", "readout")
 """What a class must have to be a `Method`."""
 
-__all__ = ["REGISTRY", "Aggregator", "Client", "Method", "ServerState", "Update", "build", "find"]
+__all__ = [
+    "REGISTRY",
+    "Aggregator",
+    "Broadcast",
+    "Client",
+    "Method",
+    "PrefixMethod",
+    "ServerState",
+    "Update",
+    "build",
+    "find",
+    "trait",
+]
 
 
 def find(name: str) -> type[Method]:
@@ -44,8 +64,19 @@ def find(name: str) -> type[Method]:
 
 
 def build(config: MethodConfig, levels: Sequence[int], seed: int) -> Method:
-    """The configured method for clients of these rank levels (distinct, rising)."""
+    """The configured method for clients of these rank levels (distinct, rising).
+
+    Raises `ConfigError` for options of a method that does not exist.
+    """
+    for name in config.options:
+        if name != config.name and name not in REGISTRY:
+            raise ConfigError(f"method.options.{name}: there is no method {name!r}")
     return find(config.name)(config, levels, seed)
+
+
+def trait(method: Method | type[Method], name: str) -> bool:
+    """One of the traits of `PrefixMethod` (``personal``, ``ignores_ranks``); False if not given."""
+    return bool(getattr(method, name, False))
 
 
 def _imported(name: str) -> type[Method]:

@@ -11,15 +11,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from prelort.adapters import LoraAdapter
 from prelort.config import MethodConfig
 from prelort.errors import ConfigError
 from prelort.methods.interface import Client, ServerState
 from prelort.methods.objective import Objective, plain
+from prelort.methods.prefix import PrefixMethod
 from prelort.methods.slot_mean import Averaging, SlotMean, weighting
 
 
-class FedIT:
+class FedIT(PrefixMethod):
     """Weighted mean of A and of B, all clients at one rank."""
 
     name: ClassVar[str] = "fedit"
@@ -31,7 +31,7 @@ class FedIT:
             raise ConfigError(
                 f"method.objective = {config.objective!r} is not part of fedit: use 'plain'"
             )
-        self.config = config
+        super().__init__(config, levels, seed)
 
     def check(self, clients: Sequence[Client]) -> None:
         """Raise `ConfigError` where ranks differ."""
@@ -41,10 +41,6 @@ class FedIT:
                 f"method 'fedit' needs one rank for all clients, but they have {ranks}: "
                 "set ranks.mix to one rank, or use a method for mixed ranks such as 'prelort'"
             )
-
-    def broadcast(self, state: ServerState, client: Client) -> LoraAdapter:
-        """The whole global adapter."""
-        return state.adapter
 
     def objective(self, client: Client) -> Objective:
         """Ordinary LoRA training."""

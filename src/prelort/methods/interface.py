@@ -1,25 +1,26 @@
 """What a method is. One published method, one file, one class that follows `Method`.
 
-A method says what a client of rank r receives (`broadcast`), how it trains (`objective`), and how
-the server folds the replies in (`aggregator`). Everything else is the same for every method.
+A method says what a client of rank r receives (`broadcast`), how it trains (`objective`), how the
+server folds the replies in (`aggregator`), and what the global adapter of a rank is (`readout`).
+Everything else is the same for every method.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 from torch import Tensor
 
-from prelort.adapters import LoraAdapter
+from prelort.adapters import LoraAdapter, Trained
 from prelort.config import MethodConfig
 from prelort.methods.objective import Objective
 
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """What the server knows of a client."""
+    """What the server knows of a client. Its rank may change from round to round."""
 
     name: str
     rank: int
@@ -27,8 +28,33 @@ class Client:
 
 
 @dataclass(frozen=True, slots=True)
+class Broadcast:
+    """What one client receives for one round, and which part of it learns.
+
+    The reply holds the trained factors of ``trainable``, in its shapes (the prefix shapes of one
+    rank), and the extras.
+    """
+
+    trainable: LoraAdapter
+    frozen: LoraAdapter | None = None
+    """A second adapter beside the base that does not learn: what is folded into it this round."""
+    trains: Trained = "AB"
+    gain: float = 1.0
+    """Multiplies the scale of ``trainable`` while it trains."""
+    drawn: Literal["nothing", "A", "A and B"] = "nothing"
+    """Which factors need not travel: A is `draw_a` of ``draw_seed`` at the global rank, B zero."""
+    draw_seed: int = 0
+    personal: bool = False
+    """B and the extras stay with the client, from round to round; they neither come nor go."""
+
+
+@dataclass(frozen=True, slots=True)
 class Update:
-    """A client's checked reply: its trained adapter and the number of examples it stands for."""
+    """A client's checked reply: its trained adapter and the number of examples it stands for.
+
+    Where only one factor was trained the other is as it was broadcast. ``client.rank`` is the rank
+    that the client had when it was asked; a client that prunes itself answers with fewer slots.
+    """
 
     client: Client
     adapter: LoraAdapter
@@ -40,11 +66,14 @@ class ServerState:
     """What the server keeps between rounds; all of it is checkpointed.
 
     ``round`` counts finished rounds. ``memory`` is the method's own (server momentum, say).
+    ``ranks``: the clients whose rank is no longer the one that they introduced themselves with;
+    the strategy keeps it, not the method.
     """
 
     adapter: LoraAdapter
     round: int = 0
     memory: Mapping[str, Tensor] = field(default_factory=dict)
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
 
 class Aggregator(Protocol):
@@ -60,7 +89,7 @@ class Aggregator(Protocol):
 
 
 class Method(Protocol):
-    """A published algorithm for clients of mixed ranks."""
+    """A published algorithm for clients of mixed ranks. `PrefixMethod` has the usual answers."""
 
     name: ClassVar[str]
     summary: ClassVar[str]
@@ -76,8 +105,11 @@ class Method(Protocol):
         """Raise `ConfigError` if the method cannot serve these clients."""
         ...
 
-    def broadcast(self, state: ServerState, client: Client) -> LoraAdapter:
-        """The adapter that the client receives and trains: views into the state, no copies."""
+    def broadcast(self, state: ServerState, client: Client) -> Broadcast:
+        """What the client receives and trains: views into the state where that is possible.
+
+        A pure function of its arguments: it is asked again when the reply has come.
+        """
         ...
 
     def objective(self, client: Client) -> Objective:
@@ -86,4 +118,8 @@ class Method(Protocol):
 
     def aggregator(self, state: ServerState) -> Aggregator:
         """An aggregator for one round that starts from ``state``."""
+        ...
+
+    def readout(self, state: ServerState, rank: int | None = None) -> LoraAdapter:
+        """The global adapter of this rank (None: the whole), as measured and exported."""
         ...

@@ -20,6 +20,7 @@ example    an independently drawn truncation for each example          1
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -45,15 +46,34 @@ class Pass:
 
 
 @dataclass(frozen=True, slots=True)
+class TailPenalty:
+    """HetLoRA's regulariser and self-pruning (arXiv 2401.06432).
+
+    ``weight * sum over layers of |B[:, q:]| |A[q:]|`` joins the loss, with q = floor(keep * r).
+    Where training has made that product norm smaller the client cuts its adapter to q slots, but
+    not below ``lowest``.
+    """
+
+    weight: float
+    keep: float
+    lowest: int
+
+    def cut(self, rank: int) -> int:
+        """Q of an adapter of this rank: it always leaves a slot, and leaves out at least one."""
+        return max(1, min(math.floor(self.keep * rank), rank - 1))
+
+
+@dataclass(frozen=True, slots=True)
 class Objective:
     """What one client optimises: truncations with weights that sum to 1, and how to sample them.
 
-    The last of ``levels`` is the client's own rank.
+    The last of ``levels`` is the rank that the client trains at.
     """
 
     kind: Kind
     levels: tuple[int, ...]
     weights: tuple[float, ...]
+    tail: TailPenalty | None = None
 
     def passes(self, batch_size: int, generator: torch.Generator) -> list[Pass]:
         """The passes of one batch; draws come from ``generator`` alone."""

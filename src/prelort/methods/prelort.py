@@ -15,41 +15,27 @@ the abstract's words, while the weights (examples) and the sum over truncations 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
-from prelort.adapters import LoraAdapter
-from prelort.config import MethodConfig
-from prelort.methods.interface import Client, ServerState
-from prelort.methods.objective import Objective, configured
+from prelort.methods.interface import ServerState
+from prelort.methods.objective import Kind
+from prelort.methods.prefix import PrefixMethod
 from prelort.methods.slot_mean import Averaging, SlotMean, weighting
 
 
-class PreLort:
-    """Segment-wise aggregation and the prefix-nested objective."""
+class PreLort(PrefixMethod):
+    """Segment-wise aggregation and the prefix-nested objective.
+
+    Ablations: ``method.objective = "plain"`` is segment-wise aggregation alone; zero-padding with
+    ``method.objective = "example"`` is nested training alone.
+    """
 
     name: ClassVar[str] = "prelort"
     summary: ClassVar[str] = (
         "prefix-nested training, each rank segment averaged over the clients that hold it"
     )
     paper: ClassVar[str] = "PreLort, Waseem et al. 2026, arXiv 2606.15963"
-
-    def __init__(self, config: MethodConfig, levels: Sequence[int], seed: int) -> None:
-        self.config = config
-        self.levels = tuple(levels)
-
-    def check(self, clients: Sequence[Client]) -> None:
-        """Any mixture of ranks is served; the objective of each must leave something to train."""
-        for client in clients:
-            self.objective(client)
-
-    def broadcast(self, state: ServerState, client: Client) -> LoraAdapter:
-        """The prefix of the client's rank."""
-        return state.adapter.prefix(client.rank)
-
-    def objective(self, client: Client) -> Objective:
-        """The levels up to the client's rank, by default one drawn for each example."""
-        return configured(self.config, client.rank, self.levels, default="example")
+    default_objective: ClassVar[Kind] = "example"
 
     def aggregator(self, state: ServerState) -> Averaging:
         """Segment-wise: each slot's mean over its holders, or its previous value."""

@@ -8,39 +8,19 @@ high-rank clients learned is diluted. Widely used as a baseline (e.g. in FLoRA, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
-from prelort.adapters import LoraAdapter
-from prelort.config import MethodConfig
-from prelort.methods.interface import Client, ServerState
-from prelort.methods.objective import Objective, configured
+from prelort.methods.interface import ServerState
+from prelort.methods.prefix import PrefixMethod
 from prelort.methods.slot_mean import Averaging, SlotMean, weighting
 
 
-class ZeroPadding:
+class ZeroPadding(PrefixMethod):
     """Pad every reply with zeros to the global rank and average."""
 
     name: ClassVar[str] = "zero-padding"
     summary: ClassVar[str] = "missing slots count as zeros in a plain average (baseline)"
     paper: ClassVar[str] = "baseline of FLoRA, Wang et al. 2024, arXiv 2409.05976, and others"
-
-    def __init__(self, config: MethodConfig, levels: Sequence[int], seed: int) -> None:
-        self.config = config
-        self.levels = tuple(levels)
-
-    def check(self, clients: Sequence[Client]) -> None:
-        """Any mixture of ranks is served; the objective of each must leave something to train."""
-        for client in clients:
-            self.objective(client)
-
-    def broadcast(self, state: ServerState, client: Client) -> LoraAdapter:
-        """The prefix of the client's rank."""
-        return state.adapter.prefix(client.rank)
-
-    def objective(self, client: Client) -> Objective:
-        """Ordinary LoRA training, unless the configuration asks for truncations."""
-        return configured(self.config, client.rank, self.levels)
 
     def aggregator(self, state: ServerState) -> Averaging:
         """Each slot's sum over its holders, divided by everyone's weight."""

@@ -7,8 +7,6 @@ strict: what is missing, surplus or mis-shaped is an error.
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import re
 from collections.abc import Iterable, Iterator
 
@@ -20,13 +18,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from prelort.adapters import AdapterSchema, Factors, LoraAdapter, ScaleRule
+from prelort.adapters import AdapterSchema, Factors, LoraAdapter, ScaleRule, Trained
+from prelort.adapters.initial import fresh
 from prelort.config import LoraSettings
 from prelort.errors import AdapterError, ConfigError
-from prelort.seeds import torch_generator
 
 ADAPTER = "default"
 """The name of the adapter inside the PEFT model."""
+
+FROZEN = "frozen"
+"""The name of the second path, of what is folded into the base for a round."""
 
 
 def attach(model: PreTrainedModel, settings: LoraSettings, rank: int, kind: str) -> PeftModel:
@@ -81,30 +82,34 @@ def initial_adapter(model: nn.Module, scale: ScaleRule, seed: int) -> LoraAdapte
     Every client's A is a prefix of one matrix, so that all start in the same coordinates. Drawn
     with its own generator: it does not depend on how the model was loaded.
     """
-    current = extract(model, scale)
-    layers: dict[str, Factors] = {}
-    for name, factors in current.layers.items():
-        generator = torch_generator(seed, "initial adapter", name)
-        a = torch.empty(factors.A.shape, dtype=torch.float32)
-        # Kaiming with a = sqrt(5), PEFT's and nn.Linear's own: uniform in +-1/sqrt(d_in).
-        bound = 1 / math.sqrt(a.shape[1])
-        a.uniform_(-bound, bound, generator=generator)
-        layers[name] = Factors(a, torch.zeros(factors.B.shape, dtype=torch.float32))
-    return dataclasses.replace(current, layers=layers)
+    return fresh(extract(model, scale), seed)
 
 
-def install(model: nn.Module, adapter: LoraAdapter) -> None:
-    """Make ``adapter`` (any rank) the model's adapter: new trainable float32 parameters.
+def install(
+    model: nn.Module,
+    adapter: LoraAdapter,
+    *,
+    frozen: LoraAdapter | None = None,
+    trains: Trained = "AB",
+    gain: float = 1.0,
+) -> None:
+    """Make ``adapter`` (any rank) the model's adapter: new float32 parameters.
 
-    The scale of every layer becomes s(rank of the layer). Optimisers of earlier parameters are
-    void. Raises `AdapterError` if a layer or an extra is missing or surplus, or does not fit; the
-    model is then left as it was.
+    The scale of every layer becomes ``gain * s(rank of the layer)``. ``trains`` names the factors
+    that learn. ``frozen`` is a second adapter beside it that never learns: what is folded into the
+    base for now. The base's weights are not touched, so that it may be quantised, and taking the
+    fold out again is exact. Optimisers of earlier parameters are void. Raises `AdapterError` if a
+    layer or an extra is missing or surplus, or does not fit; the model is then left as it was.
     """
     layers, extras = lora_layers(model), dict(_extras(model))
     _check_names(layers.keys(), adapter.layers.keys(), "layer")
     _check_names(extras.keys(), adapter.extras.keys(), "tensor")
     for name, layer in layers.items():
         _check_fit(name, layer, adapter.layers[name])
+        if frozen is not None and name in frozen.layers:
+            _check_fit(name, layer, frozen.layers[name])
+    if frozen is not None:
+        _check_names(layers.keys() | frozen.layers.keys(), layers.keys(), "frozen layer")
     for name, (module, attribute) in extras.items():
         old, new = getattr(module, attribute), adapter.extras[name]
         if old.shape != new.shape:
@@ -112,7 +117,9 @@ def install(model: nn.Module, adapter: LoraAdapter) -> None:
                 f"tensor {name!r} has shape {list(new.shape)}, expected {list(old.shape)}"
             )
     for name, layer in layers.items():
-        _install_layer(layer, adapter.layers[name], adapter.scale)
+        _install_layer(layer, adapter.layers[name], adapter.scale, trains, gain)
+        second = frozen.layers.get(name) if frozen is not None else None
+        _fold(layer, second, frozen.scale if frozen is not None else adapter.scale)
     for name, (module, attribute) in extras.items():
         device = getattr(module, attribute).device
         setattr(module, attribute, _parameter(adapter.extras[name], device))
@@ -129,10 +136,11 @@ def extract(model: nn.Module, scale: ScaleRule) -> LoraAdapter:
 
 
 def trainable(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The parameters of the factors and those of the extras."""
+    """The parameters of the factors that learn, and those of the extras."""
     factors: list[nn.Parameter] = []
     for layer in lora_layers(model).values():
-        factors += [layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight]
+        both = (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)
+        factors += [weight for weight in both if weight.requires_grad]
     return factors, [getattr(module, attribute) for _, (module, attribute) in _extras(model)]
 
 
@@ -145,15 +153,49 @@ def _check_fit(name: str, layer: LoraLayer, factors: Factors) -> None:
         )
 
 
-def _install_layer(layer: LoraLayer, factors: Factors, scale: ScaleRule) -> None:
+def _install_layer(
+    layer: LoraLayer, factors: Factors, scale: ScaleRule, trains: Trained, gain: float
+) -> None:
     a, b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
     rank = factors.rank
     device = a.weight.device
-    a.weight, b.weight = _parameter(factors.A, device), _parameter(factors.B, device)
+    a.weight = _parameter(factors.A, device).requires_grad_("A" in trains)
+    b.weight = _parameter(factors.B, device).requires_grad_("B" in trains)
     a.out_features = b.in_features = rank
     layer.r[ADAPTER] = rank
-    layer.lora_alpha[ADAPTER] = scale.lora_alpha(rank)
-    layer.scaling[ADAPTER] = scale(rank)
+    layer.lora_alpha[ADAPTER] = scale.lora_alpha(rank) * gain
+    layer.scaling[ADAPTER] = scale(rank) * gain
+
+
+def _fold(layer: LoraLayer, factors: Factors | None, scale: ScaleRule) -> None:
+    """Put a frozen second path beside the layer's adapter, or take it out.
+
+    PEFT adds up the paths of all active adapters. Where two narrow products would cost more than
+    one full one, the path is one full matrix; only clients ever build it.
+    """
+    for part in (layer.lora_A, layer.lora_B, layer.lora_dropout):
+        if FROZEN in part:
+            del part[FROZEN]
+    layer.scaling.pop(FROZEN, None)
+    layer._active_adapter = [ADAPTER]
+    if factors is None or factors.rank == 0:
+        return
+    own = layer.lora_A[ADAPTER].weight
+    d_in, d_out = factors.A.shape[1], factors.B.shape[0]
+    a, b = factors.A.to(own.device, own.dtype), factors.B.to(own.device, own.dtype)
+    if factors.rank * (d_in + d_out) > d_in * d_out:
+        layer.lora_A[FROZEN], layer.lora_B[FROZEN] = _frozen_linear(b @ a), nn.Identity()
+    else:
+        layer.lora_A[FROZEN], layer.lora_B[FROZEN] = _frozen_linear(a), _frozen_linear(b)
+    layer.lora_dropout[FROZEN] = nn.Identity()
+    layer.scaling[FROZEN] = scale(factors.rank)
+    layer._active_adapter = [ADAPTER, FROZEN]
+
+
+def _frozen_linear(weight: Tensor) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=False)
+    return linear
 
 
 def _extras(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str]]]:

@@ -27,6 +27,7 @@ from prelort.models.lora import trainable
 from prelort.seeds import derive, torch_generator
 from prelort.tasks.interface import Batch, Example, Task
 from prelort.training.batches import batches, steps_per_round
+from prelort.training.tail import tail_penalty
 from prelort.training.truncation import Truncation
 
 
@@ -45,7 +46,7 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """``loss``: mean over the steps of the objective (per token, or per example)."""
+    """``loss``: mean over the steps of the objective (per token, or per example), no penalty."""
 
     loss: float
     steps: int
@@ -93,6 +94,10 @@ def train(
                         share = task.loss_sum(model, moved) * (part.weight / weight)
                         share.backward()  # type: ignore[no-untyped-call]
                     loss += share.detach()
+            if assignment.objective.tail is not None:
+                tail, rank = assignment.objective.tail, assignment.objective.levels[-1]
+                penalty = tail_penalty(model, tail, rank) * tail.weight
+                penalty.backward()  # type: ignore[no-untyped-call]
             losses.append(float(loss))
             if not math.isfinite(losses[-1]):
                 raise PrelortError(

@@ -1,0 +1,38 @@
+"""Files and folders that appear as a whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file as a whole: a reader, or a crash, sees the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def replace_folder(path: Path, fill: Callable[[Path], None]) -> None:
+    """Put a folder in place as a whole: filled under another name, synced, then renamed."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    remove_folder(temporary)
+    temporary.mkdir(parents=True)
+    fill(temporary)
+    for file in temporary.iterdir():
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+    remove_folder(path)
+    os.replace(temporary, path)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a flat folder if it is there."""
+    if path.is_dir():
+        for file in path.iterdir():
+            file.unlink()
+        path.rmdir()
