@@ -13,7 +13,16 @@ from collections.abc import Sequence
 
 from prelort.config import MethodConfig
 from prelort.errors import ConfigError
+from prelort.methods.fed_plora import FedPlora
+from prelort.methods.fedex_lora import FedExLora
 from prelort.methods.fedit import FedIT
+from prelort.methods.fedsa_lora import FedSaLora
+from prelort.methods.ffa_lora import FfaLora
+from prelort.methods.flexlora import FlexLora, HLora
+from prelort.methods.flora import Flora, Florist
+from prelort.methods.fslora import FsLora
+from prelort.methods.hetlora import HetLora
+from prelort.methods.homogeneous import HomogeneousMax, HomogeneousMin
 from prelort.methods.interface import (
     Aggregator,
     Broadcast,
@@ -24,10 +33,33 @@ from prelort.methods.interface import (
 )
 from prelort.methods.prefix import PrefixMethod
 from prelort.methods.prelort import PreLort
+from prelort.methods.raflora import RaFlora
+from prelort.methods.replication import Replication
+from prelort.methods.rolora import RoLora
 from prelort.methods.zero_padding import ZeroPadding
 
 REGISTRY: dict[str, type[Method]] = {
-    method.name: method for method in (PreLort, ZeroPadding, FedIT)
+    method.name: method
+    for method in (
+        PreLort,
+        Replication,
+        FedPlora,
+        ZeroPadding,
+        FedIT,
+        HetLora,
+        Flora,
+        Florist,
+        FlexLora,
+        HLora,
+        RaFlora,
+        FfaLora,
+        RoLora,
+        FsLora,
+        FedExLora,
+        FedSaLora,
+        HomogeneousMin,
+        HomogeneousMax,
+    )
 }
 
 _PARTS = ("check", "broadcast", "objective", "aggregator", "readout")

@@ -6,7 +6,7 @@ share this accumulator. Its memory is one global adapter, however many clients r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -48,19 +48,40 @@ class SlotMean:
         }
         """Layer name -> weight [rank] that each slot has received."""
 
-    def add(self, adapter: LoraAdapter, weight: float) -> None:
-        """Fold in the slots that ``adapter`` has; extras are held by everyone."""
+    def add(
+        self, adapter: LoraAdapter, weight: float, slots: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Fold in the slots that ``adapter`` has; extras are held by everyone.
+
+        They are the first ones, or those of the indices ``slots`` (layer -> int64 [rank]).
+        """
         if weight == 0:
             return
         self.total += weight
         for name, factors in adapter.layers.items():
-            held, mean = self.held[name][: factors.rank], self.mean.layers[name]
-            held += weight
-            step = (weight / held).to(torch.float32)
-            _move(mean.A[: factors.rank], factors.A, step[:, None])
-            _move(mean.B[:, : factors.rank], factors.B, step[None, :])
+            if slots is None:
+                self._add_first(name, factors, weight)
+            else:
+                self._add_at(name, factors, weight, slots[name])
         for name, tensor in adapter.extras.items():
             _move(self.mean.extras[name], tensor, torch.tensor(weight / self.total))
+
+    def _add_first(self, name: str, factors: Factors, weight: float) -> None:
+        """In place, on views: nothing is copied."""
+        held, mean = self.held[name][: factors.rank], self.mean.layers[name]
+        held += weight
+        step = (weight / held).to(torch.float32)
+        _move(mean.A[: factors.rank], factors.A, step[:, None])
+        _move(mean.B[:, : factors.rank], factors.B, step[None, :])
+
+    def _add_at(self, name: str, factors: Factors, weight: float, slots: Tensor) -> None:
+        held, mean = self.held[name], self.mean.layers[name]
+        held[slots] += weight
+        step = (weight / held[slots]).to(torch.float32)
+        a, b = mean.A[slots], mean.B[:, slots]
+        _move(a, factors.A, step[:, None])
+        _move(b, factors.B, step[None, :])
+        mean.A[slots], mean.B[:, slots] = a, b
 
     def over_holders(self, previous: LoraAdapter) -> LoraAdapter:
         """Each slot's mean over its holders; a slot that nobody held keeps its previous value."""
@@ -81,28 +102,45 @@ class SlotMean:
             layers[name] = Factors(mean.A * share[:, None], mean.B * share[None, :])
         return self._like(previous, layers)
 
+    def or_unchanged(self, previous: LoraAdapter) -> LoraAdapter:
+        """Each slot's mean over all replies, where a client that lacks it votes for no change."""
+        layers: dict[str, Factors] = {}
+        for name, mean in self.mean.layers.items():
+            old, share = previous.layers[name], (self.held[name] / self.total).to(torch.float32)
+            layers[name] = Factors(
+                torch.lerp(old.A.float(), mean.A, share[:, None]),
+                torch.lerp(old.B.float(), mean.B, share[None, :]),
+            )
+        return self._like(previous, layers)
+
     def _like(self, previous: LoraAdapter, layers: dict[str, Factors]) -> LoraAdapter:
         extras = dict(self.mean.extras) if self.total > 0 else dict(previous.extras)
         return LoraAdapter(layers, previous.scale, extras)
 
 
 class Averaging:
-    """The aggregator of the methods that average slots; ``finish`` is where they differ."""
+    """The aggregator of the methods that average slots; ``finish`` is where they differ.
+
+    ``slots_of`` says which slots a client trained, where these are not the first ones.
+    """
 
     def __init__(
         self,
         state: ServerState,
         weight: Weighting,
         finish: Callable[[SlotMean, LoraAdapter], LoraAdapter],
+        slots_of: Callable[[Update], Mapping[str, Tensor]] | None = None,
     ) -> None:
         self.state = state
         self.weight = weight
         self.finish = finish
+        self.slots_of = slots_of
         self.mean = SlotMean(state.adapter)
 
     def add(self, update: Update) -> None:
         """Fold in a reply's slots."""
-        self.mean.add(update.adapter, self.weight(update))
+        slots = self.slots_of(update) if self.slots_of is not None else None
+        self.mean.add(update.adapter, self.weight(update), slots)
 
     def result(self) -> ServerState:
         """The state after the round; its adapter is the old one where no reply had a weight."""

@@ -1,0 +1,86 @@
+"""FlexLoRA (Bai et al., arXiv 2402.11505) and HLoRA (arXiv 2503.00813): average the products.
+
+    Delta W = sum_k p_k s B_k A_k,    Delta W = U S V',
+
+and a client of rank r receives the best approximation of its rank: ``B = U_r S_r, A = V_r'``
+(FlexLoRA) or ``B = U_r, A = S_r V_r'`` (HLoRA). Scales are folded into the products and divided out
+again. The SVD is that of the stacked factors (QR, then a small core).
+
+Directions that the round's products do not have (singular value 0) get a drawn A with B = 0: the
+function is the same, and the slots can learn.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from prelort.adapters import LoraAdapter
+from prelort.adapters.algebra import Split, best_approximation
+from prelort.adapters.initial import filled
+from prelort.methods.interface import ServerState, Update
+from prelort.methods.products import ProductMethod, ProductSum
+from prelort.methods.slot_mean import Weighting, weighting
+from prelort.seeds import derive
+
+
+class FlexLora(ProductMethod):
+    """SVD of the mean product; singular values go to B."""
+
+    name: ClassVar[str] = "flexlora"
+    summary: ClassVar[str] = "averages the products; clients get the SVD cut to their rank"
+    paper: ClassVar[str] = "FlexLoRA, Bai et al. 2024, arXiv 2402.11505"
+    split: ClassVar[Split] = "B"
+
+    def aggregator(self, state: ServerState) -> SvdOfMean:
+        """The best approximation, at the global rank, of the mean product."""
+        return SvdOfMean(state, weighting(self.config.weights), self.split, self.seed)
+
+
+class HLora(FlexLora):
+    """SVD of the mean product; singular values go to A."""
+
+    name: ClassVar[str] = "hlora"
+    summary: ClassVar[str] = "as flexlora, with the singular values in A"
+    paper: ClassVar[str] = "HLoRA 2025, arXiv 2503.00813"
+    split: ClassVar[Split] = "A"
+
+
+class SvdOfMean:
+    """Sums products, then cuts their mean to the global rank."""
+
+    def __init__(self, state: ServerState, weight: Weighting, split: Split, seed: int) -> None:
+        self.state = state
+        self.weight = weight
+        self.split = split
+        self.seed = seed
+        self.products = ProductSum()
+
+    def add(self, update: Update) -> None:
+        """Fold in a reply's product."""
+        self.products.add(update.adapter, self.weight(update))
+
+    def result(self) -> ServerState:
+        """The state after the round; its adapter is the old one where no reply had a weight."""
+        mean, old = self.products.mean(), self.state.adapter
+        adapter = old if mean is None else cut(mean, old, self.split, self.seed, self.state.round)
+        return ServerState(adapter, self.state.round + 1, self.state.memory)
+
+
+def cut(
+    product: LoraAdapter, like: LoraAdapter, split: Split, seed: int, round_index: int
+) -> LoraAdapter:
+    """The best approximation with the slots of ``like`` (layers keep their own ranks)."""
+    near = best_approximation(product, like.rank, split)
+    layers = {name: f.prefix(like.layers[name].rank) for name, f in near.layers.items()}
+    kept = _alive(LoraAdapter(layers, near.scale, near.extras))
+    return filled(kept, like, derive(seed, "empty directions", round_index))
+
+
+def _alive(adapter: LoraAdapter) -> LoraAdapter:
+    """The slots up to the last one of each layer that adds anything, but one."""
+    layers = {}
+    for name, factors in adapter.layers.items():
+        energy = factors.A.norm(dim=1) * factors.B.norm(dim=0)
+        floor = 1e-6 * energy.max()
+        layers[name] = factors.prefix(max(1, int((energy > floor).sum())))
+    return LoraAdapter(layers, adapter.scale, adapter.extras)

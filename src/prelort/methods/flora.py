@@ -1,0 +1,113 @@
+"""FLoRA (Wang et al., arXiv 2409.05976) and FLoRIST (arXiv 2506.09199): stack, fold, restart.
+
+    A = [p_1 A_1; ...; p_K A_K],  B = [B_1, ..., B_K],  B A = sum_k p_k B_k A_k     (exactly)
+
+The stack is folded into every client's base, and the next round trains a new random adapter.
+FLoRIST sends, instead of the stack, the fewest singular triples that keep a share ``energy`` of the
+stack's energy; with ``energy = 1`` it is FLoRA.
+
+In the paper every client receives the stack of every round, whether it takes part or not, and folds
+it in for good. Here a client keeps nothing: it receives the sum of all stacks so far, compressed
+without loss, as a frozen second path. That is what is counted as sent. Fresh adapters are drawn
+from the seed and do not travel. There are no prefixes: at a rank, the sum's best approximation is
+measured; whole, it has as many slots as it needs.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from prelort.adapters import LoraAdapter
+from prelort.adapters.algebra import best_approximation, compressed, concatenate
+from prelort.adapters.initial import fresh
+from prelort.config import Section
+from prelort.methods.interface import Broadcast, Client, ServerState, Update
+from prelort.methods.prefix import PrefixMethod
+from prelort.methods.products import ProductSum, memorised, remembered
+from prelort.methods.slot_mean import Weighting, weighting
+from prelort.seeds import derive
+
+FOLDED = "folded"
+"""The key of the sum of all rounds in the server's memory."""
+
+
+class Flora(PrefixMethod):
+    """Exact sums of products, folded into the base each round."""
+
+    name: ClassVar[str] = "flora"
+    summary: ClassVar[str] = "stacks all adapters, folds the stack into the base, starts anew"
+    paper: ClassVar[str] = "FLoRA, Wang et al. 2024, arXiv 2409.05976"
+
+    def energy(self) -> float:
+        """The share of a round's energy that is kept."""
+        return 1.0
+
+    def broadcast(self, state: ServerState, client: Client) -> Broadcast:
+        """A fresh adapter, and everything learnt so far as a frozen path."""
+        seed = derive(self.seed, "fresh adapter", state.round, client.name)
+        return Broadcast(
+            fresh(state.adapter, seed).prefix(client.rank),
+            frozen=remembered(state.memory, FOLDED, state.adapter),
+            drawn="A and B",
+            draw_seed=seed,
+        )
+
+    def aggregator(self, state: ServerState) -> Stacking:
+        """The stack of the replies, added to what is folded already."""
+        return Stacking(state, weighting(self.config.weights), self.energy())
+
+    def readout(self, state: ServerState, rank: int | None = None) -> LoraAdapter:
+        """The best approximation of the sum of all rounds (None: the sum)."""
+        total = remembered(state.memory, FOLDED, state.adapter)
+        if total is None:
+            return state.adapter if rank is None else state.adapter.prefix(rank)
+        whole = LoraAdapter(total.layers, total.scale, state.adapter.extras)
+        return whole if rank is None else best_approximation(whole, rank)
+
+
+class FloristOptions(Section):
+    """``[method.options.florist]``: the share of the energy that is kept (ours: 0.95)."""
+
+    energy: Annotated[float, Field(gt=0.0, le=1.0)] = 0.95
+
+
+class Florist(Flora):
+    """FLoRA whose stack is cut to the singular triples that matter."""
+
+    name: ClassVar[str] = "florist"
+    summary: ClassVar[str] = "as flora, with the stack cut to a share of its energy"
+    paper: ClassVar[str] = "FLoRIST 2025, arXiv 2506.09199"
+    Options: ClassVar[type[Section]] = FloristOptions
+
+    def energy(self) -> float:
+        """The share of a round's energy that is kept."""
+        return float(self.options.energy)
+
+
+class Stacking:
+    """Stacks a round's replies and adds the stack to the sum so far."""
+
+    def __init__(self, state: ServerState, weight: Weighting, energy: float) -> None:
+        self.state = state
+        self.weight = weight
+        self.energy = energy
+        self.products = ProductSum()
+
+    def add(self, update: Update) -> None:
+        """Stack a reply."""
+        self.products.add(update.adapter, self.weight(update))
+
+    def result(self) -> ServerState:
+        """The state after the round: a longer sum, new extras, the same fresh adapter."""
+        state, stack = self.state, self.products.mean()
+        if stack is None:
+            return ServerState(state.adapter, state.round + 1, state.memory)
+        if self.energy < 1:
+            stack = compressed(stack, self.energy)
+        before = remembered(state.memory, FOLDED, state.adapter)
+        bare = LoraAdapter(stack.layers, stack.scale)
+        total = bare if before is None else concatenate([before, bare], [1.0, 1.0])
+        adapter = LoraAdapter(state.adapter.layers, state.adapter.scale, stack.extras)
+        return ServerState(adapter, state.round + 1, memorised(FOLDED, compressed(total)))
