@@ -246,9 +246,11 @@ def _show(console: Console, folders: dict[str, Path], target: Path) -> None:
     for name, events in runs.items():
         taken = ", ".join(f"{phase} {human_seconds(s)}" for phase, s in phases(events).items())
         console.print(f"time      {name}: {taken}", soft_wrap=True, highlight=False)
-    console.print(f"picture   {target / 'rank_curves.png'}", soft_wrap=True)
+    for picture in sorted(target.glob("*.png")):
+        console.print(f"picture   {picture}", soft_wrap=True)
     for path in folders.values():
-        console.print(f"adapters  {path / 'adapters'}", soft_wrap=True)
+        if (path / "adapters").is_dir():
+            console.print(f"adapters  {path / 'adapters'}", soft_wrap=True)
 
 
 def _warn(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:

@@ -252,6 +252,9 @@ class EvaluationConfig(Section):
     at_clients: bool = Field(
         False, description="measure at every client too, on its own held-out rows at its own rank"
     )
+    diagnostics: bool = Field(
+        True, description="measure each round's noise, drift and energy of ranks (docs/diagnostics)"
+    )
     batch_size: Annotated[int, Field(ge=1)] = 32
     metrics: tuple[Literal["accuracy", "macro_f1", "perplexity", "rouge_l"], ...] | None = Field(
         None, description="default: the task's own"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -88,13 +89,16 @@ def difference(x: LoraAdapter, y: LoraAdapter) -> LoraAdapter:
     return LoraAdapter(rescaled, stacked.scale)
 
 
-def best_approximation(adapter: LoraAdapter, rank: int) -> LoraAdapter:
+Split = Literal["even", "B", "A"]
+"""Where the singular values go: their roots to both factors, all to B, or all to A."""
+
+
+def best_approximation(adapter: LoraAdapter, rank: int, split: Split = "even") -> LoraAdapter:
     """The adapter of this rank whose product is nearest in Frobenius norm (Eckart-Young).
 
-    The singular values are split evenly, sqrt(S) to each factor; slots are in falling order, so
-    that a prefix of the result is the best approximation of its own rank (constant scale rule).
-    Layers whose rank or dimensions are smaller keep what they can. Raises `AdapterError` for a
-    rank below 1.
+    Slots are in falling order, so that a prefix of the result is the best approximation of its
+    own rank (constant scale rule). Layers whose rank or dimensions are smaller keep what they
+    can. Raises `AdapterError` for a rank below 1.
     """
     if rank < 1:
         raise AdapterError(f"rank {rank} is not allowed: use at least 1")
@@ -102,13 +106,49 @@ def best_approximation(adapter: LoraAdapter, rank: int) -> LoraAdapter:
     for name, factors in adapter.layers.items():
         left, singular, right = factored_svd(factors)
         kept = min(rank, singular.numel())
-        ratio = adapter.scale(factors.rank) / adapter.scale(kept)
-        root = (singular[:kept] * ratio).sqrt()
-        dtype = factors.A.dtype
-        layers[name] = Factors(
-            (root[:, None] * right[:kept]).to(dtype), (left[:, :kept] * root).to(dtype)
-        )
+        layers[name] = _from_svd(left, singular, right, kept, adapter, name, split)
     return LoraAdapter(layers, adapter.scale, adapter.extras)
+
+
+def compressed(adapter: LoraAdapter, energy: float = 1.0) -> LoraAdapter:
+    """The adapter with the fewest slots of each layer that keep this share of its energy.
+
+    Energy is the sum of the squared singular values of the layer's product. With 1 nothing but
+    rounding (of the type that the factors are stored in) is lost. Keeps one slot at least.
+    """
+    layers: dict[str, Factors] = {}
+    for name, factors in adapter.layers.items():
+        left, singular, right = factored_svd(factors)
+        if energy < 1:
+            shares = singular.square().cumsum(0) / singular.square().sum().clamp(min=1e-300)
+            kept = int((shares < energy - 1e-12).sum()) + 1
+        else:
+            floor = torch.finfo(factors.A.dtype).eps * singular.max().clamp(min=1e-300)
+            kept = int((singular > floor).sum())
+        kept = max(1, min(kept, singular.numel()))
+        layers[name] = _from_svd(left, singular, right, kept, adapter, name, "even")
+    return LoraAdapter(layers, adapter.scale, adapter.extras)
+
+
+def _from_svd(
+    left: Tensor,
+    singular: Tensor,
+    right: Tensor,
+    kept: int,
+    adapter: LoraAdapter,
+    name: str,
+    split: Split,
+) -> Factors:
+    """The first ``kept`` singular triples of a layer's product as factors at their own scale."""
+    factors = adapter.layers[name]
+    values = singular[:kept] * (adapter.scale(factors.rank) / adapter.scale(kept))
+    to_a, to_b = {
+        "even": (values.sqrt(), values.sqrt()),
+        "A": (values, torch.ones_like(values)),
+        "B": (torch.ones_like(values), values),
+    }[split]
+    dtype = factors.A.dtype
+    return Factors((to_a[:, None] * right[:kept]).to(dtype), (left[:, :kept] * to_b).to(dtype))
 
 
 def factored_svd(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:

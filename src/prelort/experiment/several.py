@@ -86,7 +86,8 @@ def write_results(folders: dict[str, Path], out: Path) -> None:
     """Write ``results.md`` and ``rank_curves.png`` of the runs to ``out``."""
     runs = read_runs(folders)
     write_atomically(out / "results.md", tables.comparison_markdown(runs).encode())
-    plots.rank_curves(runs, out / "rank_curves.png")
+    if any(events.final_evaluation(written) for written in runs.values()):
+        plots.rank_curves(runs, out / "rank_curves.png")
 
 
 def folder_name(method: str) -> str:

@@ -11,6 +11,7 @@ from prelort.config import Config
 from prelort.errors import QuorumError, UpdateRefused
 from prelort.federation import wire
 from prelort.federation.allocation import Allocation
+from prelort.federation.diagnosis import Diagnosis
 from prelort.federation.exchange import Engine, exchange
 from prelort.federation.flower import (
     ArrayRecord,
@@ -39,6 +40,7 @@ class Tally:
 
     started: float = field(default_factory=time.monotonic)
     aggregating: float = 0.0
+    diagnosing: float = 0.0
     bytes_down: int = 0
     bytes_up: int = 0
     examples: int = 0
@@ -62,8 +64,9 @@ class Tally:
             "bytes_up": self.bytes_up,
             "bytes_down": self.bytes_down,
             "seconds": {
-                "train": total - self.aggregating,
+                "train": total - self.aggregating - self.diagnosing,
                 "aggregate": self.aggregating,
+                "diagnose": self.diagnosing,
                 "total": total,
             },
         }
@@ -185,12 +188,13 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
         """
         asked = {p.node_id: self._now(p) for p in self._asked(server_round)}
         aggregator = self.method.aggregator(self.state)
+        diagnosis = self._diagnosis(list(asked.values()))
         in_order = self._adder(list(asked.values()), aggregator)
         for reply in replies:
             client = asked.pop(reply.metadata.src_node_id, None)
             if client is None:
                 continue  # answers twice, or was not asked
-            self._take(server_round, client, reply, in_order)
+            self._take(server_round, client, reply, in_order, diagnosis)
         for client in asked.values():  # only where another loop than `exchange` sent the messages
             self._leave_out(server_round, client, "did not answer", in_order)
         self._check_quorum(server_round)
@@ -199,7 +203,9 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
             aggregator.result(), round=server_round, ranks=self._next_ranks(server_round)
         )
         self._tally.aggregating += time.monotonic() - started
-        event = self._tally.event(server_round)
+        found = diagnosis.result(self.state)
+        self._tally.diagnosing = diagnosis.seconds
+        event = self._tally.event(server_round) | found
         self.emit(event)
         return float(event["loss"])
 
@@ -291,8 +297,13 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
             "drawn": sent.drawn,
             "draw_seed": sent.draw_seed,
             "personal": sent.personal,
+            "frozen_follows": sent.frozen_follows,
             "gain": sent.gain,
         }
+
+    def _diagnosis(self, clients: Sequence[Client]) -> Diagnosis:
+        levels = {p.client.rank for p in self.participants} | self.allocation.levels()
+        return Diagnosis(self.config, self.method, self.state, clients, sorted(levels))
 
     def _adder(self, clients: Sequence[Client], aggregator: Aggregator) -> InOrder[Update]:
         def add(update: Update) -> None:
@@ -303,10 +314,15 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
         return InOrder([client.name for client in clients], add)
 
     def _take(
-        self, server_round: int, client: Client, reply: Message, in_order: InOrder[Update]
+        self,
+        server_round: int,
+        client: Client,
+        reply: Message,
+        in_order: InOrder[Update],
+        diagnosis: Diagnosis,
     ) -> None:
         """Add one reply, or note why it is left out."""
-        tally = self._tally
+        tally, sent = self._tally, self.method.broadcast(self.state, client)
         event: dict[str, Any] = {"round": server_round, "client": client.name, "rank": client.rank}
         try:
             update, head = checked(
@@ -315,7 +331,7 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
                 server_round - 1,
                 self.agreement,
                 self.config.federation,
-                self.method.broadcast(self.state, client),
+                sent,
                 may_prune=self.method.objective(client).tail is not None,
             )
         except UpdateRefused as error:
@@ -335,6 +351,7 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
         )
         details = {key: value for key, value in details.items() if value is not None}
         self.emit({"event": "client_finished", **event, **details, "bytes_up": size})
+        diagnosis.add(sent, update)
         in_order.put(client.name, update)
 
     def _leave_out(

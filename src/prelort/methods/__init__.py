@@ -33,6 +33,7 @@ from prelort.methods.interface import (
 )
 from prelort.methods.prefix import PrefixMethod
 from prelort.methods.prelort import PreLort
+from prelort.methods.prelort_sorted import PreLortSorted
 from prelort.methods.raflora import RaFlora
 from prelort.methods.replication import Replication
 from prelort.methods.rolora import RoLora
@@ -42,6 +43,7 @@ REGISTRY: dict[str, type[Method]] = {
     method.name: method
     for method in (
         PreLort,
+        PreLortSorted,
         Replication,
         FedPlora,
         ZeroPadding,

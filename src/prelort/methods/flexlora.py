@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from prelort.adapters import LoraAdapter
+from prelort.adapters import Factors, LoraAdapter
 from prelort.adapters.algebra import Split, best_approximation
 from prelort.adapters.initial import filled
 from prelort.methods.interface import ServerState, Update
@@ -71,7 +71,14 @@ def cut(
 ) -> LoraAdapter:
     """The best approximation with the slots of ``like`` (layers keep their own ranks)."""
     near = best_approximation(product, like.rank, split)
-    layers = {name: f.prefix(like.layers[name].rank) for name, f in near.layers.items()}
+    layers: dict[str, Factors] = {}
+    for name, factors in near.layers.items():
+        slots = like.layers[name].rank
+        # The slots count at the scale of the rank that the layer has in the end.
+        ratio = near.scale(factors.rank) / near.scale(slots)
+        to_a, to_b = {"even": (0.5, 0.5), "A": (1.0, 0.0), "B": (0.0, 1.0)}[split]
+        first = factors.prefix(slots)
+        layers[name] = Factors(first.A * ratio**to_a, first.B * ratio**to_b)
     kept = _alive(LoraAdapter(layers, near.scale, near.extras))
     return filled(kept, like, derive(seed, "empty directions", round_index))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import ClassVar
 
+from prelort.adapters import LoraAdapter
 from prelort.methods.interface import Broadcast, Client, ServerState
 from prelort.methods.objective import Objective
 from prelort.methods.prefix import PrefixMethod
@@ -33,6 +34,11 @@ class HomogeneousMin(PrefixMethod):
     def objective(self, client: Client) -> Objective:
         """As of a client of that rank."""
         return super().objective(replace(client, rank=self.rank()))
+
+    def readout(self, state: ServerState, rank: int | None = None) -> LoraAdapter:
+        """What was trained, or a prefix of it: the slots above must not change its scale."""
+        trained = self.rank()
+        return super().readout(state, trained if rank is None else min(rank, trained))
 
 
 class HomogeneousMax(HomogeneousMin):

@@ -108,9 +108,30 @@ def final_evaluation(events: Iterable[Event]) -> Evaluation | None:
     return found[-1] if found else None
 
 
+@dataclass(frozen=True, slots=True)
+class AtClient:
+    """What one client measured on its own rows: at its rank, over so many examples."""
+
+    rank: int
+    examples: int
+    metrics: Values
+
+
+def at_clients(events: Iterable[Event]) -> dict[str, AtClient]:
+    """Client -> what it measured last; empty where clients were not asked to."""
+    found = [e for e in settled(events) if e["event"] == "evaluated_at_clients"]
+    rows = found[-1]["clients"] if found else {}
+    return {
+        name: AtClient(int(row["rank"]), int(row["examples"]), _values(row["metrics"]))
+        for name, row in rows.items()
+    }
+
+
 def shortfall(events: Sequence[Event]) -> str:
     """Why the final evaluation is not of the run's last round; empty where it is."""
     final, rounds = final_evaluation(events), started(events).get("rounds")
+    if final is None and at_clients(events):
+        return "no global model: see what its clients measured"
     if final is None:
         return "not measured yet"
     if rounds is not None and final.round < rounds:
@@ -140,6 +161,13 @@ def train_losses(events: Iterable[Event]) -> dict[int, float]:
     return {e["round"]: float(e["loss"]) for e in rounds if e.get("loss") is not None}
 
 
+def diagnostics(events: Iterable[Event]) -> dict[int, dict[str, Any]]:
+    """Round to its diagnostics (docs/diagnostics.md); without rounds where they failed."""
+    rounds = (e for e in settled(events) if e["event"] == "aggregated")
+    found = {e["round"]: e.get("diagnostics") or {} for e in rounds}
+    return {at: numbers for at, numbers in found.items() if numbers and "failed" not in numbers}
+
+
 def totals(events: Iterable[Event]) -> Totals:
     """Bytes sent by clients (up) and to clients (down), wall seconds, and rounds completed.
 
@@ -152,7 +180,8 @@ def totals(events: Iterable[Event]) -> Totals:
             up, down = int(event.get("bytes_up", 0)), int(event.get("bytes_down", 0))
             return Totals(int(event["round"]), up, down, float(event.get("seconds", 0.0)), True)
     seconds = sum(e.get("seconds", {}).get("total", 0.0) for e in rounds.values())
-    seconds += sum(e.get("seconds", 0.0) for e in counted if e["event"] == "evaluated")
+    measuring = ("evaluated", "evaluated_at_clients")
+    seconds += sum(e.get("seconds", 0.0) for e in counted if e["event"] in measuring)
     return Totals(
         rounds=max(rounds, default=0),
         bytes_up=sum(e.get("bytes_up", 0) for e in rounds.values()),
@@ -163,13 +192,19 @@ def totals(events: Iterable[Event]) -> Totals:
 
 
 def phases(events: Iterable[Event]) -> dict[str, float]:
-    """Wall seconds by phase: clients' training with all messages, aggregation, evaluation."""
+    """Wall seconds by phase: clients' training with all messages, aggregation, evaluation.
+
+    ``diagnose`` too, where it was done.
+    """
     taken = {"train": 0.0, "aggregate": 0.0, "evaluate": 0.0}
     for event in settled(events):
         if event["event"] == "aggregated":
+            seconds = event.get("seconds", {})
             for phase in ("train", "aggregate"):
-                taken[phase] += event.get("seconds", {}).get(phase, 0.0)
-        elif event["event"] == "evaluated":
+                taken[phase] += seconds.get(phase, 0.0)
+            if seconds.get("diagnose"):
+                taken["diagnose"] = taken.get("diagnose", 0.0) + seconds["diagnose"]
+        elif event["event"] in ("evaluated", "evaluated_at_clients"):
             taken["evaluate"] += event.get("seconds", 0.0)
     return taken
 

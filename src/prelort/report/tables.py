@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from prelort.errors import PrelortError
 from prelort.metrics.scores import aurac
 from prelort.report.events import (
     Event,
+    at_clients,
     base_row,
     final_evaluation,
     metrics_of,
@@ -41,7 +43,7 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One metric's table, before it is drawn. The first row is always the untuned base."""
+    """One metric's table, before it is drawn."""
 
     title: str
     names: list[str]
@@ -73,7 +75,9 @@ def blocks(runs: Runs, metric: str | None = None) -> list[Block]:
     """The tables' contents, one for each metric asked for."""
     measured = metrics_of(runs)
     if metric is None:
-        return [_block(runs, name) for name in measured or ["loss"]]
+        names = measured or ["loss"]
+        own = [_clients_block(runs, name) for name in names]
+        return [*(_block(runs, name) for name in names), *(b for b in own if b is not None)]
     everything = {*measured, *(["loss"] if measured else [])}
     if metric not in everything:
         known = listed(sorted(everything)) or "nothing so far"
@@ -122,6 +126,32 @@ def _block(runs: Runs, metric: str) -> Block:
         )
     title = f"{words.title} by rank prefix of the global adapter, {words.direction}"
     return Block(title, names, columns, notes)
+
+
+def _clients_block(runs: Runs, metric: str) -> Block | None:
+    """What clients measured on their own rows, each at its own rank; None if none did."""
+    words = wording(metric)
+    found = {
+        name: {c: m for c, m in at_clients(events).items() if metric in m.metrics}
+        for name, events in runs.items()
+    }
+    found = {name: clients for name, clients in found.items() if clients}
+    if not found:
+        return None
+    ranks = sorted({m.rank for clients in found.values() for m in clients.values()})
+    values = {name: [m.metrics[metric] for m in own.values()] for name, own in found.items()}
+    worst = min if words.higher_is_better else max
+    columns = [
+        _scored(words, "mean", [statistics.fmean(own) for own in values.values()]),
+        _scored(words, "worst", [worst(own) for own in values.values()]),
+    ]
+    for rank in ranks:
+        at = [[m.metrics[metric] for m in o.values() if m.rank == rank] for o in found.values()]
+        means = [statistics.fmean(some) if some else None for some in at]
+        columns.append(_scored(words, f"rank {rank}", means))
+    title = f"{words.title} at the clients, on their own rows and at their own rank, "
+    note = "Means over clients, each of which counts the same."
+    return Block(title + words.direction, [plain(name) for name in found], columns, [note])
 
 
 def _scored(words: Wording, under: str, values: Sequence[float | None]) -> Column:
