@@ -51,7 +51,8 @@ def concatenate(adapters: Sequence[LoraAdapter], weights: Sequence[float]) -> Lo
 def inner(x: LoraAdapter, y: LoraAdapter) -> float:
     """The Frobenius inner product of the two scaled products, summed over layers."""
     _same_layers([x, y])
-    return sum(layer_inner(x, y, name) for name in x.layers)
+    # By name: layers that come from a file or a message have any order, and sums round.
+    return sum(layer_inner(x, y, name) for name in sorted(x.layers))
 
 
 def layer_inner(x: LoraAdapter, y: LoraAdapter, name: str) -> float:

@@ -83,9 +83,13 @@ def read_runs(folders: dict[str, Path]) -> dict[str, list[events.Event]]:
 
 
 def write_results(folders: dict[str, Path], out: Path) -> None:
-    """Write ``results.md`` and ``rank_curves.png`` of the runs to ``out``."""
+    """Write ``results.md``, ``rank_curves.png`` and ``diagnostics.png`` of the runs to ``out``."""
     runs = read_runs(folders)
-    write_atomically(out / "results.md", tables.comparison_markdown(runs).encode())
+    results = tables.comparison_markdown(runs)
+    if any(events.diagnostics(written) for written in runs.values()):
+        results += "\n" + tables.diagnostics_markdown(runs)
+        plots.diagnostic_curves(runs, out / "diagnostics.png")
+    write_atomically(out / "results.md", results.encode())
     if any(events.final_evaluation(written) for written in runs.values()):
         plots.rank_curves(runs, out / "rank_curves.png")
 

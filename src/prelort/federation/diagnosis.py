@@ -41,15 +41,15 @@ class Diagnosis:
 
     def add(self, sent: Broadcast, update: Update) -> None:
         """A reply that counts, and what the client had been sent."""
-        with self._guarded():
-            if self._collector is not None:
+        if self._collector is not None:
+            with self._guarded():
                 self._collector.add(sent, update)
 
     def result(self, after: ServerState) -> dict[str, Any]:
         """``diagnostics`` for the round's event: nothing where not asked for, why where failed."""
         found: dict[str, Any] = {}
-        with self._guarded():
-            if self._collector is not None:
+        if self._collector is not None:
+            with self._guarded():
                 found = {"diagnostics": self._collector.result(after)}
         return found if self._failure is None else {"diagnostics": {"failed": self._failure}}
 

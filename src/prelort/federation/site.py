@@ -173,9 +173,7 @@ def _install(site: Site, message: Message, request: wire.Delivery, trains: Train
     wire.check_adapter(received, work.agreement.schema, request.rank, float("inf"))
     if frozen is not None:
         wire.check_frozen(frozen, work.agreement.schema)
-    follows = request.frozen_follows
-    install(work.model, received, frozen=frozen, trains=trains, gain=request.gain, as_slots=follows)
-    work.truncation.cover_frozen(follows)
+    install(work.model, received, frozen=frozen, trains=trains, gain=request.gain)
 
 
 def _known(site: Site, request: wire.Delivery) -> dict[str, Tensor]:

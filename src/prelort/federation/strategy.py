@@ -242,8 +242,8 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
         planned = self.allocation.after(server_round, tally.validation, len(self.participants))
         for participant in self.participants:
             name, old = participant.client.name, self._now(participant).rank
-            new = planned.get(name, tally.offers.get(name, old))
-            new = min(new, max(participant.most, tally.offers.get(name, 0)))
+            offered = tally.offers.get(name, old)
+            new = min(planned.get(name, offered), max(participant.most, offered))
             if new != old:
                 ranks[name] = new
                 why = "the server's allocation" if name in planned else "the client's offer"
@@ -297,7 +297,6 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
             "drawn": sent.drawn,
             "draw_seed": sent.draw_seed,
             "personal": sent.personal,
-            "frozen_follows": sent.frozen_follows,
             "gain": sent.gain,
         }
 

@@ -78,7 +78,6 @@ class Delivery(Header):
     drawn: Literal["nothing", "A", "A and B"] = "nothing"
     draw_seed: int = 0
     personal: bool = False
-    frozen_follows: bool = False
     gain: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
 
     def missing(self) -> tuple[str, ...]:

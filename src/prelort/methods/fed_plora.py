@@ -39,6 +39,7 @@ class FedPlora(PrefixMethod):
     name: ClassVar[str] = "fed-plora"
     summary: ClassVar[str] = "clients train randomly drawn slots, the others folded into their base"
     paper: ClassVar[str] = "Fed-PLoRA, Zhang et al. 2026, arXiv 2602.16936"
+    may_nest: ClassVar[bool] = False
     Options: ClassVar[type[Section]] = FedPloraOptions
 
     def __init__(self, config: MethodConfig, levels: Sequence[int], seed: int) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from prelort.config import MethodConfig
 from prelort.errors import ConfigError
 from prelort.methods.interface import Client, ServerState
 from prelort.methods.objective import Objective, plain
@@ -26,16 +25,11 @@ class FedIT(PrefixMethod):
     summary: ClassVar[str] = "plain federated averaging of A and B; all clients have one rank"
     paper: ClassVar[str] = "FedIT, Zhang et al. 2023, arXiv 2305.05644"
 
-    def __init__(self, config: MethodConfig, levels: Sequence[int], seed: int) -> None:
-        if config.objective not in (None, "plain"):
-            raise ConfigError(
-                f"method.objective = {config.objective!r} is not part of fedit: use 'plain'"
-            )
-        super().__init__(config, levels, seed)
+    may_nest: ClassVar[bool] = False
 
     def check(self, clients: Sequence[Client]) -> None:
         """Raise `ConfigError` where ranks differ."""
-        ranks = sorted({client.rank for client in clients})
+        ranks = sorted({*self.levels, *(client.rank for client in clients)})
         if len(ranks) > 1:
             raise ConfigError(
                 f"method 'fedit' needs one rank for all clients, but they have {ranks}: "

@@ -39,6 +39,7 @@ class Flora(PrefixMethod):
     name: ClassVar[str] = "flora"
     summary: ClassVar[str] = "stacks all adapters, folds the stack into the base, starts anew"
     paper: ClassVar[str] = "FLoRA, Wang et al. 2024, arXiv 2409.05976"
+    may_nest: ClassVar[bool] = False
 
     def energy(self) -> float:
         """The share of a round's energy that is kept."""

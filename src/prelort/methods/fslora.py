@@ -29,6 +29,7 @@ class FsLora(PrefixMethod):
     name: ClassVar[str] = "fslora"
     summary: ClassVar[str] = "clients train random sketches; absent slots count as unchanged"
     paper: ClassVar[str] = "FSLoRA, Fang et al. 2025, arXiv 2501.19389"
+    may_nest: ClassVar[bool] = False
 
     def sketch(self, state: ServerState, client: Client) -> dict[str, Tensor]:
         """The drawn slots of one client and round, by layer."""

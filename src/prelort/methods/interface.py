@@ -38,8 +38,6 @@ class Broadcast:
     trainable: LoraAdapter
     frozen: LoraAdapter | None = None
     """A second adapter beside the base that does not learn: what is folded into it this round."""
-    frozen_follows: bool = False
-    """Whether the frozen slots come after the trained ones, so that truncations cut both."""
     trains: Trained = "AB"
     gain: float = 1.0
     """Multiplies the scale of ``trainable`` while it trains."""

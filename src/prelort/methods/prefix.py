@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from prelort.adapters import LoraAdapter
 from prelort.config import MethodConfig, NoOptions, Section
+from prelort.errors import ConfigError
 from prelort.methods.interface import Broadcast, Client, ServerState
 from prelort.methods.objective import Kind, Objective, configured
 from prelort.methods.slot_mean import Averaging, SlotMean, weighting
@@ -25,12 +26,18 @@ class PrefixMethod:
     Options: ClassVar[type[Section]] = NoOptions
     """The keys of ``[method.options.<name>]``."""
     default_objective: ClassVar[Kind] = "plain"
+    may_nest: ClassVar[bool] = True
+    """Whether ``method.objective`` may ask for prefixes of what a client trains."""
     personal: ClassVar[bool] = False
     """Whether there is no global model, so that only clients can measure."""
     ignores_ranks: ClassVar[bool] = False
     """A reference row: clients train at a rank that they cannot afford (simulation only)."""
 
     def __init__(self, config: MethodConfig, levels: Sequence[int], seed: int) -> None:
+        if not self.may_nest and config.objective not in (None, "plain"):
+            raise ConfigError(
+                f"method.objective = {config.objective!r} is not part of {self.name}: use 'plain'"
+            )
         self.config = config
         self.levels = tuple(levels)
         self.seed = seed

@@ -1,27 +1,32 @@
-"""Sorted prefixes: our extension of PreLort where clients of high rank are few (tail problem).
+"""Sorted prefixes: our extension of PreLort where clients of high rank are few (the tail problem).
 
 Averaging slots lets a tail segment become whatever the one or two clients who hold it and happen to
 take part have made of it. Here the server works on products, on changes, and sorts:
 
     Delta W  <-  Delta W + sum_j eta_j sum_{k: r_k >= j} (w_k / N_j) (P_kj - P_j)
-    N_j = sum_{k: r_k >= j} w_k,   eta_j = m_j ** step,   m_j = N_j^2 / sum_{k: r_k >= j} w_k^2
+
+    N_j = sum_{k: r_k >= j} w_k,   m_j = N_j^2 / sum_{k: r_k >= j} w_k^2,   eta_j = m_j ** step
 
 with P_j = s B_j A_j the product of slot j as it was broadcast and P_kj as client k returned it. A
-slot that a client lacks is no change there. The mean of m independent changes is shorter than they
-are, so a slot's step grows with the number m_j of clients (counted by weight) that agree on it: the
-many-handed prefix moves on quickly, the tail of a single client is not extrapolated. The sum is
-stacked factors; its SVD at the global rank, singular values split evenly, becomes the new adapter.
-So the slots are sorted by strength after every round, whoever trained them, and any prefix is the
-best approximation of its rank.
+slot that a client lacks is no change there. The mean of m independent changes is shorter than each
+of them, so a slot's step grows with the number m_j of clients (counted by weight) that share it:
+the prefix, in many hands, moves on quickly, the tail of a single client is not extrapolated. The
+sum is a stack of factors; its SVD at the global rank becomes the new adapter, the singular values
+split evenly. So the slots are sorted by strength after every round, whoever trained them, and any
+prefix is the best approximation of its rank.
 
-A client trains its prefix alone, or, in a drawn share ``presence`` of the rounds, in the presence
-of the slots above its rank, which are folded into its base: alone makes good prefixes, in presence
-makes a good whole.
+With ``step = 0`` and one holder or more of every slot this is raFLoRA (arXiv 2602.13486). The other
+options span the family that was tried, each off by default since it helped nowhere or only at one
+end (docs/methods/prelort-sorted.md): ``unchanged`` (a missing vote counts as 'no change': eta_j is
+multiplied by N_j's share of the weight to this power), ``momentum`` of the server, ``averaging``
+over rounds, and ``presence`` (the share of rounds in which a client trains its prefix with the
+slots above it folded into its base).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, ClassVar
 
 import torch
@@ -29,21 +34,30 @@ from pydantic import Field
 from torch import Tensor
 
 from prelort.adapters import Factors, LoraAdapter
-from prelort.adapters.algebra import concatenate
+from prelort.adapters.algebra import best_approximation, concatenate
 from prelort.config import Section
 from prelort.methods.flexlora import cut
 from prelort.methods.interface import Broadcast, Client, ServerState, Update
-from prelort.methods.products import ProductMethod
+from prelort.methods.products import ProductMethod, memorised, remembered, rescaled
 from prelort.methods.selection import folded
 from prelort.methods.slot_mean import Weighting, weighting
 from prelort.seeds import numpy_generator
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+VELOCITY, AVERAGE = "velocity", "average"
+"""Keys of the server's memory."""
 
 
 class SortedOptions(Section):
     """``[method.options.prelort-sorted]``."""
 
-    step: Annotated[float, Field(ge=0.0, le=0.5)] = 0.2
-    presence: Annotated[float, Field(ge=0.0, le=1.0)] = 0.3
+    step: Annotated[float, Field(ge=0.0, le=0.5)] = 0.4
+    unchanged: Share = 0.0
+    momentum: Decay = 0.0
+    averaging: Decay = 0.0
+    presence: Share = 0.0
 
 
 class PreLortSorted(ProductMethod):
@@ -56,29 +70,34 @@ class PreLortSorted(ProductMethod):
 
     def broadcast(self, state: ServerState, client: Client) -> Broadcast:
         """The prefix of the client's rank; in a share of the rounds, the other slots frozen."""
-        frozen = None
-        if self._in_presence(state, client):
-            layers = state.adapter.layers
-            above = {n: torch.arange(min(client.rank, f.rank), f.rank) for n, f in layers.items()}
-            frozen = folded(state.adapter, above)
-        return Broadcast(self.readout(state, client.rank), frozen=frozen)
+        whole, frozen = state.adapter, None
+        drawn = numpy_generator(self.seed, "presence", client.name, state.round).random()
+        if drawn < self.options.presence:
+            ranks = {name: factors.rank for name, factors in whole.layers.items()}
+            above = {n: torch.arange(min(client.rank, rank), rank) for n, rank in ranks.items()}
+            frozen = folded(whole, above)
+        return Broadcast(rescaled(whole, client.rank), frozen=frozen)
 
     def aggregator(self, state: ServerState) -> Changes:
         """The mean change of each slot, with its step, sorted into the new adapter."""
-        return Changes(state, weighting(self.config.weights), self.options.step, self.seed)
+        return Changes(state, weighting(self.config.weights), self.options, self.seed)
 
-    def _in_presence(self, state: ServerState, client: Client) -> bool:
-        drawn = numpy_generator(self.seed, "presence", client.name, state.round).random()
-        return bool(drawn < self.options.presence)
+    def readout(self, state: ServerState, rank: int | None = None) -> LoraAdapter:
+        """The best approximation of this rank (None: the whole), averaged over rounds if asked."""
+        mean = remembered(state.memory, AVERAGE, state.adapter)
+        whole = state.adapter if mean is None else replace(mean, extras=state.adapter.extras)
+        return whole if rank is None else rescaled(whole, rank)
 
 
 class Changes:
     """Keeps the replies until the weight that each slot has received is known."""
 
-    def __init__(self, state: ServerState, weight: Weighting, step: float, seed: int) -> None:
+    def __init__(
+        self, state: ServerState, weight: Weighting, options: SortedOptions, seed: int
+    ) -> None:
         self.state = state
         self.weight = weight
-        self.step = step
+        self.options = options
         self.seed = seed
         self.replies: list[tuple[LoraAdapter, float]] = []
 
@@ -89,33 +108,40 @@ class Changes:
 
     def result(self) -> ServerState:
         """The state after the round; its adapter is the old one where no reply had a weight."""
-        old = self.state.adapter
+        state, old, memory = self.state, self.state.adapter, dict(self.state.memory)
         if not self.replies:
-            return ServerState(old, self.state.round + 1, self.state.memory)
+            return replace(state, round=state.round + 1)
+        moved = self._moved()
+        if self.options.momentum > 0:
+            moved, velocity = _with_momentum(moved, old, memory, self.options.momentum)
+            memory |= memorised(VELOCITY, velocity)
         weights = [weight for _, weight in self.replies]
-        parts: dict[str, Factors] = {}
-        for name, factors in old.layers.items():
-            ranks = [adapter.layers[name].rank for adapter, _ in self.replies]
-            kept, shares = steps(factors.rank, ranks, weights, self.step)
-            whole = LoraAdapter({name: _times(factors, kept)}, old.scale)
-            replied = [
-                LoraAdapter({name: _times(adapter.layers[name], share)}, old.scale)
-                for (adapter, _), share in zip(self.replies, shares, strict=True)
-            ]
-            stack = concatenate([whole, *replied], [1.0] * (len(replied) + 1))
-            parts[name] = stack.layers[name]
-        product = LoraAdapter(parts, old.scale, self._extras(weights))
-        adapter = cut(product, old, "even", self.seed, self.state.round)
-        return ServerState(adapter, self.state.round + 1, self.state.memory)
-
-    def _extras(self, weights: Sequence[float]) -> dict[str, Tensor]:
-        """What is trained in full has no slots: its weighted mean."""
         bare = [LoraAdapter({}, a.scale, a.extras) for a, _ in self.replies]
-        return dict(concatenate(bare, [weight / sum(weights) for weight in weights]).extras)
+        # What is trained in full has no slots: its weighted mean.
+        extras = concatenate(bare, [weight / sum(weights) for weight in weights]).extras
+        adapter = cut(replace(moved, extras=extras), old, "even", self.seed, state.round)
+        if self.options.averaging > 0:
+            memory |= memorised(AVERAGE, _averaged(adapter, memory, self.options.averaging))
+        return ServerState(adapter, state.round + 1, memory)
+
+    def _moved(self) -> LoraAdapter:
+        """The stack whose product is the old product with every slot's step taken."""
+        old, weights = self.state.adapter, [weight for _, weight in self.replies]
+        layers: dict[str, Factors] = {}
+        for name, factors in old.layers.items():
+            own = [adapter.layers[name] for adapter, _ in self.replies]
+            ranks = [f.rank for f in own]
+            kept, taken = steps(
+                factors.rank, ranks, weights, self.options.step, self.options.unchanged
+            )
+            parts = [_times(name, factors, kept, old)]
+            parts += [_times(name, f, share, old) for f, share in zip(own, taken, strict=True)]
+            layers[name] = concatenate(parts, [1.0] * len(parts)).layers[name]
+        return LoraAdapter(layers, old.scale)
 
 
 def steps(
-    slots: int, ranks: Sequence[int], weights: Sequence[float], step: float
+    slots: int, ranks: Sequence[int], weights: Sequence[float], step: float, unchanged: float
 ) -> tuple[Tensor, list[Tensor]]:
     """What each slot keeps of its old product [slots], and takes of each reply's [rank of it].
 
@@ -129,11 +155,32 @@ def steps(
         squares[:rank] += weight**2
     nobody = held == 0
     hands = torch.where(nobody, 1.0, held.square() / squares.clamp(min=1e-300))
-    eta = torch.where(nobody, 0.0, hands**step)
+    eta = hands**step * (held / sum(weights)) ** unchanged
+    eta = torch.where(nobody, 0.0, eta)
     taken = [eta[:rank] * weight / held[:rank] for rank, weight in zip(ranks, weights, strict=True)]
     return 1 - eta, taken
 
 
-def _times(factors: Factors, weights: Tensor) -> Factors:
-    """Each slot's product times its weight."""
-    return Factors(factors.A, factors.B * weights.to(factors.B.dtype))
+def _times(name: str, factors: Factors, weights: Tensor, like: LoraAdapter) -> LoraAdapter:
+    """One layer with each slot's product times its weight."""
+    weighted = Factors(factors.A.float(), factors.B.float() * weights.float())
+    return LoraAdapter({name: weighted}, like.scale)
+
+
+def _with_momentum(
+    moved: LoraAdapter, old: LoraAdapter, memory: Mapping[str, Tensor], decay: float
+) -> tuple[LoraAdapter, LoraAdapter]:
+    """``old + (1 - decay) v``, and ``v = decay v_before + change`` cut to three times the rank."""
+    before, bare = remembered(memory, VELOCITY, old), replace(old, extras={})
+    change = concatenate([moved, bare], [1.0, -1.0])
+    sum_ = change if before is None else concatenate([before, change], [decay, 1.0])
+    velocity = best_approximation(sum_, 3 * old.rank)
+    return concatenate([bare, velocity], [1.0, 1.0 - decay]), velocity
+
+
+def _averaged(adapter: LoraAdapter, memory: Mapping[str, Tensor], decay: float) -> LoraAdapter:
+    """The running mean of the rounds' products, cut to the global rank."""
+    before, bare = remembered(memory, AVERAGE, adapter), replace(adapter, extras={})
+    if before is None:
+        return bare
+    return best_approximation(concatenate([before, bare], [decay, 1.0 - decay]), adapter.rank)

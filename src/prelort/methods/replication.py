@@ -59,11 +59,11 @@ class Replicating(Averaging):
     def add(self, update: Update) -> None:
         """Fold in a reply; one of a higher rank than any before replaces the donors."""
         super().add(update)
-        rank = update.adapter.rank
-        if rank > self.highest:
+        rank, weight = update.adapter.rank, self.weight(update)
+        if rank > self.highest and weight > 0:
             self.donors, self.highest = SlotMean(self.state.adapter), rank
         if rank == self.highest:
-            self.donors.add(update.adapter, self.weight(update))
+            self.donors.add(update.adapter, weight)
 
     def padded(self, holders: SlotMean, previous: LoraAdapter) -> LoraAdapter:
         """``share held * holders' mean + share lacking * donors' mean`` of each slot."""

@@ -95,11 +95,18 @@ class SlotMean:
         return self._like(previous, layers)
 
     def over_everyone(self, previous: LoraAdapter) -> LoraAdapter:
-        """Each slot's mean over all replies, where a client that lacks it counts as zero."""
+        """Each slot's mean over all replies, where a client that lacks it counts as zero.
+
+        A slot that nobody held keeps its previous value: as zeros it could never learn again.
+        """
         layers: dict[str, Factors] = {}
         for name, mean in self.mean.layers.items():
+            old, nobody = previous.layers[name], self.held[name] == 0
             share = (self.held[name] / self.total).to(torch.float32)
-            layers[name] = Factors(mean.A * share[:, None], mean.B * share[None, :])
+            layers[name] = Factors(
+                torch.where(nobody[:, None], old.A.float(), mean.A * share[:, None]),
+                torch.where(nobody[None, :], old.B.float(), mean.B * share[None, :]),
+            )
         return self._like(previous, layers)
 
     def or_unchanged(self, previous: LoraAdapter) -> LoraAdapter:

@@ -3,7 +3,9 @@
     A_j = sum_{k: r_k >= j} w_k A_{k,j} / sum_k w_k                     (likewise B_j)
 
 A slot held by a share p of the weight keeps p of each factor, so p^2 of its product: what the
-high-rank clients learned is diluted. Widely used as a baseline (e.g. in FLoRA, arXiv 2409.05976).
+high-rank clients learned is diluted. A slot that no reply of a round holds keeps its value (as
+zeros in both factors it could never learn again). Widely used as a baseline (e.g. in FLoRA,
+arXiv 2409.05976).
 """
 
 from __future__ import annotations

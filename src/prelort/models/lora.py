@@ -92,15 +92,13 @@ def install(
     frozen: LoraAdapter | None = None,
     trains: Trained = "AB",
     gain: float = 1.0,
-    as_slots: bool = False,
 ) -> None:
     """Make ``adapter`` (any rank) the model's adapter: new float32 parameters.
 
     The scale of every layer becomes ``gain * s(rank of the layer)``. ``trains`` names the factors
     that learn. ``frozen`` is a second adapter beside it that never learns: what is folded into the
     base for now. The base's weights are not touched, so that it may be quantised, and taking the
-    fold out again is exact; with ``as_slots`` it keeps its slots whatever they cost, so that they
-    can be truncated. Optimisers of earlier parameters are void. Raises `AdapterError` if a
+    fold out again is exact. Optimisers of earlier parameters are void. Raises `AdapterError` if a
     layer or an extra is missing or surplus, or does not fit; the model is then left as it was.
     """
     layers, extras = lora_layers(model), dict(_extras(model))
@@ -121,7 +119,7 @@ def install(
     for name, layer in layers.items():
         _install_layer(layer, adapter.layers[name], adapter.scale, trains, gain)
         second = frozen.layers.get(name) if frozen is not None else None
-        _fold(layer, second, frozen.scale if frozen is not None else adapter.scale, as_slots)
+        _fold(layer, second, frozen.scale if frozen is not None else adapter.scale)
     for name, (module, attribute) in extras.items():
         device = getattr(module, attribute).device
         setattr(module, attribute, _parameter(adapter.extras[name], device))
@@ -169,7 +167,7 @@ def _install_layer(
     layer.scaling[ADAPTER] = scale(rank) * gain
 
 
-def _fold(layer: LoraLayer, factors: Factors | None, scale: ScaleRule, as_slots: bool) -> None:
+def _fold(layer: LoraLayer, factors: Factors | None, scale: ScaleRule) -> None:
     """Put a frozen second path beside the layer's adapter, or take it out.
 
     PEFT adds up the paths of all active adapters. Where two narrow products would cost more than
@@ -185,7 +183,7 @@ def _fold(layer: LoraLayer, factors: Factors | None, scale: ScaleRule, as_slots:
     own = layer.lora_A[ADAPTER].weight
     d_in, d_out = factors.A.shape[1], factors.B.shape[0]
     a, b = factors.A.to(own.device, own.dtype), factors.B.to(own.device, own.dtype)
-    if factors.rank * (d_in + d_out) > d_in * d_out and not as_slots:
+    if factors.rank * (d_in + d_out) > d_in * d_out:
         layer.lora_A[FROZEN], layer.lora_B[FROZEN] = _frozen_linear(b @ a), nn.Identity()
     else:
         layer.lora_A[FROZEN], layer.lora_B[FROZEN] = _frozen_linear(a), _frozen_linear(b)

@@ -17,6 +17,9 @@ GREY = "#555555"
 LOG_SPAN = 4.0
 """Perplexities of which one is more than so many times another are drawn on a log axis."""
 
+SIZE_SPAN = 20.0
+"""Sizes of which one is more than so many times another are drawn on a log axis."""
+
 BASE_ROOM = 2.5
 """The base is drawn as a line if the axis need not become more than so many times as long."""
 
@@ -65,7 +68,7 @@ def round_axis(axes: Any, remark: str = "") -> None:
     """Whole rounds."""
     from matplotlib.ticker import MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlabel(f"round ({remark})" if remark else "round")
 
 
@@ -85,6 +88,26 @@ def value_axis(axes: Any, values: Sequence[float], words: Wording) -> None:
         if missing > 0:
             axes.set_ylim(low - missing / 2, high + missing / 2)
     axes.set_ylabel(f"{words.title}, {words.direction}{', log scale' if log else ''}")
+
+
+def size_axis(axes: Any, values: Sequence[float], label: str) -> None:
+    """Sizes of something: from 0, or on a log axis where they are of several magnitudes.
+
+    Zeros have no place on a log axis and are not drawn there.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    above = [value for value in values if value > 0]
+    if above and max(above) > SIZE_SPAN * min(above):
+        axes.set_yscale("log", nonpositive="mask")
+        decades = math.log10(max(above) / min(above))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 3) if decades < 3 else (1,), numticks=8))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_ylabel(f"{label}, log scale")
+    else:
+        axes.set_ylim(0, 1.08 * max(above, default=1.0))
+        axes.set_ylabel(label)
 
 
 def finish(axes: Any, title: str) -> None:

@@ -7,7 +7,7 @@ command line starts without it, and no global pyplot state or display is touched
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from prelort.report.axes import (
     has_room,
     rank_axis,
     round_axis,
+    size_axis,
     style,
     value_axis,
     wants_log,
@@ -25,6 +26,7 @@ from prelort.report.axes import (
 from prelort.report.events import (
     Event,
     base_row,
+    diagnostics,
     evaluations,
     final_evaluation,
     metrics_of,
@@ -32,7 +34,7 @@ from prelort.report.events import (
     started,
     train_losses,
 )
-from prelort.report.wording import Wording, plain, wording
+from prelort.report.wording import Wording, listed, plain, wording
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,7 +49,18 @@ def rank_curves(runs: Runs, path: Path | str, metric: str | None = None) -> Path
 
     Raises `PrelortError` where nothing was measured or the file cannot be written.
     """
-    figure = rank_figure(runs, metric)
+    return _written(rank_figure(runs, metric), path)
+
+
+def diagnostic_curves(runs: Runs, path: Path | str) -> Path:
+    """Write the picture of `diagnostic_figure` as a PNG and return its path.
+
+    Raises `PrelortError` where nothing was diagnosed or the file cannot be written.
+    """
+    return _written(diagnostic_figure(runs), path)
+
+
+def _written(figure: Figure, path: Path | str) -> Path:
     try:
         figure.savefig(path, format="png")
     except OSError as error:
@@ -96,6 +109,157 @@ def rank_figure(runs: Runs, metric: str | None = None) -> Figure:
         frameon=False,
     )
     return figure
+
+
+def diagnostic_figure(runs: Runs) -> Figure:
+    """What the rounds did to the products (docs/diagnostics.md), 13.5 inches wide.
+
+    By round: noise of aggregation, of truncation (at the ends of the levels that lose anything),
+    drift, effective rank. After the last round: noise and energy by rank. Raises `PrelortError`
+    where no run was diagnosed.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    found = {run: diagnostics(events) for run, events in runs.items()}
+    shown = {run: rounds for run, rounds in found.items() if rounds}
+    if not shown:
+        raise PrelortError("no run was diagnosed, so there is nothing to draw")
+    # A run keeps the look that it has in the other picture.
+    looks = {run: style(index) for index, run in enumerate(runs)}
+    layout = ConstrainedLayoutEngine(wspace=0.05, hspace=0.06)
+    height = 7.4 + 0.25 * math.ceil(len(shown) / LEGEND_COLUMNS)
+    figure = Figure(figsize=(13.5, height), dpi=150, layout=layout)
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(2, 3).flat
+    _draw_sizes(next(panels), shown, looks, _number("aggregation_noise"), "relative norm")
+    finish(figure.axes[0], "Aggregation noise")
+    _draw_truncation(next(panels), shown, looks)
+    _draw_sizes(next(panels), shown, looks, _number("client_drift", "mean"), "relative norm")
+    finish(figure.axes[2], "Client drift, mean over clients")
+    _draw_sizes(next(panels), shown, looks, _number("effective_rank"), "rank")
+    finish(figure.axes[3], "Effective rank, mean over layers")
+    _draw_cuts(next(panels), shown, looks)
+    _draw_slots(next(panels), shown, looks)
+    numbers = [at for rounds in shown.values() for at in rounds]
+    margin = max(0.5, 0.04 * (max(numbers) - min(numbers)))
+    for axes in figure.axes[:4]:  # alike, though there is no drift in the first round
+        axes.set_xlim(min(numbers) - margin, max(numbers) + margin)
+    figure.suptitle(_setting(runs) + _sample(shown), fontsize=10, color=GREY)
+    figure.legend(
+        [figure.axes[0].plot([], [], **looks[run])[0] for run in shown],
+        [plain(run) for run in shown],
+        loc="outside lower center",
+        ncols=min(LEGEND_COLUMNS, len(shown)),
+        frameon=False,
+    )
+    return figure
+
+
+Rounds = Mapping[int, Mapping[str, Any]]
+Looks = Mapping[str, dict[str, Any]]
+
+
+def _number(key: str, inner: str | None = None) -> Callable[[Mapping[str, Any]], float | None]:
+    """One number of a round's diagnostics; None where it lacks."""
+
+    def read(numbers: Mapping[str, Any]) -> float | None:
+        value = numbers.get(key)
+        return value if inner is None else (value or {}).get(inner)
+
+    return read
+
+
+def _by_round(rounds: Rounds, read: Callable[[Mapping[str, Any]], float | None]) -> Curve:
+    values = {at: read(numbers) for at, numbers in sorted(rounds.items())}
+    return {at: value for at, value in values.items() if value is not None}
+
+
+def _draw_sizes(
+    axes: Any,
+    shown: Mapping[str, Rounds],
+    looks: Looks,
+    read: Callable[[Mapping[str, Any]], float | None],
+    label: str,
+) -> None:
+    """One number by round; runs for which it is 0 throughout are named instead."""
+    curves = {run: _by_round(rounds, read) for run, rounds in shown.items()}
+    nothing = [plain(run) for run, curve in curves.items() if curve and not any(curve.values())]
+    for run, curve in curves.items():
+        axes.plot(list(curve), list(curve.values()), **looks[run] | _along(len(curve)))
+    size_axis(axes, [value for curve in curves.values() for value in curve.values()], label)
+    names = listed(nothing) if len(nothing) < 3 else f"{len(nothing)} runs"
+    round_axis(axes, f"0 throughout: {names}" if nothing else "")
+
+
+def _draw_truncation(axes: Any, shown: Mapping[str, Rounds], looks: Looks) -> None:
+    """Solid at the lowest level, dotted at the highest one where anything is lost."""
+    values: list[float] = []
+    ranks: dict[str, set[int]] = {"-": set(), ":": set()}
+    for run, rounds in shown.items():
+        named = {n for numbers in rounds.values() for n in numbers["truncation_noise"]}
+        levels = sorted(map(int, named))
+        curves = {n: _by_round(rounds, _number("truncation_noise", str(n))) for n in levels}
+        losing = [n for n, curve in curves.items() if any(curve.values())]
+        for rank in dict.fromkeys([*losing[:1], *losing[-1:]]):
+            line = "-" if rank == losing[0] else ":"
+            ranks[line].add(rank)
+            curve = curves[rank]
+            look = looks[run] | _along(len(curve)) | {"linestyle": line}
+            axes.plot(list(curve), list(curve.values()), **look)
+            values += curve.values()
+    lines = (("-", "solid"), (":", "dotted"))
+    remarks = [f"{name}: rank {listed(sorted(ranks[line]))}" for line, name in lines if ranks[line]]
+    size_axis(axes, values, "relative norm")
+    round_axis(axes, ", ".join(remarks))
+    finish(axes, "Truncation noise")
+
+
+def _draw_cuts(axes: Any, shown: Mapping[str, Rounds], looks: Looks) -> None:
+    """The last round's truncation noise at each rank; dotted the least possible."""
+    values: list[float] = []
+    ranks: set[int] = set()
+    for run, rounds in shown.items():
+        numbers = rounds[max(rounds)]
+        for key, line in (("truncation_noise", "-"), ("least_truncation_noise", ":")):
+            curve = {int(n): value for n, value in numbers[key].items() if value is not None}
+            look = looks[run] | {"linestyle": line}
+            if line == ":":
+                look |= {"marker": "", "linewidth": 1.4}
+            axes.plot(list(curve), list(curve.values()), **look)
+            values += curve.values()
+            ranks |= curve.keys()
+    size_axis(axes, values, "relative norm")
+    if ranks:
+        rank_axis(axes, sorted(ranks))
+    axes.set_xlabel("rank (log scale); dotted: the best cut there is")
+    finish(axes, "Truncation noise by rank, last round")
+
+
+def _draw_slots(axes: Any, shown: Mapping[str, Rounds], looks: Looks) -> None:
+    """The last round's energy of each slot."""
+    values: list[float] = []
+    for run, rounds in shown.items():
+        energies = [e for e in rounds[max(rounds)]["slot_energy"] if e is not None]
+        look = looks[run] | _along(len(energies))
+        axes.plot(range(1, len(energies) + 1), energies, **look)
+        values += energies
+    size_axis(axes, values, "norm of the slot's product")
+    round_axis(axes)
+    axes.set_xlabel("slot of the global adapter")
+    finish(axes, "Size of each slot, last round")
+
+
+def _sample(shown: Mapping[str, Rounds]) -> str:
+    """A remark where not all layers were measured."""
+    counts = {
+        (numbers["layers"]["measured"], numbers["layers"]["of"])
+        for rounds in shown.values()
+        for numbers in rounds.values()
+    }
+    fewest, of = min(counts)
+    return f"; each round measured on {fewest} of {of} layers" if fewest < of else ""
 
 
 def _draw_ranks(

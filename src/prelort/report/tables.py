@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rich import box
 from rich.console import Group
@@ -18,6 +19,7 @@ from prelort.report.events import (
     Event,
     at_clients,
     base_row,
+    diagnostics,
     final_evaluation,
     metrics_of,
     shortfall,
@@ -69,6 +71,19 @@ def comparison_table(runs: Runs, metric: str | None = None) -> Table:
 def comparison_markdown(runs: Runs, metric: str | None = None) -> str:
     """What `comparison_table` says, as Markdown; one table per metric under a heading each."""
     return "\n".join(_written(block) for block in blocks(runs, metric))
+
+
+def diagnostics_table(runs: Runs) -> Table:
+    """What each run's last round did to the products, for the terminal.
+
+    Raises `PrelortError` where no run was diagnosed.
+    """
+    return _drawn(_diagnostics_block(runs))
+
+
+def diagnostics_markdown(runs: Runs) -> str:
+    """What `diagnostics_table` says, as Markdown."""
+    return _written(_diagnostics_block(runs))
 
 
 def blocks(runs: Runs, metric: str | None = None) -> list[Block]:
@@ -152,6 +167,52 @@ def _clients_block(runs: Runs, metric: str) -> Block | None:
     title = f"{words.title} at the clients, on their own rows and at their own rank, "
     note = "Means over clients, each of which counts the same."
     return Block(title + words.direction, [plain(name) for name in found], columns, [note])
+
+
+def _diagnostics_block(runs: Runs) -> Block:
+    """A row for each run that was diagnosed, of its last round."""
+    found = {name: diagnostics(events) for name, events in runs.items()}
+    last = {name: (max(rounds), rounds[max(rounds)]) for name, rounds in found.items() if rounds}
+    if not last:
+        raise PrelortError("no run was diagnosed (evaluation.diagnostics), so there is no table")
+    rows = [numbers for _, numbers in last.values()]
+    columns = [
+        _numbers(over, under, [_at(numbers, *path) for numbers in rows])
+        for over, under, path in (
+            ("noise of", "averaging", ("aggregation_noise",)),
+            ("noise of", "start", ("initialization_noise", "mean")),
+            ("client", "drift", ("client_drift", "mean")),
+            ("client", "spread", ("client_dispersion",)),
+            ("cut to", "lowest", ("truncation_noise", 0)),
+            ("best", "cut", ("least_truncation_noise", 0)),
+            ("eff.", "rank", ("effective_rank",)),
+            ("tail", "kept", ("tail_kept", -1)),
+        )
+    ]
+    rounds = listed(sorted({at for at, _ in last.values()}))
+    counts = {f"{n['layers']['measured']} of {n['layers']['of']}" for n in rows}
+    notes = [
+        "Norms relative to the global product (noise of averaging, spread: to the clients' mean). "
+        "Cut: noise at the lowest rank, and the least possible. Tail: the highest segment.",
+        f"After round {rounds}, over {' or '.join(sorted(counts))} layers.",
+    ]
+    return Block("Diagnostics of the last round", [plain(name) for name in last], columns, notes)
+
+
+def _at(numbers: Mapping[str, Any], key: str, inner: str | int | None = None) -> float | None:
+    """A number by its key, or by its place among the rank levels; None where it lacks."""
+    value = numbers.get(key)
+    if isinstance(inner, str):
+        return (value or {}).get(inner)
+    if isinstance(inner, int):
+        return list(value.values())[inner] if value else None
+    return value
+
+
+def _numbers(over: str, under: str, values: Sequence[float | None]) -> Column:
+    """Two digits are enough to compare; none is best, as these are no merits."""
+    texts = ["–" if value is None else f"{value:.2g}" for value in values]
+    return Column(over, under, texts, [False] * len(texts))
 
 
 def _scored(words: Wording, under: str, values: Sequence[float | None]) -> Column:

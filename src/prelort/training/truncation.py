@@ -8,7 +8,6 @@ and an untruncated pass costs nothing.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from prelort.adapters import ScaleRule
 from prelort.errors import ConfigError
-from prelort.models.lora import ADAPTER, FROZEN, lora_layers
+from prelort.models.lora import ADAPTER, lora_layers
 
 
 class Truncation:
@@ -32,14 +31,11 @@ class Truncation:
         self._ranks: int | Tensor | None = None
         self._tokens: tuple[int, int] | None = None
         self._tables: dict[tuple[int, torch.device], Tensor] = {}
-        self._masks: dict[tuple[int, int, int, torch.device, torch.dtype], Tensor] = {}
-        self._layers = lora_layers(model)
+        self._masks: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
         self._handles = [
             layer.lora_A[ADAPTER].register_forward_hook(self._mask)
-            for layer in self._layers.values()
+            for layer in lora_layers(model).values()
         ]
-        self._whole: dict[nn.Module, int] = {}
-        """A module -> all slots of its layer, where frozen slots follow the trained ones."""
 
     @contextmanager
     def at(
@@ -58,28 +54,6 @@ class Truncation:
         finally:
             self._ranks, self._tokens, self._masks = before
 
-    def cover_frozen(self, covered: bool) -> None:
-        """Whether the frozen slots installed now follow the trained ones and are cut with them.
-
-        Then a truncation rho keeps the first rho of both together, at s(rho). To be called after
-        each `install`, whose frozen path is new.
-        """
-        self._whole = {}
-        for layer in self._layers.values():
-            if not covered or FROZEN not in layer.lora_A:
-                continue
-            own, frozen = layer.lora_A[ADAPTER], layer.lora_A[FROZEN]
-            first = own.weight.shape[0]
-            self._whole[own] = first + frozen.weight.shape[0]
-            self._whole[frozen] = self._whole[own]
-            frozen.register_forward_hook(functools.partial(self._mask_frozen, first))
-
-    def _mask_frozen(
-        self, first: int, module: nn.Module, inputs: Any, output: Tensor
-    ) -> Tensor | None:
-        """The hook of the frozen path: its slots are ``first``, ``first + 1``, ..."""
-        return self._masked(module, output, first)
-
     def detach(self) -> None:
         """Remove the hooks from the model."""
         for handle in self._handles:
@@ -87,12 +61,9 @@ class Truncation:
 
     def _mask(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
         """The hook: ``output`` is ``A x``, [batch, ..., rank]."""
-        return self._masked(module, output, 0)
-
-    def _masked(self, module: nn.Module, output: Tensor, first: int) -> Tensor | None:
         if self._ranks is None:
             return None
-        mask = self._row(output, self._whole.get(module, output.shape[-1]), first)
+        mask = self._row(output)
         if mask.ndim == 1:
             return output * mask
         if output.shape[0] == mask.shape[0]:
@@ -106,19 +77,17 @@ class Truncation:
             f"{list(output.shape[:-1])} rows for a batch of {mask.shape[0]}; use 'step' or 'mean'"
         )
 
-    def _row(self, output: Tensor, whole: int, first: int) -> Tensor:
-        """The factors of the ranks in use for the slots from ``first`` on, of a layer that has
-        ``whole`` of them: [rank], or [batch, rank]; made once a pass.
-        """
+    def _row(self, output: Tensor) -> Tensor:
+        """The factors of the ranks in use: [rank], or [batch, rank]; made once a pass."""
         rank = output.shape[-1]
-        key = (rank, whole, first, output.device, output.dtype)
+        key = (rank, output.device, output.dtype)
         if key not in self._masks:
             ranks = self._ranks
-            table = self._table(whole, output.device)[:, first : first + rank]
+            table = self._table(rank, output.device)
             if isinstance(ranks, Tensor):
-                index: int | Tensor = ranks.to(output.device).clamp(max=whole)
+                index: int | Tensor = ranks.to(output.device).clamp(max=rank)
             else:
-                index = min(int(ranks or 0), whole)
+                index = min(int(ranks or 0), rank)
             self._masks[key] = table[index].to(output.dtype)
         return self._masks[key]
 

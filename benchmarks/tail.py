@@ -1,0 +1,213 @@
+"""The tail problem: which method's metric rises with rank, and is best at every prefix?
+
+Two tasks on the package's own base model, 20 clients of ranks 2, 4, 8 and 16, five of them a round:
+
+  python    perplexity of Python source (packages of the standard library, natural clients)
+  questions accuracy on TREC's six kinds of questions (Dirichlet 0.5 over the kinds)
+
+Each method's learning rate is chosen first, on rows held out for validation and with a seed of its
+own: rates a factor 1.5 apart, from 8e-3 on, as long as the next one is better. Then the test rows
+over --seeds seeds (data, ranks, clients of each round and batches change with them). Finished runs
+are kept and not run again.
+
+    python benchmarks/tail.py --trec FOLDER [--seeds 5] [--jobs 2] [--out runs/tail] [--family]
+
+FOLDER holds TREC.train.all and TREC.test.all (Li & Roth's coarse labels: a number, then the text).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import statistics
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from common import machine, report
+
+from prelort.config import Config, load
+from prelort.metrics.scores import aurac
+
+METHODS = {
+    "prelort-sorted": [],
+    "raflora": [],
+    "prelort": [],
+    "flexlora": [],
+    "fed-plora": [],
+    "zero-padding": [],
+    "homogeneous-min": [],
+    "homogeneous-max": [],
+    "fedex-lora": [],
+    "replication": [],
+    "hetlora": [],
+    "prelort, plain": ["method.name=prelort", "method.objective=plain"],
+    "prelort, full+one": ["method.name=prelort", "method.objective=full+one"],
+}
+"""Row -> settings (none: the method of this name as it is)."""
+
+SORTED = "method.options.prelort-sorted"
+FAMILY = {
+    "as it is": [],
+    "step=0": [f"{SORTED}.step=0"],
+    "step=0.5": [f"{SORTED}.step=0.5"],
+    "unchanged=1": [f"{SORTED}.unchanged=1"],
+    "momentum=0.5": [f"{SORTED}.momentum=0.5"],
+    "averaging=0.5": [f"{SORTED}.averaging=0.5"],
+    "presence=0.3": [f"{SORTED}.presence=0.3"],
+    "nested, 3/4 full": ["method.objective=example", "method.full_share=0.75"],
+}
+"""With --family: the options of prelort-sorted, one at a time."""
+
+COMMON = [
+    "training.batch_size=8",
+    "training.local_steps=8",
+    "federation.clients_per_round=5",
+    "data.validation_fraction=0.15",
+    "evaluation.batch_size=64",
+]
+PYTHON = ["data.max_length=64", "data.max_test_examples=192", "federation.rounds=12"]
+QUESTIONS = [
+    "task=classification",
+    "data.text_column=text",
+    "data.label_column=label",
+    "partition.by=dirichlet",
+    "partition.clients=20",
+    "partition.alpha=0.5",
+    "partition.min_examples=20",
+    "data.max_length=48",
+    "training.batch_size=16",
+    "federation.rounds=16",
+]
+FIRST_RATE, FACTOR = 8e-3, 1.5
+TUNING_SEED = 1000
+
+
+def settings(task: str, row: str, rate: float, seed: int, trec: Path, tuning: bool) -> Config:
+    """The configuration of one run."""
+    if row in FAMILY:
+        own = ["method.name=prelort-sorted", *FAMILY[row]]
+    else:
+        own = METHODS[row] or [f"method.name={row}"]
+    if task == "python":
+        particular = PYTHON
+    else:
+        test, train = trec / "test.csv", trec / "train.csv"
+        particular = [*QUESTIONS, f"data.source={train}", f"data.test={test}"]
+    on = ["evaluation.on=validation"] if tuning else []
+    return load(
+        None, [*COMMON, *particular, *own, *on, f"training.learning_rate={rate}", f"seed={seed}"]
+    )
+
+
+def curve_of(job: tuple[Config, Path]) -> dict[int, float]:
+    """Rank -> the task's metric after the last round; a run that diverged is as bad as can be."""
+    from prelort.errors import QuorumError
+    from prelort.experiment.run import run
+
+    config, path = job
+    result = path / "curve.json"
+    metric = "accuracy" if config.task == "classification" else "perplexity"
+    if not result.exists():
+        try:
+            found = run(config, path, resume=(path / "config.toml").exists()).metrics
+            curve = {rank: values[metric] for rank, values in found.items()}
+        except QuorumError:
+            curve = dict.fromkeys((2, 4, 8, 16), 0.0 if metric == "accuracy" else 1000000000.0)
+        result.write_text(json.dumps(curve))
+    curve = {int(rank): value for rank, value in json.loads(result.read_text()).items()}
+    return {rank: value for rank, value in curve.items() if rank <= 16}
+
+
+def badness(task: str, row: str, curve: dict[int, float]) -> float:
+    """What tuning makes small: the area over all ranks; for a reference row, its own rank."""
+    own = {"homogeneous-min": 2, "homogeneous-max": 16}.get(row)
+    value = curve[own] if own else aurac(curve)
+    return -value if task == "questions" else value
+
+
+def tuned(task: str, row: str, trec: Path, out: Path) -> float:
+    """The rate that does best on the validation rows."""
+
+    def tried(rate: float) -> float:
+        path = out / "tuning" / f"{task}-{row}-{rate:.1e}".replace(" ", "")
+        config = settings(task, row, rate, TUNING_SEED, trec, tuning=True)
+        return badness(task, row, curve_of((config, path)))
+
+    best, value = FIRST_RATE, tried(FIRST_RATE)
+    for factor in (1 / FACTOR, FACTOR):
+        rate, moved = best * factor, False
+        while 1e-3 < rate < 0.2 and (found := tried(rate)) < value:
+            best, value, moved, rate = rate, found, True, rate * factor
+        if moved:
+            break
+    return best
+
+
+def one_row(
+    job: tuple[str, str, int, Path, Path],
+) -> tuple[str, str, float, list[dict[int, float]]]:
+    """A method on a task: its rate, and its curve for each seed."""
+    task, row, seeds, trec, out = job
+    rate = tuned(task, row, trec, out)
+    curves = []
+    for seed in range(seeds):
+        path = out / f"{task}-{row}-seed{seed}".replace(" ", "")
+        curves.append(curve_of((settings(task, row, rate, seed, trec, tuning=False), path)))
+        print(f"{task}, {row}, rate {rate:g}, seed {seed}: {curves[-1]}", flush=True)
+    return task, row, rate, curves
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--trec", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("runs/tail"))
+    parser.add_argument("--rows", type=int, help="only the first rows")
+    parser.add_argument("--family", action="store_true", help="the options of prelort-sorted")
+    arguments = parser.parse_args()
+    trec = arguments.out / "trec"
+    as_csv(arguments.trec, trec)
+    names = list(FAMILY if arguments.family else METHODS)[: arguments.rows]
+    jobs = [
+        (task, row, arguments.seeds, trec, arguments.out)
+        for row in names
+        for task in ("python", "questions")
+    ]
+    rows: list[dict[str, Any]] = []
+    with ProcessPoolExecutor(arguments.jobs) as pool:
+        for task, name, rate, curves in pool.map(one_row, jobs):
+            row: dict[str, Any] = {"task": task, "method": name, "rate": f"{rate:g}"}
+            factor = 100 if task == "questions" else 1
+            for rank in curves[0]:
+                row[f"rank {rank}"] = _spread([factor * curve[rank] for curve in curves])
+            row["AURAC"] = _spread([factor * aurac(curve) for curve in curves])
+            rows.append(row)
+    rows.sort(key=lambda row: str(row["task"]))
+    facts = {**machine(), "command": "python benchmarks/tail.py", "seeds": arguments.seeds}
+    title = "python: perplexity (lower is better); questions: accuracy in % (higher is better)"
+    report("tail_family" if arguments.family else "tail", title, rows, facts)
+
+
+def as_csv(source: Path, target: Path) -> None:
+    """TREC's lines as CSV files with the columns text and label."""
+    target.mkdir(parents=True, exist_ok=True)
+    for part in ("train", "test"):
+        lines = (source / f"TREC.{part}.all").read_text(encoding="latin-1").splitlines()
+        with (target / f"{part}.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["text", "label"])
+            for line in lines:
+                label, _, text = line.partition(" ")
+                writer.writerow([text, label])
+
+
+def _spread(values: list[float]) -> str:
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.2f} ({deviation:.2f})"
+
+
+if __name__ == "__main__":
+    main()
