@@ -1,8 +1,9 @@
 """The tail problem: which method's metric rises with rank, and is best at every prefix?
 
-Two tasks on the package's own base model, 20 clients of ranks 2, 4, 8 and 16, five of them a round:
+Tasks on the package's own base model, 20 clients of ranks 2, 4, 8 and 16, five of them a round:
 
   python    perplexity of Python source (packages of the standard library, natural clients)
+  answers   perplexity of Dolly 15k's answers to instructions (Dirichlet 0.3 over the categories)
   questions accuracy on TREC's six kinds of questions (Dirichlet 0.5 over the kinds)
 
 Each method's learning rate is chosen first, on rows held out for validation and with a seed of its
@@ -10,9 +11,11 @@ own: rates a factor 1.5 apart, from 8e-3 on, as long as the next one is better. 
 over --seeds seeds (data, ranks, clients of each round and batches change with them). Finished runs
 are kept and not run again.
 
-    python benchmarks/tail.py --trec FOLDER [--seeds 5] [--jobs 2] [--out runs/tail] [--family]
+    python benchmarks/tail.py --data FOLDER [--tasks python answers questions] [--seeds 5]
+        [--jobs 2] [--rows N] [--family] [--out runs/tail]
 
-FOLDER holds TREC.train.all and TREC.test.all (Li & Roth's coarse labels: a number, then the text).
+FOLDER holds dolly15k/dolly15k.jsonl and trec/TREC.{train,test}.all (Li & Roth's coarse labels: a
+number, then the text).
 """
 
 from __future__ import annotations
@@ -35,9 +38,9 @@ METHODS = {
     "raflora": [],
     "prelort": [],
     "flexlora": [],
-    "fed-plora": [],
     "zero-padding": [],
     "homogeneous-min": [],
+    "fed-plora": [],
     "homogeneous-max": [],
     "fedex-lora": [],
     "replication": [],
@@ -56,6 +59,7 @@ FAMILY = {
     "momentum=0.5": [f"{SORTED}.momentum=0.5"],
     "averaging=0.5": [f"{SORTED}.averaging=0.5"],
     "presence=0.3": [f"{SORTED}.presence=0.3"],
+    "one rate for all": ["training.rank_exponent=0"],
     "nested, 3/4 full": ["method.objective=example", "method.full_share=0.75"],
 }
 """With --family: the options of prelort-sorted, one at a time."""
@@ -68,6 +72,21 @@ COMMON = [
     "evaluation.batch_size=64",
 ]
 PYTHON = ["data.max_length=64", "data.max_test_examples=192", "federation.rounds=12"]
+ANSWERS = [
+    "task=instruction",
+    "data.prompt_template={instruction}\n\n{context}\n\nAnswer:",
+    "data.completion_column=response",
+    "data.max_train_examples=4000",
+    "data.max_length=96",
+    "data.max_test_examples=256",
+    "evaluation.metrics=['perplexity']",
+    "partition.by=dirichlet",
+    "partition.column=category",
+    "partition.clients=20",
+    "partition.alpha=0.3",
+    "partition.min_examples=20",
+    "federation.rounds=12",
+]
 QUESTIONS = [
     "task=classification",
     "data.text_column=text",
@@ -77,24 +96,27 @@ QUESTIONS = [
     "partition.alpha=0.5",
     "partition.min_examples=20",
     "data.max_length=48",
+    "data.max_test_examples=500",
     "training.batch_size=16",
     "federation.rounds=16",
 ]
+TASKS = ("python", "answers", "questions")
 FIRST_RATE, FACTOR = 8e-3, 1.5
 TUNING_SEED = 1000
 
 
-def settings(task: str, row: str, rate: float, seed: int, trec: Path, tuning: bool) -> Config:
+def settings(task: str, row: str, rate: float, seed: int, data: Path, tuning: bool) -> Config:
     """The configuration of one run."""
     if row in FAMILY:
         own = ["method.name=prelort-sorted", *FAMILY[row]]
     else:
         own = METHODS[row] or [f"method.name={row}"]
-    if task == "python":
-        particular = PYTHON
-    else:
-        test, train = trec / "test.csv", trec / "train.csv"
-        particular = [*QUESTIONS, f"data.source={train}", f"data.test={test}"]
+    train, test = data / "trec" / "train.csv", data / "trec" / "test.csv"
+    particular = {
+        "python": PYTHON,
+        "answers": [*ANSWERS, f"data.source={data / 'dolly15k' / 'dolly15k.jsonl'}"],
+        "questions": [*QUESTIONS, f"data.source={train}", f"data.test={test}"],
+    }[task]
     on = ["evaluation.on=validation"] if tuning else []
     return load(
         None, [*COMMON, *particular, *own, *on, f"training.learning_rate={rate}", f"seed={seed}"]
@@ -127,12 +149,12 @@ def badness(task: str, row: str, curve: dict[int, float]) -> float:
     return -value if task == "questions" else value
 
 
-def tuned(task: str, row: str, trec: Path, out: Path) -> float:
+def tuned(task: str, row: str, data: Path, out: Path) -> float:
     """The rate that does best on the validation rows."""
 
     def tried(rate: float) -> float:
         path = out / "tuning" / f"{task}-{row}-{rate:.1e}".replace(" ", "")
-        config = settings(task, row, rate, TUNING_SEED, trec, tuning=True)
+        config = settings(task, row, rate, TUNING_SEED, data, tuning=True)
         return badness(task, row, curve_of((config, path)))
 
     best, value = FIRST_RATE, tried(FIRST_RATE)
@@ -149,32 +171,33 @@ def one_row(
     job: tuple[str, str, int, Path, Path],
 ) -> tuple[str, str, float, list[dict[int, float]]]:
     """A method on a task: its rate, and its curve for each seed."""
-    task, row, seeds, trec, out = job
-    rate = tuned(task, row, trec, out)
+    task, row, seeds, data, out = job
+    rate = tuned(task, row, data, out)
     curves = []
     for seed in range(seeds):
-        path = out / f"{task}-{row}-seed{seed}".replace(" ", "")
-        curves.append(curve_of((settings(task, row, rate, seed, trec, tuning=False), path)))
+        path = out / f"{task}-{row}-{rate:.1e}-seed{seed}".replace(" ", "")
+        curves.append(curve_of((settings(task, row, rate, seed, data, tuning=False), path)))
         print(f"{task}, {row}, rate {rate:g}, seed {seed}: {curves[-1]}", flush=True)
     return task, row, rate, curves
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trec", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("runs/tail"))
     parser.add_argument("--rows", type=int, help="only the first rows")
     parser.add_argument("--family", action="store_true", help="the options of prelort-sorted")
+    parser.add_argument("--out", type=Path, default=Path("runs/tail"))
     arguments = parser.parse_args()
-    trec = arguments.out / "trec"
-    as_csv(arguments.trec, trec)
+    data = arguments.out.resolve() / "data"
+    prepare(arguments.data.resolve(), data)
     names = list(FAMILY if arguments.family else METHODS)[: arguments.rows]
     jobs = [
-        (task, row, arguments.seeds, trec, arguments.out)
+        (task, row, arguments.seeds, data, arguments.out)
+        for task in arguments.tasks
         for row in names
-        for task in ("python", "questions")
     ]
     rows: list[dict[str, Any]] = []
     with ProcessPoolExecutor(arguments.jobs) as pool:
@@ -185,18 +208,22 @@ def main() -> None:
                 row[f"rank {rank}"] = _spread([factor * curve[rank] for curve in curves])
             row["AURAC"] = _spread([factor * aurac(curve) for curve in curves])
             rows.append(row)
-    rows.sort(key=lambda row: str(row["task"]))
     facts = {**machine(), "command": "python benchmarks/tail.py", "seeds": arguments.seeds}
-    title = "python: perplexity (lower is better); questions: accuracy in % (higher is better)"
+    title = (
+        "python, answers: perplexity (lower is better); questions: accuracy in % (higher is better)"
+    )
     report("tail_family" if arguments.family else "tail", title, rows, facts)
 
 
-def as_csv(source: Path, target: Path) -> None:
-    """TREC's lines as CSV files with the columns text and label."""
-    target.mkdir(parents=True, exist_ok=True)
+def prepare(source: Path, target: Path) -> None:
+    """A folder with Dolly as it is, and TREC's lines as CSV files with the columns text, label."""
+    (target / "trec").mkdir(parents=True, exist_ok=True)
+    dolly = target / "dolly15k"
+    if not dolly.exists():
+        dolly.symlink_to(source / "dolly15k")
     for part in ("train", "test"):
-        lines = (source / f"TREC.{part}.all").read_text(encoding="latin-1").splitlines()
-        with (target / f"{part}.csv").open("w", newline="", encoding="utf-8") as file:
+        lines = (source / "trec" / f"TREC.{part}.all").read_text(encoding="latin-1").splitlines()
+        with (target / "trec" / f"{part}.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["text", "label"])
             for line in lines:

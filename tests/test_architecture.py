@@ -19,7 +19,7 @@ ALLOWED = {
     "metrics": {"tasks"},
     "report": {"metrics"},
     "training": {"adapters", "methods", "models", "tasks"},
-    "federation": {"adapters", "methods", "models", "tasks", "training"},
+    "federation": {"adapters", "methods", "metrics", "models", "tasks", "training"},
     "experiment": {
         "adapters",
         "data",
@@ -32,7 +32,7 @@ ALLOWED = {
         "training",
     },
 }
-UNDER_ALL = {"config", "errors", "seeds"}
+UNDER_ALL = {"config", "errors", "files", "seeds"}
 
 
 def imported(file: Path) -> Iterator[str]:

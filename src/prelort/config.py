@@ -166,6 +166,11 @@ class TrainingConfig(Section):
     gradient_accumulation: Annotated[int, Field(ge=1)] = 1
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0.0)] = 8e-3
+    rank_exponent: Annotated[float, Field(ge=0.0, le=1.0)] | None = Field(
+        None,
+        description="a client of rank r trains at learning_rate * (highest rank / r) ** this; "
+        "default: the method's own, mostly 0",
+    )
     head_learning_rate: Annotated[float, Field(gt=0.0)] | None = Field(
         None, description="for modules trained in full; default: learning_rate"
     )

@@ -11,6 +11,7 @@ from prelort import methods
 from prelort.adapters import AdapterSchema, Factors, LoraAdapter, ScaleRule
 from prelort.config import Config, FederationConfig, MethodConfig, check
 from prelort.federation import wire
+from prelort.federation.allocation import Allocation
 from prelort.federation.flower import (
     Array,
     ArrayRecord,
@@ -132,12 +133,14 @@ def small_client_app(clients: Sequence[Client]) -> Callable[[Message, Context], 
         client = clients[index]
         facts = AGREEMENT.header(client.rank).model_dump()
         if message.metadata.message_type == MessageType.QUERY:
-            intro = wire.Introduction(**facts, client=client.name, examples=client.examples)
+            facts |= {"client": client.name, "examples": client.examples, "most": client.rank}
+            intro = wire.Introduction(**facts)
             return Message(wire.pack(intro), reply_to=message)
         request = wire.header(message.content, wire.TrainRequest)
-        received = wire.adapter(message.content, request)
+        received, _ = wire.adapter(message.content, request)
         adapter = add_noise(index)(received, request)
-        head = make_reply_header(client, request.round, dtype=request.dtype)
+        # The rank is the request's: it may have changed since the introduction.
+        head = make_reply_header(client, request.round, dtype=request.dtype, rank=request.rank)
         return Message(wire.pack(head, adapter), reply_to=message)
 
     return app
@@ -156,17 +159,27 @@ def make_strategy(
     method: Method | None = None,
     name: str = "prelort",
     nodes: Sequence[int] | None = None,
+    most: int = 0,
+    allocation: Allocation | None = None,
 ) -> tuple[AdapterStrategy, list[dict[str, Any]]]:
-    """A strategy over these clients (nodes 1000, 1001, ...) and the list its events go to."""
+    """A strategy over these clients (nodes 1000, 1001, ...) and the list its events go to.
+
+    ``most``: the rank to which each can be raised, where it is above its own.
+    """
     config = config or make_config()
-    levels = sorted({client.rank for client in clients})
+    plan = allocation or Allocation()
+    levels = sorted({client.rank for client in clients} | plan.levels())
     chosen = method or methods.build(MethodConfig(name=name), levels, 0)
     numbers = nodes or range(1000, 1000 + len(clients))
-    participants = [Participant(n, c) for n, c in zip(numbers, clients, strict=True)]
+    participants = [
+        Participant(n, c, max(c.rank, most)) for n, c in zip(numbers, clients, strict=True)
+    ]
     events: list[dict[str, Any]] = []
     state = make_state(max(levels))
     agreement = Agreement("base-0", AdapterSchema.of(state.adapter), SCALE)
-    strategy = AdapterStrategy(config, chosen, participants, state, agreement, events.append)
+    strategy = AdapterStrategy(
+        config, chosen, participants, state, agreement, events.append, allocation
+    )
     return strategy, events
 
 

@@ -37,6 +37,7 @@ def introducing(**facts_of: dict[str, Any]) -> Callable[[Message, Context], Mess
             **AGREEMENT.header(client.rank).model_dump(),
             "client": client.name,
             "examples": client.examples,
+            "most": client.rank,
             **changes,
         }
         intro = wire.Introduction.model_construct(**facts)
@@ -75,7 +76,7 @@ def test_the_order_is_that_of_the_names_whatever_the_nodes() -> None:
         ({"scale_rule": "rslora"}, "uses another scale rule: rslora 2"),
         ({"scale": 16.0}, "uses another scale rule: constant 16"),
         ({"scale": 0.0}, "malformed header: scale"),
-        ({"protocol": 3}, "speaks protocol 3, expected 1"),
+        ({"protocol": 3}, "speaks protocol 3, expected 2"),
         ({"rank": 0}, "malformed header: rank"),
         ({"rank": 9}, "offers rank 9, but the global adapter has 8"),
         ({"examples": 0}, "malformed header: examples"),

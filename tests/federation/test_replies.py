@@ -32,13 +32,15 @@ from prelort.federation import wire
 from prelort.federation.flower import Error, Message, RecordDict
 from prelort.federation.registry import Agreement
 from prelort.federation.replies import checked
+from prelort.methods import Broadcast
 
 CLIENT = clients_of([4])[0]
 ADAPTER = make_adapter(4, seed=5)
+SENT = Broadcast(make_adapter(4, seed=6))
 
 
 def take(content: RecordDict, agreement: Agreement = AGREEMENT) -> Any:
-    return checked(answer(content), CLIENT, 0, agreement, LIMITS)
+    return checked(answer(content), CLIENT, 0, agreement, LIMITS, SENT)
 
 
 def reply(**changes: Any) -> RecordDict:
@@ -124,13 +126,13 @@ def test_loss_that_is_no_number_is_refused(loss: float) -> None:
 def test_error_is_refused_with_its_reason() -> None:
     message = Message(Error(100, "the loss became nan"), reply_to=request_to(1000))
     with pytest.raises(UpdateRefused, match="the loss became nan"):
-        checked(message, CLIENT, 0, AGREEMENT, LIMITS)
+        checked(message, CLIENT, 0, AGREEMENT, LIMITS, SENT)
 
 
 def test_error_without_a_reason_is_told_by_its_code() -> None:
     message = Message(Error(17), reply_to=request_to(1000))
     with pytest.raises(UpdateRefused, match="error code 17"):
-        checked(message, CLIENT, 0, AGREEMENT, LIMITS)
+        checked(message, CLIENT, 0, AGREEMENT, LIMITS, SENT)
 
 
 def test_empty_content_is_refused() -> None:

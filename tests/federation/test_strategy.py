@@ -72,7 +72,7 @@ def without(index: int) -> LoraAdapter:
     for i, reply in enumerate(replies_of_round(strategy)):
         if i != index:
             head = wire.header(reply.content, wire.TrainReply)
-            adapter = wire.adapter(reply.content, head)
+            adapter, _ = wire.adapter(reply.content, head)
             aggregator.add(Update(CLIENTS[i], adapter, head.examples))
     return aggregator.result().adapter
 
@@ -87,7 +87,7 @@ class TestAsking:
         for message, client in zip(messages, CLIENTS, strict=True):
             request = wire.header(message.content, wire.TrainRequest)
             assert request.rank == client.rank
-            received = wire.adapter(message.content, request)
+            received, _ = wire.adapter(message.content, request)
             assert same_bits(received, strategy.state.adapter.prefix(client.rank))
             assert request.levels[-1] == client.rank
             assert (request.round, request.rounds, request.seed) == (0, 2, 0)
@@ -158,7 +158,7 @@ class TestOrder:
             aggregator = strategy.method.aggregator(strategy.state)
             for i in order:
                 head = wire.header(replies[i].content, wire.TrainReply)
-                adapter = wire.adapter(replies[i].content, head)
+                adapter, _ = wire.adapter(replies[i].content, head)
                 aggregator.add(Update(CLIENTS[i], adapter, head.examples))
             results.append(aggregator.result().adapter)
         assert not all(same_bits(results[0], other) for other in results[1:])
@@ -206,7 +206,7 @@ def poisoned(value: float) -> Answering:
     def app(message: Message, context: Context) -> Message:
         reply = usual(message, context)
         head = wire.header(reply.content, wire.TrainReply)
-        adapter = wire.adapter(reply.content, head)
+        adapter, _ = wire.adapter(reply.content, head)
         adapter.layers["model.q_proj"].B[0, 0] = value
         return Message(wire.pack(head, adapter), reply_to=message)
 
@@ -468,12 +468,12 @@ def test_flowers_own_start_runs_it_too() -> None:
         measured.append(server_round)
 
     result = theirs.start(
-        grid, wire.record(theirs.state.adapter), num_rounds=2, evaluate_fn=evaluate
+        grid, wire.record(theirs.state.adapter.tensors()), num_rounds=2, evaluate_fn=evaluate
     )
 
     assert same_bits(theirs.state.adapter, ours.state.adapter)
     sent = result.arrays["adapter"].data
-    assert sent == wire.record(ours.state.adapter)["adapter"].data
+    assert sent == wire.record(ours.state.adapter.tensors())["adapter"].data
     assert result.train_metrics_clientapp[2]["loss"] == pytest.approx(1.5)
     assert measured == [0, 1, 2]
     assert sum(e["event"] == "aggregated" for e in events) == 2

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -41,10 +42,27 @@ def segment_wise(previous: LoraAdapter, updates: Sequence[Update], weighting: st
 
 def zero_padded(previous: LoraAdapter, updates: Sequence[Update], weighting: str) -> dict:
     """Pad every reply with zero slots to the global rank, then the plain weighted mean."""
-    weights, result = weights_of(updates, weighting), {}
+    return padded_mean(previous, updates, weights_of(updates, weighting))
+
+
+def norm_weighted(previous: LoraAdapter, updates: Sequence[Update]) -> dict:
+    """HetLoRA: zero-padding where a client weighs |s B_k A_k|_F of the whole model."""
+    norms = []
+    for update in updates:
+        squares = 0.0
+        for name in previous.layers:
+            squares += float((product(update.adapter, name) ** 2).sum())
+        norms.append(squares**0.5)
+    return padded_mean(previous, updates, norms)
+
+
+def padded_mean(previous: LoraAdapter, updates: Sequence[Update], weights: Sequence[float]) -> dict:
+    """A slot that nobody holds keeps its value."""
+    result = {}
     for name, factors in previous.layers.items():
-        a = torch.zeros(factors.A.shape, dtype=torch.float64)
-        b = torch.zeros(factors.B.shape, dtype=torch.float64)
+        a, b = factors.A.double().clone(), factors.B.double().clone()
+        held = max(u.adapter.layers[name].rank for u in updates)
+        a[:held], b[:, :held] = 0.0, 0.0
         for weight, update in zip(weights, updates, strict=True):
             for j, (row, column) in enumerate(slots(update.adapter, name)):
                 a[j] += weight * row / sum(weights)
@@ -52,6 +70,156 @@ def zero_padded(previous: LoraAdapter, updates: Sequence[Update], weighting: str
         result[f"{name}.lora_A.weight"] = a
         result[f"{name}.lora_B.weight"] = b
     return result | extras(updates, weights)
+
+
+def replicated(
+    previous: LoraAdapter, updates: Sequence[Update], weighting: str, donors: str = "highest"
+) -> dict:
+    """Pad every reply with the donors' weighted mean of the slot, then the plain weighted mean.
+
+    Donors: those of the round's highest rank, or all that hold the slot.
+    """
+    weights, result = weights_of(updates, weighting), {}
+    highest = max(u.adapter.rank for u in updates)
+    for name in previous.layers:
+        replies = [slots(u.adapter, name) for u in updates]
+        rows, columns = [], []
+        for j, (row, column) in enumerate(slots(previous, name)):
+            giving = [
+                k
+                for k, u in enumerate(updates)
+                if len(replies[k]) > j and (donors == "holders" or u.adapter.rank == highest)
+            ]
+            if giving:
+                share = sum(weights[k] for k in giving)
+                given = [sum(weights[k] * replies[k][j][i] for k in giving) / share for i in (0, 1)]
+                padded = [reply[j] if len(reply) > j else given for reply in replies]
+                row, column = (
+                    sum(w * slot[i] for w, slot in zip(weights, padded, strict=True)) / sum(weights)
+                    for i in (0, 1)
+                )
+            rows.append(row)
+            columns.append(column)
+        result[f"{name}.lora_A.weight"] = torch.stack(rows)
+        result[f"{name}.lora_B.weight"] = torch.stack(columns, dim=1)
+    return result | extras(updates, weights)
+
+
+def by_module(
+    previous: LoraAdapter,
+    updates: Sequence[Update],
+    drawn: Sequence[Mapping[str, torch.Tensor]],
+    weighting: str,
+    absent: str,
+) -> dict:
+    """Each slot's mean where client k trained the slots ``drawn[k]`` (layer -> indices).
+
+    ``absent``: what a client says about a slot that it did not draw: 'nothing' (Fed-PLoRA: the
+    mean is over those who drew it) or 'no change' (FSLoRA: the mean of everyone's updates).
+    """
+    weights, result = weights_of(updates, weighting), {}
+    for name in previous.layers:
+        rows, columns = [], []
+        for j, (row, column) in enumerate(slots(previous, name)):
+            change, share = [torch.zeros_like(row), torch.zeros_like(column)], 0.0
+            for weight, update, chosen in zip(weights, updates, drawn, strict=True):
+                if j not in chosen[name].tolist():
+                    continue
+                place = chosen[name].tolist().index(j)
+                trained = slots(update.adapter, name)[place]
+                change[0] += weight * (trained[0] - row)
+                change[1] += weight * (trained[1] - column)
+                share += weight
+            total = share if absent == "nothing" else sum(weights)
+            rows.append(row + change[0] / total if share else row)
+            columns.append(column + change[1] / total if share else column)
+        result[f"{name}.lora_A.weight"] = torch.stack(rows)
+        result[f"{name}.lora_B.weight"] = torch.stack(columns, dim=1)
+    return result | extras(updates, weights)
+
+
+def product(adapter: LoraAdapter, name: str, first: int = 0, last: int | None = None):
+    """``s(r) sum_j B_j A_j`` over the slots first <= j < last of one layer, slot by slot."""
+    factors = adapter.layers[name]
+    total = torch.zeros(factors.B.shape[0], factors.A.shape[1], dtype=torch.float64)
+    for row, column in slots(adapter, name)[first:last]:
+        total += torch.outer(column, row)
+    return adapter.scale(factors.rank) * total
+
+
+def mean_product(updates: Sequence[Update], weighting: str) -> dict:
+    """``sum_k p_k s(r_k) B_k A_k`` of every layer."""
+    weights = weights_of(updates, weighting)
+    return {
+        name: sum(w * product(u.adapter, name) for w, u in zip(weights, updates, strict=True))
+        / sum(weights)
+        for name in updates[0].adapter.layers
+    }
+
+
+def partitioned_product(
+    previous: LoraAdapter, updates: Sequence[Update], levels: Sequence[int], weighting: str
+) -> dict:
+    """raFLoRA: ``sum_h sum_{k: r_k >= h} (n_k / N_h) s B_k[:, l:h] A_k[l:h]``.
+
+    A partition (l, h] that nobody holds this round keeps its old product.
+    """
+    weights, result = weights_of(updates, weighting), {}
+    for name, factors in previous.layers.items():
+        total = torch.zeros(factors.B.shape[0], factors.A.shape[1], dtype=torch.float64)
+        edges = sorted({0, factors.rank, *(min(level, factors.rank) for level in levels)})
+        for low, high in itertools.pairwise(edges):
+            holders = [k for k, u in enumerate(updates) if u.adapter.layers[name].rank >= high]
+            if not holders:
+                total += product(previous, name, low, high)
+            share = sum(weights[k] for k in holders)
+            for k in holders:
+                total += weights[k] / share * product(updates[k].adapter, name, low, high)
+        result[name] = total
+    return result
+
+
+def stepped_product(
+    previous: LoraAdapter,
+    updates: Sequence[Update],
+    weighting: str,
+    step: float,
+    unchanged: float = 0.0,
+) -> dict:
+    """Sorted PreLort: every slot's product plus its step times the mean change of its holders.
+
+    The step is ``m ** step``, m = N^2 / sum w_k^2 the number of holders counted by weight, times
+    the share of the weight that holds the slot to the power ``unchanged``.
+    """
+    weights, result = weights_of(updates, weighting), {}
+    for name, factors in previous.layers.items():
+        total = torch.zeros(factors.B.shape[0], factors.A.shape[1], dtype=torch.float64)
+        for j in range(factors.rank):
+            old = product(previous, name, j, j + 1)
+            holders = [k for k, u in enumerate(updates) if u.adapter.layers[name].rank > j]
+            share = sum(weights[k] for k in holders)
+            change = torch.zeros_like(old)
+            for k in holders:
+                change += weights[k] / share * (product(updates[k].adapter, name, j, j + 1) - old)
+            hands = share**2 / sum(weights[k] ** 2 for k in holders) if holders else 1.0
+            total += old + hands**step * (share / sum(weights)) ** unchanged * change
+        result[name] = total
+    return result
+
+
+def best_of_rank(matrix: torch.Tensor, rank: int) -> torch.Tensor:
+    """The nearest matrix of this rank, by a dense SVD (Eckart-Young)."""
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return u[:, :rank] @ torch.diag(s[:rank]) @ vh[:rank]
+
+
+def rank_of_energy(matrix: torch.Tensor, energy: float) -> int:
+    """The smallest rank whose squared singular values make up this share of all of them."""
+    squares = (torch.linalg.svdvals(matrix) ** 2).tolist()
+    for rank in range(1, len(squares)):
+        if sum(squares[:rank]) >= energy * sum(squares):
+            return rank
+    return len(squares)
 
 
 def federated_average(updates: Sequence[Update], weighting: str) -> dict:

@@ -13,7 +13,7 @@ from reference import federated_average, segment_wise, zero_padded
 
 from prelort.adapters import LoraAdapter, ScaleRule
 from prelort.config import MethodConfig
-from prelort.methods import Client, ServerState, Update, build
+from prelort.methods import Broadcast, Client, ServerState, Update, build
 from random_adapters import dense, random_adapter, same_bits, seeds
 
 quick = settings(deadline=None, max_examples=40)
@@ -311,7 +311,10 @@ def test_the_servers_memory_does_not_grow_with_the_number_of_replies(name):
 @pytest.mark.parametrize("rank", [1, 3, 8])
 def test_a_broadcast_is_the_prefix_in_the_states_own_memory(name, rank):
     state = state_of(8 if name != "fedit" else rank)
-    sent = build(MethodConfig(name=name), [rank], 0).broadcast(state, Client("k", rank, 1))
+    method = build(MethodConfig(name=name), [rank], 0)
+    broadcast = method.broadcast(state, Client("k", rank, 1))
+    sent = broadcast.trainable
+    assert broadcast == Broadcast(sent)  # nothing folded in, drawn or kept by the client
     assert same_bits(sent, state.adapter.prefix(rank))
     for layer, factors in sent.layers.items():
         own = state.adapter.layers[layer]

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import prelort
 from prelort.adapters import ScaleRule
+from prelort.adapters.algebra import concatenate
 from prelort.config import Config, LoraSettings, ModelConfig
 from prelort.models import base
-from prelort.models.lora import attach, initial_adapter, install
+from prelort.models.lora import FROZEN, attach, initial_adapter, install, lora_layers
 from prelort.training.truncation import Truncation
 
 pytest.importorskip("bitsandbytes", reason="pip install 'prelort[quantised]'")
@@ -66,6 +69,44 @@ def test_a_prefix_is_the_mask_on_a_quantised_base(wide_llama: Path, bits: str, l
     torch.testing.assert_close(each[0], cut[0], atol=tolerance, rtol=0)
     torch.testing.assert_close(each[1], whole[1], atol=tolerance, rtol=0)
     assert float((whole[0] - cut[0]).abs().max()) > 10 * tolerance
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+@pytest.mark.parametrize("rank", [4, 48], ids=["two products", "one matrix"])
+def test_a_fold_beside_a_quantised_base_is_a_part_of_the_adapter(
+    wide_llama: Path, bits: str, rank: int
+) -> None:
+    """Beside the base and not in it: the quantised weights are as they were."""
+    settings = ModelConfig(name=str(wide_llama), device="cpu", quantization=bits)
+    model = attach(base.load_model(settings, "causal", pad_id=0), LoraSettings(), 64, "causal")
+    model.eval()
+    rule, gain = ScaleRule("rslora", 1.0), 1.5
+    whole = initial_adapter(model, rule, seed=0)
+    for factors in whole.layers.values():
+        factors.B.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+    adapter, fold = whole.prefix(8), replace(whole.prefix(rank), extras={})
+    ids = torch.arange(2, 34).view(2, 16)
+
+    def output(*installed: Any, **how: Any) -> torch.Tensor:
+        install(model, *installed, **how)
+        with torch.no_grad():
+            return model(ids).logits
+
+    alone = output(adapter)  # only now are the weights in the order that this device wants
+    weights = {n: p.clone() for n, p in model.named_parameters() if "lora" not in n}
+    folded = output(adapter, frozen=fold, gain=gain)
+    one = any(
+        isinstance(layer.lora_B[FROZEN], nn.Identity) for layer in lora_layers(model).values()
+    )
+    assert one == (rank == 48)
+    together = output(concatenate([adapter, fold], [gain, 1.0]))
+    # The layers' inputs differ by rounding, which moves 8 bits' outlier columns.
+    tolerance = 1e-4 if bits == "4bit" else 1e-2
+    torch.testing.assert_close(folded, together, atol=tolerance, rtol=0)
+    assert float((folded - alone).abs().max()) > 10 * tolerance
+    assert torch.equal(output(adapter), alone)
+    now = dict(model.named_parameters())
+    assert all(torch.equal(now[name], weight) for name, weight in weights.items())
 
 
 def test_a_whole_run_on_a_four_bit_base(

@@ -53,3 +53,20 @@ def checked(
         raise UpdateRefused("sends a frozen adapter, which nobody asked for")
     wire.check_adapter(adapter, agreement.schema, head.rank, limits.max_abs_value)
     return Update(client, adapter, head.examples), head
+
+
+def measured(
+    reply: Message, client: Client, finished: int, agreement: Agreement
+) -> wire.EvaluateReply:
+    """What a client measured after so many ``finished`` rounds.
+
+    Raises `UpdateRefused` with the reason: an error or no answer, or another base, layers, scale,
+    client or round than asked.
+    """
+    head = wire.header(wire.content_of(reply), wire.EvaluateReply)
+    agreement.check(head)
+    if head.client != client.name:
+        raise UpdateRefused(f"answers for {head.client!r}")
+    if head.round != finished:
+        raise UpdateRefused(f"answers for round {head.round}, asked was {finished}")
+    return head

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from prelort.config import Config
+from prelort.config import Config, TrainingConfig
 from prelort.errors import QuorumError, UpdateRefused
 from prelort.federation import wire
 from prelort.federation.allocation import Allocation
@@ -25,7 +25,7 @@ from prelort.federation.flower import (
 )
 from prelort.federation.in_order import InOrder
 from prelort.federation.registry import Agreement, Participant
-from prelort.federation.replies import checked
+from prelort.federation.replies import checked, measured
 from prelort.federation.sampling import count_of, sample
 from prelort.methods import trait
 from prelort.methods.interface import Aggregator, Broadcast, Client, Method, ServerState, Update
@@ -127,21 +127,21 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
             )
             for node_id, client in clients.items()
         )
-        measured: dict[str, dict[str, Any]] = {}
+        found: dict[str, dict[str, Any]] = {}
         failed: dict[str, str] = {}
         for reply in exchange(engine, messages):
             client = clients[reply.metadata.src_node_id]
             try:
-                head = wire.header(wire.content_of(reply), wire.EvaluateReply)
+                head = measured(reply, client, server_round, self.agreement)
                 facts = {"rank": client.rank, "examples": head.examples}
-                measured[client.name] = {**facts, "metrics": head.metrics}
+                found[client.name] = {**facts, "metrics": head.metrics}
             except UpdateRefused as error:
                 failed[client.name] = str(error)
         self.emit(
             {
                 "event": "evaluated_at_clients",
                 "round": server_round,
-                "clients": dict(sorted(measured.items())),
+                "clients": dict(sorted(found.items())),
                 "failed": dict(sorted(failed.items())),
                 "seconds": time.monotonic() - started,
             }
@@ -265,7 +265,7 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
             **self._delivery(server_round - 1, sent),
             rounds=config.federation.rounds,
             seed=config.seed,
-            training=config.training,
+            training=self._training(sent.trainable.rank),
             objective=objective.kind,
             levels=objective.levels,
             level_weights=objective.weights,
@@ -275,6 +275,18 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
             timeout=config.federation.timeout,
         )
         return wire.pack(head, sent.trainable, sent.frozen, without=head.missing())
+
+    def _training(self, rank: int) -> TrainingConfig:
+        """What a client of this rank is told: its learning rate may depend on the rank."""
+        training = self.config.training
+        exponent = training.rank_exponent
+        if exponent is None:
+            exponent = float(getattr(self.method, "rank_exponent", 0.0))
+        factor = (self.agreement.schema.rank / rank) ** exponent
+        rate = training.learning_rate * factor
+        # The head has no rank: its rate is the one that was set, for all.
+        head = training.head_learning_rate or training.learning_rate
+        return training.model_copy(update={"learning_rate": rate, "head_learning_rate": head})
 
     def _evaluation(self, server_round: int, client: Client) -> RecordDict:
         """The content of one client's message: what to measure and how."""

@@ -157,7 +157,8 @@ def pack(
         dtype = DTYPES[header.dtype]  # type: ignore[attr-defined]
         tensors = {n: t for n, t in adapter.tensors().items() if kind_of(n) not in without}
         if frozen is not None:
-            tensors |= {_FROZEN + name: tensor for name, tensor in frozen.tensors().items()}
+            # Copies: safetensors refuses tensors that share memory, as views of one state may.
+            tensors |= {_FROZEN + name: tensor.clone() for name, tensor in frozen.tensors().items()}
         content[_ADAPTER] = record({name: tensor.to(dtype) for name, tensor in tensors.items()})
     return content
 

@@ -376,7 +376,7 @@ class Sums:
 
     def _share(self, key: tuple[str, str], reference: tuple[str, str]) -> float | None:
         whole = self.squares.get(reference, 0.0)
-        return self.squares[key] / whole if whole > 0 and key in self.squares else None
+        return self.squares[key] / whole if whole > 0 else None
 
 
 def sampled(adapter: LoraAdapter, ranks: Sequence[int], seed: int, round_index: int) -> list[str]:

@@ -26,6 +26,8 @@ class PrefixMethod:
     Options: ClassVar[type[Section]] = NoOptions
     """The keys of ``[method.options.<name>]``."""
     default_objective: ClassVar[Kind] = "plain"
+    rank_exponent: ClassVar[float] = 0.0
+    """Clients of rank r train at (highest rank / r) to this power times the learning rate."""
     may_nest: ClassVar[bool] = True
     """Whether ``method.objective`` may ask for prefixes of what a client trains."""
     personal: ClassVar[bool] = False

@@ -15,7 +15,10 @@ sum is a stack of factors; its SVD at the global rank becomes the new adapter, t
 split evenly. So the slots are sorted by strength after every round, whoever trained them, and any
 prefix is the best approximation of its rank.
 
-With ``step = 0`` and one holder or more of every slot this is raFLoRA (arXiv 2602.13486). The other
+Clients of a lower rank train at a higher rate, (R / r) ** 0.4 times the highest rank's
+(`training.rank_exponent`): with one scale for all ranks, fewer slots move the function less.
+
+With ``step = 0``, one rate for all and one holder or more of every slot this is raFLoRA (arXiv 2602.13486). The other
 options span the family that was tried, each off by default since it helped nowhere or only at one
 end (docs/methods/prelort-sorted.md): ``unchanged`` (a missing vote counts as 'no change': eta_j is
 multiplied by N_j's share of the weight to this power), ``momentum`` of the server, ``averaging``
@@ -67,6 +70,7 @@ class PreLortSorted(ProductMethod):
     summary: ClassVar[str] = "our extension: averages changes as products, sorts slots by strength"
     paper: ClassVar[str] = "this project, after arXiv 2606.15963 and 2602.13486"
     Options: ClassVar[type[Section]] = SortedOptions
+    rank_exponent: ClassVar[float] = 0.4
 
     def broadcast(self, state: ServerState, client: Client) -> Broadcast:
         """The prefix of the client's rank; in a share of the rounds, the other slots frozen."""

@@ -1,0 +1,370 @@
+"""Every registered method as a real run: it finishes, its folders load, it can be resumed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from processes import assert_same_run, events_of
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import prelort
+from prelort import tasks
+from prelort.adapters import LoraAdapter, peft_folder
+from prelort.config import Config
+from prelort.data import federated
+from prelort.experiment import checkpoint
+from prelort.experiment import run as run_module
+from prelort.experiment.run import RunResult
+from prelort.federation import site
+from prelort.federation.personal import PersonalStore
+from prelort.methods import REGISTRY, build, trait
+from prelort.models.lora import trainable
+
+Make = Callable[..., Config]
+Find = Callable[[str], RunResult]
+
+ONE_RANK_FOR_ALL = {"fedit"}
+"""Its clients have one rank."""
+
+OPTIONS = {"hetlora": {"gamma": 0.75, "penalty": 1.0}}
+"""So that clients prune themselves within so few steps."""
+
+PERSONAL = {name for name, method in REGISTRY.items() if trait(method, "personal")}
+"""There is no global model: nothing is exported, and only clients can measure."""
+
+WHOLE = {"fed-plora", "flora", "florist", "fedex-lora", "homogeneous-min", "homogeneous-max"}
+"""Every client uses the whole global function, whatever its rank; of the others a client of rank r
+uses the global function of rank r."""
+
+SKETCHES = {"fslora"}
+"""A client of a low rank uses a random sketch, which is the global function of no rank."""
+
+every = pytest.mark.parametrize("name", REGISTRY)
+
+
+def every_but(names: set[str]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("name", [name for name in REGISTRY if name not in names])
+
+
+def config_of(make_config: Make, name: str, **changes: Any) -> Config:
+    """Two rounds of three of six clients, everybody measures at the end.
+
+    Ranks are mixed, and after the first round one client's grows and two clients' shrink. Under
+    rslora a slot counts by how many there are, so that nothing is right by chance.
+    """
+    values: dict[str, Any] = {
+        "method": {"name": name, "options": {name: OPTIONS.get(name, {})}},
+        "federation": {"rounds": 2, "clients_per_round": 3},
+        "ranks": {"mix": "2, 2, 4, 4, 8, 8", "schedule": {"2": "8, 2, 4, 2, 2, 8"}},
+        "training": {"learning_rate": 3e-2, "local_steps": 1},
+        "lora": {"dropout": 0.1, "scale_rule": "rslora", "scale": 4.0},
+        "evaluation": {"at_clients": True},
+    }
+    if name in ONE_RANK_FOR_ALL:
+        values["ranks"] = {"mix": "4*1"}
+    return make_config(**(values | changes))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_picture_of_the_clients() -> Iterator[None]:
+    """It is a quarter of the time of so small a run, and the same for all methods."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module.describe, "picture", lambda *arguments: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, make_config: Make) -> Find:
+    """The run of a method that nothing disturbed, made once."""
+    found: dict[str, RunResult] = {}
+
+    def find(name: str) -> RunResult:
+        if name not in found:
+            folder = tmp_path_factory.mktemp(name) / "run"
+            found[name] = prelort.run(config_of(make_config, name), folder)
+        return found[name]
+
+    return find
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@every
+def test_a_run_finishes_with_finite_numbers_everywhere(finished: Find, name: str) -> None:
+    result = finished(name)
+    events = events_of(result.path)
+    assert events[-1]["event"] == "run_finished"
+    assert [e["round"] for e in events if e["event"] == "aggregated"] == [1, 2]
+    assert not [e for e in events if e["event"] == "client_failed"]
+    losses = [e["loss"] for e in events if "loss" in e]
+    assert len(losses) == 2 * (1 + 3)
+    assert all(loss is not None and 0 < loss < 100 for loss in losses)
+    for tensor, values in result.adapter.tensors().items():
+        assert bool(values.isfinite().all()), tensor
+    changed = [e["reason"] for e in events if e["event"] == "rank_changed"]
+    assert changed.count("the server's allocation") == (0 if name in ONE_RANK_FOR_ALL else 3)
+    assert ("the client's offer" in changed) == (name == "hetlora")
+    levels = (4,) if name in ONE_RANK_FOR_ALL else (2, 4, 8)
+    assert result.levels == levels
+    assert set(result.metrics) >= (set() if name in PERSONAL else set(levels))
+    for metrics in result.metrics.values():
+        assert math.isfinite(metrics["perplexity"])
+
+
+@every
+def test_all_clients_measure_for_themselves(finished: Find, name: str) -> None:
+    (event,) = [e for e in events_of(finished(name).path) if e["event"] == "evaluated_at_clients"]
+    assert event["round"] == 2
+    assert event["failed"] == {}
+    assert len(event["clients"]) == 6
+    for client in event["clients"].values():
+        assert math.isfinite(client["metrics"]["perplexity"])
+
+
+@dataclass(frozen=True)
+class TestRows:
+    """Each client's test rows, and all of them, in one batch: the mean loss is that of all tokens.
+
+    Hugging Face's own loss, not the one of this project.
+    """
+
+    batches: dict[str, dict[str, Tensor]]
+    everyones: dict[str, Tensor]
+
+    __test__ = False
+
+
+@pytest.fixture(scope="module")
+def test_rows(make_config: Make, tokenizer: Any) -> TestRows:
+    config = make_config()
+    task = tasks.get(config.task)
+    rows = federated.load(config)
+
+    def batch(some: Any) -> dict[str, Tensor]:
+        examples = task.encode(some, tokenizer, config.data, ())
+        return dict(task.collate(examples, tokenizer.pad_token_id))
+
+    return TestRows({client.name: batch(client.test) for client in rows.clients}, batch(rows.test))
+
+
+def by_plain_peft(
+    base: Path, folders: dict[Any, Path], batches: dict[Any, Any]
+) -> dict[Any, float]:
+    """Perplexities: key -> that of the folder of the key, on the batch of the key."""
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    found = {}
+    for key, folder in folders.items():
+        adapted = PeftModel.from_pretrained(model, folder).eval()
+        with torch.no_grad():
+            found[key] = math.exp(float(adapted(**batches[key]).loss))
+        model = adapted.unload()
+    return found
+
+
+def perplexities(base: Path, run: Path, batch: dict[str, Tensor]) -> dict[int, float]:
+    """Rank -> what plain PEFT gives with the folder of that rank."""
+    folders = {int(p.name.removeprefix("rank-")): p for p in (run / "adapters").iterdir()}
+    return by_plain_peft(base, folders, dict.fromkeys(folders, batch))
+
+
+@every_but(PERSONAL)
+def test_plain_peft_gives_with_every_folder_what_was_measured(
+    finished: Find, name: str, tiny_llama: Path, test_rows: TestRows
+) -> None:
+    result = finished(name)
+    found = perplexities(tiny_llama, result.path, test_rows.everyones)
+    assert found == pytest.approx(
+        {rank: values["perplexity"] for rank, values in result.metrics.items()}, rel=1e-4
+    )
+    assert all(abs(value / result.base["perplexity"] - 1) > 1e-3 for value in found.values())
+
+
+@every_but(SKETCHES)
+def test_plain_peft_gives_at_a_client_what_it_measured(
+    tmp_path: Path,
+    make_config: Make,
+    finished: Find,
+    name: str,
+    tiny_llama: Path,
+    test_rows: TestRows,
+) -> None:
+    """The global function, that of the client's rank, or the shared A with the client's own B."""
+    result = finished(name)
+    (event,) = [e for e in events_of(result.path) if e["event"] == "evaluated_at_clients"]
+    state = checkpoint.load(result.path / "checkpoints" / "00002").state
+    method = build(config_of(make_config, name).method, result.levels, 0)
+    template = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+    own = PersonalStore(result.path / "personal")
+    folders = {}
+    for client, facts in event["clients"].items():
+        adapter = method.readout(state, None if name in WHOLE else facts["rank"])
+        if name in PERSONAL:
+            tensors = adapter.tensors()
+            for key, kept in own.load(client, before=2).items():
+                assert key.endswith("lora_B.weight")
+                both = min(kept.shape[1], facts["rank"])  # it may have grown or shrunk since
+                tensors[key] = torch.zeros_like(tensors[key])
+                tensors[key][:, :both] = kept[:, :both]
+            adapter = LoraAdapter.from_tensors(tensors, adapter.scale)
+        folders[client] = tmp_path / client
+        peft_folder.save(adapter, folders[client], template)
+    assert by_plain_peft(tiny_llama, folders, test_rows.batches) == pytest.approx(
+        {client: facts["metrics"]["perplexity"] for client, facts in event["clients"].items()},
+        rel=1e-4,
+    )
+
+
+@every
+def test_every_folder_is_an_adapter_of_at_most_its_rank(finished: Find, name: str) -> None:
+    result = finished(name)
+    folders = sorted((result.path / "adapters").glob("*"))
+    assert (folders == []) == (name in PERSONAL)
+    for folder in folders:
+        adapter, _ = peft_folder.load(folder)
+        assert 1 <= adapter.rank <= int(folder.name.removeprefix("rank-"))
+        assert adapter.scale == result.adapter.scale
+
+
+class Killed(Exception):
+    pass
+
+
+@every
+def test_killed_in_the_second_round_and_resumed_is_as_if_never_killed(
+    tmp_path: Path, make_config: Make, finished: Find, name: str
+) -> None:
+    """Adapters, events, the server's memory and what clients keep for themselves, bit for bit."""
+    expected, config = finished(name), config_of(make_config, name)
+    trained = 0
+
+    def kill(event: dict[str, Any]) -> None:
+        nonlocal trained
+        trained += event["event"] == "client_finished" and event["round"] == 2
+        if trained == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        prelort.run(config, tmp_path / "run", listeners=[kill])
+    assert not (tmp_path / "run" / "adapters").exists()
+
+    result = prelort.run(config, tmp_path / "run", resume=True)
+
+    assert_same_run(result.path, expected.path)
+    assert files_of(result.path / "personal") == files_of(expected.path / "personal")
+    assert bool(files_of(result.path / "personal")) == (name in PERSONAL)
+    for number in ("00001", "00002"):
+        file = f"checkpoints/{number}/state.safetensors"
+        first, second = load_file(result.path / file), load_file(expected.path / file)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
+
+
+# Other models
+
+
+def poison_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The training of the first client that trains ends in a number that is none."""
+    real, calls = site.train, []
+
+    def train(model: Any, *rest: Any) -> Any:
+        result = real(model, *rest)
+        calls.append(result)
+        if len(calls) == 1:
+            factors, _ = trainable(model)
+            factors[0].data[0, 0] = math.nan
+        return result
+
+    monkeypatch.setattr(site, "train", train)
+
+
+@every
+def test_transposed_layers_and_a_client_whose_numbers_are_none(
+    tmp_path: Path,
+    make_config: Make,
+    tiny_gpt2: Path,
+    test_rows: TestRows,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    """GPT-2's Conv1D. The poisoned client is left out and the others go on."""
+    poison_the_first(monkeypatch)
+    config = config_of(
+        make_config,
+        name,
+        model={"name": str(tiny_gpt2)},
+        lora={"dropout": 0.1},
+        federation={"rounds": 1, "clients_per_round": 3},
+        evaluation={},
+    )
+    result = prelort.run(config, tmp_path / "run")
+
+    events = events_of(result.path)
+    asked = next(e["clients"] for e in events if e["event"] == "round_started")
+    (failed,) = [e for e in events if e["event"] == "client_failed"]
+    assert "is not finite" in failed["reason"]
+    others = {e["client"] for e in events if e["event"] == "client_finished"}
+    assert others == set(asked) - {failed["client"]}
+    for tensor, values in result.adapter.tensors().items():
+        assert bool(values.isfinite().all()), tensor
+    found = (
+        perplexities(tiny_gpt2, result.path, test_rows.everyones) if name not in PERSONAL else {}
+    )
+    assert found == pytest.approx(
+        {rank: values["perplexity"] for rank, values in result.metrics.items()}, rel=1e-4
+    )
+
+
+@every
+def test_a_classifier_and_its_head(
+    tmp_path: Path, make_config: Make, tiny_bert: Path, name: str
+) -> None:
+    """The head is trained in full by everyone; it is in every folder, or with its client."""
+    config = config_of(
+        make_config,
+        name,
+        task="classification",
+        model={"name": str(tiny_bert)},
+        lora={"dropout": 0.1},
+        federation={"rounds": 1, "clients_per_round": 3},
+        evaluation={},
+    )
+    result = prelort.run(config, tmp_path / "run")
+
+    before = load_file(result.path / "checkpoints" / "00000" / "state.safetensors")
+    heads = {key: before[f"adapter:{key}"] for key in result.adapter.extras}
+    assert heads
+    moved = [not torch.equal(result.adapter.extras[key], head) for key, head in heads.items()]
+    if name in PERSONAL:
+        assert not any(moved)
+        kept = [load_file(path) for path in (result.path / "personal").rglob("*.safetensors")]
+        assert len(kept) == 3
+        for own in kept:
+            assert own.keys() >= heads.keys()
+            assert not any(torch.equal(own[key], head) for key, head in heads.items())
+        return
+    assert all(moved)
+    for rank, values in result.metrics.items():
+        assert math.isfinite(values["loss"])
+        assert 0 <= values["accuracy"] <= 1
+        model: Any = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=2)
+        loaded = PeftModel.from_pretrained(model, result.path / "adapters" / f"rank-{rank}")
+        state = loaded.state_dict()
+        for key in heads:
+            module, _, attribute = key.rpartition(".")
+            found = state[f"base_model.model.{module}.modules_to_save.default.{attribute}"]
+            assert torch.equal(found, result.adapter.extras[key])

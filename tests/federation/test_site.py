@@ -1,0 +1,550 @@
+"""A client with a real model: what it takes in, what it completes by itself, what it answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from small_federation import blob_of, in_process, same_bits
+
+from prelort import tasks
+from prelort.adapters import AdapterSchema, Factors, LoraAdapter, ScaleRule
+from prelort.adapters.initial import fresh
+from prelort.config import LoraSettings, ModelConfig, TrainingConfig
+from prelort.federation import wire
+from prelort.federation.flower import Message, MessageType
+from prelort.federation.personal import PersonalStore
+from prelort.federation.registry import Agreement
+from prelort.federation.site import REFUSED, Site, Workspace, make_client_app
+from prelort.methods import Broadcast
+from prelort.methods.objective import Objective, TailPenalty, plain
+from prelort.metrics.evaluate import evaluate
+from prelort.models.base import load_tokenizer
+from prelort.models.lora import attach, extract, install
+from prelort.tasks.interface import Example
+from prelort.training.local import Assignment, train
+from prelort.training.tail import tail_norm
+from prelort.training.truncation import Truncation
+from tiny_models import base_model, kind_of, trained_adapter
+
+RULE = ScaleRule("rslora", 1.3)
+GLOBAL = 8
+TRAINING = TrainingConfig(local_steps=2, batch_size=4, learning_rate=0.05, optimizer="sgd")
+
+
+def examples_of(folder: Path, seed: int, count: int = 8) -> list[Example]:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(2, 256, (count, 6), generator=generator).tolist()
+    label = kind_of(folder) == "classification"
+    return [Example(ids, index % 3 if label else ids) for index, ids in enumerate(rows)]
+
+
+class Bench:
+    """A workspace, the server's adapter, and one client that is asked through its `ClientApp`."""
+
+    def __init__(self, folder: Path, *, pattern: dict[str, int] | None = None) -> None:
+        self.folder = folder
+        self.tokenizer = load_tokenizer(ModelConfig(name=str(folder)))
+        task = tasks.get("classification" if kind_of(folder) == "classification" else "causal-lm")
+        settings = LoraSettings(rank_pattern=pattern or {})
+        model = attach(base_model(folder), settings, GLOBAL, task.kind).eval()
+        self.initial = fresh(extract(model, RULE), 5)
+        self.trained = trained_adapter(model, RULE)
+        agreement = Agreement("base-0", AdapterSchema.of(self.initial), RULE)
+        self.work = Workspace(
+            model,
+            Truncation(model, RULE),
+            task,
+            0,
+            agreement,
+            self.tokenizer,
+            self.initial.extras,
+        )
+        self.site = Site("site-0", 4, examples_of(folder, 0), self.work)
+
+    def ask(self, content: Any, kind: str) -> Message:
+        grid = in_process(make_client_app(lambda context: self.site), 1)
+        (node,) = grid.get_node_ids()
+        message = Message(content, dst_node_id=node, message_type=kind)
+        (reply,) = grid.send_and_receive([message])
+        return reply
+
+    def introduction(self) -> wire.Introduction:
+        content = wire.pack(self.work.agreement.header(1))
+        return wire.header(self.ask(content, MessageType.QUERY).content, wire.Introduction)
+
+    def request(self, sent: Broadcast, objective: Objective | None, **changes: Any) -> Any:
+        rank = sent.trainable.rank
+        goal = objective or plain(rank)
+        facts = {
+            **self.work.agreement.header(rank).model_dump(),
+            "dtype": "float32",
+            "round": 0,
+            "drawn": sent.drawn,
+            "draw_seed": sent.draw_seed,
+            "personal": sent.personal,
+            "gain": sent.gain,
+            "rounds": 3,
+            "seed": 11,
+            "training": TRAINING,
+            "objective": goal.kind,
+            "levels": goal.levels,
+            "level_weights": goal.weights,
+            "tail": goal.tail,
+            "trains": sent.trains,
+            "timeout": 60.0,
+        }
+        return wire.TrainRequest(**(facts | changes))
+
+    def train(
+        self, sent: Broadcast, objective: Objective | None = None, **changes: Any
+    ) -> tuple[wire.TrainReply, dict[str, torch.Tensor]]:
+        """The reply's header, and the tensors that came with it."""
+        head = self.request(sent, objective, **changes)
+        content = wire.pack(head, sent.trainable, sent.frozen, without=head.missing())
+        reply = self.ask(content, MessageType.TRAIN)
+        assert not reply.has_error(), reply.error.reason
+        answered = wire.header(reply.content, wire.TrainReply)
+        return answered, tensors_in(reply)
+
+    def refusal(self, sent: Broadcast, **changes: Any) -> str:
+        """The reason for which a request is refused."""
+        head = self.request(sent, None, **changes)
+        content = wire.pack(head, sent.trainable, sent.frozen, without=head.missing())
+        reply = self.ask(content, MessageType.TRAIN)
+        assert reply.has_error()
+        assert reply.error.code == REFUSED
+        return str(reply.error.reason)
+
+    def measure(self, sent: Broadcast, **changes: Any) -> Message:
+        facts = {
+            **self.work.agreement.header(sent.trainable.rank).model_dump(),
+            "dtype": "float32",
+            "round": 1,
+            "drawn": sent.drawn,
+            "draw_seed": sent.draw_seed,
+            "personal": sent.personal,
+            "gain": sent.gain,
+            "metrics": None,
+            "batch_size": 3,
+            "max_new_tokens": 1,
+            "max_generated": 1,
+        }
+        head = wire.EvaluateRequest(**(facts | changes))
+        content = wire.pack(head, sent.trainable, sent.frozen, without=head.missing())
+        return self.ask(content, MessageType.EVALUATE)
+
+    def by_hand(
+        self, sent: Broadcast, objective: Objective | None = None, round_index: int = 0
+    ) -> LoraAdapter:
+        """What the client's training makes of the whole adapter, without any message."""
+        install(
+            self.work.model,
+            sent.trainable,
+            frozen=sent.frozen,
+            trains=sent.trains,
+            gain=sent.gain,
+        )
+        goal = objective or plain(sent.trainable.rank)
+        work = Assignment("site-0", round_index, 3, 11, goal)
+        examples = self.site.examples
+        train(self.work.model, self.work.truncation, self.work.task, examples, TRAINING, work, 0)
+        return extract(self.work.model, RULE)
+
+    def loss(self, sent: Broadcast, examples: list[Example]) -> dict[str, float]:
+        install(self.work.model, sent.trainable, frozen=sent.frozen, gain=sent.gain)
+        found = evaluate(
+            self.work.model,
+            self.work.task,
+            examples,
+            (1,),
+            lambda rank: nullcontext(),
+            metrics=self.work.task.metrics,
+            tokenizer=self.tokenizer,
+            batch_size=32,
+            max_new_tokens=1,
+            max_generated=1,
+            device="cpu",
+        )
+        return found[1]
+
+
+def tensors_in(reply: Message) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load(blob_of(reply.content))
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.fixture
+def bench(tiny_llama: Path) -> Bench:
+    return Bench(tiny_llama)
+
+
+@pytest.fixture
+def bert(tiny_bert: Path) -> Bench:
+    """With a head, which is an extra."""
+    return Bench(tiny_bert)
+
+
+def fold_of(adapter: LoraAdapter, rank: int, seed: int = 3) -> LoraAdapter:
+    generator = torch.Generator().manual_seed(seed)
+    layers = {
+        name: Factors(
+            0.2 * torch.randn(rank, f.A.shape[1], generator=generator),
+            0.2 * torch.randn(f.B.shape[0], rank, generator=generator),
+        )
+        for name, f in adapter.layers.items()
+    }
+    return LoraAdapter(layers, RULE)
+
+
+# Who it says it is
+
+
+@pytest.mark.parametrize("most, said", [(0, 4), (2, 4), (4, 4), (8, 8)])
+def test_it_introduces_itself_with_the_rank_it_begins_with_and_the_most(
+    bench: Bench, most: int, said: int
+) -> None:
+    bench.site = replace(bench.site, most=most)
+    intro = bench.introduction()
+    assert (intro.client, intro.rank, intro.most, intro.examples) == ("site-0", 4, said, 8)
+
+
+# What it trains
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"gain": 2.0},
+        {"trains": "A"},
+        {"trains": "B"},
+        {"trains": "B", "gain": 0.5},
+    ],
+)
+@pytest.mark.parametrize("folded", [0, 3, 30])
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_its_reply_is_the_trained_part_of_what_it_received(
+    request: pytest.FixtureRequest, kind: str, how: dict[str, Any], folded: int
+) -> None:
+    bench: Bench = request.getfixturevalue("bench" if kind == "llama" else "bert")
+    frozen = fold_of(bench.trained, folded) if folded else None
+    sent = Broadcast(bench.trained.prefix(4), frozen=frozen, **how)
+
+    head, found = bench.train(sent)
+
+    expected = bench.by_hand(sent).tensors()
+    stays = {"A": "lora_B", "B": "lora_A"}.get(sent.trains, "none")
+    assert_same(found, {name: t for name, t in expected.items() if stays not in name})
+    assert (head.client, head.examples, head.steps, head.rank) == ("site-0", 8, 2, 4)
+    assert head.next_rank is None
+    assert head.validation_loss is None
+    before = bench.trained.prefix(4).tensors()
+    assert not any(torch.equal(tensor, before[name]) for name, tensor in found.items())
+
+
+def test_a_round_with_a_fold_leaves_nothing_for_the_next_client(bench: Bench) -> None:
+    sent = Broadcast(bench.trained.prefix(4))
+    _, before = bench.train(sent)
+    bench.train(replace(sent, frozen=fold_of(bench.trained, 30), trains="B", gain=3.0))
+    assert_same(bench.train(sent)[1], before)
+
+
+# What it is not sent
+
+
+@pytest.mark.parametrize("drawn, trains", [("A", "B"), ("A", "AB"), ("A and B", "AB")])
+@pytest.mark.parametrize("rank", [1, 3, 4])
+@pytest.mark.parametrize("pattern", [None, {"q_proj": 3}], ids=["one rank", "rank_pattern"])
+def test_what_it_draws_is_what_the_server_would_have_sent(
+    tiny_llama: Path, drawn: Any, trains: Any, rank: int, pattern: dict[str, int] | None
+) -> None:
+    bench = Bench(tiny_llama, pattern=pattern)
+    start = fresh(bench.initial, 77)
+    if drawn == "A":  # B has been trained since
+        learnt = {n: Factors(f.A, bench.trained.layers[n].B) for n, f in start.layers.items()}
+        start = replace(start, layers=learnt)
+    whole = Broadcast(start.prefix(rank), trains=trains)
+
+    _, expected = bench.train(whole)
+    _, found = bench.train(replace(whole, drawn=drawn, draw_seed=77))
+    _, other = bench.train(replace(whole, drawn=drawn, draw_seed=78))
+
+    assert_same(found, expected)
+    assert any(not torch.equal(tensor, expected[name]) for name, tensor in other.items())
+
+
+def test_what_it_should_draw_but_was_sent_is_refused(bench: Bench) -> None:
+    sent = Broadcast(bench.initial.prefix(4), drawn="A", draw_seed=5)
+    head = bench.request(sent, None)
+    reply = bench.ask(wire.pack(head, sent.trainable), MessageType.TRAIN)
+    assert reply.has_error()
+    assert "is surplus" in reply.error.reason
+
+
+# What it refuses
+
+
+@pytest.mark.parametrize("most, allowed", [(0, 4), (4, 4), (6, 6), (2, 4)])
+def test_a_rank_above_what_it_affords_is_refused(bench: Bench, most: int, allowed: int) -> None:
+    bench.site = replace(bench.site, most=most)
+    bench.train(Broadcast(bench.trained.prefix(allowed)))
+    for asked in (allowed + 1, 8):
+        said = bench.refusal(Broadcast(bench.trained.prefix(asked)))
+        assert said == f"affords rank {allowed} at most, asked was {asked}"
+
+
+def test_a_rank_above_what_it_affords_is_not_measured_either(bench: Bench) -> None:
+    bench.site = replace(bench.site, test=examples_of(bench.folder, 1))
+    reply = bench.measure(Broadcast(bench.trained.prefix(5)))
+    assert reply.error.reason == "affords rank 4 at most, asked was 5"
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"base": "base-9"}, "another base model"),
+        ({"layers": "none"}, "adapts other layers"),
+        ({"scale": 9.0}, "uses another scale rule"),
+    ],
+)
+def test_a_server_that_disagrees_is_refused(
+    bench: Bench, changes: dict[str, Any], reason: str
+) -> None:
+    assert reason in bench.refusal(Broadcast(bench.trained.prefix(4)), **changes)
+
+
+def test_an_adapter_of_another_shape_is_refused(bench: Bench) -> None:
+    assert "has shape" in bench.refusal(Broadcast(bench.trained.prefix(3)), rank=4)
+
+
+def test_a_fold_that_does_not_fit_is_refused(bench: Bench) -> None:
+    fold = fold_of(bench.trained, 2)
+    name = min(fold.layers)
+    broken = Factors(fold.layers[name].A[:, 1:], fold.layers[name].B)
+    sent = Broadcast(
+        bench.trained.prefix(4), frozen=replace(fold, layers={**fold.layers, name: broken})
+    )
+    assert f"frozen layer '{name}'" in bench.refusal(sent)
+    fold.layers[name].B[0, 0] = math.nan
+    sent = replace(sent, frozen=fold)
+    assert "holds a value that is not finite" in bench.refusal(sent)
+
+
+# What stays with it
+
+
+@pytest.fixture
+def own(bert: Bench, tmp_path: Path) -> Bench:
+    """A client that keeps its B and its head."""
+    bert.site = replace(bert.site, most=8, personal=PersonalStore(tmp_path / "personal"))
+    return bert
+
+
+def own_tensors(bench: Bench) -> Callable[[int], dict[str, torch.Tensor]]:
+    assert bench.site.personal is not None
+    store = bench.site.personal
+    return lambda before: store.load("site-0", before=before)
+
+
+def with_own(bench: Bench, adapter: LoraAdapter, kept: dict[str, torch.Tensor]) -> LoraAdapter:
+    """The shared A and these tensors."""
+    return LoraAdapter.from_tensors({**adapter.tensors(), **kept}, RULE)
+
+
+def personal(adapter: LoraAdapter) -> Broadcast:
+    return Broadcast(adapter, personal=True)
+
+
+def test_it_begins_with_b_of_zeros_and_the_head_that_everyone_has(own: Bench) -> None:
+    sent = personal(own.trained.prefix(4))
+    _, found = own.train(sent)
+
+    start = fresh(sent.trainable, 0)
+    begun = {n: Factors(sent.trainable.layers[n].A, f.B) for n, f in start.layers.items()}
+    expected = own.by_hand(Broadcast(LoraAdapter(begun, RULE, own.initial.extras)))
+
+    assert_same(found, {n: t for n, t in expected.tensors().items() if "lora_A" in n})
+    kept = own_tensors(own)(1)
+    assert_same(kept, {n: t for n, t in expected.tensors().items() if "lora_A" not in n})
+    assert any("classifier" in name for name in kept)
+
+
+def test_it_goes_on_with_its_own_whatever_the_server_has(own: Bench) -> None:
+    own.train(personal(own.trained.prefix(4)))
+    later = trained_adapter(own.work.model, RULE, seed=9).prefix(4)
+    kept = own_tensors(own)(1)
+
+    _, found = own.train(personal(later), round=1)
+
+    expected = own.by_hand(Broadcast(with_own(own, later, kept)), round_index=1)
+    assert_same(found, {n: t for n, t in expected.tensors().items() if "lora_A" in n})
+    assert_same(own_tensors(own)(2), {n: t for n, t in expected.tensors().items() if n in kept})
+
+
+def test_a_round_that_is_done_again_begins_where_it_began(own: Bench) -> None:
+    sent = personal(own.trained.prefix(4))
+    first = [own.train(sent, round=number)[1] for number in range(3)]
+    left = own_tensors(own)(3)
+    for number in (2, 1, 2):
+        assert_same(own.train(sent, round=number)[1], first[number])
+    assert_same(own_tensors(own)(3), left)
+    assert not torch.equal(*(next(iter(first[number].values())) for number in (0, 1)))
+
+
+@pytest.mark.parametrize("rank", [2, 6, 8])
+def test_after_a_change_of_rank_it_has_the_slots_that_it_had(own: Bench, rank: int) -> None:
+    """New slots have B = 0, so that they add nothing before they are trained."""
+    own.train(personal(own.trained.prefix(4)))
+    kept = own_tensors(own)(1)
+    shared = min(rank, 4)
+    for name, tensor in list(kept.items()):
+        if "lora_B" in name:
+            kept[name] = torch.zeros(tensor.shape[0], rank)
+            kept[name][:, :shared] = tensor[:, :shared]
+    later = own.trained.prefix(rank)
+
+    _, found = own.train(personal(later), round=1)
+
+    expected = own.by_hand(Broadcast(with_own(own, later, kept)), round_index=1)
+    assert_same(found, {n: t for n, t in expected.tensors().items() if "lora_A" in n})
+
+
+def test_it_measures_with_its_own_too(own: Bench) -> None:
+    test = examples_of(own.folder, 1, count=7)
+    own.site = replace(own.site, test=test)
+    own.train(personal(own.trained.prefix(4)))
+    shared = trained_adapter(own.work.model, RULE, seed=9).prefix(4)
+
+    head = wire.header(own.measure(personal(shared)).content, wire.EvaluateReply)
+
+    expected = own.loss(Broadcast(with_own(own, shared, own_tensors(own)(1))), test)
+    assert head.metrics == pytest.approx(expected, rel=5e-6)
+    before = own.measure(personal(shared), round=0)
+    other = wire.header(before.content, wire.EvaluateReply).metrics["loss"]
+    assert other != pytest.approx(expected["loss"], rel=5e-5)
+
+
+def test_without_a_place_to_keep_it_a_personal_round_is_refused(bert: Bench) -> None:
+    said = bert.refusal(personal(bert.trained.prefix(4)))
+    assert said == "has no place to keep its own factors: this method needs one"
+
+
+def test_damaged_factors_of_its_own_are_told_and_not_replaced(own: Bench, tmp_path: Path) -> None:
+    sent = personal(own.trained.prefix(4))
+    own.train(sent)
+    (path,) = (tmp_path / "personal").rglob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:-9])
+    assert "is damaged" in own.refusal(sent, round=1)
+
+
+# Pruning and offers
+
+
+def pruning(lowest: int, weight: float = 0.0) -> Objective:
+    return replace(plain(4), tail=TailPenalty(weight, 0.5, lowest))
+
+
+def test_a_tail_that_training_made_smaller_is_left_off(bench: Bench) -> None:
+    sent = Broadcast(bench.trained.prefix(4))
+    strong = pruning(1, weight=30.0)
+    expected = bench.by_hand(sent, strong)
+    after = tail_norm(bench.work.model, TailPenalty(1.0, 0.5, 1), 4)
+    install(bench.work.model, sent.trainable)
+    assert after < tail_norm(bench.work.model, TailPenalty(1.0, 0.5, 1), 4)
+
+    head, found = bench.train(sent, strong)
+
+    assert (head.rank, head.next_rank) == (2, 2)
+    assert_same(found, expected.prefix(2).tensors())
+
+
+@pytest.mark.parametrize("objective", [pruning(3, weight=30.0), plain(4)], ids=["lowest", "plain"])
+def test_it_is_kept_below_the_lowest_rank_and_where_nothing_is_pruned(
+    bench: Bench, objective: Objective
+) -> None:
+    head, found = bench.train(Broadcast(bench.trained.prefix(4)), objective)
+    assert (head.rank, head.next_rank) == (4, None)
+    assert found["model.layers.0.self_attn.q_proj.lora_A.weight"].shape[0] == 4
+
+
+def test_a_tail_that_grew_is_kept(bench: Bench) -> None:
+    """From B = 0 it cannot have become smaller."""
+    head, _ = bench.train(Broadcast(bench.initial.prefix(4)), pruning(1, weight=30.0))
+    assert (head.rank, head.next_rank) == (4, None)
+
+
+def test_it_is_asked_after_each_round_what_it_affords(bench: Bench) -> None:
+    asked: list[int] = []
+
+    def next_rank(round_index: int) -> int | None:
+        asked.append(round_index)
+        return {1: 7}.get(round_index)
+
+    bench.site = replace(bench.site, next_rank=next_rank)
+    sent = Broadcast(bench.trained.prefix(4))
+    offers = [bench.train(sent, round=number)[0].next_rank for number in range(3)]
+    assert offers == [None, 7, None]
+    assert asked == [0, 1, 2]
+
+
+# Measuring
+
+
+def test_its_measurements_are_those_of_what_it_received(bench: Bench) -> None:
+    test = examples_of(bench.folder, 1, count=7)
+    bench.site = replace(bench.site, test=test)
+    sent = Broadcast(bench.trained.prefix(4), frozen=fold_of(bench.trained, 3), gain=2.0)
+
+    reply = bench.measure(sent)
+
+    head = wire.header(reply.content, wire.EvaluateReply)
+    assert head.metrics == pytest.approx(bench.loss(sent, test), rel=5e-6)
+    assert (head.client, head.round, head.examples, head.rank) == ("site-0", 1, 7, 4)
+    assert "adapter" not in reply.content  # nothing but numbers goes back
+
+
+def test_only_the_metrics_that_were_asked_for_are_measured(bert: Bench) -> None:
+    bert.site = replace(bert.site, test=examples_of(bert.folder, 1))
+    reply = bert.measure(Broadcast(bert.trained.prefix(4)), metrics=("accuracy",))
+    assert wire.header(reply.content, wire.EvaluateReply).metrics.keys() == {"accuracy", "loss"}
+
+
+def test_without_test_rows_it_says_so(bench: Bench) -> None:
+    reply = bench.measure(Broadcast(bench.trained.prefix(4)))
+    assert (reply.error.code, reply.error.reason) == (REFUSED, "has no test rows of its own")
+
+
+def test_the_loss_on_its_validation_rows_is_that_of_what_it_trained(bench: Bench) -> None:
+    rows = examples_of(bench.folder, 2, count=5)
+    bench.site = replace(bench.site, validation=rows)
+    sent = Broadcast(bench.trained.prefix(4), frozen=fold_of(bench.trained, 3), gain=2.0)
+
+    head, found = bench.train(sent, with_validation=True)
+
+    after = replace(sent, trainable=LoraAdapter.from_tensors(found, RULE))
+    expected = bench.loss(after, rows)["loss"]
+    assert head.validation_loss == pytest.approx(expected, rel=5e-6)
+    assert head.validation_loss != pytest.approx(bench.loss(sent, rows)["loss"], rel=5e-5)
+    assert bench.train(sent)[0].validation_loss is None
+    bench.site = replace(bench.site, validation=())
+    assert bench.train(sent, with_validation=True)[0].validation_loss is None
+
+
+def test_measuring_its_validation_rows_does_not_change_what_it_sends(bench: Bench) -> None:
+    bench.site = replace(bench.site, validation=examples_of(bench.folder, 2))
+    sent = Broadcast(bench.trained.prefix(4))
+    assert_same(bench.train(sent, with_validation=True)[1], bench.train(sent)[1])
+    assert same_bits(sent.trainable, bench.trained.prefix(4))

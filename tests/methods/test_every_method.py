@@ -1,0 +1,622 @@
+"""One matrix of laws over every registered method: to register a method is to have it tested.
+
+Where a method honestly does otherwise, a table below names it with the reason.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from reference import best_of_rank, mean_product, norm_weighted
+from rounds import (
+    DIMENSIONS,
+    RULES,
+    R,
+    aggregate,
+    assert_near,
+    clients_of,
+    function_of,
+    replies,
+    start,
+    trained,
+)
+
+from prelort.adapters import AdapterSchema, Factors, LoraAdapter, ScaleRule, peft_folder
+from prelort.adapters.initial import draw_a, fresh
+from prelort.config import FederationConfig, MethodConfig
+from prelort.errors import ConfigError, UpdateRefused
+from prelort.experiment import checkpoint
+from prelort.experiment.checkpoint import Checkpoint
+from prelort.federation import wire
+from prelort.federation.flower import (
+    Message,
+    MessageType,
+    RecordDict,
+    identify_process,
+    set_message_id,
+)
+from prelort.federation.registry import Agreement
+from prelort.federation.replies import checked
+from prelort.methods import REGISTRY, Broadcast, Client, Method, ServerState, Update, build
+from random_adapters import dense, random_adapter, same_bits
+
+SEED = 7
+"""Of the run: what clients draw by themselves is drawn from it."""
+RANKS = [2, 8, 5]
+PATTERN = (8, 5, 3)
+"""The ranks of the layers where they differ."""
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "florist": {"energy": 1.0},
+    "prelort-sorted": {"step": 0.0, "presence": 0.0},
+}
+"""Without what makes them more, or less, than the mean by intention."""
+
+ONE_RANK_FOR_ALL = {"fedit"}
+"""Its clients have one rank; it says so."""
+
+ONE_RANK_FOR_LAYERS = {"fslora"}
+"""Its R/r is one number for all layers; it says so."""
+
+ONE_GAIN_FOR_LAYERS = {"fed-plora", "fedex-lora"}
+"""A part of the slots counts as in the whole: under rslora that takes layers of one rank, too."""
+
+SUMS = {"flora", "florist", "fedex-lora"}
+"""Keep the exact sum of the products, with as many slots as it needs."""
+
+CUTS = {"flexlora", "hlora", "raflora", "prelort-sorted"}
+"""Cut the sum of the products to the global rank: the slots are other ones after each round."""
+
+PRUNES = {"hetlora"}
+"""Its clients may answer with fewer slots than they were sent."""
+
+OWN_WEIGHTS = {"hetlora"}
+"""Weighs by norms and not by examples."""
+
+WHOLE = {"fed-plora", "fedit", "homogeneous-min", "homogeneous-max"} | SUMS
+"""Every client starts from, and adds to, the whole global function, whatever its rank; of the
+others a client of rank r has the global function of rank r."""
+
+NEITHER = {"fslora"}
+"""A client of a low rank trains a random sketch, which is the global function of no rank."""
+
+KEEPS_THE_REST = {"raflora", "prelort-sorted"}
+"""Slots that nobody holds are mixed with those that somebody holds when the sum is cut."""
+
+NO_PREFIXES = {"fedit", "fed-plora", "flora", "florist", "fslora"}
+"""What their clients train has no prefixes, or is not part of the paper."""
+
+every = pytest.mark.parametrize("name", REGISTRY)
+rules = pytest.mark.parametrize("rule", RULES, ids=str)
+
+
+def every_but(*tables: set[str]) -> pytest.MarkDecorator:
+    """Every method but those of the tables."""
+    left_out = set().union(*tables)
+    return pytest.mark.parametrize("name", [name for name in REGISTRY if name not in left_out])
+
+
+def refuses(name: str, own: int | tuple[int, ...], rule: ScaleRule) -> bool:
+    """Whether the method cannot serve layers of these ranks under this rule."""
+    scaled = rule.kind == "rslora" and name in ONE_GAIN_FOR_LAYERS
+    return own == PATTERN and (name in ONE_RANK_FOR_LAYERS or scaled)
+
+
+SHAPES = [(name, own, rule) for name in REGISTRY for own in (R, PATTERN) for rule in RULES]
+every_shape = pytest.mark.parametrize(
+    "name, own, rule", [shape for shape in SHAPES if not refuses(*shape)], ids=str
+)
+
+
+def method_of(name: str, weights: str = "examples") -> Method:
+    ranks = [R] if name in ONE_RANK_FOR_ALL else RANKS
+    return build(
+        MethodConfig(name=name, weights=weights, options={name: OPTIONS.get(name, {})}),
+        sorted(ranks),
+        SEED,
+    )
+
+
+def served(name: str, ranks: Sequence[int] = RANKS) -> list[Client]:
+    """Clients of these ranks, or of one where the method wants one."""
+    return clients_of([R] * len(ranks) if name in ONE_RANK_FOR_ALL else ranks)
+
+
+@functools.cache  # nothing changes a state: that is one of the laws
+def after_rounds(
+    name: str, rounds: int = 1, rule: ScaleRule = RULES[0], own: int | tuple[int, ...] = R
+) -> tuple[Method, ServerState]:
+    """The method, and a state to which it has come by itself from a true first one."""
+    method, state = method_of(name), ServerState(fresh(start(own, rule).adapter, SEED))
+    for number in range(rounds):
+        updates = replies(method, state, served(name), seed=1000 * number)
+        state = aggregate(method, state, updates)
+    return method, state
+
+
+def assert_same_function(
+    method: Method, one: ServerState, other: ServerState, tolerance: float = 1e-5
+) -> None:
+    first, second = method.readout(one), method.readout(other)
+    assert_near(dense(first), dense(second), tolerance)
+    for name, tensor in second.extras.items():
+        torch.testing.assert_close(first.extras[name], tensor, rtol=tolerance, atol=tolerance)
+
+
+def assert_same_state(one: ServerState, other: ServerState) -> None:
+    assert same_bits(one.adapter, other.adapter)
+    assert (one.round, one.adapter.scale) == (other.round, other.adapter.scale)
+    assert one.memory.keys() == other.memory.keys()
+    for name, tensor in one.memory.items():
+        assert torch.equal(tensor, other.memory[name]), name
+
+
+def assert_sound(state: ServerState, like: ServerState) -> None:
+    """Finite float32 numbers in the shapes of the federation."""
+    shapes = {n: t.shape for n, t in like.adapter.tensors().items()}
+    assert {n: t.shape for n, t in state.adapter.tensors().items()} == shapes
+    for name, tensor in (state.adapter.tensors() | dict(state.memory)).items():
+        assert tensor.dtype == torch.float32, name
+        assert bool(tensor.isfinite().all()), name
+
+
+def random_replies(state: ServerState, ranks: Sequence[int]) -> list[Update]:
+    """The same replies for every method, whatever it would have sent."""
+    return [
+        Update(
+            client,
+            random_adapter(client.rank, 50 + k, scale=state.adapter.scale, dimensions=DIMENSIONS),
+            client.examples,
+        )
+        for k, client in enumerate(clients_of(ranks))
+    ]
+
+
+def test_the_tables_name_registered_methods():
+    tables = (
+        *(OPTIONS, ONE_RANK_FOR_ALL, ONE_RANK_FOR_LAYERS, ONE_GAIN_FOR_LAYERS, SUMS, CUTS),
+        *(PRUNES, OWN_WEIGHTS, WHOLE, NEITHER, KEEPS_THE_REST, NO_PREFIXES),
+    )
+    assert set(REGISTRY) >= {name for table in tables for name in table}
+    client = Client("k", R, 1)
+    assert {n for n in REGISTRY if method_of(n).objective(client).tail is not None} == PRUNES
+
+
+# What a client receives
+
+
+@every
+@rules
+@pytest.mark.parametrize("rounds", [0, 1, 2])
+def test_a_broadcast_is_a_pure_function_and_fits_the_model(name, rule, rounds):
+    method, state = after_rounds(name, rounds, rule)
+    before = {n: t.clone() for n, t in (state.adapter.tensors() | dict(state.memory)).items()}
+    schema = AdapterSchema.of(state.adapter)
+    for client in served(name):
+        sent, again = method.broadcast(state, client), method.broadcast(state, client)
+        assert same_bits(sent.trainable, again.trainable)
+        assert (sent.frozen is None) == (again.frozen is None)
+        if sent.frozen is not None and again.frozen is not None:
+            assert same_bits(sent.frozen, again.frozen)
+            wire.check_frozen(sent.frozen, schema)
+        bare = [replace(s, trainable=LoraAdapter({}, rule), frozen=None) for s in (sent, again)]
+        assert bare[0] == bare[1]
+        wire.check_adapter(sent.trainable, schema, sent.trainable.rank, 1e4)
+        assert sent.trainable.scale == rule
+        assert method.objective(client).levels[-1] == sent.trainable.rank
+    for n, tensor in (state.adapter.tensors() | dict(state.memory)).items():
+        assert torch.equal(tensor, before[n])
+
+
+@every
+@pytest.mark.parametrize("rounds", [0, 1, 2])
+def test_what_a_client_draws_by_itself_is_what_the_server_means(name, rounds):
+    method, state = after_rounds(name, rounds)
+    for client in served(name):
+        sent = method.broadcast(state, client)
+        for layer, factors in sent.trainable.layers.items():
+            largest, d_in = state.adapter.layers[layer].rank, factors.A.shape[1]
+            drawn = draw_a(sent.draw_seed, layer, largest, d_in)[: factors.rank]
+            if sent.drawn != "nothing":
+                assert torch.equal(factors.A, drawn)
+            if sent.drawn == "A and B":
+                assert not factors.B.any()
+
+
+@every_shape
+@pytest.mark.parametrize("rounds", [0, 1, 2])
+def test_where_a_client_starts(name, rounds, own, rule):
+    """At the global function itself, or at the global function of its rank."""
+    method, state = after_rounds(name, rounds, rule, own)
+    for client in served(name, [1, 3, 8]):
+        if name in NEITHER and client.rank < R:
+            continue
+        sent = method.broadcast(state, client)
+        expected = method.readout(state, None if name in WHOLE else client.rank)
+        assert_near(function_of(sent), dense(expected), 1e-6)
+        for extra, tensor in expected.extras.items():
+            assert torch.equal(sent.trainable.extras[extra], tensor)
+
+
+@every_but(set(REGISTRY) - ONE_RANK_FOR_LAYERS - ONE_GAIN_FOR_LAYERS)
+@rules
+def test_layers_of_different_ranks_are_refused_where_they_cannot_be_served(name, rule):
+    """By the first broadcast to a client that does not hold all slots."""
+    method, state = method_of(name), ServerState(fresh(start(PATTERN, rule).adapter, SEED))
+    if refuses(name, PATTERN, rule):
+        with pytest.raises(ConfigError, match=f"'{name}' .*needs layers of one rank: leave"):
+            method.broadcast(state, Client("k", 2, 1))
+    else:
+        method.broadcast(state, Client("k", 2, 1))
+
+
+@every
+def test_clients_of_different_ranks_are_served_or_refused(name):
+    method = method_of(name)
+    method.check(served(name))
+    if name in ONE_RANK_FOR_ALL:
+        with pytest.raises(ConfigError, match="needs one rank for all clients"):
+            method.check(clients_of(RANKS))
+
+
+@every
+@pytest.mark.parametrize("kind", ["mean", "example", "step", "full+one"])
+def test_nested_training_is_taken_or_refused(name, kind):
+    """There are no prefixes to train where a client receives no prefix."""
+    config = MethodConfig(name=name, objective=kind)
+    if name in NO_PREFIXES:
+        with pytest.raises(ConfigError, match=f"objective = '{re.escape(kind)}' is not part of"):
+            build(config, [2, 5, 8], SEED)
+        return
+    method, (_, state) = build(config, [2, 5, 8], SEED), after_rounds(name)
+    for client in served(name):
+        objective = method.objective(client)
+        rank = method.broadcast(state, client).trainable.rank
+        assert objective.kind == kind
+        assert objective.levels == tuple(level for level in (2, 5, 8) if level <= rank)
+
+
+# What a round makes of the replies
+
+
+@every
+@pytest.mark.parametrize("weights", ["examples", "uniform"])
+def test_at_equal_ranks(name, weights):
+    """Of the same replies: FedIT's factors bit for bit, or the mean of the products."""
+    state = start()
+    updates = random_replies(state, [R, R, R])
+    method = method_of(name, weights)
+    after = aggregate(method, state, updates)
+    if name in OWN_WEIGHTS:
+        expected = norm_weighted(state.adapter, updates)
+        for tensor, found in after.adapter.tensors().items():
+            torch.testing.assert_close(found.double(), expected[tensor], rtol=2e-6, atol=2e-6)
+    elif name in SUMS | CUTS:
+        product = mean_product(updates, weights)
+        cut = {layer: best_of_rank(matrix, R) for layer, matrix in product.items()}
+        assert_near(dense(method.readout(after)), cut if name in CUTS else product)
+    else:
+        assert same_bits(
+            after.adapter, aggregate(method_of("fedit", weights), state, updates).adapter
+        )
+
+
+@every_shape
+@pytest.mark.parametrize("rounds", [0, 1, 2])
+def test_one_client_is_the_identity(name, rounds, own, rule):
+    """Of the function; for a client of the highest rank."""
+    method, state = after_rounds(name, rounds, rule, own)
+    (client,) = clients_of([R])
+    sent = method.broadcast(state, client)
+    reply = trained(sent, 77)
+    after = aggregate(method, state, [Update(client, reply, 3)])
+    found = method.readout(after)
+    assert_near(dense(found), function_of(sent, reply))
+    for extra, tensor in reply.extras.items():
+        assert torch.equal(found.extras[extra], tensor)
+
+
+@every_but(NEITHER, KEEPS_THE_REST, ONE_RANK_FOR_ALL)
+@rules
+@pytest.mark.parametrize("rank", [2, 3])
+def test_one_client_of_a_low_rank(name, rank, rule):
+    """Its function is the global one, or the global one of its rank."""
+    method, state = after_rounds(name, 1, rule)
+    (client,) = clients_of([rank])
+    sent = method.broadcast(state, client)
+    reply = trained(sent, 77)
+    after = aggregate(method, state, [Update(client, reply, 3)])
+    expected = function_of(sent, reply)
+    assert_near(dense(method.readout(after, None if name in WHOLE else rank)), expected)
+
+
+@every
+@rules
+def test_the_order_of_replies_changes_nothing_but_rounding(name, rule):
+    method, state = after_rounds(name, 1, rule)
+    updates = replies(method, state, served(name), seed=50)
+    expected = aggregate(method, state, updates)
+    for order in ([2, 1, 0], [1, 2, 0], [1, 0, 2]):
+        assert_same_function(
+            method, aggregate(method, state, [updates[i] for i in order]), expected
+        )
+
+
+@every
+@pytest.mark.parametrize("present", [RANKS, [2]], ids=str)
+def test_the_same_replies_give_the_same_bits(name, present):
+    """Also where something is drawn: of few directions a method may fill its slots up."""
+    method, state = after_rounds(name, 0)
+    updates = replies(method, state, served(name, present), seed=50)
+    assert_same_state(aggregate(method, state, updates), aggregate(method, state, updates))
+
+
+@every
+def test_the_order_of_layers_in_a_reply_changes_no_bit(name):
+    """What is read from a message has its layers in any order."""
+    method, state = after_rounds(name)
+    updates = replies(method, state, served(name), seed=50)
+
+    def turned(adapter: LoraAdapter) -> LoraAdapter:
+        return replace(adapter, layers=dict(reversed(list(adapter.layers.items()))))
+
+    others = [replace(u, adapter=turned(u.adapter)) for u in updates]
+    elsewhere = replace(state, adapter=turned(state.adapter))
+    assert_same_state(aggregate(method, elsewhere, others), aggregate(method, state, updates))
+
+
+@every
+def test_weights_times_ten_change_nothing_but_rounding(name):
+    method, state = after_rounds(name)
+    updates = replies(method, state, served(name), seed=50)
+    tenfold = [replace(u, examples=10 * u.examples) for u in updates]
+    assert_same_function(
+        method, aggregate(method, state, tenfold), aggregate(method, state, updates)
+    )
+
+
+@every
+def test_uniform_weights_do_not_look_at_the_number_of_examples(name):
+    _, state = after_rounds(name)
+    method = method_of(name, "uniform")
+    updates = replies(method, state, served(name), seed=50)
+    others = [replace(u, examples=1 + u.examples**2) for u in updates]
+    assert_same_state(aggregate(method, state, others), aggregate(method, state, updates))
+
+
+@every_but(OWN_WEIGHTS)
+def test_a_reply_of_weight_zero_says_nothing(name):
+    method, state = after_rounds(name)
+    first, second, third = replies(method, state, served(name), seed=50)
+    nothing = replace(second, examples=0)  # of the highest rank
+    expected = aggregate(method, state, [first, third])
+    for updates in ([nothing, first, third], [first, third, nothing]):
+        assert_same_state(aggregate(method, state, updates), expected)
+    assert_same_function(method, aggregate(method, state, [nothing]), state)
+
+
+@every
+def test_neither_the_state_nor_a_reply_is_changed(name):
+    method, state = after_rounds(name)
+    updates = replies(method, state, served(name), seed=50)
+    kept = [state.adapter.tensors(), dict(state.memory), *(u.adapter.tensors() for u in updates)]
+    before = [{n: t.clone() for n, t in tensors.items()} for tensors in kept]
+    after = aggregate(method, state, updates)
+    method.readout(after), method.readout(after, 2)
+    for tensors, copies in zip(kept, before, strict=True):
+        assert all(torch.equal(t, copies[n]) for n, t in tensors.items())
+
+
+@every
+def test_rounds_are_counted(name):
+    for rounds in range(3):
+        _, state = after_rounds(name, rounds)
+        assert state.round == rounds
+    method = method_of(name)
+    assert method.aggregator(replace(state, round=9)).state.round == 9
+    updates = replies(method, replace(state, round=9), served(name))
+    assert aggregate(method, replace(state, round=9), updates).round == 10
+
+
+@every
+@rules
+@pytest.mark.parametrize("present", [[2, 2], [5, 2], [8], [3]], ids=str)
+def test_a_rank_level_that_is_absent(name, present, rule):
+    """Everything stays finite and in shape, and a slot that nobody trained keeps its value."""
+    method, state = after_rounds(name, 1, rule)
+    for number in range(2):
+        clients = served(name, present)
+        sent = [method.broadcast(state, client) for client in clients]
+        updates = [
+            Update(client, trained(s, number + k), client.examples)
+            for k, (client, s) in enumerate(zip(clients, sent, strict=True))
+        ]
+        after = aggregate(method, state, updates)
+        assert_sound(after, state)
+        assert_sound(ServerState(method.readout(after, 2)), ServerState(method.readout(after, 2)))
+        if name not in CUTS:
+            assert_untrained_slots_stay(state, after, sent)
+        state = after
+
+
+def assert_untrained_slots_stay(
+    state: ServerState, after: ServerState, sent: Sequence[Broadcast]
+) -> None:
+    for layer, old in state.adapter.layers.items():
+        new = after.adapter.layers[layer]
+        for j in range(old.rank):
+            if any(holds(s.trainable.layers.get(layer), old, j) for s in sent):
+                continue
+            assert torch.equal(new.A[j], old.A[j])
+            assert torch.equal(new.B[:, j], old.B[:, j])
+
+
+def holds(sent: Factors | None, old: Factors, j: int) -> bool:
+    """Whether a client received slot j: no two slots have the same row of A."""
+    return sent is not None and bool((old.A[j] == sent.A).all(dim=1).any())
+
+
+def test_all_slots_of_a_prefix_are_recognised():
+    """Guards the test above."""
+    old = start().adapter.layers["wide"]
+    assert [holds(old.prefix(5), old, j) for j in range(R)] == [True] * 5 + [False] * 3
+
+
+@every
+def test_a_clients_rank_grows_and_shrinks(name):
+    method, state = after_rounds(name)
+    first = state
+    for number, rank in enumerate([2, 5, 8, 3, 1]):
+        clients = served(name, [rank, 5])
+        updates = replies(method, state, clients, seed=10 * number)
+        for client, update in zip(clients, updates, strict=True):
+            assert method.objective(client).levels[-1] == update.adapter.rank
+        state = aggregate(method, state, updates)
+        assert_sound(state, first)
+        assert state.round == first.round + number + 1
+
+
+@every_but(set(REGISTRY) - PRUNES)
+def test_a_client_that_prunes_itself_answers_with_fewer_slots(name):
+    method, state = after_rounds(name)
+    updates = replies(method, state, served(name))
+    pruned = replace(updates[1], adapter=updates[1].adapter.prefix(R - 1))
+    after = aggregate(method, state, [updates[0], pruned, updates[2]])
+    assert_sound(after, state)
+    new, old = after.adapter.layers["wide"], state.adapter.layers["wide"]
+    assert torch.equal(new.A[R - 1], old.A[R - 1])
+    assert not torch.equal(new.A[R - 2], old.A[R - 2])
+
+
+# Precision, and the wire
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_replies_are_taken_in_float32(name, dtype):
+    method, state = after_rounds(name)
+    clients = served(name)
+    half = replies(method, state, clients, seed=50, dtype=dtype)
+    after = aggregate(method, state, half)
+    assert_sound(after, state)
+    upcast = [replace(u, adapter=u.adapter.to(torch.float32)) for u in half]
+    assert_same_state(after, aggregate(method, state, upcast))
+    exact = aggregate(method, state, replies(method, state, clients, seed=50))
+    assert_same_function(method, after, exact, tolerance=3e-2)
+
+
+def message_of(
+    agreement: Agreement, round_index: int, sent: Broadcast, update: Update, dtype: str
+) -> Message:
+    """A client's reply as it travels."""
+    head = wire.TrainReply(
+        **agreement.header(update.adapter.rank).model_dump(),
+        dtype=dtype,
+        client=update.client.name,
+        round=round_index,
+        examples=update.examples,
+        steps=1,
+        loss=1.0,
+        seconds=0.1,
+    )
+    content = wire.pack(head, update.adapter, without=wire.staying(sent.trains, sent.personal))
+    identify_process(1)
+    request = Message(RecordDict(), dst_node_id=7, message_type=MessageType.TRAIN)
+    set_message_id(request, "request")
+    return Message(content, reply_to=request)
+
+
+@every
+@pytest.mark.parametrize("rounds", [0, 1])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_reply_comes_through_the_wire_and_one_with_nan_is_left_out(name, rounds, dtype):
+    method, state = after_rounds(name, rounds)
+    agreement = Agreement("base", AdapterSchema.of(state.adapter), state.adapter.scale)
+    limits, taken, refused = FederationConfig(), [], 0
+    for k, update in enumerate(replies(method, state, served(name))):
+        sent = method.broadcast(state, update.client)
+        staying = wire.staying(sent.trains, sent.personal)
+        poisoned = {
+            tensor: update
+            for tensor in update.adapter.tensors()
+            if k == 0 and wire.kind_of(tensor) not in staying
+        }
+        for tensor in poisoned:
+            tensors = {n: t.clone() for n, t in update.adapter.tensors().items()}
+            tensors[tensor].flatten()[-1] = torch.nan
+            bad = replace(update, adapter=LoraAdapter.from_tensors(tensors, sent.trainable.scale))
+            message = message_of(agreement, rounds, sent, bad, dtype)
+            with pytest.raises(UpdateRefused, match=f"'{tensor}' holds a value that is not finite"):
+                checked(message, update.client, rounds, agreement, limits, sent)
+            refused += 1
+        if poisoned:
+            continue
+        message = message_of(agreement, rounds, sent, update, dtype)
+        found, _ = checked(message, update.client, rounds, agreement, limits, sent)
+        for n, tensor in update.adapter.tensors().items():
+            travelled = wire.kind_of(n) not in staying
+            rounded = tensor.to(wire.DTYPES[dtype]) if travelled else tensor
+            assert torch.equal(found.adapter.tensors()[n], rounded)
+        taken.append(found)
+    assert refused >= 3
+    assert len(taken) == 2
+    after = aggregate(method, state, taken)
+    assert_sound(after, state)
+    assert not same_bits(method.readout(after), method.readout(state))
+
+
+# What is kept and what is left
+
+
+@every
+@rules
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_a_saved_state_goes_on_as_the_other_does(tmp_path: Path, name, rounds, rule):
+    method, state = after_rounds(name, rounds, rule)
+    state = replace(state, ranks={"site-0": 3})
+    path = checkpoint.save(Checkpoint(state, SEED, "base", 0), tmp_path)
+    loaded = checkpoint.load(path).state
+    assert_same_state(loaded, state)
+    assert loaded.ranks == state.ranks
+    futures = []
+    for before in (state, loaded):
+        updates = replies(method, before, served(name), seed=50)
+        futures.append(aggregate(method, before, updates))
+    assert_same_state(*futures)
+    for rank in (None, 3):
+        assert same_bits(*(method.readout(future, rank) for future in futures))
+
+
+@every
+@rules
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_readouts_have_their_rank_and_survive_a_peft_folder(tmp_path: Path, name, rounds, rule):
+    method, state = after_rounds(name, rounds, rule)
+    template = LoraConfig(target_modules=list(DIMENSIONS), modules_to_save=["score"])
+    for rank in (None, 1, 3, 5, R):
+        found = method.readout(state, rank)
+        assert 1 <= found.rank <= (rank or max(f.rank for f in found.layers.values()))
+        assert found.scale == rule
+        assert found.layers.keys() == state.adapter.layers.keys()
+        for extra, tensor in state.adapter.extras.items():
+            assert torch.equal(found.extras[extra], tensor)
+        peft_folder.save(found, tmp_path / f"rank-{rank}", template)
+        loaded, _ = peft_folder.load(tmp_path / f"rank-{rank}")
+        assert same_bits(loaded, found)
+        assert_near(dense(loaded), dense(found), 0.0)
+
+
+@every
+def test_readouts_of_rising_rank_come_to_the_whole(name):
+    """The rank of the whole and every rank above give the whole function."""
+    method, state = after_rounds(name, 2)
+    whole = method.readout(state)
+    assert_near(dense(method.readout(state, whole.rank)), dense(whole))

@@ -1,0 +1,719 @@
+"""Every method's server side against its paper's equations: plain loops and dense matrices."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import (
+    best_of_rank,
+    by_module,
+    extras,
+    federated_average,
+    mean_product,
+    norm_weighted,
+    partitioned_product,
+    product,
+    rank_of_energy,
+    replicated,
+    segment_wise,
+    stepped_product,
+    weights_of,
+    zero_padded,
+)
+from rounds import (
+    DIMENSIONS,
+    RULES,
+    R,
+    aggregate,
+    assert_near,
+    clients_of,
+    function_of,
+    replies,
+    start,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from prelort.adapters import LoraAdapter, ScaleRule
+from prelort.adapters.initial import fresh
+from prelort.config import MethodConfig
+from prelort.methods import REGISTRY, Client, ServerState, Update, build
+from prelort.methods.hetlora import by_norm
+from random_adapters import dense, random_adapter, same_bits, seeds
+
+SPREAD = {"rtol": 2e-6, "atol": 2e-6}
+"""Of float32 means against float64 ones."""
+RANKS = [2, 8, 5, 2]
+"""Of a round's clients; unequal examples come from `clients_of`."""
+LEVELS = [2, 5, 8]
+PATTERN = [8, 5, 3]
+"""The ranks of the layers where they differ."""
+
+rules = pytest.mark.parametrize("rule", RULES, ids=str)
+layer_ranks = pytest.mark.parametrize("own", [R, PATTERN], ids=["one rank", "rank pattern"])
+weightings = pytest.mark.parametrize("weights", ["examples", "uniform"])
+
+
+def method_of(name, *, levels=LEVELS, weights="examples", **options):
+    return build(MethodConfig(name=name, weights=weights, options={name: options}), levels, 7)
+
+
+def assert_close(adapter: LoraAdapter, expected: dict) -> None:
+    found = adapter.tensors()
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor.double(), expected[name].double(), **SPREAD, msg=name)
+
+
+def assert_extras(state: ServerState, updates, weights="examples"):
+    """Of methods whose slots are compared as products."""
+    for name, tensor in extras(updates, weights_of(updates, weights)).items():
+        torch.testing.assert_close(state.adapter.extras[name].double(), tensor, **SPREAD)
+
+
+def rounds_of(method, own, rule, *, rounds=2, state=None):
+    """(state, replies, next state) of rounds in a row; others take part in each."""
+    state = state or start(own, rule)
+    for number in range(rounds):
+        ranks = RANKS[number:] + RANKS[:number]
+        clients = [replace(c, name=f"{c.name}-{number}") for c in clients_of(ranks)]
+        updates = replies(method, state, clients, seed=100 * number)
+        after = aggregate(method, state, updates)
+        yield state, updates, after
+        state = after
+
+
+# Slot by slot
+
+
+@rules
+@layer_ranks
+@weightings
+@pytest.mark.parametrize("name", ["prelort", "zero-padding", "ffa-lora", "rolora", "fedsa-lora"])
+def test_prefix_methods(name, own, rule, weights):
+    """Two rounds: what a client did not train is in its reply as it was sent."""
+    reference = zero_padded if name == "zero-padding" else segment_wise
+    for state, updates, after in rounds_of(method_of(name, weights=weights), own, rule):
+        assert_close(after.adapter, reference(state.adapter, updates, weights))
+
+
+@rules
+@layer_ranks
+@weightings
+@pytest.mark.parametrize("donors", ["highest", "holders"])
+def test_replication(donors, own, rule, weights):
+    for state, updates, after in rounds_of(
+        method_of("replication", weights=weights, donors=donors), own, rule
+    ):
+        assert_close(after.adapter, replicated(state.adapter, updates, weights, donors))
+
+
+def test_replication_keeps_what_is_above_all_ranks_of_the_round():
+    state, method = start(), method_of("replication")
+    updates = replies(method, state, clients_of([2, 5, 5]))
+    after = aggregate(method, state, updates).adapter
+    assert_close(after, replicated(state.adapter, updates, "examples"))
+    for name, factors in after.layers.items():
+        assert torch.equal(factors.A[5:], state.adapter.layers[name].A[5:])
+
+
+class TestReplicationByHand:
+    """Three clients of weights 1, 2 and 4, one layer of one input and one output, B = 10 A."""
+
+    def aggregated(self, method, *values):
+        def adapter(row):
+            a = torch.tensor([row], dtype=torch.float32)
+            tensors = {"x.lora_A.weight": a.T.contiguous(), "x.lora_B.weight": 10 * a}
+            return LoraAdapter.from_tensors(tensors, ScaleRule())
+
+        updates = [
+            Update(Client(f"k{k}", len(row), weight), adapter(row), weight)
+            for k, (row, weight) in enumerate(zip(values, (1, 2, 4), strict=True))
+        ]
+        after = aggregate(method, ServerState(adapter([99] * 5)), updates).adapter.layers["x"]
+        torch.testing.assert_close(after.B.flatten(), 10 * after.A.flatten())
+        return after.A.flatten().tolist()
+
+    def test_two_levels(self):
+        """The papers' case. Slot 1: (1*7 + 2*0 + 4*7) / 7 = 5; slot 2: (0 + 2*7 + 4*14) / 7 = 10;
+        slots 3 to 5: the donor's own, (1 + 2 + 4) / 7 of it."""
+        values = [7, 0], [0, 7], [7, 14, 9, 10, 11]
+        expected = pytest.approx([5, 10, 9, 10, 11])
+        assert self.aggregated(method_of("replication"), *values) == expected
+        assert self.aggregated(method_of("replication", donors="holders"), *values) == expected
+        assert self.aggregated(method_of("prelort"), *values) == expected
+
+    def test_three_levels(self):
+        """Slot 3 is held by the second (2) and the third client (9), lacked by the first.
+
+        Replication: the first gets the third's 9: (1*9 + 2*2 + 4*9) / 7 = 7. Segment-wise, or with
+        all holders as donors: (2*2 + 4*9) / 6 = 20/3.
+        """
+        values = [7, 0], [0, 7, 2], [7, 14, 9, 10, 11]
+        replication = pytest.approx([5, 10, 7, 10, 11])
+        segments = pytest.approx([5, 10, 20 / 3, 10, 11])
+        assert self.aggregated(method_of("replication"), *values) == replication
+        assert self.aggregated(method_of("replication", donors="holders"), *values) == segments
+        assert self.aggregated(method_of("prelort"), *values) == segments
+
+
+@rules
+@layer_ranks
+def test_hetlora_weighs_by_the_norm_of_the_product(own, rule):
+    for state, updates, after in rounds_of(method_of("hetlora"), own, rule):
+        assert_close(after.adapter, norm_weighted(state.adapter, updates))
+
+
+def test_hetloras_weight_is_the_same_number_for_any_order_of_the_layers():
+    """What is read from a message has its layers in any order."""
+    for seed in range(20):
+        adapter = random_adapter(5, seed, dimensions={str(k): (6, 7) for k in range(8)})
+        turned = replace(adapter, layers=dict(reversed(list(adapter.layers.items()))))
+        assert by_norm(Update(Client("k", 5, 1), turned, 1)) == by_norm(
+            Update(Client("k", 5, 1), adapter, 1)
+        )
+
+
+@pytest.mark.parametrize(
+    "selection, rule, own",
+    [
+        ("uniform", RULES[0], R),
+        ("uniform", RULES[1], R),
+        ("uniform", RULES[0], PATTERN),
+        ("in-turn", RULES[0], PATTERN),
+        ("prefix", RULES[1], R),
+    ],
+    ids=str,
+)
+@weightings
+def test_fed_plora_averages_each_module_over_those_who_drew_it(selection, rule, own, weights):
+    method, missed = method_of("fed-plora", weights=weights, selection=selection), 0
+    for state, updates, after in rounds_of(method, own, rule, rounds=3):
+        updates = updates[:2] if state.round == 2 else updates
+        after = aggregate(method, state, updates)
+        drawn = [method.modules(state, u.client) for u in updates]
+        for update, modules in zip(updates, drawn, strict=True):
+            for name, chosen in modules.items():
+                rank = state.adapter.layers[name].rank
+                assert len(set(chosen.tolist())) == min(update.client.rank, rank)
+        assert_close(
+            after.adapter, by_module(state.adapter, updates, drawn, weights, absent="nothing")
+        )
+        for name, factors in after.adapter.layers.items():
+            old = state.adapter.layers[name]
+            for j in set(range(factors.rank)) - {j for m in drawn for j in m[name].tolist()}:
+                missed += 1
+                assert torch.equal(factors.A[j], old.A[j])
+                assert torch.equal(factors.B[:, j], old.B[:, j])
+    assert missed or selection != "uniform"  # guards the loop above
+
+
+def test_fed_plora_draws_anew_for_every_client_and_round():
+    method, state = method_of("fed-plora"), start()
+    one, other = (Client(name, 3, 1) for name in ("one", "other"))
+    drawn = [
+        tuple(method.modules(replace(state, round=r), c)["wide"].tolist())
+        for c in (one, other)
+        for r in range(4)
+    ]
+    assert len(set(drawn)) > 4
+    assert {j for modules in drawn for j in modules} == set(range(R))
+
+
+@rules
+@weightings
+def test_fslora_is_the_mean_of_the_masked_updates(rule, weights):
+    method = method_of("fslora", weights=weights)
+    for state, updates, after in rounds_of(method, R, rule):
+        drawn = [method.sketch(state, u.client) for u in updates]
+        assert_close(
+            after.adapter, by_module(state.adapter, updates, drawn, weights, absent="no change")
+        )
+
+
+@rules
+def test_fslora_trains_its_sketch_at_r_over_r_k_times_the_scale(rule):
+    """``s B S A`` with S = R/r on the drawn slots and zero elsewhere."""
+    method, state = method_of("fslora"), start(rule=rule)
+    for client in clients_of([1, 3, 8]):
+        drawn = method.sketch(state, client)["wide"]
+        mask = torch.zeros(R, dtype=torch.float64)
+        mask[drawn] = R / client.rank
+        factors = state.adapter.layers["wide"]
+        expected = rule(R) * factors.B.double() @ torch.diag(mask) @ factors.A.double()
+        found = function_of(method.broadcast(state, client))["wide"]
+        torch.testing.assert_close(found, expected)
+
+
+@weightings
+@pytest.mark.parametrize("name, rank", [("homogeneous-min", 2), ("homogeneous-max", 8)])
+@rules
+def test_homogeneous_references_are_fedit_at_that_rank(name, rank, rule, weights):
+    """Whatever the clients' ranks are."""
+    method = method_of(name, weights=weights)
+    fedit = method_of("fedit", levels=[rank], weights=weights)
+    for state, updates, after in rounds_of(method, R, rule):
+        assert {u.adapter.rank for u in updates} == {rank}
+        expected = federated_average(updates, weights)
+        assert_close(method.readout(after), expected)
+        small = replace(state, adapter=state.adapter.prefix(rank))
+        same = [replace(u, client=replace(u.client, rank=rank)) for u in updates]
+        assert same_bits(method.readout(after), aggregate(fedit, small, same).adapter)
+        for factors, old in zip(
+            after.adapter.layers.values(), state.adapter.layers.values(), strict=True
+        ):
+            assert torch.equal(factors.A[rank:], old.A[rank:])
+
+
+@rules
+def test_ffa_lora_leaves_a_alone_and_averages_products_exactly(rule):
+    """At equal ranks the mean of the products is the product of the mean."""
+    method, state = method_of("ffa-lora"), start(rule=rule)
+    first = state.adapter
+    for number in range(2):
+        updates = replies(method, state, clients_of([8, 8, 8]), seed=10 * number)
+        state = aggregate(method, state, updates)
+        for name, factors in state.adapter.layers.items():
+            assert torch.equal(factors.A, first.layers[name].A)
+            assert not torch.equal(factors.B, first.layers[name].B)
+        assert_near(dense(state.adapter), mean_product(updates, "examples"))
+
+
+@rules
+def test_rolora_alternates_and_each_round_is_exact(rule):
+    method, state = method_of("rolora"), start(rule=rule)
+    for number in range(4):
+        before = state.adapter
+        updates = replies(method, state, clients_of([8, 8, 8]), seed=10 * number)
+        state = aggregate(method, state, updates)
+        assert_near(dense(state.adapter), mean_product(updates, "examples"))
+        for name, factors in state.adapter.layers.items():
+            old = before.layers[name]
+            assert torch.equal(factors.A, old.A) == (number % 2 == 0)
+            assert torch.equal(factors.B, old.B) == (number % 2 == 1)
+
+
+def test_fedsa_lora_shares_nothing_but_a():
+    method, state = method_of("fedsa-lora"), start()
+    sent = method.broadcast(state, Client("k", 5, 1))
+    assert sent.personal
+    for _, _, after in rounds_of(method, R, RULES[0]):
+        assert same_bits(
+            LoraAdapter({}, state.adapter.scale, after.adapter.extras),
+            LoraAdapter({}, state.adapter.scale, state.adapter.extras),
+        )
+        for name, factors in after.adapter.layers.items():
+            assert torch.equal(factors.B, state.adapter.layers[name].B)
+            assert not torch.equal(factors.A, state.adapter.layers[name].A)
+
+
+# Product by product
+
+
+def untrained(own=R, rule=RULES[0]):
+    """A true first state: B is zero."""
+    adapter = fresh(start(own, rule).adapter, 7)
+    return ServerState(adapter)
+
+
+@rules
+@layer_ranks
+@weightings
+def test_flora_adds_up_the_mean_products_of_all_rounds(own, rule, weights):
+    method, total = method_of("flora", weights=weights), None
+    for _, updates, after in rounds_of(method, own, rule, rounds=3, state=untrained(own, rule)):
+        mean = mean_product(updates, weights)
+        total = mean if total is None else {n: total[n] + mean[n] for n in mean}
+        assert_near(dense(method.readout(after)), total)
+        assert_extras(after, updates, weights)
+        for rank in (1, 3, 8):
+            cut = {name: best_of_rank(matrix, rank) for name, matrix in total.items()}
+            assert_near(dense(method.readout(after, rank)), cut)
+
+
+@rules
+@layer_ranks
+@pytest.mark.parametrize("energy", [0.6, 0.8, 0.95, 1.0])
+def test_florist_keeps_the_fewest_triples_that_hold_the_energy(energy, own, rule):
+    method = method_of("florist", energy=energy)
+    total, kept = None, set()
+    for _, updates, after in rounds_of(method, own, rule, state=untrained(own, rule)):
+        mean = mean_product(updates, "examples")
+        ranks = {name: rank_of_energy(matrix, energy) for name, matrix in mean.items()}
+        cut = {name: best_of_rank(matrix, ranks[name]) for name, matrix in mean.items()}
+        first = total is None
+        total = cut if first else {n: total[n] + cut[n] for n in cut}
+        whole = method.readout(after)
+        assert_near(dense(whole), total)
+        if first:
+            assert {name: f.rank for name, f in whole.layers.items()} == ranks
+        kept |= set(ranks.values())
+    assert len(kept) > 1  # guards: each layer has a rank of its own
+
+
+def test_florist_at_full_energy_is_flora():
+    results = []
+    for method in (method_of("flora"), method_of("florist", energy=1.0)):
+        *_, (_, _, after) = rounds_of(method, R, RULES[0], state=untrained())
+        results.append(method.readout(after))
+    assert same_bits(*results)
+
+
+@rules
+@layer_ranks
+@weightings
+@pytest.mark.parametrize("name", ["flexlora", "hlora"])
+def test_flexlora_gives_every_rank_the_best_approximation_of_the_mean(name, own, rule, weights):
+    method = method_of(name, weights=weights)
+    for _, updates, after in rounds_of(method, own, rule):
+        mean = mean_product(updates, weights)
+        assert_extras(after, updates, weights)
+        largest = {layer: f.rank for layer, f in after.adapter.layers.items()}
+        for rank in (None, *range(1, R + 1)):
+            ranks = {layer: min(rank or R, most) for layer, most in largest.items()}
+            cut = {layer: best_of_rank(matrix, ranks[layer]) for layer, matrix in mean.items()}
+            assert_near(dense(method.readout(after, rank)), cut)
+            if rank is not None:
+                sent = method.broadcast(after, Client("k", rank, 1))
+                assert_near(function_of(sent), cut)
+                assert {layer: f.rank for layer, f in sent.trainable.layers.items()} == ranks
+
+
+@rules
+@pytest.mark.parametrize("name", ["flexlora", "hlora"])
+def test_the_factors_are_singular_vectors_with_the_values_on_one_side(name, rule):
+    """``B = U S, A = V'`` (FlexLoRA) or ``B = U, A = S V'`` (HLoRA), up to signs."""
+    method, state = method_of(name), start(rule=rule)
+    updates = replies(method, state, clients_of(RANKS))
+    after = aggregate(method, state, updates).adapter
+    for layer, mean in mean_product(updates, "examples").items():
+        u, s, vh = torch.linalg.svd(mean / rule(R), full_matrices=False)
+        a, b = after.layers[layer].A.double(), after.layers[layer].B.double()
+        if name == "flexlora":
+            left, right = u[:, :R] * s[:R], vh[:R]
+        else:
+            left, right = u[:, :R], s[:R, None] * vh[:R]
+        signs = torch.sign((b * left).sum(dim=0))
+        torch.testing.assert_close(b * signs, left, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(a * signs[:, None], right, rtol=1e-4, atol=1e-4)
+
+
+@rules
+@pytest.mark.parametrize("name", ["flexlora", "hlora", "raflora"])
+def test_a_round_of_few_directions_leaves_slots_that_can_learn(name, rule):
+    """A product of rank 2 in eight slots: the same function, and no slot with both factors zero."""
+    method, state = method_of(name), untrained(rule=rule)
+    updates = replies(method, state, clients_of([2]))
+    after = aggregate(method, state, updates).adapter
+    assert_near(dense(after), mean_product(updates, "examples"))
+    for factors in after.layers.values():
+        assert factors.rank == R
+        assert not ((factors.A == 0).all(dim=1) & (factors.B == 0).all(dim=0)).any()
+
+
+@rules
+@layer_ranks
+@weightings
+@pytest.mark.parametrize("ranks", [[2, 8, 5, 2], [2, 5, 5], [2], [8, 8]], ids=str)
+def test_raflora_averages_each_partition_over_its_holders(ranks, own, rule, weights):
+    """Also where a level is absent: its partition keeps the old product."""
+    method, state = method_of("raflora", weights=weights), start(own, rule)
+    for number in range(2):
+        before = state
+        updates = replies(method, state, clients_of(ranks), seed=10 * number)
+        state = aggregate(method, before, updates)
+        expected = partitioned_product(before.adapter, updates, LEVELS, weights)
+        cut = {
+            name: best_of_rank(matrix, state.adapter.layers[name].rank)
+            for name, matrix in expected.items()
+        }
+        assert_near(dense(state.adapter), cut)
+        assert_extras(state, updates, weights)
+        for rank in (1, 2, 5):
+            ranks_of = {name: min(rank, f.rank) for name, f in state.adapter.layers.items()}
+            cut = {name: best_of_rank(m, ranks_of[name]) for name, m in expected.items()}
+            assert_near(function_of(method.broadcast(state, Client("k", rank, 1))), cut)
+
+
+@rules
+@layer_ranks
+@pytest.mark.parametrize(
+    "weights, options",
+    [
+        ("examples", {"step": 0.0}),
+        ("uniform", {"step": 0.4}),
+        ("examples", {"step": 0.2, "unchanged": 0.5}),
+        ("examples", {"step": 0.5, "momentum": 0.6}),
+        ("uniform", {"step": 0.2, "averaging": 0.3}),
+        ("examples", {"momentum": 0.5, "averaging": 0.5, "unchanged": 1.0}),
+    ],
+    ids=str,
+)
+def test_prelort_sorted_moves_each_slot_by_the_mean_change_of_its_holders(
+    weights, options, own, rule
+):
+    """Three rounds; in all but the first there are slots that nobody holds."""
+    method = method_of("prelort-sorted", weights=weights, **options)
+    step, unchanged = method.options.step, method.options.unchanged
+    momentum, averaging = method.options.momentum, method.options.averaging
+    state, velocity, mean = start(own, rule), None, None
+    for number, ranks in enumerate([RANKS, [5, 2], [2, 5, 5]]):
+        updates = replies(method, state, clients_of(ranks), seed=10 * number)
+        after = aggregate(method, state, updates)
+        expected = stepped_product(state.adapter, updates, weights, step, unchanged)
+        if momentum:
+            before = dense(state.adapter)
+            change = {n: matrix - before[n] for n, matrix in expected.items()}
+            old = velocity or {n: torch.zeros_like(matrix) for n, matrix in change.items()}
+            velocity = {n: momentum * old[n] + matrix for n, matrix in change.items()}
+            expected = {n: before[n] + (1 - momentum) * v for n, v in velocity.items()}
+        most = {n: f.rank for n, f in state.adapter.layers.items()}
+        cut = {n: best_of_rank(matrix, most[n]) for n, matrix in expected.items()}
+        assert_near(dense(after.adapter), cut)
+        assert_extras(after, updates, weights)
+        if averaging and mean is not None:
+            cut = {n: averaging * mean[n] + (1 - averaging) * matrix for n, matrix in cut.items()}
+            cut = {n: best_of_rank(matrix, R) for n, matrix in cut.items()}
+        state, mean = after, cut
+        assert_near(dense(method.readout(after)), mean)
+
+
+@pytest.mark.parametrize("rule, own", [(RULES[0], R), (RULES[1], R), (RULES[0], PATTERN)], ids=str)
+@weightings
+def test_fedex_lora_is_the_mean_of_the_clients_whole_functions(rule, own, weights):
+    """Over three rounds, with everything that was frozen at the clients counted in."""
+    method, function = method_of("fedex-lora", weights=weights), None
+    for state, updates, after in rounds_of(method, own, rule, rounds=3):
+        whole = dense(state.adapter)
+        function = whole if function is None else function  # the global one, in float64
+        expected = {name: torch.zeros_like(matrix) for name, matrix in function.items()}
+        for weight, update in zip(weights_of(updates, weights), updates, strict=True):
+            for name, matrix in function.items():
+                # A client of rank r trains the first r slots; the rest of the function is frozen.
+                rank, most = update.adapter.layers[name].rank, state.adapter.layers[name].rank
+                own_part = product(update.adapter, name) * rule(most) / rule(rank)
+                frozen = matrix - product(state.adapter, name, 0, rank)
+                expected[name] += weight * (own_part + frozen)
+        function = {n: m / sum(weights_of(updates, weights)) for n, m in expected.items()}
+        assert_near(dense(method.readout(after)), function)
+        assert_close(after.adapter, segment_wise(state.adapter, updates, weights))
+        for rank in (1, 4):
+            cut = {name: best_of_rank(matrix, rank) for name, matrix in function.items()}
+            assert_near(dense(method.readout(after, rank)), cut)
+
+
+@pytest.mark.parametrize("kept", [1, 3])
+@rules
+def test_fedex_lora_cuts_its_residual_to_the_nearest_of_a_rank(kept, rule):
+    whole, cut = method_of("fedex-lora"), method_of("fedex-lora", residual_rank=kept)
+    state = start(rule=rule)
+    updates = replies(whole, state, clients_of(RANKS))
+    exact, near = aggregate(whole, state, updates), aggregate(cut, state, updates)
+    factors = dense(exact.adapter)
+    assert same_bits(exact.adapter, near.adapter)
+    for name, matrix in dense(whole.readout(exact)).items():
+        expected = factors[name] + best_of_rank(matrix - factors[name], kept)
+        found = dense(cut.readout(near))
+        torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["flexlora", "flora", "fedex-lora"])
+def test_many_replies_take_no_more_memory_and_lose_nothing(name):
+    """More slots than a layer has dimensions are compressed while the replies come."""
+    method, state = method_of(name), untrained()
+    clients = [Client(f"site-{k}", R, 1 + k) for k in range(12)]
+    updates = replies(method, state, clients)
+    aggregator = method.aggregator(state)
+    for update in updates:
+        aggregator.add(update)
+        assert sum(part.rank for part in aggregator.products.parts) <= 2 * 11 + R
+    after = aggregator.result()
+    mean = mean_product(updates, "examples")
+    if name == "flexlora":
+        mean = {layer: best_of_rank(matrix, R) for layer, matrix in mean.items()}
+    assert_near(dense(method.readout(after)), mean)
+    assert_extras(after, updates)
+
+
+# The identities between methods
+
+
+pairs = st.lists(st.tuples(st.integers(1, 8), st.integers(1, 50)), min_size=1, max_size=5)
+"""The rank and the number of examples of each client."""
+identity = settings(deadline=None, max_examples=20)
+
+
+def drawn_updates(state, ranks_and_examples, seed):
+    """Random replies of these ranks, not what any method would send."""
+    return [
+        Update(
+            Client(f"k{k}", rank, examples),
+            random_adapter(
+                [min(rank, f.rank) for f in state.adapter.layers.values()],
+                seed + k,
+                scale=state.adapter.scale,
+                dimensions=DIMENSIONS,
+            ),
+            examples,
+        )
+        for k, (rank, examples) in enumerate(ranks_and_examples)
+    ]
+
+
+@identity
+@given(clients=pairs, own=st.tuples(*[st.integers(1, 8)] * 3), seed=seeds)
+def test_segment_wise_is_zero_padding_divided_by_the_share_that_holds_a_slot(clients, own, seed):
+    """RB-LoRA's column weights N / N_j times the padded mean."""
+    state = start(list(own))
+    updates = drawn_updates(state, clients, seed)
+    levels = sorted({u.client.rank for u in updates})
+    padded = aggregate(method_of("zero-padding", levels=levels), state, updates).adapter
+    segments = aggregate(method_of("prelort", levels=levels), state, updates).adapter
+    everyone = sum(u.examples for u in updates)
+    for name, factors in padded.layers.items():
+        for j in range(factors.rank):
+            held = sum(u.examples for u in updates if u.adapter.layers[name].rank > j)
+            if held:
+                found, scale = segments.layers[name], everyone / held
+                torch.testing.assert_close(found.A[j], scale * factors.A[j], **SPREAD)
+                torch.testing.assert_close(found.B[:, j], scale * factors.B[:, j], **SPREAD)
+
+
+@identity
+@given(
+    clients=st.lists(
+        st.tuples(st.sampled_from([3, 8]), st.integers(1, 50)), min_size=1, max_size=5
+    ),
+    seed=seeds,
+)
+def test_with_two_levels_replication_is_segment_wise(clients, seed):
+    state = start(PATTERN)
+    updates = drawn_updates(state, clients, seed)
+    results = [
+        aggregate(method_of(name, levels=[3, 8]), state, updates).adapter
+        for name in ("replication", "prelort")
+    ]
+    assert_close(results[0], results[1].tensors())
+
+
+@identity
+@given(clients=pairs, seed=seeds)
+def test_with_all_holders_as_donors_replication_is_segment_wise(clients, seed):
+    state = start(PATTERN)
+    updates = drawn_updates(state, clients, seed)
+    copied = aggregate(method_of("replication", donors="holders"), state, updates).adapter
+    assert same_bits(copied, aggregate(method_of("prelort"), state, updates).adapter)
+
+
+def test_with_three_levels_replication_is_not_segment_wise():
+    """Guards the two above."""
+    state = start()
+    updates = drawn_updates(state, [(2, 1), (5, 2), (8, 4)], 0)
+    results = [
+        aggregate(method_of(name), state, updates).adapter for name in ("replication", "prelort")
+    ]
+    assert not torch.allclose(results[0].layers["wide"].A, results[1].layers["wide"].A)
+
+
+@identity
+@given(clients=pairs, rank=st.integers(1, 8), seed=seeds)
+def test_at_equal_ranks_the_factor_methods_are_fedit(clients, rank, seed):
+    state = start(rank)
+    updates = drawn_updates(state, [(rank, examples) for _, examples in clients], seed)
+    expected = aggregate(method_of("fedit", levels=[rank]), state, updates).adapter
+    assert_close(expected, federated_average(updates, "examples"))
+    for name in ("prelort", "zero-padding", "replication", "fed-plora", "fslora"):
+        found = aggregate(method_of(name, levels=[rank]), state, updates).adapter
+        assert same_bits(found, expected), name
+
+
+@identity
+@given(clients=pairs, rule=st.sampled_from(RULES), seed=seeds)
+def test_flexlora_hlora_flora_and_florist_agree_on_the_product(clients, rule, seed):
+    state = untrained(rule=rule)
+    updates = drawn_updates(state, clients, seed)
+    mean = mean_product(updates, "examples")
+    cut = {name: best_of_rank(matrix, R) for name, matrix in mean.items()}
+    for name, options, expected in (
+        ("flexlora", {}, cut),
+        ("hlora", {}, cut),
+        ("flora", {}, mean),
+        ("florist", {"energy": 1.0}, mean),
+    ):
+        method = method_of(name, **options)
+        assert_near(dense(method.readout(aggregate(method, state, updates))), expected)
+
+
+@identity
+@given(clients=pairs, rank=st.integers(1, 8), rule=st.sampled_from(RULES), seed=seeds)
+def test_at_equal_ranks_raflora_is_flexlora(clients, rank, rule, seed):
+    state = start(rank, rule)
+    updates = drawn_updates(state, [(rank, examples) for _, examples in clients], seed)
+    products = [
+        dense(aggregate(method_of(name, levels=[rank]), state, updates).adapter)
+        for name in ("raflora", "flexlora")
+    ]
+    assert_near(*products)
+
+
+@identity
+@given(clients=pairs, rule=st.sampled_from(RULES), seed=seeds)
+def test_the_residual_of_fedex_lora_is_what_segment_wise_misses(clients, rule, seed):
+    """At equal ranks: mean product minus product of the means."""
+    state = start(rule=rule)
+    updates = drawn_updates(state, [(R, examples) for _, examples in clients], seed)
+    method = method_of("fedex-lora", levels=[R])
+    after = aggregate(method, state, updates)
+    means = aggregate(method_of("fedit", levels=[R]), state, updates).adapter
+    assert same_bits(after.adapter, means)
+    assert_near(dense(method.readout(after)), mean_product(updates, "examples"))
+
+
+# No dense matrix on the server
+
+
+class Largest(TorchDispatchMode):
+    """The numbers of the largest tensor that any operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(value, torch.Tensor):
+                self.numbers = max(self.numbers, value.numel())
+        return result
+
+
+def test_the_largest_tensor_is_found():
+    """Guards the test below."""
+    with Largest() as largest:
+        torch.ones(30, 2) @ torch.ones(2, 30)
+    assert largest.numbers == 900
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_the_server_never_makes_a_matrix_of_a_layers_size(name):
+    """Two rounds of what the server does, with d_in = d_out = 600 and ranks up to 8."""
+    side, ranks = 600, [8, 8, 8] if name == "fedit" else [2, 8, 5]
+    random = random_adapter(R, dimensions={"one": (side, side), "two": (side, side)})
+    method, state = method_of(name, levels=sorted(set(ranks))), ServerState(fresh(random, 7))
+    clients = clients_of(ranks)
+    for number in range(2):
+        with Largest() as asking:
+            for client in clients:
+                method.broadcast(state, client)
+        updates = replies(method, state, clients, seed=10 * number)
+        with Largest() as aggregating:
+            state = aggregate(method, state, updates)
+        with Largest() as reading:
+            for rank in (None, 2, 8):
+                method.readout(state, rank)
+        for part in (asking, aggregating, reading):
+            assert part.numbers < side * side
+        assert aggregating.numbers >= side * 2  # something was recorded
