@@ -31,6 +31,13 @@ def loaded(source: Path, share: float, *, seed: int = 0, **data: Any) -> Federat
     return load(config.check({"seed": seed, "data": values, "ranks": {"mix": "2*0.5, 8*0.5"}}))
 
 
+@pytest.fixture
+def test_file(tmp_path: Path) -> Path:
+    path = tmp_path / "test.jsonl"
+    path.write_text(json.dumps({"text": "t", "client": "a", "id": 999}) + "\n")
+    return path
+
+
 def ids(rows: Dataset | None) -> list[int]:
     return [] if rows is None else list(rows["id"][:])
 
@@ -59,11 +66,14 @@ def test_it_is_a_share_of_what_would_be_trained_on(source: Path, share: float) -
     assert ids(after.test) == ids(before.test)
 
 
-def test_the_seed_decides_which(source: Path) -> None:
-    first, again, other = (loaded(source, 0.3, seed=seed) for seed in (0, 0, 1))
-    assert [parts(c) for c in first.clients] == [parts(c) for c in again.clients]
-    for one, two in zip(first.clients, other.clients, strict=True):
-        assert ids(one.validation) != ids(two.validation)
+def test_the_seed_decides_which(source: Path, test_file: Path) -> None:
+    """With a given test set, so that nothing else is drawn."""
+    found = [loaded(source, 0.3, seed=seed, test=str(test_file)).clients for seed in (0, 0, 1)]
+    first, again, other = ([parts(client) for client in clients] for clients in found)
+    assert first == again
+    for one, two in zip(first, other, strict=True):
+        assert sorted(one[0] + one[1]) == sorted(two[0] + two[1])
+        assert one[1] != two[1]
 
 
 def test_they_are_not_the_first_nor_the_last_rows(source: Path) -> None:
@@ -85,21 +95,17 @@ def test_they_do_not_depend_on_the_other_clients(tmp_path: Path) -> None:
     assert held[0] == held[1]
 
 
-def test_the_draw_is_another_than_that_of_the_test_rows(source: Path, tmp_path: Path) -> None:
+def test_the_draw_is_another_than_that_of_the_test_rows(source: Path, test_file: Path) -> None:
     """Of the same rows and with the same share, both would be the same otherwise."""
-    test = tmp_path / "test.jsonl"
-    test.write_text(json.dumps({"text": "t", "client": "a", "id": 999}) + "\n")
     tests = loaded(source, 0.0, test_fraction=0.3)
-    validations = loaded(source, 0.3, test=str(test))
+    validations = loaded(source, 0.3, test=str(test_file))
     for one, two in zip(tests.clients, validations.clients, strict=True):
         assert len(ids(one.test)) == len(ids(two.validation))
         assert ids(one.test) != ids(two.validation)
 
 
-def test_beside_a_given_test_set_only_they_are_held_out(source: Path, tmp_path: Path) -> None:
-    test = tmp_path / "test.jsonl"
-    test.write_text(json.dumps({"text": "t", "client": "a", "id": 999}) + "\n")
-    found = loaded(source, 0.2, test=str(test))
+def test_beside_a_given_test_set_only_they_are_held_out(source: Path, test_file: Path) -> None:
+    found = loaded(source, 0.2, test=str(test_file))
     assert ids(found.test) == [999]
     assert [(len(c.train), len(ids(c.validation))) for c in found.clients] == [
         (32, 8),

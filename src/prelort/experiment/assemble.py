@@ -109,7 +109,11 @@ def planned_ranks(config: Config, rows: FederatedRows) -> tuple[list[int], list[
     schedule: dict[int, dict[str, int]] = {}
     for key, mix in config.ranks.schedule.items():
         later = config.ranks.model_copy(update={"mix": mix})
-        assigned = ranks.assign(later, sizes, config.seed)
+        try:
+            assigned = ranks.assign(later, sizes, config.seed)
+        except ConfigError as error:
+            named = str(error).replace("ranks.mix", f"ranks.schedule.{key}", 1)
+            raise ConfigError(named) from None
         schedule[int(key)] = dict(zip(names, assigned, strict=True))
     allocation = Allocation(schedule, by_loss)
     everyone = {by_loss.high} if by_loss is not None else set()

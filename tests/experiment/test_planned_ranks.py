@@ -1,0 +1,240 @@
+"""From the configuration to each client's ranks, and runs in which these change."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import prelort
+from prelort.adapters import LoraAdapter
+from prelort.config import Config
+from prelort.data import federated
+from prelort.errors import ConfigError
+from prelort.experiment import checkpoint
+from prelort.experiment.assemble import assemble, planned_ranks
+from prelort.experiment.inspect import evaluate_run
+from prelort.federation.allocation import Allocation, ByLoss
+from prelort.report import events as reading
+
+Make = Callable[..., Config]
+SIX = [f"site-{number}" for number in range(6)]
+TUNING = {"validation_fraction": 0.2}
+
+
+def planned(config: Config) -> tuple[list[int], list[int], Allocation]:
+    return planned_ranks(config, federated.load(config))
+
+
+def events_of(path: Path, kind: str) -> list[dict[str, Any]]:
+    written = reading.read(path / "metrics.jsonl")
+    return [event for event in written if event["event"] == kind]
+
+
+def same_bits(one: LoraAdapter, other: LoraAdapter) -> bool:
+    a, b = one.tensors(), other.tensors()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# The plan
+
+
+def test_without_a_plan_each_client_keeps_its_rank(make_config: Make) -> None:
+    offered, most, allocation = planned(make_config())
+    assert offered == most == [2, 2, 4, 4, 8, 8]
+    assert allocation == Allocation()
+
+
+def test_a_schedule_is_assigned_as_the_mix_is(make_config: Make) -> None:
+    schedule = {"3": "8, 2, 4, 4, 2, 8", "5": "2*1"}
+    ranks = {"mix": "2, 2, 4, 4, 8, 8", "assign": "in-order", "schedule": schedule}
+    offered, most, allocation = planned(make_config(ranks=ranks))
+    assert offered == [2, 2, 4, 4, 8, 8]
+    assert most == [8, 2, 4, 4, 8, 8]
+    assert allocation.schedule == {
+        3: dict(zip(SIX, [8, 2, 4, 4, 2, 8], strict=True)),
+        5: dict.fromkeys(SIX, 2),
+    }
+    assert allocation.by_loss is None
+
+
+def test_drawn_by_the_seed_a_later_mix_meets_the_same_clients(make_config: Make) -> None:
+    """Who had the low rank of the first mix has that of the second."""
+    ranks = {"mix": "2*0.5, 4*0.5", "assign": "random", "schedule": {"2": "8*0.5, 16*0.5"}}
+    offered, most, allocation = planned(make_config(ranks=ranks, seed=3))
+    assert [allocation.schedule[2][name] for name in SIX] == [{2: 8, 4: 16}[r] for r in offered]
+    assert most == [allocation.schedule[2][name] for name in SIX]
+    assert len(set(offered)) == 2
+
+
+def test_by_loss_everyone_begins_at_the_lowest_and_may_get_the_highest(make_config: Make) -> None:
+    ranks = {"mix": "2, 2, 4, 4, 8, 8", "allocation": "by-loss", "high_share": 0.3}
+    offered, most, allocation = planned(make_config(ranks=ranks, data=TUNING))
+    assert offered == [2] * 6
+    assert most == [8] * 6
+    assert allocation == Allocation(by_loss=ByLoss(8, 0.3))
+
+
+def test_a_reference_that_ignores_ranks_may_use_the_highest_everywhere(make_config: Make) -> None:
+    method = {"name": "homogeneous-max"}
+    offered, most, _ = planned(make_config(method=method))
+    assert offered == [2, 2, 4, 4, 8, 8]
+    assert most == [8] * 6
+    schedule = {"schedule": {"2": "16*1"}}
+    assert planned(make_config(method=method, ranks=schedule))[1] == [16] * 6
+
+
+@pytest.mark.parametrize(
+    "mix, reason",
+    [
+        ("2, 4", "ranks.schedule.3 = '2, 4' is not allowed: the list has 2 ranks for 6 clients"),
+        ("2*0.5", "ranks.schedule.3 = '2*0.5' is not allowed: the shares sum to 0.5"),
+        ("", "ranks.schedule.3 = '' is not allowed"),
+        ("ranks.mix", "ranks.schedule.3 = 'ranks.mix' is not allowed"),
+    ],
+)
+def test_a_mix_that_does_not_fit_is_told_by_its_round(
+    make_config: Make, mix: str, reason: str
+) -> None:
+    ranks = {"mix": "2*1", "schedule": {"2": "4*1", "3": mix}}
+    with pytest.raises(ConfigError) as refused:
+        planned(make_config(ranks=ranks))
+    assert str(refused.value).startswith(reason)
+
+
+# What is made of it
+
+
+def test_the_global_adapter_has_the_highest_rank_of_the_plan(make_config: Make) -> None:
+    assembly = assemble(make_config(ranks={"mix": "2*1", "schedule": {"3": "4*0.5, 16*0.5"}}))
+    assert assembly.initial.rank == 16
+    assert [site.rank for site in assembly.sites] == [2] * 6
+    assert {site.most for site in assembly.sites} == {4, 16}
+
+
+@pytest.mark.parametrize("by_loss", [True, False])
+def test_a_site_gets_the_rows_that_its_part_in_the_run_needs(
+    make_config: Make, tmp_path: Path, by_loss: bool
+) -> None:
+    ranks = {"mix": "2*0.5, 8*0.5", "allocation": "by-loss" if by_loss else "fixed"}
+    at_clients = {"at_clients": not by_loss}
+    config = make_config(ranks=ranks, data=TUNING, evaluation=at_clients)
+    assembly = assemble(config, tmp_path)
+    for site, rows in zip(assembly.sites, assembly.rows.clients, strict=True):
+        assert len(site.examples) == len(rows.train)
+        assert rows.validation is not None
+        assert rows.test is not None
+        assert len(site.validation) == (len(rows.validation) if by_loss else 0)
+        assert len(site.test) == (0 if by_loss else len(rows.test))
+        assert site.personal is not None
+        assert site.personal.folder == tmp_path / "personal"
+    assert all(site.personal is None for site in assemble(config).sites)
+
+
+def test_measuring_at_clients_without_rows_of_their_own_is_refused(
+    make_config: Make, text_file: Path
+) -> None:
+    config = make_config(data={"test": str(text_file)}, evaluation={"at_clients": True})
+    with pytest.raises(ConfigError, match="no client has test rows of its own to measure on"):
+        assemble(config)
+
+
+def test_it_is_measured_on_validation_rows_where_these_are_asked_for(make_config: Make) -> None:
+    on = {
+        name: make_config(data=TUNING, evaluation={"on": name}) for name in ("test", "validation")
+    }
+    found = {name: assemble(config) for name, config in on.items()}
+    rows = found["test"].rows
+    texts = {
+        "test": sorted(rows.test["text"][:]),
+        "validation": sorted(t for c in rows.clients for t in c.validation["text"][:]),
+    }
+    for name, assembly in found.items():
+        tokens = {tuple(assembly.tokenizer(text)["input_ids"][:20]) for text in texts[name]}
+        seen = [tuple(example.input_ids[:20]) for example in assembly.test]
+        assert len(seen) == len(texts[name])
+        assert all(any(ids[: len(t)] == t[: len(ids)] for t in tokens) for ids in seen)
+    first, second = (found[name].test for name in ("test", "validation"))
+    assert {tuple(e.input_ids) for e in first}.isdisjoint(tuple(e.input_ids) for e in second)
+
+
+# Whole runs
+
+
+def test_a_run_with_a_schedule(make_config: Make, tmp_path: Path) -> None:
+    schedule = {"2": "4, 4, 4, 4, 8, 2"}
+    ranks = {"mix": "2, 2, 4, 4, 8, 8", "assign": "in-order", "schedule": schedule}
+    everyone = {"rounds": 3, "clients_per_round": 6}
+    out = tmp_path / "run"
+    result = prelort.run(make_config(ranks=ranks, federation=everyone), out)
+
+    changed = {
+        (e["round"], e["client"], e["from"], e["to"]) for e in events_of(out, "rank_changed")
+    }
+    assert changed == {(1, "site-0", 2, 4), (1, "site-1", 2, 4), (1, "site-5", 8, 2)}
+    asked: dict[int, list[int]] = {}
+    for event in events_of(out, "client_finished"):
+        asked.setdefault(event["round"], []).append(event["rank"])
+    assert asked == {1: [2, 2, 4, 4, 8, 8], 2: [4, 4, 4, 4, 8, 2], 3: [4, 4, 4, 4, 8, 2]}
+    assert result.levels == (2, 4, 8)
+    state = checkpoint.load(out / "checkpoints" / "00003").state
+    assert state.ranks == {"site-0": 4, "site-1": 4, "site-5": 2}
+    assert evaluate_run(out)["prefixes"].keys() == {"2", "4", "8"}
+
+
+def test_a_run_by_loss_raises_those_with_the_best_validation_loss(
+    make_config: Make, tmp_path: Path
+) -> None:
+    ranks = {"mix": "2*0.5, 8*0.5", "allocation": "by-loss", "high_share": 0.34}
+    out = tmp_path / "run"
+    result = prelort.run(make_config(ranks=ranks, data=TUNING), out)
+
+    first = [e for e in events_of(out, "client_finished") if e["round"] == 1]
+    assert sorted(event["client"] for event in first) == SIX
+    assert {event["rank"] for event in first} == {2}
+    best = sorted((event["validation_loss"], event["client"]) for event in first)[:2]
+    raised = {(e["client"], e["from"], e["to"]) for e in events_of(out, "rank_changed")}
+    assert raised == {(name, 2, 8) for _, name in best}
+    later = [e for e in events_of(out, "client_finished") if e["round"] > 1]
+    names = {name for _, name in best}
+    assert all(e["rank"] == (8 if e["client"] in names else 2) for e in later)
+    assert all("validation_loss" not in event for event in later)
+    assert result.levels == (2, 8)
+
+
+def test_a_run_measured_at_clients(make_config: Make, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    prelort.run(make_config(evaluation={"at_clients": True, "every": 2}), out)
+    found = events_of(out, "evaluated_at_clients")
+    assert [event["round"] for event in found] == [2, 3]
+    for event in found:
+        assert event["failed"] == {}
+        assert [row["rank"] for row in event["clients"].values()] == [2, 2, 4, 4, 8, 8]
+        for row in event["clients"].values():
+            assert row["metrics"]["perplexity"] > 1
+            assert row["examples"] > 0
+    line = next(t for t in (out / "metrics.jsonl").read_text().splitlines() if "at_clients" in t)
+    json.loads(line, parse_constant=pytest.fail)  # strict JSON
+
+
+def test_measuring_at_clients_does_not_change_the_run(make_config: Make, tmp_path: Path) -> None:
+    results = []
+    for at_clients in (False, True):
+        config = make_config(evaluation={"at_clients": at_clients, "every": 1})
+        results.append(prelort.run(config, tmp_path / str(at_clients)))
+    assert same_bits(results[0].adapter, results[1].adapter)
+    assert results[0].metrics == results[1].metrics
+
+
+def test_holding_rows_out_to_tune_on_leaves_the_test_as_it_is(
+    make_config: Make, tmp_path: Path
+) -> None:
+    bases = [
+        prelort.run(make_config(data=data, federation={"rounds": 1}), tmp_path / name).base
+        for name, data in (("without", {}), ("with", TUNING))
+    ]
+    assert bases[0] == bases[1]
