@@ -53,13 +53,13 @@ METHODS = {
 SORTED = "method.options.prelort-sorted"
 FAMILY = {
     "as it is": [],
+    "one rate for all": ["training.rank_exponent=0"],
     "step=0": [f"{SORTED}.step=0"],
     "step=0.5": [f"{SORTED}.step=0.5"],
     "unchanged=1": [f"{SORTED}.unchanged=1"],
     "momentum=0.5": [f"{SORTED}.momentum=0.5"],
     "averaging=0.5": [f"{SORTED}.averaging=0.5"],
     "presence=0.3": [f"{SORTED}.presence=0.3"],
-    "one rate for all": ["training.rank_exponent=0"],
     "nested, 3/4 full": ["method.objective=example", "method.full_share=0.75"],
 }
 """With --family: the options of prelort-sorted, one at a time."""
@@ -199,20 +199,21 @@ def main() -> None:
         for task in arguments.tasks
         for row in names
     ]
-    rows: list[dict[str, Any]] = []
+    rows: dict[str, list[dict[str, Any]]] = {task: [] for task in arguments.tasks}
     with ProcessPoolExecutor(arguments.jobs) as pool:
         for task, name, rate, curves in pool.map(one_row, jobs):
-            row: dict[str, Any] = {"task": task, "method": name, "rate": f"{rate:g}"}
+            row: dict[str, Any] = {"method": name, "rate": f"{rate:.2g}"}
             factor = 100 if task == "questions" else 1
             for rank in curves[0]:
                 row[f"rank {rank}"] = _spread([factor * curve[rank] for curve in curves])
             row["AURAC"] = _spread([factor * aurac(curve) for curve in curves])
-            rows.append(row)
-    facts = {**machine(), "command": "python benchmarks/tail.py", "seeds": arguments.seeds}
-    title = (
-        "python, answers: perplexity (lower is better); questions: accuracy in % (higher is better)"
-    )
-    report("tail_family" if arguments.family else "tail", title, rows, facts)
+            rows[task].append(row)
+    metric = {"questions": "accuracy in %, higher is better"}
+    for task, found in rows.items():
+        command = f"python benchmarks/tail.py --tasks {task}" + " --family" * arguments.family
+        facts = {**machine(), "command": command, "seeds": arguments.seeds}
+        title = f"{task}: {metric.get(task, 'perplexity, lower is better')}; mean (s.d. over seeds)"
+        report(f"tail_{task}" + "_family" * arguments.family, title, found, facts)
 
 
 def prepare(source: Path, target: Path) -> None:
