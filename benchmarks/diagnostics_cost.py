@@ -1,8 +1,8 @@
 """What do a round's diagnostics cost, against the round's aggregation alone?
 
 A 7B-sized adapter (q and v of 32 layers, 4096 x 4096, rank 16) and ten clients of ranks 4, 8 and
-16: the same replies are aggregated with and without the collector, in turns, on one thread. Seconds are
-the processor's, so that other work on the machine counts for little. The goal is 1.1 times the
+16: the same replies are aggregated with and without the collector, in turns, on one thread. Seconds
+are the processor's, so that other work on the machine counts for little. The goal is 1.1 times the
 aggregation at most. Two small rows show what all layers of a small adapter cost.
 
     OMP_NUM_THREADS=1 python benchmarks/diagnostics_cost.py [--repeats 20]
