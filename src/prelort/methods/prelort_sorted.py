@@ -20,9 +20,9 @@ Clients of a lower rank train at a higher rate, (R / r) ** 0.4 times the highest
 
 With ``step = 0``, one rate for all and a holder of every slot this is raFLoRA (arXiv 2602.13486).
 The other options span the family that was tried, each off by default since none of them helped:
-``unchanged`` (a missing vote counts as 'no change': eta_j is multiplied by N_j's share of the weight
-to this power), ``momentum`` of the server, ``averaging`` over rounds, and ``presence`` (the share of
-rounds in which a client trains its prefix with the slots above it folded into its base).
+``unchanged`` (a missing vote counts as 'no change': eta_j times N_j's share of the weight to this
+power), ``momentum`` of the server, ``averaging`` over rounds, and ``presence`` (the share of rounds
+in which a client trains its prefix with the slots above it folded into its base).
 """
 
 from __future__ import annotations
