@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import concatenate_datasets
 
 import prelort
 from prelort.adapters import LoraAdapter
@@ -16,10 +17,11 @@ from prelort.config import Config
 from prelort.data import federated
 from prelort.errors import ConfigError
 from prelort.experiment import checkpoint
-from prelort.experiment.assemble import assemble, planned_ranks
+from prelort.experiment.assemble import Assembly, assemble, planned_ranks
 from prelort.experiment.inspect import evaluate_run
 from prelort.federation.allocation import Allocation, ByLoss
 from prelort.report import events as reading
+from prelort.tasks.interface import Example
 
 Make = Callable[..., Config]
 SIX = [f"site-{number}" for number in range(6)]
@@ -28,6 +30,11 @@ TUNING = {"validation_fraction": 0.2}
 
 def planned(config: Config) -> tuple[list[int], list[int], Allocation]:
     return planned_ranks(config, federated.load(config))
+
+
+def encoded(assembly: Assembly, rows: Any) -> list[Example]:
+    task = assembly.workspace.task
+    return task.encode(rows, assembly.tokenizer, assembly.config.data, assembly.rows.labels)
 
 
 def events_of(path: Path, kind: str) -> list[dict[str, Any]]:
@@ -125,11 +132,9 @@ def test_a_site_gets_the_rows_that_its_part_in_the_run_needs(
     config = make_config(ranks=ranks, data=TUNING, evaluation=at_clients)
     assembly = assemble(config, tmp_path)
     for site, rows in zip(assembly.sites, assembly.rows.clients, strict=True):
-        assert len(site.examples) == len(rows.train)
-        assert rows.validation is not None
-        assert rows.test is not None
-        assert len(site.validation) == (len(rows.validation) if by_loss else 0)
-        assert len(site.test) == (0 if by_loss else len(rows.test))
+        assert site.examples == encoded(assembly, rows.train)
+        assert site.validation == (encoded(assembly, rows.validation) if by_loss else ())
+        assert site.test == (() if by_loss else encoded(assembly, rows.test))
         assert site.personal is not None
         assert site.personal.folder == tmp_path / "personal"
     assert all(site.personal is None for site in assemble(config).sites)
@@ -143,23 +148,20 @@ def test_measuring_at_clients_without_rows_of_their_own_is_refused(
         assemble(config)
 
 
-def test_it_is_measured_on_validation_rows_where_these_are_asked_for(make_config: Make) -> None:
-    on = {
-        name: make_config(data=TUNING, evaluation={"on": name}) for name in ("test", "validation")
+@pytest.mark.parametrize("name", ["test", "validation"])
+def test_it_is_measured_on_the_rows_that_are_asked_for(make_config: Make, name: str) -> None:
+    assembly = assemble(make_config(data=TUNING, evaluation={"on": name}))
+    clients = assembly.rows.clients
+    rows = {
+        "test": assembly.rows.test,
+        "validation": concatenate_datasets([client.validation for client in clients]),
     }
-    found = {name: assemble(config) for name, config in on.items()}
-    rows = found["test"].rows
-    texts = {
-        "test": sorted(rows.test["text"][:]),
-        "validation": sorted(t for c in rows.clients for t in c.validation["text"][:]),
-    }
-    for name, assembly in found.items():
-        tokens = {tuple(assembly.tokenizer(text)["input_ids"][:20]) for text in texts[name]}
-        seen = [tuple(example.input_ids[:20]) for example in assembly.test]
-        assert len(seen) == len(texts[name])
-        assert all(any(ids[: len(t)] == t[: len(ids)] for t in tokens) for ids in seen)
-    first, second = (found[name].test for name in ("test", "validation"))
-    assert {tuple(e.input_ids) for e in first}.isdisjoint(tuple(e.input_ids) for e in second)
+    asked, other = (
+        {tuple(example.input_ids) for example in encoded(assembly, part)}
+        for part in (rows.pop(name), *rows.values())
+    )
+    assert {tuple(example.input_ids) for example in assembly.test} == asked
+    assert asked.isdisjoint(other)
 
 
 # Whole runs

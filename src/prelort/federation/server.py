@@ -65,6 +65,8 @@ def serve(plan: ServerPlan, engine: Engine) -> None:
     levels = tuple(sorted(offered | plan.allocation.levels()))
     method = methods.build(config.method, levels, config.seed)
     method.check([participant.client for participant in participants])
+    for participant in participants:  # what cannot be sent is refused now, not in some round
+        method.broadcast(plan.state, participant.client)
     plan.before_rounds(plan.state, levels)
     strategy = AdapterStrategy(
         config, method, participants, plan.state, plan.agreement, plan.emit, plan.allocation

@@ -1,0 +1,159 @@
+"""kill -9 while ranks change and clients keep factors of their own: resumed, the same bits."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import LAST, Killer, assert_same_run, events_of
+
+from prelort.config import Config, to_toml
+from prelort.experiment import checkpoint
+
+Make = Callable[..., Config]
+
+RUNS: dict[str, dict[str, Any]] = {
+    "a schedule": {
+        "ranks": {
+            "mix": "2, 2, 4, 4, 8, 8",
+            "assign": "in-order",
+            "schedule": {"2": "8, 8, 4, 4, 2, 2", "3": "4*1"},
+        },
+        "evaluation": {"every": 2, "at_clients": True},
+    },
+    "by loss": {
+        "ranks": {"mix": "2*0.5, 8*0.5", "allocation": "by-loss", "high_share": 0.5},
+        "data": {"validation_fraction": 0.2},
+    },
+    "clients that prune": {
+        "method": {"name": "hetlora", "options": {"hetlora": {"gamma": 0.75, "penalty": 30.0}}},
+        "federation": {"rounds": LAST, "clients_per_round": 6},
+    },
+    "factors of their own": {
+        "method": {"name": "fedsa-lora"},
+        "ranks": {
+            "mix": "2, 2, 4, 4, 8, 8",
+            "assign": "in-order",
+            "schedule": {"2": "8, 8, 4, 4, 2, 2", "3": "2, 8, 8, 4, 4, 2"},
+        },
+        "federation": {"rounds": LAST, "clients_per_round": 5},
+    },
+}
+
+KILLS: dict[str, list[tuple[str, int]]] = {
+    "a schedule": [("rank_changed", 1), ("client_finished", 3), ("evaluated_at_clients", 2)],
+    "by loss": [("client_finished", 1), ("rank_changed", 1), ("client_finished", 2)],
+    "clients that prune": [("rank_changed", 2), ("client_finished", 3)],
+    "factors of their own": [("client_finished", 2), ("aggregated", 3), ("checkpointing", 3)],
+}
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory: pytest.TempPathFactory, make_config: Make) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("ranks")
+    paths = {}
+    for name, changes in RUNS.items():
+        values = {"federation": {"rounds": LAST, "clients_per_round": 3}, **changes}
+        paths[name] = folder / f"{name.replace(' ', '-')}.toml"
+        paths[name].write_text(to_toml(make_config(lora={"dropout": 0.1}, **values)))
+    return paths
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    tmp_path_factory: pytest.TempPathFactory, killer: Killer, configs: dict[str, Path]
+) -> Callable[[str], Path]:
+    """The folder of a run that was never killed, made when it is first asked for."""
+    made: dict[str, Path] = {}
+
+    def run(name: str) -> Path:
+        if name not in made:
+            out = tmp_path_factory.mktemp("undisturbed") / "run"
+            assert killer.run(configs[name], out, {}) == {"code": 0}, killer.output.read_text()
+            made[name] = out
+        return made[name]
+
+    return run
+
+
+def own_factors(run: Path) -> dict[str, bytes]:
+    """What clients keep to themselves, as bytes."""
+    folder = run / "personal"
+    return {
+        str(path.relative_to(run)): path.read_bytes()
+        for path in sorted(folder.rglob("*.safetensors"))
+    }
+
+
+def assert_same(run: Path, expected: Path) -> None:
+    assert_same_run(run, expected)
+    assert own_factors(run) == own_factors(expected)
+    for number in (LAST - 1, LAST):
+        found, wanted = (
+            checkpoint.load(path / "checkpoints" / f"{number:05d}").state
+            for path in (run, expected)
+        )
+        assert found.ranks == wanted.ranks
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_ranks_do_change_in_the_undisturbed_run(
+    undisturbed: Callable[[str], Path], name: str
+) -> None:
+    """Guards the others: what they compare is there."""
+    events = events_of(undisturbed(name))
+    changed = [event for event in events if event["event"] == "rank_changed"]
+    assert changed
+    state = checkpoint.load(undisturbed(name) / "checkpoints" / f"{LAST:05d}").state
+    assert state.ranks
+    assert bool(own_factors(undisturbed(name))) == (name == "factors of their own")
+    if name == "clients that prune":
+        assert all(event["to"] < event["from"] for event in changed)
+        assert any(event["round"] == 2 for event in changed)
+
+
+@pytest.mark.parametrize(
+    "name, event, number", [(name, *kill) for name, kills in KILLS.items() for kill in kills]
+)
+def test_killed_and_resumed_is_as_if_never_killed(
+    tmp_path: Path,
+    killer: Killer,
+    configs: dict[str, Path],
+    undisturbed: Callable[[str], Path],
+    name: str,
+    event: str,
+    number: int,
+) -> None:
+    out = tmp_path / "run"
+    kill = {"trap": "event", "name": event, "round": number}
+    assert killer.run(configs[name], out, kill) == {"signal": signal.SIGKILL}
+
+    code, said = killer.cli("run", "--resume", str(out), "--quiet")
+
+    assert code == 0, said
+    assert_same(out, undisturbed(name))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_killed_and_its_newest_checkpoint_damaged(
+    tmp_path: Path,
+    killer: Killer,
+    configs: dict[str, Path],
+    undisturbed: Callable[[str], Path],
+    name: str,
+) -> None:
+    """The run goes back two rounds, and so do the clients with what they keep."""
+    out = tmp_path / "run"
+    kill = {"trap": "event", "name": "aggregated", "round": 3}
+    assert killer.run(configs[name], out, kill) == {"signal": signal.SIGKILL}
+    newest = out / "checkpoints" / "00002" / "state.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-100])
+
+    code, said = killer.cli("run", "--resume", str(out))
+
+    assert code == 0, said
+    assert "falling back to the checkpoint before it" in said
+    assert_same(out, undisturbed(name))
