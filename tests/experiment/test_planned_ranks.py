@@ -91,7 +91,7 @@ def test_a_reference_that_ignores_ranks_may_use_the_highest_everywhere(make_conf
     offered, most, _ = planned(make_config(method=method))
     assert offered == [2, 2, 4, 4, 8, 8]
     assert most == [8] * 6
-    schedule = {"schedule": {"2": "16*1"}}
+    schedule = {"schedule": {"2": "2*0.5, 16*0.5"}}
     assert planned(make_config(method=method, ranks=schedule))[1] == [16] * 6
 
 

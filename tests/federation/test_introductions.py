@@ -14,6 +14,7 @@ from small_federation import (
 from prelort.config import Config
 from prelort.errors import ConfigError, PrelortError
 from prelort.federation import wire
+from prelort.federation.allocation import Allocation, ByLoss
 from prelort.federation.exchange import Engine
 from prelort.federation.flower import Context, Grid, Message, MessageType, RecordDict
 from prelort.federation.registry import introductions
@@ -61,6 +62,17 @@ def test_everyone_is_known_by_name_rank_and_examples() -> None:
     assert [p.node_id for p in found] == list(grid.get_node_ids())
 
 
+@pytest.mark.parametrize("said, known", [(4, 4), (6, 6), (8, 8), (9, 8), (1000, 8)])
+def test_the_rank_that_one_can_be_raised_to_is_known_up_to_the_global_one(
+    said: int, known: int
+) -> None:
+    app = introducing(node_2={"most": said})
+    engine = Engine(in_process(app, len(CLIENTS)), 1, float("inf"))
+    found = introductions(engine, AGREEMENT, lambda *_: None)
+    assert [p.client for p in found] == CLIENTS
+    assert [p.most for p in found] == [2, 8, known, 4]
+
+
 def test_the_order_is_that_of_the_names_whatever_the_nodes() -> None:
     turned = CLIENTS[::-1]
     grid = in_process(small_client_app(turned), len(turned))
@@ -79,6 +91,7 @@ def test_the_order_is_that_of_the_names_whatever_the_nodes() -> None:
         ({"protocol": 3}, "speaks protocol 3, expected 2"),
         ({"rank": 0}, "malformed header: rank"),
         ({"rank": 9}, "offers rank 9, but the global adapter has 8"),
+        ({"most": 0}, "malformed header: most"),
         ({"examples": 0}, "malformed header: examples"),
         ({"client": ""}, "malformed header: client"),
         ({"client": "n" * 201}, "malformed header: client"),
@@ -125,7 +138,10 @@ def test_a_node_that_says_nothing_is_left_out() -> None:
 
 class TestServe:
     def serve(
-        self, app: Callable[[Message, Context], Message], config: Config
+        self,
+        app: Callable[[Message, Context], Message],
+        config: Config,
+        allocation: Allocation | None = None,
     ) -> tuple[ServerState, list[dict[str, Any]]]:
         events: list[dict[str, Any]] = []
         ended: list[ServerState] = []
@@ -137,6 +153,7 @@ class TestServe:
             before_rounds=lambda state, levels: events.append({"event": "before", "is": levels}),
             after_round=lambda state: events.append({"event": "after", "round": state.round}),
             finished=lambda state, levels: ended.append(state),
+            allocation=allocation or Allocation(),
         )
         serve(plan, Engine(in_process(app, len(CLIENTS)), 1, float("inf")))
         return ended[0], events
@@ -156,6 +173,11 @@ class TestServe:
         ]
         assert {"event": "before", "is": (2, 4)} in events
         assert [e["round"] for e in events if e["event"] == "after"] == [1, 2]
+
+    def test_the_levels_are_the_offered_ranks_and_those_that_are_planned(self) -> None:
+        plan = Allocation({2: {"site-0": 3, "site-3": 8}}, ByLoss(6, 0.5))
+        _, events = self.serve(small_client_app(CLIENTS), make_config(), plan)
+        assert {"event": "before", "is": (2, 3, 4, 6, 8)} in events
 
     def test_too_few_that_fit_is_told_before_any_training(self) -> None:
         config = make_config(clients_per_round=4)

@@ -121,5 +121,8 @@ class Method(Protocol):
         ...
 
     def readout(self, state: ServerState, rank: int | None = None) -> LoraAdapter:
-        """The global adapter of this rank (None: the whole), as measured and exported."""
+        """The global adapter of this rank (None: the whole), as measured and exported.
+
+        Layer by layer: diagnostics ask it of a state that holds some of the layers only.
+        """
         ...
