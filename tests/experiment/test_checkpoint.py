@@ -1,9 +1,11 @@
 import errno
+import hashlib
 import json
 import os
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,24 @@ class TestRoundTrip:
         loaded = checkpoint.load_latest(tmp_path, "base-0")
         assert loaded is not None
         assert_same(loaded, saved)
+
+    def test_the_ranks_that_have_changed_come_back(self, tmp_path: Path) -> None:
+        ranks = {"site-0": 3, "sité/1": 16}
+        state = replace(make_checkpoint().state, ranks=ranks)
+        path = checkpoint.save(replace(make_checkpoint(), state=state), tmp_path)
+        assert checkpoint.load(path).state.ranks == ranks
+
+    def test_a_checkpoint_of_before_ranks_could_change_is_read(self, tmp_path: Path) -> None:
+        saved = make_checkpoint()
+        path = checkpoint.save(saved, tmp_path)
+        facts = json.loads((path / "state.json").read_text())
+        del facts["ranks"], facts["sha256"]
+        contents = json.dumps(facts, sort_keys=True).encode()
+        contents += (path / "state.safetensors").read_bytes()
+        facts["sha256"] = hashlib.sha256(contents).hexdigest()
+        (path / "state.json").write_text(json.dumps(facts))
+        assert_same(checkpoint.load(path), saved)
+        assert checkpoint.load(path).state.ranks == {}
 
     def test_no_folder_and_an_empty_folder_are_no_checkpoint(self, tmp_path: Path) -> None:
         assert checkpoint.load_latest(tmp_path / "nothing", "base-0") is None
