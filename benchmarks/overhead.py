@@ -24,7 +24,7 @@ from prelort.experiment.checkpoint import Checkpoint
 from prelort.federation.exchange import Engine
 from prelort.federation.in_process import InProcessGrid
 from prelort.federation.sampling import sample
-from prelort.federation.server import ServerPlan, serve
+from prelort.federation.server import ServerPlan, Standing, serve
 from prelort.federation.site import make_client_app
 from prelort.methods.interface import Client, ServerState
 from prelort.models.lora import install
@@ -38,17 +38,17 @@ def federated(assembly: Assembly) -> float:
     grid = InProcessGrid(app, [{"partition-id": index} for index in range(len(sites))])
     with tempfile.TemporaryDirectory() as folder:
 
-        def save(state: ServerState) -> None:
-            checkpoint.save(Checkpoint(state, 0, "", 0), Path(folder))
+        def save(now: Standing) -> None:
+            checkpoint.save(Checkpoint(now.state, 0, "", 0), Path(folder))
 
         plan = ServerPlan(
             config=assembly.config,
             state=ServerState(assembly.initial),
             agreement=assembly.workspace.agreement,
             emit=lambda event: None,
-            before_rounds=lambda state, levels: None,
+            before_rounds=lambda now: None,
             after_round=save,
-            finished=lambda state, levels: None,
+            finished=lambda now: None,
         )
         started = time.perf_counter()
         serve(plan, Engine(grid, 1, float("inf")))

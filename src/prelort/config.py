@@ -71,6 +71,11 @@ class DataConfig(Section):
     )
     text_column: str | None = Field(None, description="found by itself where it is clear")
     label_column: str | None = Field(None, description="classification: the class")
+    labels: tuple[str, ...] | None = Field(
+        None,
+        description="classification: the classes in order; default: those that occur (real sites "
+        "must name them, since none sees them all)",
+    )
     prompt_template: str = Field(
         "{instruction}\n\n{context}\n\n",
         description="instruction task: the prompt, with columns in braces",
@@ -232,6 +237,17 @@ class FederationConfig(Section):
     )
     timeout: Annotated[float, Field(gt=0.0)] = Field(
         3600.0, description="seconds that a round waits for its replies"
+    )
+    min_clients: Annotated[int, Field(ge=1)] | None = Field(
+        None,
+        description="real sites: how many must be there for a round to begin; default: "
+        "clients_per_round where it is a number, else 1",
+    )
+    wait: Annotated[float, Field(ge=0.0)] = Field(
+        600.0, description="real sites: seconds to wait for min_clients, then the run stops"
+    )
+    attempts: Annotated[int, Field(ge=1)] = Field(
+        3, description="real sites: times that a round is tried before the run stops"
     )
     wire_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     max_client_examples: Annotated[int, Field(ge=1)] = Field(

@@ -21,8 +21,7 @@ from prelort import tasks
 from prelort.adapters import LoraAdapter, peft_folder
 from prelort.config import Config
 from prelort.data import federated
-from prelort.experiment import checkpoint
-from prelort.experiment import run as run_module
+from prelort.experiment import checkpoint, stage
 from prelort.experiment.run import RunResult
 from prelort.federation import site
 from prelort.federation.personal import PersonalStore
@@ -78,7 +77,7 @@ def config_of(make_config: Make, name: str, **changes: Any) -> Config:
 def no_picture_of_the_clients() -> Iterator[None]:
     """It is a quarter of the time of so small a run, and the same for all methods."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module.describe, "picture", lambda *arguments: None)
+        patch.setattr(stage.describe, "picture", lambda *arguments: None)
         yield
 
 

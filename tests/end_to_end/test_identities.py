@@ -20,7 +20,7 @@ from prelort import tasks
 from prelort.adapters import LoraAdapter
 from prelort.config import Config
 from prelort.data import federated
-from prelort.experiment import run as run_module
+from prelort.experiment import stage
 from prelort.tasks.interface import Example
 
 Make = Callable[..., Config]
@@ -249,14 +249,14 @@ class TestDeterminism:
     ) -> None:
         config = make_config(lora={"dropout": 0.2})
         results = [prelort.run(config, tmp_path / "as-listed")]
-        real = run_module.assemble
+        real = stage.assemble
 
         def turned(config: Config, folder: Path | None = None) -> Any:
             assembly = real(config, folder)
             s = assembly.sites
             return dataclasses.replace(assembly, sites=(s[3], s[5], s[0], s[2], s[1], s[4]))
 
-        monkeypatch.setattr(run_module, "assemble", turned)
+        monkeypatch.setattr(stage, "assemble", turned)
         results.append(prelort.run(config, tmp_path / "turned"))
 
         assert same_bits(results[0].adapter, results[1].adapter)

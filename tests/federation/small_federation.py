@@ -12,6 +12,7 @@ from prelort.adapters import AdapterSchema, Factors, LoraAdapter, ScaleRule
 from prelort.config import Config, FederationConfig, MethodConfig, check
 from prelort.federation import wire
 from prelort.federation.allocation import Allocation
+from prelort.federation.exchange import Engine
 from prelort.federation.flower import (
     Array,
     ArrayRecord,
@@ -181,6 +182,16 @@ def make_strategy(
         config, chosen, participants, state, agreement, events.append, allocation
     )
     return strategy, events
+
+
+def run_rounds(
+    strategy: AdapterStrategy, engine: Engine, after_round: Callable[[ServerState], None]
+) -> ServerState:
+    """The rounds that are left; ``after_round`` gets the state after each."""
+    for server_round in range(strategy.state.round + 1, strategy.config.federation.rounds + 1):
+        strategy.run_round(server_round, engine)
+        after_round(strategy.state)
+    return strategy.state
 
 
 def same_bits(one: LoraAdapter, other: LoraAdapter) -> bool:

@@ -10,6 +10,7 @@ from small_federation import (
     clients_of,
     in_process,
     make_strategy,
+    run_rounds,
     small_client_app,
 )
 
@@ -43,6 +44,7 @@ def reply_of(
         "client": client.name,
         "round": request.round,
         "examples": client.examples,
+        "weight": client.examples,
         "metrics": {"loss": float(client.name[-1])},
         **changes,
     }
@@ -73,7 +75,7 @@ class Measuring:
 
 def run(strategy: AdapterStrategy, app: Answering) -> list[ServerState]:
     states: list[ServerState] = []
-    strategy.run_rounds(Engine(in_process(app, len(CLIENTS)), 1, float("inf")), states.append)
+    run_rounds(strategy, Engine(in_process(app, len(CLIENTS)), 1, float("inf")), states.append)
     return states
 
 
@@ -147,7 +149,7 @@ def test_the_rounds_do_not_depend_on_it() -> None:
         (OSError("disk"), "OSError: disk"),
         ({"examples": 0}, "malformed header: examples"),
         ({"metrics": {"loss": "low"}}, "malformed header: metrics"),
-        ({"protocol": 1}, "speaks protocol 1, expected 2"),
+        ({"protocol": 1}, "speaks protocol 1, expected 3"),
         ({"base": "base-9"}, "another base model"),
         ({"scale": 9.0}, "another scale rule"),
         ({"layers": "none"}, "adapts other layers"),

@@ -12,6 +12,7 @@ from small_federation import (
     make_config,
     make_reply_header,
     make_strategy,
+    run_rounds,
     same_bits,
     small_client_app,
 )
@@ -57,7 +58,7 @@ def run(
     after: Callable[..., None] | None = None,
 ) -> None:
     engine = Engine(in_process(app or app_of(), len(CLIENTS)), 1, float("inf"))
-    strategy.run_rounds(engine, after or (lambda state: None))
+    run_rounds(strategy, engine, after or (lambda state: None))
 
 
 def ranks_asked(events: list[dict[str, Any]]) -> dict[int, dict[str, int]]:

@@ -107,6 +107,7 @@ def test_measurements_come_back_and_what_is_no_number_is_none() -> None:
         client="site-0",
         round=3,
         examples=7,
+        weight=70,
         metrics={"perplexity": math.inf, "accuracy": math.nan, "loss": 0.1},
     )
     got = wire.header(wire.pack(sent), wire.EvaluateReply)

@@ -12,6 +12,7 @@ from small_federation import (
     make_config,
     make_state,
     make_strategy,
+    run_rounds,
     same_bits,
     small_client_app,
 )
@@ -31,7 +32,7 @@ def rounds_of(config: Config, **more: Any) -> tuple[ServerState, list[dict[str, 
     clients = clients_of(RANKS)
     strategy, events = make_strategy(clients, config, **more)
     engine = Engine(in_process(small_client_app(clients), len(clients)), 1, float("inf"))
-    state = strategy.run_rounds(engine, lambda state: None)
+    state = run_rounds(strategy, engine, lambda state: None)
     return state, [event for event in events if event["event"] == "aggregated"]
 
 
@@ -90,7 +91,7 @@ def test_a_refused_reply_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(Collector, "add", watched)
     strategy, _ = make_strategy(clients)
     engine = Engine(in_process(refusing, len(clients)), 1, float("inf"))
-    strategy.run_rounds(engine, lambda state: None)
+    run_rounds(strategy, engine, lambda state: None)
     assert seen == ["site-0", "site-2", "site-3"] * 2
 
 

@@ -17,7 +17,7 @@ from prelort.federation import wire
 from prelort.federation.allocation import Allocation, ByLoss
 from prelort.federation.exchange import Engine
 from prelort.federation.flower import Context, Grid, Message, MessageType, RecordDict
-from prelort.federation.registry import introductions
+from prelort.federation.registry import Participant, Roster
 from prelort.federation.server import ServerPlan, make_server_app, serve
 from prelort.methods.interface import ServerState
 
@@ -47,16 +47,22 @@ def introducing(**facts_of: dict[str, Any]) -> Callable[[Message, Context], Mess
     return app
 
 
+def introductions(
+    engine: Engine, refused: Callable[[str, str], None] = lambda *_: None
+) -> list[Participant]:
+    return Roster(AGREEMENT, refused).gather(engine, 1)
+
+
 def introduced(app: Callable[[Message, Context], Message]) -> tuple[list[str], dict[str, str]]:
     refused: dict[str, str] = {}
     engine = Engine(in_process(app, len(CLIENTS)), 1, float("inf"))
-    found = introductions(engine, AGREEMENT, refused.__setitem__)
+    found = introductions(engine, refused.__setitem__)
     return [p.client.name for p in found], refused
 
 
 def test_everyone_is_known_by_name_rank_and_examples() -> None:
     grid = in_process(small_client_app(CLIENTS), len(CLIENTS))
-    found = introductions(Engine(grid, 1, float("inf")), AGREEMENT, lambda *_: None)
+    found = introductions(Engine(grid, 1, float("inf")))
 
     assert [p.client for p in found] == CLIENTS
     assert [p.node_id for p in found] == list(grid.get_node_ids())
@@ -68,7 +74,7 @@ def test_the_rank_that_one_can_be_raised_to_is_known_up_to_the_global_one(
 ) -> None:
     app = introducing(node_2={"most": said})
     engine = Engine(in_process(app, len(CLIENTS)), 1, float("inf"))
-    found = introductions(engine, AGREEMENT, lambda *_: None)
+    found = introductions(engine)
     assert [p.client for p in found] == CLIENTS
     assert [p.most for p in found] == [2, 8, known, 4]
 
@@ -76,7 +82,7 @@ def test_the_rank_that_one_can_be_raised_to_is_known_up_to_the_global_one(
 def test_the_order_is_that_of_the_names_whatever_the_nodes() -> None:
     turned = CLIENTS[::-1]
     grid = in_process(small_client_app(turned), len(turned))
-    found = introductions(Engine(grid, 1, float("inf")), AGREEMENT, lambda *_: None)
+    found = introductions(Engine(grid, 1, float("inf")))
     assert [p.client for p in found] == CLIENTS
 
 
@@ -88,7 +94,7 @@ def test_the_order_is_that_of_the_names_whatever_the_nodes() -> None:
         ({"scale_rule": "rslora"}, "uses another scale rule: rslora 2"),
         ({"scale": 16.0}, "uses another scale rule: constant 16"),
         ({"scale": 0.0}, "malformed header: scale"),
-        ({"protocol": 3}, "speaks protocol 3, expected 2"),
+        ({"protocol": 2}, "speaks protocol 2, expected 3"),
         ({"rank": 0}, "malformed header: rank"),
         ({"rank": 9}, "offers rank 9, but the global adapter has 8"),
         ({"most": 0}, "malformed header: most"),
@@ -150,9 +156,9 @@ class TestServe:
             state=make_state(),
             agreement=AGREEMENT,
             emit=events.append,
-            before_rounds=lambda state, levels: events.append({"event": "before", "is": levels}),
-            after_round=lambda state: events.append({"event": "after", "round": state.round}),
-            finished=lambda state, levels: ended.append(state),
+            before_rounds=lambda now: events.append({"event": "before", "is": now.levels}),
+            after_round=lambda now: events.append({"event": "after", "round": now.state.round}),
+            finished=lambda now: ended.append(now.state),
             allocation=allocation or Allocation(),
         )
         serve(plan, Engine(in_process(app, len(CLIENTS)), 1, float("inf")))
@@ -204,9 +210,9 @@ class TestServe:
             make_state(),
             AGREEMENT,
             emit=lambda event: None,
-            before_rounds=lambda state, levels: None,
-            after_round=lambda state: None,
-            finished=lambda state, levels: ended.append(state),
+            before_rounds=lambda now: None,
+            after_round=lambda now: None,
+            finished=lambda now: ended.append(now.state),
         )
 
         def engine(grid: Grid) -> Engine:

@@ -19,10 +19,11 @@ from prelort.adapters import AdapterSchema, Factors, LoraAdapter, ScaleRule
 from prelort.adapters.initial import fresh
 from prelort.config import LoraSettings, ModelConfig, TrainingConfig
 from prelort.federation import wire
+from prelort.federation.client_app import REFUSED
 from prelort.federation.flower import Message, MessageType
 from prelort.federation.personal import PersonalStore
 from prelort.federation.registry import Agreement
-from prelort.federation.site import REFUSED, Site, Workspace, make_client_app
+from prelort.federation.site import Site, Workspace, make_client_app
 from prelort.methods import Broadcast
 from prelort.methods.objective import Objective, TailPenalty, plain
 from prelort.metrics.evaluate import evaluate
@@ -306,10 +307,13 @@ def test_a_rank_above_what_it_affords_is_refused(bench: Bench, most: int, allowe
         assert said == f"affords rank {allowed} at most, asked was {asked}"
 
 
-def test_a_rank_above_what_it_affords_is_not_measured_either(bench: Bench) -> None:
+def test_a_rank_above_what_it_affords_can_be_measured(bench: Bench) -> None:
+    """It takes no gradients; so every site can measure every prefix of the global adapter."""
     bench.site = replace(bench.site, test=examples_of(bench.folder, 1))
     reply = bench.measure(Broadcast(bench.trained.prefix(5)))
-    assert reply.error.reason == "affords rank 4 at most, asked was 5"
+    head = wire.header(reply.content, wire.EvaluateReply)
+    assert (head.rank, head.examples) == (5, len(bench.site.test))
+    assert head.weight == sum(len(e.input_ids) - 1 for e in bench.site.test)
 
 
 @pytest.mark.parametrize(

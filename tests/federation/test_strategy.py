@@ -17,6 +17,7 @@ from small_federation import (
     make_reply_header,
     make_strategy,
     raw_content,
+    run_rounds,
     same_bits,
     small_client_app,
 )
@@ -94,7 +95,7 @@ class TestAsking:
 
     def test_only_the_sampled_clients_are_asked(self) -> None:
         strategy, events = make_strategy(CLIENTS, make_config(clients_per_round=2))
-        strategy.run_rounds(engine_of(small_client_app(CLIENTS)), lambda state: None)
+        run_rounds(strategy, engine_of(small_client_app(CLIENTS)), lambda state: None)
         asked = [e["clients"] for e in events if e["event"] == "round_started"]
         done = [e["client"] for e in events if e["event"] == "client_finished"]
         assert [len(names) for names in asked] == [2, 2]
@@ -118,7 +119,7 @@ class TestAsking:
     def test_halved_types_halve_the_bytes(self, dtype: str) -> None:
         def bytes_of(config: Any) -> int:
             strategy, events = make_strategy(CLIENTS, config)
-            strategy.run_rounds(engine_of(small_client_app(CLIENTS)), lambda state: None)
+            run_rounds(strategy, engine_of(small_client_app(CLIENTS)), lambda state: None)
             assert strategy.state.adapter.layers["model.q_proj"].A.dtype == torch.float32
             return sum(e["bytes_up"] for e in events if e["event"] == "aggregated")
 
@@ -241,7 +242,7 @@ class TestFailures:
     ) -> None:
         strategy, events = make_strategy(CLIENTS, make_config(rounds=1))
 
-        strategy.run_rounds(engine_of(failing(1, how)), lambda state: None)
+        run_rounds(strategy, engine_of(failing(1, how)), lambda state: None)
 
         assert same_bits(strategy.state.adapter, without(1))
         (failed,) = [e for e in events if e["event"] == "client_failed"]
@@ -252,7 +253,7 @@ class TestFailures:
 
     def test_the_mean_loss_is_that_of_the_usable_replies(self) -> None:
         strategy, events = make_strategy(CLIENTS, make_config(rounds=1))
-        strategy.run_rounds(engine_of(failing(0, changed({"loss": 7.0}))), lambda state: None)
+        run_rounds(strategy, engine_of(failing(0, changed({"loss": 7.0}))), lambda state: None)
         (aggregated,) = [e for e in events if e["event"] == "aggregated"]
         weights = [client.examples for client in CLIENTS]
         expected = (7.0 * weights[0] + 1.5 * sum(weights[1:])) / sum(weights)
@@ -265,7 +266,7 @@ class TestFailures:
             return small_client_app(CLIENTS)(message, context)
 
         strategy, events = make_strategy(CLIENTS)
-        strategy.run_rounds(engine_of(failing(1, at_first)), lambda state: None)
+        run_rounds(strategy, engine_of(failing(1, at_first)), lambda state: None)
         counts = [(e["replies"], e["failed"]) for e in events if e["event"] == "aggregated"]
         assert counts == [(3, 1), (4, 0)]
 
@@ -307,11 +308,11 @@ class TestQuorum:
     def test_is_counted_over_those_asked(self, quorum: int | float, enough: bool) -> None:
         strategy, _ = make_strategy(CLIENTS, make_config(rounds=1, quorum=quorum))
         if enough:
-            strategy.run_rounds(engine_of(failing(1, says_why)), lambda state: None)
+            run_rounds(strategy, engine_of(failing(1, says_why)), lambda state: None)
             assert strategy.state.round == 1
         else:
             with pytest.raises(QuorumError):
-                strategy.run_rounds(engine_of(failing(1, says_why)), lambda state: None)
+                run_rounds(strategy, engine_of(failing(1, says_why)), lambda state: None)
 
     def test_below_it_the_state_is_as_it_was_bit_for_bit(self) -> None:
         def in_second_round(message: Message, context: Context) -> Message:
@@ -326,7 +327,7 @@ class TestQuorum:
             after.append((state, {n: t.clone() for n, t in state.adapter.tensors().items()}))
 
         with pytest.raises(QuorumError) as raised:
-            strategy.run_rounds(engine_of(failing(2, in_second_round)), keep)
+            run_rounds(strategy, engine_of(failing(2, in_second_round)), keep)
 
         ((state, copies),) = after
         assert strategy.state is state
@@ -344,7 +345,7 @@ class TestQuorum:
         strategy, _ = make_strategy(CLIENTS, make_config(quorum=1))
 
         with pytest.raises(QuorumError, match="0 usable replies of 4"):
-            strategy.run_rounds(engine_of(raises), lambda state: None)
+            run_rounds(strategy, engine_of(raises), lambda state: None)
         assert strategy.state.round == 0
 
 
@@ -386,7 +387,7 @@ def test_updates_are_not_held_once_they_were_added() -> None:
         make_config(clients_per_round=12),
         method=method,  # type: ignore[arg-type]
     )
-    strategy.run_rounds(engine_of(small_client_app(clients), 12), lambda state: None)
+    run_rounds(strategy, engine_of(small_client_app(clients), 12), lambda state: None)
 
     assert len(method.seen) == 24
     assert method.most_alive <= 1  # the one before may still be in the caller's hands
@@ -407,7 +408,7 @@ def test_replies_are_not_held_once_they_were_taken() -> None:
         return reply
 
     strategy, _ = make_strategy(clients, make_config(rounds=1, clients_per_round=12))
-    strategy.run_rounds(engine_of(app, 12), lambda state: None)
+    run_rounds(strategy, engine_of(app, 12), lambda state: None)
     assert most <= 1
 
 
@@ -436,8 +437,8 @@ class Counting:
 def test_the_round_is_counted_by_the_strategy_and_the_memory_kept() -> None:
     strategy, _ = make_strategy(CLIENTS, make_config(rounds=3), method=Counting([2, 4, 8]))  # type: ignore[arg-type]
     rounds: list[int] = []
-    strategy.run_rounds(
-        engine_of(small_client_app(CLIENTS)), lambda state: rounds.append(state.round)
+    run_rounds(
+        strategy, engine_of(small_client_app(CLIENTS)), lambda state: rounds.append(state.round)
     )
     assert rounds == [1, 2, 3]
     assert strategy.state.memory["count"].item() == 3
@@ -446,11 +447,11 @@ def test_the_round_is_counted_by_the_strategy_and_the_memory_kept() -> None:
 def test_going_on_from_a_state_gives_what_an_undisturbed_run_gives() -> None:
     states: list[ServerState] = []
     whole, _ = make_strategy(CLIENTS, make_config(rounds=4, clients_per_round=2))
-    whole.run_rounds(engine_of(small_client_app(CLIENTS)), states.append)
+    run_rounds(whole, engine_of(small_client_app(CLIENTS)), states.append)
 
     second, events = make_strategy(CLIENTS, make_config(rounds=4, clients_per_round=2))
     second.state = states[1]
-    second.run_rounds(engine_of(small_client_app(CLIENTS)), lambda state: None)
+    run_rounds(second, engine_of(small_client_app(CLIENTS)), lambda state: None)
 
     assert same_bits(second.state.adapter, whole.state.adapter)
     assert [e["round"] for e in events if e["event"] == "round_started"] == [3, 4]
@@ -458,7 +459,7 @@ def test_going_on_from_a_state_gives_what_an_undisturbed_run_gives() -> None:
 
 def test_flowers_own_start_runs_it_too() -> None:
     ours, _ = make_strategy(CLIENTS)
-    ours.run_rounds(engine_of(small_client_app(CLIENTS)), lambda state: None)
+    run_rounds(ours, engine_of(small_client_app(CLIENTS)), lambda state: None)
 
     theirs, events = make_strategy(CLIENTS)
     grid = in_process(small_client_app(CLIENTS), 4)

@@ -166,11 +166,11 @@ class TestHeader:
             wire.header(self.changed(**{key: value}), wire.TrainReply)
 
     def test_another_protocol_is_told_as_such(self) -> None:
-        with pytest.raises(UpdateRefused, match="speaks protocol 1, expected 2"):
+        with pytest.raises(UpdateRefused, match="speaks protocol 1, expected 3"):
             wire.header(self.changed(protocol=1), wire.TrainReply)
 
     def test_another_protocol_is_told_even_if_its_keys_differ(self) -> None:
-        with pytest.raises(UpdateRefused, match="speaks protocol 1, expected 2"):
+        with pytest.raises(UpdateRefused, match="speaks protocol 1, expected 3"):
             wire.header(self.changed(protocol=1, compression="zstd"), wire.TrainReply)
 
     def test_a_kind_of_message_is_not_taken_for_another(self) -> None:

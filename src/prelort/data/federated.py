@@ -70,7 +70,7 @@ def load(config: Config) -> FederatedRows:
     labels: tuple[str, ...] = ()
     if config.task == "classification":
         # Of all rows that were read: the classes belong to the data set, not to what was drawn.
-        labels = _check_labels(train, test, columns[1])
+        labels = _check_labels(train, test, columns[1], config.data.labels)
     label_column = columns[1] if labels else config.data.label_column
     train = _draw(train, config.data.max_train_examples, config.seed, "train")
     dealing = resolved(config.partition, train)
@@ -91,6 +91,48 @@ def load(config: Config) -> FederatedRows:
     clients = map(ClientRows, names, assigned, learnt, tests, validation)
     shown = label_column or (config.partition.column if config.partition.by != "column" else None)
     return FederatedRows(tuple(clients), pooled, labels, shown, dropped)
+
+
+def load_own(config: Config, name: str) -> ClientRows:
+    """The rows of one site of this name, which sees no others; its rank is not known here (0).
+
+    What it holds out is what it would hold out as a client of this name among others. Raises
+    `ConfigError` in one sentence.
+    """
+    own = config.data.model_copy(update={"test": None})
+    train, test = sources.read(own)
+    columns = _check_columns(config, train, test)
+    if config.task == "classification":
+        if not config.data.labels:
+            raise ConfigError(
+                "data.labels is not set: sites that see only their own rows need the names of all "
+                "classes, in one order"
+            )
+        _check_labels(train, test, columns[1], config.data.labels)
+    train = _draw(train, config.data.max_train_examples, config.seed, "train")
+    share = config.data.validation_fraction
+    least = 1 + (config.data.test is None) + (share > 0)
+    if len(train) < least:
+        raise ConfigError(f"data.source has {len(train)} rows, at least {least} are needed")
+    trains: list[Dataset] = [train]
+    tests: Sequence[Dataset | None] = [None]
+    if config.data.test is None:  # else the server has rows to test on
+        trains, tests = _hold_out(
+            config.seed, "hold-out", config.data.test_fraction, trains, [name]
+        )
+        tests = _draw_of_each(tests, config.data.max_test_examples, config.seed)
+    validation: Sequence[Dataset | None] = [None]
+    if share > 0:
+        trains, validation = _hold_out(config.seed, "validation", share, trains, [name])
+    return ClientRows(name, 0, trains[0], tests[0], validation[0])
+
+
+def load_test(config: Config) -> Dataset:
+    """The rows of ``data.test`` alone, on a server that has no others. Raises `ConfigError`."""
+    alone = config.data.model_copy(update={"source": config.data.test, "test": None})
+    rows, _ = sources.read(alone)
+    _check_columns(config, rows, None)
+    return _draw(rows, config.data.max_test_examples, config.seed, "test")
 
 
 def _with_tests(
@@ -121,19 +163,24 @@ def _check_columns(config: Config, train: Dataset, test: Dataset | None) -> tupl
     return columns
 
 
-def _check_labels(train: Dataset, test: Dataset | None, column: str) -> tuple[str, ...]:
-    labels = class_order(train, column, "data.source")
+def _check_labels(
+    train: Dataset, test: Dataset | None, column: str, given: tuple[str, ...] | None
+) -> tuple[str, ...]:
+    """The classes: those that are ``given`` or else occur. Every row's label is one of them."""
+    labels = given or class_order(train, column, "data.source")
     if len(labels) < 2:
         raise ConfigError(
             f"data.source has one class only, {labels[0]!r} in column {column!r}: "
             "classification needs two or more"
         )
-    if test is not None:
-        for number, name in enumerate(class_names(test, column, "data.test"), start=1):
+    for key, rows in (("data.source", train if given else None), ("data.test", test)):
+        if rows is None:
+            continue
+        known = "is not in data.labels" if given else "no training row has"
+        for number, name in enumerate(class_names(rows, column, key), start=1):
             if name not in labels:
-                raise ConfigError(
-                    f"data.test: row {number} has the label {name!r}, which no training row has"
-                )
+                which = f"the label {name!r}, which {known}"
+                raise ConfigError(f"{key}: row {number} has {which}")
     return labels
 
 

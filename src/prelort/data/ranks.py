@@ -34,6 +34,13 @@ def assign(config: RanksConfig, sizes: Sequence[int], seed: int) -> list[int]:
     return ranks
 
 
+def levels(mix: str) -> tuple[int, ...]:
+    """The ranks that a mix names, ascending. Raises `ConfigError` if it cannot be read."""
+    entries = [entry.strip() for entry in mix.split(",")]
+    # Of as many clients as are named each rank gets one, so that the mix is checked as a whole.
+    return tuple(sorted(set(_ranks(mix, len(entries)))))
+
+
 def _ranks(mix: str, clients: int) -> list[int]:
     """One rank a client, in the order in which the mix lists them."""
     entries = [entry.strip() for entry in mix.split(",")]

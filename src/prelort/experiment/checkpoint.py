@@ -58,6 +58,7 @@ def save(checkpoint: Checkpoint, folder: Path) -> Path:
         "scale_rule": state.adapter.scale.kind,
         "scale": state.adapter.scale.value,
         "metrics_bytes": checkpoint.metrics_bytes,
+        "levels": list(state.levels),
         "ranks": dict(state.ranks),
     }
     facts["sha256"] = _digest(facts, data)
@@ -110,7 +111,8 @@ def load(path: Path) -> Checkpoint:
         rule = ScaleRule(facts["scale_rule"], facts["scale"])
         adapter = LoraAdapter.from_tensors(_under(tensors, _ADAPTER), rule)
         ranks = {str(name): int(rank) for name, rank in facts.get("ranks", {}).items()}
-        state = ServerState(adapter, facts["round"], _under(tensors, _MEMORY), ranks)
+        levels = tuple(int(level) for level in facts.get("levels", ()))
+        state = ServerState(adapter, facts["round"], _under(tensors, _MEMORY), ranks, levels)
         return Checkpoint(state, facts["seed"], facts["base"], facts["metrics_bytes"])
     except (
         OSError,

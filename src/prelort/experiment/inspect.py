@@ -38,8 +38,9 @@ def evaluate_run(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     method = methods.build(config.method, levels, config.seed)
     if methods.trait(method, "personal"):
         raise ConfigError(f"method {config.method.name!r} leaves no global model to measure")
-    untuned = measure(assembly, {0: assembly.initial})[0]
-    measured = measure(assembly, readouts(config, method, found.state, levels))
+    work, test = assembly.workspace, assembly.test
+    untuned = measure(config, work, test, {0: assembly.initial})[0]
+    measured = measure(config, work, test, readouts(config, method, found.state, levels))
     return {
         "event": "evaluated",
         "round": found.state.round,
@@ -67,7 +68,9 @@ def export_run(path: Path, out: Path, rank: int | None, *, merge: bool) -> Path:
         raise ConfigError(f"--rank {wanted} is not allowed: the adapter has ranks 1 to {most}")
     tokenizer = base.load_tokenizer(config.model)
     # Of the data only the class names are needed, and only where there are classes.
-    labels = federated.load(config).labels if config.task == "classification" else ()
+    labels: tuple[str, ...] = ()
+    if config.task == "classification":
+        labels = config.data.labels or federated.load(config).labels
     workspace, _ = prepare_model(config, tokenizer, rank=found.state.adapter.rank, labels=labels)
     adapter = method.readout(found.state, wanted)
     if not merge:

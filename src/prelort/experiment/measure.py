@@ -7,25 +7,28 @@ from collections.abc import Callable, Mapping, Sequence
 from prelort.adapters import LoraAdapter
 from prelort.config import Config
 from prelort.errors import ConfigError
-from prelort.experiment.assemble import Assembly
+from prelort.federation.site import Workspace
 from prelort.methods.interface import Method, ServerState
 from prelort.metrics.evaluate import evaluate
 from prelort.models.lora import install
+from prelort.tasks.interface import Example
 
 Measured = dict[int, dict[str, float]]
 """Rank (0: the base without the adapter's factors) -> metric -> value."""
 
 
 def measure(
-    assembly: Assembly,
+    config: Config,
+    work: Workspace,
+    examples: Sequence[Example],
     adapters: Mapping[int, LoraAdapter],
     progress: Callable[[int, int], None] | None = None,
 ) -> Measured:
-    """The configured metrics of each of ``adapters`` (by the rank they stand for).
+    """The configured metrics of each of ``adapters`` (by the rank they stand for) on examples.
 
     Rank 0 is the base: its adapter's extras count, its factors do not.
     """
-    work, settings = assembly.workspace, assembly.config.evaluation
+    settings = config.evaluation
     measured: Measured = {}
     for index, (rank, adapter) in enumerate(adapters.items()):
         install(work.model, adapter)
@@ -37,11 +40,11 @@ def measure(
         measured |= evaluate(
             work.model,
             work.task,
-            assembly.test,
+            examples,
             (rank,),
             lambda rank: work.truncation.at(0 if rank == 0 else None),
             metrics=settings.metrics or work.task.metrics,
-            tokenizer=assembly.tokenizer,
+            tokenizer=work.tokenizer,
             batch_size=settings.batch_size,
             max_new_tokens=settings.max_new_tokens,
             max_generated=settings.max_generated,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,25 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
+from peft import LoraConfig
 
 from prelort import config as configuration
 from prelort import methods
 from prelort.adapters import LoraAdapter, peft_folder
 from prelort.config import Config
-from prelort.data import describe
 from prelort.errors import CheckpointError, ConfigError
 from prelort.experiment import checkpoint
-from prelort.experiment.assemble import Assembly, assemble
 from prelort.experiment.checkpoint import Checkpoint
+from prelort.experiment.deterministic import deterministic
 from prelort.experiment.folder import RunFolder
-from prelort.experiment.measure import measure, prefixes, readouts
-from prelort.federation.exchange import Engine
-from prelort.federation.flower import Context, RecordDict
-from prelort.federation.in_process import RUN_ID, InProcessGrid
-from prelort.federation.server import ServerPlan, make_server_app
-from prelort.federation.site import make_client_app
+from prelort.experiment.measure import Measured, prefixes, readouts
+from prelort.experiment.stage import Stage, StageOf, in_process
+from prelort.federation.server import Ask, ServerPlan, Standing
 from prelort.methods.interface import Method, ServerState
 from prelort.report import events as reading
 
@@ -54,9 +48,14 @@ class RunResult:
 
 
 def run(
-    config: Config, out: Path | str, *, resume: bool = False, listeners: Sequence[Listener] = ()
+    config: Config,
+    out: Path | str,
+    *,
+    resume: bool = False,
+    listeners: Sequence[Listener] = (),
+    stage_of: StageOf = in_process,
 ) -> RunResult:
-    """Run the whole of ``config`` in the folder ``out``.
+    """Run the whole of ``config`` in the folder ``out``, by default all in this process.
 
     With ``resume`` go on with the run in the folder, from its last checkpoint, to the same
     adapters, bit for bit (same machine, same number of threads). Raises `ConfigError`,
@@ -71,8 +70,8 @@ def run(
         folder.create(config)
     folder.lock()
     try:
-        with _logging_to(folder.log_file), _deterministic(config.threads):
-            return _Run(folder, config, listeners).go()
+        with _logging_to(folder.log_file), deterministic(config.threads):
+            return _Run(folder, config, listeners).go(stage_of)
     except ConfigError:
         folder.unlock()
         if not resume:
@@ -90,64 +89,60 @@ class _Run:
         self.config = config
         self.listeners = listeners
         self.log = folder.event_log()
-        self.assembly: Assembly
-        self.levels: tuple[int, ...] = ()
+        self.stage: Stage
         self.method: Method
         self.result: RunResult
 
-    def go(self) -> RunResult:
-        """Assemble, find the last checkpoint, and let the server app do the rounds."""
+    def go(self, stage_of: StageOf) -> RunResult:
+        """Set the stage, find the last checkpoint, and let the server app do the rounds."""
         method, rounds = self.config.method.name, self.config.federation.rounds
         loading = {"method": method, "rounds": rounds, "seed": self.config.seed}
         self.tell({"event": "loading", "round": 0, **loading})
-        self.assembly = assemble(self.config, self.folder.path)
-        sites = self.assembly.sites
-        client_app = make_client_app(
-            lambda context: sites[int(context.node_config["partition-id"])]
-        )
-        nodes = [{"partition-id": i, "num-partitions": len(sites)} for i in range(len(sites))]
+        self.stage = stage_of(self.config, self.folder.path)
         plan = ServerPlan(
             config=self.config,
             state=self._last_state(),
-            agreement=self.assembly.workspace.agreement,
+            agreement=self.stage.agreement,
             emit=self.emit,
             before_rounds=self.before_rounds,
             after_round=self.after_round,
             finished=self.finished,
-            allocation=self.assembly.allocation,
+            allocation=self.stage.allocation,
+            planned=self.stage.planned,
         )
-        server_app = make_server_app(plan, lambda grid: Engine(grid, 1, float("inf")))
-        context = Context(RUN_ID, 1, {}, RecordDict(), {})
-        server_app(InProcessGrid(client_app, nodes), context)
+        self.stage.carry_out(plan)
         return self.result
 
-    def before_rounds(self, state: ServerState, levels: tuple[int, ...]) -> None:
+    def before_rounds(self, now: Standing) -> None:
         """Write the first event, measure the untuned base and checkpoint the beginning."""
-        self.levels = levels
-        self.method = methods.build(self.config.method, levels, self.config.seed)
-        prefixes(self.config, levels, self.assembly.initial.rank)
-        if state.round > 0:
-            self.tell({"event": "run_started", "round": 0, **self._facts()})
-            self.tell({"event": "resumed", "round": state.round, **self._facts()})
+        self._method_for(now)
+        prefixes(self.config, now.levels, self.stage.initial.rank)
+        facts = self._facts(now)
+        if now.state.round > 0:
+            self.tell({"event": "run_started", "round": 0, **facts})
+            self.tell({"event": "resumed", "round": now.state.round, **facts})
             return
-        self._describe_clients()
-        self.emit({"event": "run_started", "round": 0, **self._facts()})
-        self._measure(state, with_prefixes=self.config.evaluation.every > 0)
-        self._checkpoint(state)
+        self.stage.describe(self.folder.path)
+        self.emit({"event": "run_started", "round": 0, **facts})
+        self._measure(now, with_prefixes=self.config.evaluation.every > 0)
+        self._checkpoint(now.state)
 
-    def after_round(self, state: ServerState) -> None:
+    def after_round(self, now: Standing) -> None:
         """Measure if it is due, then checkpoint."""
+        self._method_for(now)
         every = self.config.evaluation.every
-        last = state.round == self.config.federation.rounds
-        if last or (every > 0 and state.round % every == 0):
-            self._measure(state)
-        self._checkpoint(state)
+        last = now.state.round == self.config.federation.rounds
+        if last or (every > 0 and now.state.round % every == 0):
+            self._measure(now)
+        self._checkpoint(now.state)
 
-    def finished(self, state: ServerState, levels: tuple[int, ...]) -> None:
+    def finished(self, now: Standing) -> None:
         """Leave the adapters, tell the totals."""
-        found = readouts(self.config, self.method, state, levels)
+        self._method_for(now)
+        state = now.state
+        found = readouts(self.config, self.method, state, now.levels)
         if not methods.trait(self.method, "personal"):
-            export(self.assembly, found, self.folder.adapters)
+            export(self.stage.template, found, self.folder.adapters)
         written = reading.read(self.folder.metrics_file)
         totals = reading.totals(written)
         self.emit(
@@ -164,7 +159,10 @@ class _Run:
         metrics = final.prefixes if final is not None else {}
         base_row = reading.base_row(written)
         adapter = self.method.readout(state)
-        self.result = RunResult(self.folder.path, adapter, levels, base_row, metrics)
+        self.result = RunResult(self.folder.path, adapter, now.levels, base_row, metrics)
+
+    def _method_for(self, now: Standing) -> None:
+        self.method = methods.build(self.config.method, now.levels, self.config.seed)
 
     def emit(self, event: dict[str, Any]) -> None:
         """Write an event, then tell it."""
@@ -177,31 +175,24 @@ class _Run:
         for listener in self.listeners:
             listener(event)
 
-    def _describe_clients(self) -> None:
-        """Leave a table and a picture of who holds what."""
-        rows = self.assembly.rows
-        with (self.folder.path / "clients.txt").open("w", encoding="utf-8") as file:
-            Console(file=file, width=120).print(describe.summary(rows, rows.label_column))
-        describe.picture(rows, rows.label_column, self.folder.path / "clients.png")
-
-    def _facts(self) -> dict[str, Any]:
+    def _facts(self, now: Standing) -> dict[str, Any]:
         config = self.config
         return {
             "method": config.method.name,
             "task": config.task,
             "seed": config.seed,
             "rounds": config.federation.rounds,
-            "clients": len(self.assembly.sites),
-            "levels": list(self.levels),
+            "clients": len(now.clients),
+            "levels": list(now.levels),
         }
 
     def _last_state(self) -> ServerState:
         """The state to go on from: the last checkpoint's, or the initial one."""
-        base = self.assembly.workspace.agreement.base
+        base = self.stage.agreement.base
         found = checkpoint.load_latest(self.folder.checkpoints, base)
         if found is None:
             self.log.cut(0)
-            return ServerState(self.assembly.initial)
+            return ServerState(self.stage.initial)
         if found.seed != self.config.seed:
             raise CheckpointError(
                 f"{str(self.folder.checkpoints)!r} has seed {found.seed}, not {self.config.seed}"
@@ -210,25 +201,32 @@ class _Run:
         self.log.cut(found.metrics_bytes if found.state.round > 0 else 0)
         return found.state
 
-    def _measure(self, state: ServerState, with_prefixes: bool = True) -> None:
+    def _measure(self, now: Standing, with_prefixes: bool = True) -> None:
         """Measure the global adapter at its prefixes, before the first round the base too."""
         started = time.monotonic()
+        state, personal = now.state, methods.trait(self.method, "personal")
         asked = {0: state.adapter} if state.round == 0 else {}
-        if with_prefixes and not methods.trait(self.method, "personal"):
-            asked |= readouts(self.config, self.method, state, self.levels)
-
-        def progress(done: int, total: int) -> None:
-            self.tell({"event": "evaluating", "round": state.round, "done": done, "total": total})
-
-        measured = measure(self.assembly, asked, progress)
+        if with_prefixes and not personal:
+            asked |= readouts(self.config, self.method, state, now.levels)
         event: dict[str, Any] = {"event": "evaluated", "round": state.round}
+        if self.stage.measure is not None:
+            measured = self.stage.measure(asked, self._evaluating(state.round))
+        else:
+            measured, more = _at_clients(now.ask, asked)
+            event |= more
         if 0 in measured:
             event["base"] = measured.pop(0)
         event["prefixes"] = {str(rank): values for rank, values in measured.items()}
         self.emit({**event, "seconds": time.monotonic() - started})
 
+    def _evaluating(self, server_round: int) -> Callable[[int, int], None]:
+        def progress(done: int, total: int) -> None:
+            self.tell({"event": "evaluating", "round": server_round, "done": done, "total": total})
+
+        return progress
+
     def _checkpoint(self, state: ServerState) -> None:
-        base = self.assembly.workspace.agreement.base
+        base = self.stage.agreement.base
         self.tell({"event": "checkpointing", "round": state.round})
         checkpoint.save(
             Checkpoint(state, self.config.seed, base, self.log.size), self.folder.checkpoints
@@ -237,10 +235,23 @@ class _Run:
         self.tell({"event": "checkpointed", "round": state.round})
 
 
-def export(assembly: Assembly, adapters: Mapping[int, LoraAdapter], folder: Path) -> None:
+def _at_clients(ask: Ask, adapters: Mapping[int, LoraAdapter]) -> tuple[Measured, dict[str, Any]]:
+    """The metrics over the clients' own test rows, and on how many of them.
+
+    The base is measured as an adapter whose B is zero: clients know no rank 0.
+    """
+    sent = {rank: adapter.prefix(1) if rank == 0 else adapter for rank, adapter in adapters.items()}
+    pools = ask(sent)
+    counted = {str(rank): pool.examples for rank, pool in pools.items()}
+    clients = {str(rank): pool.clients for rank, pool in pools.items()}
+    measured = {rank: pool.metrics() for rank, pool in pools.items() if pool.clients}
+    return measured, {"where": "clients", "examples": counted, "clients": clients}
+
+
+def export(template: LoraConfig, adapters: Mapping[int, LoraAdapter], folder: Path) -> None:
     """Write each rank's adapter as a PEFT folder ``rank-N``."""
     for rank, adapter in adapters.items():
-        peft_folder.save(adapter, folder / f"rank-{rank}", assembly.template)
+        peft_folder.save(adapter, folder / f"rank-{rank}", template)
 
 
 def _check_same(old: Config, new: Config, path: Path) -> None:
@@ -265,19 +276,3 @@ def _logging_to(path: Path) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         handler.close()
-
-
-@contextmanager
-def _deterministic(threads: int | None) -> Iterator[None]:
-    """Deterministic kernels, and the configured number of CPU threads, for the time of a run."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.are_deterministic_algorithms_enabled()
-    threads_before = torch.get_num_threads()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-        torch.set_num_threads(threads_before)

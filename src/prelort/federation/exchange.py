@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 
-from prelort.federation.flower import Error, Grid, Message
+from prelort.federation.flower import Error, Grid, Message, envelope
 
 POLL_SECONDS = 0.2
 NO_ANSWER = 101
 """The error code of the reply that stands for a client that did not answer in time."""
+NOT_SENT = 102
+"""The error code of the reply that stands for a client that could not be sent anything."""
+MARGIN_SECONDS = 30.0
+"""How long after its deadline a message that nobody has taken yet is thrown away."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,12 +24,14 @@ class Engine:
     """A Flower grid and how it is to be used.
 
     ``in_flight``: messages out at a time (None: all at once). ``deadline``: seconds for one round
-    trip with all clients; infinite where each client's own time-out is enough.
+    trip with all clients; infinite where each client's own time-out is enough. ``patience``:
+    seconds to wait for enough clients to be there; None where nobody comes or goes.
     """
 
     grid: Grid
     in_flight: int | None
     deadline: float
+    patience: float | None = None
 
 
 def exchange(engine: Engine, messages: Iterable[Message]) -> Iterator[Message]:
@@ -38,14 +45,14 @@ def exchange(engine: Engine, messages: Iterable[Message]) -> Iterator[Message]:
     asked: dict[str, Message] = {}
     deadline = time.monotonic() + engine.deadline
     while time.monotonic() <= deadline:
-        _send(engine, queue, asked)
+        yield from _send(engine, queue, asked)
         if not asked:
             return
         replies = list(engine.grid.pull_messages(list(asked)))
         for reply in replies:
             message = asked.pop(reply.metadata.reply_to_message_id, None)
             if message is not None:
-                yield _from_node_asked(message, reply)
+                yield from_node_asked(message, reply)
         if not replies:
             time.sleep(POLL_SECONDS)
     late = f"did not answer within {engine.deadline:g} s"
@@ -53,18 +60,36 @@ def exchange(engine: Engine, messages: Iterable[Message]) -> Iterator[Message]:
         yield Message(Error(NO_ANSWER, late), reply_to=message)
 
 
-def _send(engine: Engine, queue: Iterator[Message], asked: dict[str, Message]) -> None:
-    """Push messages until as many are out as the engine allows."""
-    while engine.in_flight is None or len(asked) < engine.in_flight:
-        message = next(queue, None)
-        if message is None:
-            return
-        (message_id,) = engine.grid.push_messages([message])
-        asked[message_id] = message
+def push(engine: Engine, message: Message) -> str | None:
+    """Send one message; returns its id, or None where the grid does not take it.
+
+    One that nobody fetches in time is void: a node that comes back later does not begin with
+    work that nobody waits for any more.
+    """
+    if math.isfinite(engine.deadline):
+        message.metadata.ttl = engine.deadline + MARGIN_SECONDS
+    ids = list(engine.grid.push_messages([message]))
+    return ids[0] if ids else None
 
 
-def _from_node_asked(message: Message, reply: Message) -> Message:
+def from_node_asked(message: Message, reply: Message) -> Message:
     """A SuperLink answers in its own name for a node that is gone; put the node's name back."""
     if reply.has_error() and reply.metadata.src_node_id != message.metadata.dst_node_id:
         return Message(reply.error, reply_to=message)
     return reply
+
+
+def _send(engine: Engine, queue: Iterator[Message], asked: dict[str, Message]) -> Iterator[Message]:
+    """Push messages until as many are out as the engine allows; yields errors for the unsendable.
+
+    Only their envelopes are kept: the adapters need not stay in memory until all have answered.
+    """
+    while engine.in_flight is None or len(asked) < engine.in_flight:
+        message = next(queue, None)
+        if message is None:
+            return
+        message_id = push(engine, message)
+        if message_id is None:
+            yield Message(Error(NOT_SENT, "cannot be reached"), reply_to=message)
+        else:
+            asked[message_id] = envelope(message)

@@ -6,6 +6,8 @@ was read in 1.41.
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 import os
 
 # No telemetry and no look for updates: sites decide what leaves their machines.
@@ -28,6 +30,8 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Result, Strategy
 from flwr.supercore.task_identity import TaskIdentity
 
+from prelort.errors import ConfigError
+
 __all__ = [
     "Array",
     "ArrayRecord",
@@ -43,8 +47,10 @@ __all__ = [
     "Result",
     "ServerApp",
     "Strategy",
+    "envelope",
     "identify_process",
     "set_message_id",
+    "simulate",
 ]
 
 SERVER_NODE = 1
@@ -61,6 +67,43 @@ def identify_process(run_id: int) -> None:
     TaskIdentity.task_id = run_id
 
 
+def envelope(message: Message) -> Message:
+    """The message without its content: enough to know whose reply comes, and to answer for it."""
+    empty = Message(
+        RecordDict(),
+        dst_node_id=message.metadata.dst_node_id,
+        message_type=message.metadata.message_type,
+    )
+    empty.metadata.__dict__.update(message.metadata.__dict__)
+    return empty
+
+
 def set_message_id(message: Message, message_id: str) -> None:
     """Give a message its id, as a SuperLink does (private in 1.41)."""
     message.metadata.__dict__["_message_id"] = message_id
+
+
+def simulate(
+    server_app: ServerApp, client_app: ClientApp, nodes: int, *, cpus: int, gpus: float
+) -> None:
+    """Run both apps on Flower's simulation, with Ray; an exception of the server is raised here.
+
+    By the function for Python, which Flower calls deprecated: its command would start a daemon
+    that stays behind, and would know nothing of the progress here. Raises `ConfigError` without
+    Ray.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError("--engine simulation needs Ray: pip install 'prelort[simulation]'")
+    from flwr.simulation import run_simulation
+
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    resources: dict[str, int | float] = {"num_cpus": cpus, "num_gpus": gpus}
+    run_simulation(
+        server_app,
+        client_app,
+        num_supernodes=nodes,
+        backend_config={
+            "client_resources": resources,
+            "init_args": {"log_to_driver": False, "logging_level": logging.ERROR},
+        },
+    )

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from prelort.adapters import AdapterSchema, ScaleRule
 from prelort.errors import UpdateRefused
 from prelort.federation import wire
-from prelort.federation.exchange import Engine, exchange
-from prelort.federation.flower import Message, MessageType
+from prelort.federation.exchange import POLL_SECONDS, Engine, from_node_asked, push
+from prelort.federation.flower import Message, MessageType, envelope
 from prelort.methods.interface import Client
+
+GRACE_SECONDS = 15.0
+"""How long a round that could begin waits for clients that are just introducing themselves."""
+RETRY_SECONDS = 30.0
+"""After which a client that was left out is asked again: it may have been put right."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,32 +65,126 @@ class Agreement:
             raise UpdateRefused(f"answers with rank {head.rank}, expected {rank}")
 
 
-def introductions(
-    engine: Engine, agreement: Agreement, refused: Callable[[str, str], None]
-) -> list[Participant]:
-    """Ask every node who it is; the fitting ones by name, so that every engine has one order.
+class Roster:
+    """Who is there: the nodes that have introduced themselves and fit, round by round.
 
-    ``refused`` is called with a node's or client's name and the reason for each that is left out.
+    A node introduces itself when it appears, and again after it was away or has failed: it may
+    have come back with another rank. ``refused`` is called with a node's or client's name and the
+    reason for each that is left out.
     """
-    messages = (
-        Message(wire.pack(agreement.header(1)), dst_node_id=node, message_type=MessageType.QUERY)
-        for node in engine.grid.get_node_ids()
-    )
-    found: dict[str, Participant] = {}
-    for reply in exchange(engine, messages):
-        node_id = reply.metadata.src_node_id
-        name = f"node {node_id}"
+
+    def __init__(self, agreement: Agreement, refused: Callable[[str, str], None]) -> None:
+        self._agreement = agreement
+        self._refused = refused
+        self._known: dict[int, Participant] = {}
+        self._asked: dict[str, Message] = {}
+        self._left_out: dict[int, tuple[float, str]] = {}
+        """Node -> when it was refused, and why."""
+        self._names: set[str] = set()
+        self._met = False
+
+    @property
+    def present(self) -> list[Participant]:
+        """Those that are there, by name, so that every engine has one order."""
+        return sorted(self._known.values(), key=lambda participant: participant.client.name)
+
+    @property
+    def missing(self) -> list[str]:
+        """The names of those that were there once and are not now."""
+        return sorted(self._names - {p.client.name for p in self._known.values()})
+
+    def doubt(self, participant: Participant) -> None:
+        """Let a client that has failed introduce itself again before it is asked for more."""
+        self._known.pop(participant.node_id, None)
+
+    def gather(
+        self, engine: Engine, wanted: int, waiting: Callable[[float], None] = lambda seconds: None
+    ) -> list[Participant]:
+        """Those that are there, once there are ``wanted`` or the engine's patience is at its end.
+
+        Where nobody comes or goes everyone is asked once. ``waiting`` is called with the seconds
+        that are left, when the waiting begins and whenever someone has come or gone since.
+        """
+        if engine.patience is None and self._met:
+            return self.present
+        started = time.monotonic()
+        patience = engine.patience or 0.0
+        told: list[str] | None = None
+        while True:
+            progress = self._look(engine)
+            spent = time.monotonic() - started
+            enough = len(self._known) >= wanted
+            if not self._worth_waiting(engine, enough, spent):
+                break
+            names = [participant.client.name for participant in self.present]
+            introducing = self._asked and spent <= GRACE_SECONDS
+            if not enough and not introducing and names != told:
+                waiting(patience - spent)
+                told = names
+            if not progress:
+                time.sleep(POLL_SECONDS)
+        self._met = True
+        self._names |= {participant.client.name for participant in self._known.values()}
+        return self.present
+
+    def _worth_waiting(self, engine: Engine, enough: bool, spent: float) -> bool:
+        """Whether to look again after so many seconds.
+
+        Those that are about to introduce themselves are waited for, but not for long where there
+        are enough: one that hangs must not keep the others.
+        """
+        if engine.patience is None:
+            return bool(self._asked) and spent <= engine.deadline
+        if enough:
+            return bool(self._asked) and spent <= GRACE_SECONDS
+        return spent <= engine.patience
+
+    def _look(self, engine: Engine) -> bool:
+        """One look at the nodes: ask new ones, take answers, forget who is gone."""
+        nodes = list(engine.grid.get_node_ids())
+        online = set(nodes)
+        self._known = {node: p for node, p in self._known.items() if node in online}
+        self._asked = {i: m for i, m in self._asked.items() if m.metadata.dst_node_id in online}
+        asked = {message.metadata.dst_node_id for message in self._asked.values()}
+        now = time.monotonic()
+        for node in nodes:
+            when, _ = self._left_out.get(node, (-math.inf, ""))
+            retry = math.inf if engine.patience is None else RETRY_SECONDS
+            if node not in self._known and node not in asked and now - when >= retry:
+                self._ask(engine, node)
+        replies = list(engine.grid.pull_messages(list(self._asked))) if self._asked else []
+        for reply in replies:
+            message = self._asked.pop(reply.metadata.reply_to_message_id, None)
+            if message is not None:
+                self._take(message.metadata.dst_node_id, from_node_asked(message, reply))
+        return bool(replies)
+
+    def _ask(self, engine: Engine, node: int) -> None:
+        content = wire.pack(self._agreement.header(1))
+        message = Message(content, dst_node_id=node, message_type=MessageType.QUERY)
+        message_id = push(engine, message)
+        if message_id is not None:
+            self._asked[message_id] = envelope(message)
+
+    def _take(self, node: int, reply: Message) -> None:
+        name = f"node {node}"
         try:
-            intro = wire.header(wire.content_of(reply), wire.Introduction)
+            intro = wire.header(wire.answered(reply), wire.Introduction)
             name = intro.client
-            agreement.check(intro)
-            most = agreement.schema.rank
-            if intro.rank > most:
-                raise UpdateRefused(f"offers rank {intro.rank}, but the global adapter has {most}")
-            if name in found:
-                raise UpdateRefused("a client of this name is there already")
-            client = Client(name, intro.rank, intro.examples)
-            found[name] = Participant(node_id, client, min(intro.most, most))
+            self._known[node] = self._checked(node, intro)
+            self._left_out.pop(node, None)
         except UpdateRefused as error:
-            refused(name, str(error))
-    return [found[name] for name in sorted(found)]
+            _, before = self._left_out.get(node, (0.0, ""))
+            self._left_out[node] = (time.monotonic(), str(error))
+            if str(error) != before:  # it is asked again and again, and told once
+                self._refused(name, str(error))
+
+    def _checked(self, node: int, intro: wire.Introduction) -> Participant:
+        self._agreement.check(intro)
+        most = self._agreement.schema.rank
+        if intro.rank > most:
+            raise UpdateRefused(f"offers rank {intro.rank}, but the global adapter has {most}")
+        if any(p.client.name == intro.client for p in self._known.values()):
+            raise UpdateRefused("a client of this name is there already")
+        client = Client(intro.client, intro.rank, intro.examples)
+        return Participant(node, client, min(intro.most, most))

@@ -28,7 +28,7 @@ def checked(
     or rank to go on with, or a tensor that is missing, surplus, mis-shaped, mistyped, not finite
     or absurdly large.
     """
-    content = wire.content_of(reply)
+    content = wire.answered(reply)
     head = wire.header(content, wire.TrainReply)
     asked = sent.trainable.rank
     agreement.check(head, None if may_prune and head.rank < asked else asked)
@@ -63,7 +63,7 @@ def measured(
     Raises `UpdateRefused` with the reason: an error or no answer, or another base, layers, scale,
     client or round than asked.
     """
-    head = wire.header(wire.content_of(reply), wire.EvaluateReply)
+    head = wire.header(wire.answered(reply), wire.EvaluateReply)
     agreement.check(head)
     if head.client != client.name:
         raise UpdateRefused(f"answers for {head.client!r}")

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TypeVar
 
+from prelort.config import FederationConfig
 from prelort.errors import ConfigError
 from prelort.seeds import numpy_generator
 
@@ -25,6 +26,14 @@ def sample(clients: Sequence[T], wanted: int | float, *, seed: int, round_index:
     generator = numpy_generator(seed, "clients", round_index)
     chosen = generator.choice(len(clients), size=count, replace=False)
     return [clients[index] for index in sorted(chosen)]
+
+
+def needed(federation: FederationConfig) -> int:
+    """The clients that must be there before a round begins, where they come and go."""
+    if federation.min_clients is not None:
+        return federation.min_clients
+    per_round = federation.clients_per_round
+    return per_round if isinstance(per_round, int) else 1
 
 
 def check_numbers(clients: int, per_round: int | float, quorum: int | float) -> None:

@@ -2,37 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 
 from prelort import methods
+from prelort.adapters import LoraAdapter
 from prelort.config import Config
-from prelort.errors import ConfigError
+from prelort.errors import ConfigError, QuorumError
 from prelort.federation.allocation import Allocation
 from prelort.federation.exchange import Engine
 from prelort.federation.flower import Context, Grid, ServerApp
-from prelort.federation.registry import Agreement, Participant, introductions
-from prelort.federation.sampling import check_numbers
+from prelort.federation.pooled import Pooled
+from prelort.federation.registry import Agreement, Participant, Roster
+from prelort.federation.sampling import check_numbers, needed
 from prelort.federation.strategy import AdapterStrategy, Emit
-from prelort.methods.interface import ServerState
+from prelort.methods.interface import Client, ServerState
+
+Ask = Callable[[Mapping[int, LoraAdapter]], dict[int, Pooled]]
+"""Lets every client measure adapters (by the rank they stand for) on its own test rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a run stands between rounds: its state, its rank levels, who is there."""
+
+    state: ServerState
+    levels: tuple[int, ...]
+    clients: tuple[str, ...]
+    ask: Ask
 
 
 @dataclass(frozen=True, slots=True)
 class ServerPlan:
     """What the server needs: the configuration, where to begin, and whom to tell.
 
-    ``before_rounds`` gets the state and the rank levels once the clients are known (and measures
-    the untuned base); ``after_round`` gets the state after each round (and checkpoints it).
+    ``before_rounds`` is called once the clients are known (and measures the untuned base),
+    ``after_round`` after each round (and checkpoints it), ``finished`` after the last.
+    ``planned``: rank levels that are expected whoever is there.
     """
 
     config: Config
     state: ServerState
     agreement: Agreement
     emit: Emit
-    before_rounds: Callable[[ServerState, tuple[int, ...]], None]
-    after_round: Callable[[ServerState], None]
-    finished: Callable[[ServerState, tuple[int, ...]], None]
+    before_rounds: Callable[[Standing], None]
+    after_round: Callable[[Standing], None]
+    finished: Callable[[Standing], None]
     allocation: Allocation = field(default_factory=Allocation)
+    planned: tuple[int, ...] = ()
 
 
 def make_server_app(plan: ServerPlan, engine_of: Callable[[Grid], Engine]) -> ServerApp:
@@ -50,32 +68,157 @@ def serve(plan: ServerPlan, engine: Engine) -> None:
     """Ask who is there, check that the method can serve them, and run the rounds.
 
     Raises `ConfigError` before any training for too few or unsuitable clients, and `QuorumError`
-    when a round fails.
+    when clients or usable replies are too few for a round, after all that the engine's patience
+    allows. Everything that was finished has been handed to ``after_round`` then.
     """
-    config = plan.config
+    _Service(plan, engine).run()
 
-    def refused(name: str, reason: str) -> None:
-        plan.emit(
-            {"event": "client_refused", "round": plan.state.round, "client": name, "reason": reason}
+
+class _Service:
+    """One run of the server: who is there, and the rounds with them."""
+
+    def __init__(self, plan: ServerPlan, engine: Engine) -> None:
+        self.plan = plan
+        self.engine = engine
+        self.config = plan.config
+        self.round = plan.state.round
+        self.roster = Roster(plan.agreement, self.refused)
+        self.levels: tuple[int, ...] = ()
+        self.strategy: AdapterStrategy
+
+    def run(self) -> None:
+        participants = self.gathered()
+        self._check(participants)
+        clients = [participant.client for participant in participants]
+        self.levels = self._levels(self.plan.state, clients)
+        method = methods.build(self.config.method, self.levels, self.config.seed)
+        method.check(clients)
+        for client in clients:  # what cannot be sent is refused now, not in some round
+            method.broadcast(self.plan.state, client)
+        plan = self.plan
+        self.strategy = AdapterStrategy(
+            plan.config,
+            method,
+            participants,
+            replace(plan.state, levels=self.levels),
+            plan.agreement,
+            plan.emit,
+            plan.allocation,
         )
+        plan.before_rounds(self._standing())
+        while self.round < self.config.federation.rounds:
+            self._next_round()
+            self.round = self.strategy.state.round
+            plan.after_round(self._standing())
+        plan.finished(self._standing())
 
-    participants = introductions(engine, plan.agreement, refused)
-    _check(plan, participants)
-    offered = {participant.client.rank for participant in participants}
-    levels = tuple(sorted(offered | plan.allocation.levels()))
-    method = methods.build(config.method, levels, config.seed)
-    method.check([participant.client for participant in participants])
-    for participant in participants:  # what cannot be sent is refused now, not in some round
-        method.broadcast(plan.state, participant.client)
-    plan.before_rounds(plan.state, levels)
-    strategy = AdapterStrategy(
-        config, method, participants, plan.state, plan.agreement, plan.emit, plan.allocation
-    )
-    plan.finished(strategy.run_rounds(engine, plan.after_round), levels)
+    def _standing(self) -> Standing:
+        clients = tuple(p.client.name for p in self.strategy.participants)
+        return Standing(self.strategy.state, self.levels, clients, self._ask)
 
+    def refused(self, name: str, reason: str) -> None:
+        """A client that is left out."""
+        event = {"round": self.round, "client": name, "reason": reason}
+        self.plan.emit({"event": "client_refused", **event})
 
-def _check(plan: ServerPlan, participants: list[Participant]) -> None:
-    federation = plan.config.federation
-    if not participants:
-        raise ConfigError("no client can take part: all were refused, see the log")
-    check_numbers(len(participants), federation.clients_per_round, federation.quorum)
+    def gathered(self) -> list[Participant]:
+        """Those that are there, once there are enough. Raises `QuorumError` if none come."""
+        wanted = needed(self.config.federation)
+
+        def waiting(seconds: float) -> None:
+            until = datetime.now(UTC) + timedelta(seconds=seconds)
+            self.plan.emit(
+                {
+                    "event": "waiting",
+                    "round": self.round + 1,
+                    "present": [p.client.name for p in self.roster.present],
+                    "missing": self.roster.missing,
+                    "needed": wanted,
+                    "until": until.isoformat(timespec="seconds"),
+                }
+            )
+
+        found = self.roster.gather(self.engine, wanted, waiting)
+        if self.engine.patience is not None and len(found) < wanted:
+            missing = f", missing are {', '.join(self.roster.missing)}" * bool(self.roster.missing)
+            raise QuorumError(
+                f"{len(found)} clients are there after waiting {self.engine.patience:g} s "
+                f"(federation.wait), {wanted} are needed{missing}; the global adapter is as it was "
+                f"after round {self.round}"
+            )
+        return found
+
+    def _next_round(self) -> None:
+        """One round; where clients come and go, again if it fails for want of replies."""
+        attempts = 1 if self.engine.patience is None else self.config.federation.attempts
+        for attempt in range(1, attempts + 1):
+            self._update()
+            try:
+                self.strategy.run_round(self.round + 1, self.engine)
+                return
+            except QuorumError as error:
+                if attempt == attempts:
+                    raise
+                event = {"round": self.round + 1, "attempt": attempt + 1, "reason": str(error)}
+                self.plan.emit({"event": "round_repeated", **event})
+
+    def _update(self) -> None:
+        """Let who has come take part, and who has gone not."""
+        if self.engine.patience is None:
+            return
+        strategy = self.strategy
+        before = {p.client.name: p for p in strategy.participants}
+        for name in strategy.failed & before.keys():
+            self.roster.doubt(before[name])
+        strategy.failed.clear()
+        now = {p.client.name: p for p in self._fitting(self.gathered(), before)}
+        for name in sorted(before.keys() - now.keys()):
+            self._tell("client_left", name)
+        ranks = dict(strategy.state.ranks)
+        for name in sorted(now):
+            rank = now[name].client.rank
+            if name not in before or before[name].client.rank != rank:
+                self._tell("client_joined", name, rank=rank)
+                ranks.pop(name, None)  # what it says now counts, not what it was given before
+        strategy.participants = list(now.values())
+        strategy.state = replace(strategy.state, ranks=ranks)
+        clients = [participant.client for participant in strategy.participants]
+        levels = self._levels(strategy.state, clients)
+        if levels != self.levels:
+            self.levels = levels
+            strategy.method = methods.build(self.config.method, levels, self.config.seed)
+            strategy.state = replace(strategy.state, levels=levels)
+
+    def _fitting(
+        self, found: list[Participant], before: Mapping[str, Participant]
+    ) -> list[Participant]:
+        """Those that the method can serve together; one that has just come gives way."""
+        clients = [participant.client for participant in found]
+        try:
+            self.strategy.method.check(clients)
+            return found
+        except ConfigError as error:
+            old = [p for p in found if before.get(p.client.name) == p]
+            for participant in found:
+                if participant not in old:
+                    self.refused(participant.client.name, str(error))
+            return old
+
+    def _levels(self, state: ServerState, clients: Sequence[Client]) -> tuple[int, ...]:
+        """All ranks that were, are or will be in use: a level stays when its last client goes."""
+        offered = {client.rank for client in clients}
+        planned = {*self.plan.planned, *self.plan.allocation.levels()}
+        return tuple(sorted({*state.levels, *offered, *planned}))
+
+    def _ask(self, adapters: Mapping[int, LoraAdapter]) -> dict[int, Pooled]:
+        return self.strategy.measure_at_clients(adapters, self.engine)
+
+    def _tell(self, event: str, name: str, **more: int) -> None:
+        self.plan.emit({"event": event, "round": self.round + 1, "client": name, **more})
+
+    def _check(self, participants: list[Participant]) -> None:
+        federation = self.config.federation
+        if not participants:
+            raise ConfigError("no client can take part: all were refused, see the log")
+        if self.engine.patience is None:
+            check_numbers(len(participants), federation.clients_per_round, federation.quorum)

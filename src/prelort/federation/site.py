@@ -15,7 +15,8 @@ from prelort.adapters import LoraAdapter, Trained
 from prelort.adapters.initial import draw_a
 from prelort.errors import PrelortError, UpdateRefused
 from prelort.federation import wire
-from prelort.federation.flower import ClientApp, Context, Error, Message, RecordDict
+from prelort.federation.client_app import Kind, client_app
+from prelort.federation.flower import ClientApp, Context, RecordDict
 from prelort.federation.personal import PersonalStore
 from prelort.federation.registry import Agreement
 from prelort.metrics.evaluate import evaluate
@@ -24,9 +25,6 @@ from prelort.tasks.interface import Example, Task
 from prelort.training.local import Assignment, train
 from prelort.training.tail import pruned_rank, tail_norm
 from prelort.training.truncation import Truncation
-
-REFUSED = 100
-"""The error code of a client that says why it did not train (Flower's own are below)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,34 +61,22 @@ class Site:
 
 
 def make_client_app(site_of: Callable[[Context], Site]) -> ClientApp:
-    """A `ClientApp` that introduces itself (query), trains (train) and measures (evaluate).
+    """A `ClientApp` that answers for sites of this process.
 
     ``site_of`` finds the site of a Flower context, e.g. by its ``partition-id``.
     """
-    app = ClientApp()
+    return client_app(lambda kind, content, context: respond(site_of(context), kind, content))
 
-    @app.query()  # type: ignore[untyped-decorator]
-    def introduce(message: Message, context: Context) -> Message:
-        site = site_of(context)
-        return Message(wire.pack(_introduction(site)), reply_to=message)
 
-    def answer(
-        work: Callable[[Site, Message], RecordDict], message: Message, site: Site
-    ) -> Message:
-        try:
-            return Message(work(site, message), reply_to=message)
-        except PrelortError as error:
-            return Message(Error(REFUSED, str(error)), reply_to=message)
+def respond(site: Site, kind: Kind, content: RecordDict) -> RecordDict:
+    """The content of the site's reply to a message of this kind.
 
-    @app.train()  # type: ignore[untyped-decorator]
-    def train_round(message: Message, context: Context) -> Message:
-        return answer(_train, message, site_of(context))
-
-    @app.evaluate()  # type: ignore[untyped-decorator]
-    def measure(message: Message, context: Context) -> Message:
-        return answer(_evaluate, message, site_of(context))
-
-    return app
+    Raises `PrelortError` with a reason that the server may read: it speaks of what the server
+    sent and of the training, not of what the site holds.
+    """
+    if kind == "query":
+        return wire.pack(_introduction(site))
+    return _train(site, content) if kind == "train" else _evaluate(site, content)
 
 
 def _introduction(site: Site) -> wire.Introduction:
@@ -99,11 +85,11 @@ def _introduction(site: Site) -> wire.Introduction:
     return wire.Introduction(**facts, client=site.name, examples=len(site.examples), most=most)
 
 
-def _train(site: Site, message: Message) -> RecordDict:
+def _train(site: Site, content: RecordDict) -> RecordDict:
     """Check the request, train the adapter that came with it, and pack the reply."""
     work = site.workspace
-    request = wire.header(message.content, wire.TrainRequest)
-    _install(site, message, request, request.trains)
+    request = wire.header(content, wire.TrainRequest)
+    _install(site, content, request, request.trains)
     tail = request.tail
     tail_before = tail_norm(work.model, tail, request.rank) if tail else 0.0
     assignment = Assignment(
@@ -144,12 +130,12 @@ def _train(site: Site, message: Message) -> RecordDict:
     return wire.pack(reply, trained.prefix(rank), without=staying)
 
 
-def _evaluate(site: Site, message: Message) -> RecordDict:
+def _evaluate(site: Site, content: RecordDict) -> RecordDict:
     """Measure the adapter that came with the request on the site's own test rows."""
-    request = wire.header(message.content, wire.EvaluateRequest)
+    request = wire.header(content, wire.EvaluateRequest)
     if not site.test:
         raise PrelortError("has no test rows of its own")
-    _install(site, message, request)
+    _install(site, content, request)
     metrics = request.metrics or site.workspace.task.metrics
     values = _measured(site, site.test, metrics, request)
     reply = wire.EvaluateReply(
@@ -157,19 +143,29 @@ def _evaluate(site: Site, message: Message) -> RecordDict:
         client=site.name,
         round=request.round,
         examples=len(site.test),
+        weight=_weight(site),
         metrics=values,
     )
     return wire.pack(reply)
 
 
-def _install(site: Site, message: Message, request: wire.Delivery, trains: Trained = "AB") -> None:
+def _weight(site: Site) -> int:
+    """The tokens, or examples, that a loss over the test rows is a mean over."""
+    task, pad_id = site.workspace.task, site.workspace.pad_id
+    return sum(int(task.weight(task.collate([example], pad_id))) for example in site.test)
+
+
+def _install(
+    site: Site, content: RecordDict, request: wire.Delivery, trains: Trained = "AB"
+) -> None:
     """Check what was delivered and make it the model's adapter."""
     work = site.workspace
     work.agreement.check(request)
     most = max(site.most, site.rank)
-    if request.rank > most:
+    # Measuring needs no gradients: any rank of the federation will do.
+    if isinstance(request, wire.TrainRequest) and request.rank > most:
         raise UpdateRefused(f"affords rank {most} at most, asked was {request.rank}")
-    received, frozen = wire.adapter(message.content, request, _known(site, request))
+    received, frozen = wire.adapter(content, request, _known(site, request))
     wire.check_adapter(received, work.agreement.schema, request.rank, float("inf"))
     if frozen is not None:
         wire.check_frozen(frozen, work.agreement.schema)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from prelort.adapters import LoraAdapter
 from prelort.config import Config, TrainingConfig
 from prelort.errors import QuorumError, UpdateRefused
 from prelort.federation import wire
@@ -24,6 +25,7 @@ from prelort.federation.flower import (
     Strategy,
 )
 from prelort.federation.in_order import InOrder
+from prelort.federation.pooled import Pooled
 from prelort.federation.registry import Agreement, Participant
 from prelort.federation.replies import checked, measured
 from prelort.federation.sampling import count_of, sample
@@ -75,8 +77,9 @@ class Tally:
 class AdapterStrategy(Strategy):  # type: ignore[misc]
     """Rounds of broadcast, local training and aggregation, for whatever the method says.
 
-    `state` changes only when a round has reached its quorum. `run_rounds` goes on from any state;
-    Flower's own ``start`` works too, from a fresh one.
+    `state` changes only when a round has reached its quorum. `participants` and `method` may be
+    exchanged between rounds, as clients come and go. `failed` gathers the names of clients that
+    gave no usable answer. Flower's own ``start`` works too.
     """
 
     def __init__(
@@ -96,34 +99,52 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
         self.agreement = agreement
         self.emit = emit
         self.allocation = allocation or Allocation()
+        self.failed: set[str] = set()
         self._tally = Tally()
 
-    def run_rounds(self, engine: Engine, after_round: Callable[[ServerState], None]) -> ServerState:
-        """Run the rounds that are left; ``after_round`` gets the state after each.
+    def run_round(self, server_round: int, engine: Engine) -> None:
+        """Train and aggregate once, and let the clients measure where that is due.
 
-        Raises `QuorumError` when a round has too few usable replies; `state` is then the one
-        before that round.
+        Raises `QuorumError` when there are too few usable replies; `state` is then as before.
         """
-        for server_round in range(self.state.round + 1, self.config.federation.rounds + 1):
-            messages = self.configure_train(
-                server_round, ArrayRecord(), ConfigRecord(), engine.grid
+        messages = self.configure_train(server_round, ArrayRecord(), ConfigRecord(), engine.grid)
+        self._fold_in(server_round, exchange(engine, messages))
+        if self._measures_at_clients(server_round):
+            self.evaluate_at_clients(server_round, engine)
+
+    def measure_at_clients(
+        self, adapters: Mapping[int, LoraAdapter], engine: Engine
+    ) -> dict[int, Pooled]:
+        """Each adapter (by the rank it stands for) measured by every client on its own test rows.
+
+        One rank after the other. A client that fails is left out of that rank, with an event.
+        """
+        found: dict[int, Pooled] = {}
+        for rank, adapter in adapters.items():
+            pool = found[rank] = Pooled()
+            messages = (
+                self._message(
+                    p.node_id, self._measurement(adapter), MessageType.EVALUATE, self.state.round
+                )
+                for p in self.participants
             )
-            self._fold_in(server_round, exchange(engine, messages))
-            if self._measures_at_clients(server_round):
-                self.evaluate_at_clients(server_round, engine)
-            after_round(self.state)
-        return self.state
+            clients = {p.node_id: p.client for p in self.participants}
+            for reply in exchange(engine, messages):
+                client = clients[reply.metadata.src_node_id]
+                try:
+                    pool.add(measured(reply, client, self.state.round, self.agreement))
+                except UpdateRefused as error:
+                    event = {"round": self.state.round, "client": client.name, "rank": rank}
+                    self.emit({"event": "measuring_failed", **event, "reason": str(error)})
+        return found
 
     def evaluate_at_clients(self, server_round: int, engine: Engine) -> None:
         """Let every client measure what it would receive now, on its own test rows."""
         started = time.monotonic()
         clients = {p.node_id: self._now(p) for p in self.participants}
         messages = (
-            Message(
-                self._evaluation(server_round, client),
-                dst_node_id=node_id,
-                message_type=MessageType.EVALUATE,
-                group_id=str(server_round),
+            self._message(
+                node_id, self._evaluation(server_round, client), MessageType.EVALUATE, server_round
             )
             for node_id, client in clients.items()
         )
@@ -163,12 +184,7 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
         for participant in asked:
             content = self._request(server_round, self._now(participant))
             self._tally.bytes_down += wire.size(content)
-            yield Message(
-                content,
-                dst_node_id=participant.node_id,
-                message_type=MessageType.TRAIN,
-                group_id=str(server_round),
-            )
+            yield self._message(participant.node_id, content, MessageType.TRAIN, server_round)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -200,7 +216,10 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
         self._check_quorum(server_round)
         started = time.monotonic()
         self.state = replace(
-            aggregator.result(), round=server_round, ranks=self._next_ranks(server_round)
+            aggregator.result(),
+            round=server_round,
+            ranks=self._next_ranks(server_round),
+            levels=self.state.levels,
         )
         self._tally.aggregating += time.monotonic() - started
         found = diagnosis.result(self.state)
@@ -288,9 +307,19 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
         head = training.head_learning_rate or training.learning_rate
         return training.model_copy(update={"learning_rate": rate, "head_learning_rate": head})
 
+    def _message(self, node_id: int, content: RecordDict, kind: str, server_round: int) -> Message:
+        return Message(content, dst_node_id=node_id, message_type=kind, group_id=str(server_round))
+
     def _evaluation(self, server_round: int, client: Client) -> RecordDict:
-        """The content of one client's message: what to measure and how."""
-        settings, sent = self.config.evaluation, self.method.broadcast(self.state, client)
+        """The content of one client's message: to measure what it would receive now."""
+        return self._to_measure(server_round, self.method.broadcast(self.state, client))
+
+    def _measurement(self, adapter: LoraAdapter) -> RecordDict:
+        """The content of every client's message: to measure this adapter."""
+        return self._to_measure(self.state.round, Broadcast(adapter))
+
+    def _to_measure(self, server_round: int, sent: Broadcast) -> RecordDict:
+        settings = self.config.evaluation
         head = wire.EvaluateRequest(
             **self._delivery(server_round, sent),
             metrics=settings.metrics,
@@ -314,6 +343,7 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
 
     def _diagnosis(self, clients: Sequence[Client]) -> Diagnosis:
         levels = {p.client.rank for p in self.participants} | self.allocation.levels()
+        levels |= set(self.state.levels)
         return Diagnosis(self.config, self.method, self.state, clients, sorted(levels))
 
     def _adder(self, clients: Sequence[Client], aggregator: Aggregator) -> InOrder[Update]:
@@ -369,6 +399,7 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
         self, server_round: int, client: Client, reason: str, in_order: InOrder[Update]
     ) -> None:
         self._tally.failures[client.name] = reason
+        self.failed.add(client.name)
         event = {"round": server_round, "client": client.name, "rank": client.rank}
         self.emit({"event": "client_failed", **event, "reason": reason})
         in_order.skip(client.name)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import safetensors.torch
 import torch
@@ -21,16 +21,16 @@ from torch import Tensor
 from prelort.adapters import AdapterSchema, LoraAdapter, ScaleRule, Trained
 from prelort.config import TrainingConfig
 from prelort.errors import AdapterError, UpdateRefused
-from prelort.federation.flower import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from prelort.federation.content import blob_in, content_of, record_of, text_in
+from prelort.federation.flower import ArrayRecord, Message, RecordDict
 from prelort.methods.objective import Kind, Objective, TailPenalty
 
-PROTOCOL = 2
+PROTOCOL = 3
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Dtype = Literal["float32", "bfloat16", "float16"]
 Seconds = Annotated[float, PlainSerializer(lambda value: f"{value:.6e}", when_used="json")]
 """A time, always as many bytes long, so that equal runs count equal bytes."""
 
-_HEADER, _ADAPTER = "header", "adapter"
 _FROZEN = "frozen:"
 """Before the names of the tensors that are folded into the base for the round."""
 _A, _B, _EXTRA = "A", "B", "extra"
@@ -116,11 +116,15 @@ class EvaluateRequest(Delivery):
 
 
 class EvaluateReply(Header):
-    """What a client measured: metric -> value, over so many test examples."""
+    """What a client measured: metric -> value, over so many test examples.
+
+    ``weight``: the tokens (causal) or examples that the loss is a mean over.
+    """
 
     client: str
     round: int
     examples: Annotated[int, Field(ge=1)]
+    weight: Annotated[int, Field(ge=1)]
     metrics: dict[str, float | None]
 
 
@@ -152,29 +156,25 @@ def pack(
 
     ``without``: the kinds of the adapter's tensors that do not travel.
     """
-    content = RecordDict({_HEADER: ConfigRecord({"json": header.model_dump_json()})})
-    if adapter is not None:
-        dtype = DTYPES[header.dtype]  # type: ignore[attr-defined]
-        tensors = {n: t for n, t in adapter.tensors().items() if kind_of(n) not in without}
-        if frozen is not None:
-            # Copies: safetensors refuses tensors that share memory, as views of one state may.
-            tensors |= {_FROZEN + name: tensor.clone() for name, tensor in frozen.tensors().items()}
-        content[_ADAPTER] = record({name: tensor.to(dtype) for name, tensor in tensors.items()})
-    return content
+    if adapter is None:
+        return content_of(header.model_dump_json())
+    dtype = DTYPES[header.dtype]  # type: ignore[attr-defined]
+    tensors = {n: t for n, t in adapter.tensors().items() if kind_of(n) not in without}
+    if frozen is not None:
+        # Copies: safetensors refuses tensors that share memory, as views of one state may.
+        tensors |= {_FROZEN + name: tensor.clone() for name, tensor in frozen.tensors().items()}
+    blob = _bytes({name: tensor.to(dtype) for name, tensor in tensors.items()})
+    return content_of(header.model_dump_json(), blob)
 
 
 def record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     """Named tensors as Flower's record: one safetensors blob."""
-    data = safetensors.torch.save({name: t.contiguous() for name, t in tensors.items()})
-    blob = Array(dtype="uint8", shape=(len(data),), stype="safetensors", data=data)
-    return ArrayRecord({_ADAPTER: blob})
+    return record_of(_bytes(tensors))
 
 
 def size(content: RecordDict) -> int:
     """The bytes of header and adapter, as they travel."""
-    total = len(_text(content).encode())
-    blob = _blob(content)
-    return total if blob is None else total + len(blob.data)
+    return len(_text(content).encode()) + len(blob_in(content) or b"")
 
 
 def header(content: RecordDict, kind: type[H]) -> H:
@@ -201,11 +201,11 @@ def adapter(
     and for a tensor that should not have travelled. Shapes and values are checked by
     `check_adapter`.
     """
-    blob = _blob(content)
-    if blob is None or blob.stype != "safetensors":
+    blob = blob_in(content)
+    if blob is None:
         raise UpdateRefused("carries no adapter")
     try:
-        tensors = safetensors.torch.load(blob.data)
+        tensors = safetensors.torch.load(blob)
         for name in tensors.keys() & (known or {}).keys():
             raise UpdateRefused(f"tensor {name!r} is surplus: it is not trained")
         second = {n.removeprefix(_FROZEN): t for n, t in tensors.items() if n.startswith(_FROZEN)}
@@ -267,7 +267,7 @@ def check_adapter(
             )
 
 
-def content_of(reply: Message) -> RecordDict:
+def answered(reply: Message) -> RecordDict:
     """A reply's content. Raises `UpdateRefused` with the reason where there is none."""
     if reply.has_error():
         raise UpdateRefused(reply.error.reason or f"failed with error code {reply.error.code}")
@@ -296,18 +296,13 @@ def _stated_protocol(text: str) -> object:
     return stated if isinstance(stated, int) else PROTOCOL
 
 
-# Not by `content.array_records` and its like: these views make a cycle of references with the
-# content (flwr 1.41), and it then waits with its adapter for the garbage collector.
-
-
-def _blob(content: RecordDict) -> Array | None:
-    arrays = content.get(_ADAPTER)
-    return arrays.get(_ADAPTER) if isinstance(arrays, ArrayRecord) else None
+def _bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    data: bytes = safetensors.torch.save({name: t.contiguous() for name, t in tensors.items()})
+    return data
 
 
 def _text(content: RecordDict) -> str:
-    config = content.get(_HEADER)
-    text: Any = config.get("json") if isinstance(config, ConfigRecord) else None
-    if not isinstance(text, str):
+    text = text_in(content)
+    if text is None:
         raise UpdateRefused("carries no header")
     return text

@@ -66,14 +66,15 @@ class ServerState:
     """What the server keeps between rounds; all of it is checkpointed.
 
     ``round`` counts finished rounds. ``memory`` is the method's own (server momentum, say).
-    ``ranks``: the clients whose rank is no longer the one that they introduced themselves with;
-    the strategy keeps it, not the method.
+    ``ranks``: the clients whose rank is no longer the one that they introduced themselves with.
+    ``levels``: all ranks that have been in use. The server keeps these two, not the method.
     """
 
     adapter: LoraAdapter
     round: int = 0
     memory: Mapping[str, Tensor] = field(default_factory=dict)
     ranks: Mapping[str, int] = field(default_factory=dict)
+    levels: tuple[int, ...] = ()
 
 
 class Aggregator(Protocol):

@@ -90,6 +90,20 @@ def load_model(
     return model if config.quantization != "none" else model.to(device)
 
 
+def empty_model(config: ModelConfig, kind: str) -> PreTrainedModel:
+    """The model's modules without weights (on torch's meta device): enough to know its shapes.
+
+    Takes no memory to speak of, whatever the model's size. Raises `ConfigError`.
+    """
+    settings = _from_pretrained(AutoConfig, config, "configuration")
+    auto = AutoModelForSequenceClassification if kind == "classification" else AutoModelForCausalLM
+    with torch.device("meta"):
+        model: PreTrainedModel = auto.from_config(
+            settings, trust_remote_code=config.trust_remote_code
+        )
+    return model.requires_grad_(False)
+
+
 def _check_whole(config: ModelConfig, model: Any, kind: str, loading: dict[str, Any]) -> None:
     """Raise `ConfigError` naming a weight that transformers drew at random outside a new head."""
     drawn = {*loading["missing_keys"], *(entry[0] for entry in loading["mismatched_keys"])}

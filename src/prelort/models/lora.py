@@ -85,6 +85,15 @@ def initial_adapter(model: nn.Module, scale: ScaleRule, seed: int) -> LoraAdapte
     return fresh(extract(model, scale), seed)
 
 
+def shapes(model: nn.Module, scale: ScaleRule) -> LoraAdapter:
+    """An adapter of the model's shapes that holds no numbers: they may be on the meta device."""
+    layers = {
+        name: Factors(layer.lora_A[ADAPTER].weight.detach(), layer.lora_B[ADAPTER].weight.detach())
+        for name, layer in lora_layers(model).items()
+    }
+    return LoraAdapter(layers, scale)
+
+
 def install(
     model: nn.Module,
     adapter: LoraAdapter,

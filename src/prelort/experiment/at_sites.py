@@ -1,0 +1,158 @@
+"""A run whose data are at real sites: what the server sets up without them, and a site alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+
+from prelort import tasks
+from prelort.adapters import AdapterSchema, LoraAdapter, ScaleRule
+from prelort.adapters.initial import fresh
+from prelort.config import EMBEDDED, Config
+from prelort.data import federated, ranks
+from prelort.errors import ConfigError
+from prelort.experiment.assemble import assemble, prepare_model
+from prelort.experiment.measure import Measured, measure
+from prelort.experiment.stage import Stage
+from prelort.federation.allocation import Allocation, ByLoss
+from prelort.federation.exchange import Engine
+from prelort.federation.flower import Grid
+from prelort.federation.personal import PersonalStore
+from prelort.federation.registry import Agreement
+from prelort.federation.server import serve
+from prelort.federation.site import Site, Workspace
+from prelort.models import base
+from prelort.models.lora import ADAPTER, attach, shapes
+from prelort.tasks.interface import Example
+
+
+def at_sites(config: Config, grid: Grid) -> Stage:
+    """The stage of a run over a Flower grid whose nodes are real sites.
+
+    The global adapter has the highest rank of ``ranks.mix``; each site says its own. The server
+    measures where it has rows (``data.test``, or the embedded text); otherwise the sites do, each
+    on its own rows. A server without rows, and without a head to draw, loads no weights.
+    """
+    planned = ranks.levels(config.ranks.mix)
+    if config.ranks.schedule:
+        raise ConfigError(
+            "ranks.schedule needs clients that are known beforehand: real sites say their own "
+            "ranks, and may offer others"
+        )
+    if config.data.source == EMBEDDED and config.data.test is None:
+        assembly = assemble(config)
+        setting = _with_rows(config, assembly.workspace, assembly.initial, assembly.test)
+    else:
+        setting = _setting(config, max(planned))
+    federation = config.federation
+    engine = Engine(grid, None, deadline=federation.timeout, patience=federation.wait)
+    by_loss = ByLoss(max(planned), config.ranks.high_share)
+    return replace(
+        setting,
+        allocation=Allocation({}, by_loss if config.ranks.allocation == "by-loss" else None),
+        carry_out=lambda plan: serve(plan, engine),
+        planned=planned,
+    )
+
+
+def own_site(config: Config, name: str, rank: int, folder: Path | None = None) -> Site:
+    """The site ``name`` of this rank, with the rows of ``data.source`` and nobody else's.
+
+    In ``folder`` it keeps what a method leaves with it. Raises `ConfigError`.
+    """
+    planned = ranks.levels(config.ranks.mix)
+    if not 1 <= rank <= max(planned):
+        raise ConfigError(
+            f"rank = {rank} is not allowed: the federation's highest is {max(planned)} (ranks.mix)"
+        )
+    rows = federated.load_own(config, name)
+    tokenizer = base.load_tokenizer(config.model)
+    labels = config.data.labels or ()
+    workspace, _ = prepare_model(config, tokenizer, rank=max(planned), labels=labels)
+
+    def encode(some: Any) -> list[Example]:
+        if some is None:
+            return []
+        return workspace.task.encode(some, tokenizer, config.data, labels)
+
+    examples = encode(rows.train)
+    if not examples:
+        raise ConfigError("data.source has no text long enough to make one example")
+    by_loss = config.ranks.allocation == "by-loss"
+    return Site(
+        name=name,
+        rank=min(planned[0], rank) if by_loss else rank,
+        examples=examples,
+        workspace=workspace,
+        most=rank,
+        validation=encode(rows.validation) if by_loss else (),
+        test=encode(rows.test),
+        personal=PersonalStore(folder / "personal") if folder is not None else None,
+    )
+
+
+def dealt_site(
+    config: Config, index: int, rank: int | None = None, folder: Path | None = None
+) -> Site:
+    """Client ``index`` of the configured data as a site: for simulations and demonstrations.
+
+    ``rank``: instead of the one that it was dealt. Raises `ConfigError`.
+    """
+    if config.data.source != EMBEDDED and config.data.test is None:  # then the sites measure
+        there = config.evaluation.model_copy(update={"at_clients": True})
+        config = config.model_copy(update={"evaluation": there})
+    sites = assemble(config, folder).sites
+    if not 0 <= index < len(sites):
+        raise ConfigError(
+            f"partition = {index} is not allowed: the data are dealt to {len(sites)} clients, "
+            "counted from 0"
+        )
+    found = sites[index]
+    return found if rank is None else replace(found, rank=rank, most=rank)
+
+
+def _setting(config: Config, rank: int) -> Stage:
+    """The server's part: a model where it has rows to measure on or a head, else its shapes."""
+    labels = config.data.labels or ()
+    classes = config.task == "classification"
+    if classes and not labels:
+        raise ConfigError(
+            "data.labels is not set: with data at real sites nobody sees all classes, so their "
+            "names, in one order, must be configured"
+        )
+    if config.data.test is None and not classes and not config.lora.modules_to_save:
+        return _without_weights(config, rank)
+    tokenizer = base.load_tokenizer(config.model)
+    workspace, initial = prepare_model(config, tokenizer, rank=rank, labels=labels)
+    examples: list[Example] = []
+    if config.data.test is not None:
+        rows = federated.load_test(config)
+        examples = workspace.task.encode(rows, tokenizer, config.data, labels)
+    return _with_rows(config, workspace, initial, examples)
+
+
+def _with_rows(
+    config: Config, work: Workspace, initial: LoraAdapter, examples: Sequence[Example]
+) -> Stage:
+    template: LoraConfig = work.model.peft_config[ADAPTER]
+    if not examples:
+        return Stage(work.agreement, initial, template)
+
+    def measured(adapters: Mapping[int, LoraAdapter], told: Callable[[int, int], None]) -> Measured:
+        return measure(config, work, examples, adapters, told)
+
+    return Stage(work.agreement, initial, template, measure=measured)
+
+
+def _without_weights(config: Config, rank: int) -> Stage:
+    """The agreement and the initial adapter from the model's configuration alone."""
+    task = tasks.get(config.task)
+    model = attach(base.empty_model(config.model, task.kind), config.lora, rank, task.kind)
+    scale = ScaleRule(config.lora.scale_rule, config.lora.scale)
+    initial = fresh(shapes(model, scale), config.seed)
+    agreement = Agreement(base.fingerprint(config.model), AdapterSchema.of(initial), scale)
+    return Stage(agreement, initial, model.peft_config[ADAPTER])

@@ -1,0 +1,47 @@
+"""The Flower `ClientApp`: three kinds of messages, each answered by one function.
+
+Without torch: in a deployment Flower starts a process for every message, which should be quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from prelort.errors import PrelortError
+from prelort.federation.flower import ClientApp, Context, Error, Message, RecordDict
+
+REFUSED = 100
+"""The error code of a client that says why it did not answer (Flower's own are below)."""
+
+Kind = Literal["query", "train", "evaluate"]
+Answer = Callable[[Kind, RecordDict, Context], RecordDict]
+"""From a message's kind, content and context to the content of the reply."""
+
+
+def client_app(answer: Answer) -> ClientApp:
+    """A `ClientApp` that introduces itself (query), trains (train) and measures (evaluate).
+
+    A `PrelortError` of ``answer`` is told to the server in its own words.
+    """
+    app = ClientApp()
+
+    def reply(kind: Kind, message: Message, context: Context) -> Message:
+        try:
+            return Message(answer(kind, message.content, context), reply_to=message)
+        except PrelortError as error:
+            return Message(Error(REFUSED, str(error)), reply_to=message)
+
+    @app.query()  # type: ignore[untyped-decorator]
+    def introduce(message: Message, context: Context) -> Message:
+        return reply("query", message, context)
+
+    @app.train()  # type: ignore[untyped-decorator]
+    def train(message: Message, context: Context) -> Message:
+        return reply("train", message, context)
+
+    @app.evaluate()  # type: ignore[untyped-decorator]
+    def evaluate(message: Message, context: Context) -> Message:
+        return reply("evaluate", message, context)
+
+    return app
