@@ -268,7 +268,7 @@ class TestRun:
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        from prelort.experiment import run as module
+        from prelort.experiment import stage as module
 
         def broken(*arguments: Any) -> None:
             raise OSError(5, "Input/output error")

@@ -58,6 +58,8 @@ RUN_EXAMPLES = """[bold]Examples[/bold]
 
   prelort run --resume runs/first
 
+  prelort run --engine simulation --client-cpus 2
+
 Without CONFIG the embedded default runs; `prelort config` prints it, to start your own from.
 """
 
@@ -79,6 +81,15 @@ def run(
     resume: Annotated[
         Path | None, typer.Option("--resume", help="Go on with the run in this folder.")
     ] = None,
+    engine: Annotated[
+        str, typer.Option("--engine", help="in-process, or simulation (Flower's, with Ray).")
+    ] = "in-process",
+    client_cpus: Annotated[
+        int, typer.Option("--client-cpus", min=1, help="simulation: CPU cores for one client.")
+    ] = 1,
+    client_gpus: Annotated[
+        float, typer.Option("--client-gpus", min=0, help="simulation: (share of) a GPU for one.")
+    ] = 0.0,
     quiet: Quiet = False,
 ) -> None:
     """Train one adapter for clients of mixed ranks, and measure it at every rank prefix."""
@@ -91,18 +102,30 @@ def run(
     from prelort.experiment.run import run as run_one
     from prelort.report.progress import LiveProgress
 
+    stage_of = _engine(engine, client_cpus, client_gpus)
     target, settings, names = _what_to_run(config, method or [], overrides or [], out, resume)
     console = _console()
     try:
         with LiveProgress(console, quiet=quiet) as progress:
             if len(names) == 1:
                 folders = {names[0]: target}
-                run_one(settings, target, resume=resume is not None, listeners=[progress])
+                run_one(
+                    settings,
+                    target,
+                    resume=resume is not None,
+                    listeners=[progress],
+                    stage_of=stage_of,
+                )
                 several.write_results(folders, target)
             else:
                 folders = {name: target / several.folder_name(name) for name in names}
                 several.run_methods(
-                    settings, names, target, resume=resume is not None, listeners=[progress]
+                    settings,
+                    names,
+                    target,
+                    resume=resume is not None,
+                    listeners=[progress],
+                    stage_of=stage_of,
                 )
     except KeyboardInterrupt:
         Console(stderr=True).print(
@@ -166,6 +189,63 @@ def methods() -> None:
     _console().print(table)
 
 
+@app.command(
+    epilog="[bold]Examples[/bold]\n\n  prelort new my-federation\n\n"
+    "  prelort new my-federation --sites 5\n\n  my-federation/scripts/demo.sh"
+)
+def new(
+    folder: Annotated[Path, typer.Argument(help="Folder to make; its name is the app's.")],
+    sites: Annotated[int, typer.Option("--sites", min=1, help="Sites to try it out with.")] = 3,
+) -> None:
+    """Write a federation of real sites: a Flower app, scripts, and the operator's page."""
+    from prelort.deployment.new import create
+
+    create(folder, sites)
+    console = Console()
+    console.print(f"wrote {folder}: read {folder / 'README.md'}, or see it work at once:")
+    console.print(f"  {folder / 'scripts' / 'demo.sh'}", soft_wrap=True)
+
+
+site_app = typer.Typer(help="At a real site: check its settings, end its trainer.")
+app.add_typer(site_app, name="site", no_args_is_help=True)
+
+SiteFile = Annotated[Path, typer.Argument(help="The site's own file, site.toml.")]
+
+
+@site_app.command(
+    "check",
+    epilog="[bold]Example[/bold]\n\n"
+    "  prelort site check sites/site-1/site.toml --federation app/federation.toml",
+)
+def site_check(
+    file: SiteFile,
+    federation: Annotated[
+        Path, typer.Option("--federation", "-f", help="The federation's configuration.")
+    ],
+) -> None:
+    """Load what the site would load, and show all that the server would learn of it."""
+    from prelort.deployment import settings
+    from prelort.deployment.worker import make_site
+
+    found = make_site(configuration.load(federation), settings.read(file), file)
+    agreement = found.workspace.agreement
+    console = Console()
+    console.print(f"{len(found.examples)} examples to train on, {len(found.test)} to test on")
+    console.print("the server learns these, and nothing else before the first round:")
+    facts = {"client": found.name, "examples": len(found.examples), "rank": found.rank}
+    facts |= {"most": max(found.most, found.rank), "base": agreement.base}
+    for key, value in facts.items():
+        console.print(f"  {key} = {value!r}", highlight=False)
+
+
+@site_app.command("stop")
+def site_stop(file: SiteFile) -> None:
+    """End the site's trainer, if it runs: the next message would start another."""
+    from prelort.deployment import warm
+
+    warm.stop(file)
+
+
 @app.command()
 def config() -> None:
     """Print the embedded default's configuration, to start your own from."""
@@ -226,6 +306,25 @@ def _what_to_run(
         renamed = any(override.split("=")[0].strip() == "method.name" for override in overrides)
         settings = given if renamed else several.with_method(given, settings.method.name)
     return resume, settings, chosen
+
+
+def _engine(name: str, cpus: int, gpus: float) -> Any:
+    """Who carries out the rounds, by name. Raises `ConfigError` for one that there is not."""
+    if name == "in-process":
+        from prelort.experiment.stage import in_process
+
+        return in_process
+    if name == "simulation":
+        from functools import partial
+
+        from prelort.experiment.simulation import check_installed, simulated
+
+        check_installed()
+        return partial(simulated, cpus=cpus, gpus=gpus)
+    raise ConfigError(
+        f"--engine {name!r} is not allowed: in-process or simulation; for real sites see "
+        "`prelort new --help`"
+    )
 
 
 def _console() -> Console:

@@ -21,6 +21,9 @@ from prelort.errors import ConfigError
 EMBEDDED = "embedded"
 """The name of the base model and of the text that come with the package."""
 
+SITES = "sites"
+"""The data source of a federation of real sites: each has its own, which nobody else sees."""
+
 EMBEDDED_FILE = Path(__file__).parent / "embedded" / "default.toml"
 """The configuration that runs where none is given."""
 
@@ -58,7 +61,8 @@ class DataConfig(Section):
 
     source: str = Field(
         EMBEDDED,
-        description="'embedded', a hub name, or a CSV/TSV/JSON/JSON-lines/Parquet/text file",
+        description="'embedded', a hub name, or a CSV/TSV/JSON/JSON-lines/Parquet/text file; "
+        "'sites': each real site has its own",
     )
     subset: str | None = Field(None, description="the hub data set's configuration name")
     split: str = Field("train", description="which split of a hub data set to train on")

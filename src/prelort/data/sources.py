@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetNotFoundError
 
-from prelort.config import EMBEDDED, DataConfig
+from prelort.config import EMBEDDED, SITES, DataConfig
 from prelort.data import files
 from prelort.data._reading import reason
 from prelort.errors import ConfigError
@@ -24,6 +24,11 @@ def read(config: DataConfig) -> tuple[Dataset, Dataset | None]:
 
     Raises `ConfigError` in one sentence: no such file, hub name or split; malformed; no rows.
     """
+    if config.source == SITES:
+        raise ConfigError(
+            "data.source = 'sites' has no rows here: each real site names its own in its site "
+            "file. To run in one place, name a file"
+        )
     if config.source == EMBEDDED:
         from prelort.data import standard_library
 

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from prelort import tasks
 from prelort.adapters import AdapterSchema, LoraAdapter, ScaleRule
 from prelort.adapters.initial import fresh
-from prelort.config import EMBEDDED, Config
+from prelort.config import SITES, Config
 from prelort.data import federated, ranks
 from prelort.errors import ConfigError
 from prelort.experiment.assemble import assemble, prepare_model
@@ -34,8 +34,9 @@ def at_sites(config: Config, grid: Grid) -> Stage:
     """The stage of a run over a Flower grid whose nodes are real sites.
 
     The global adapter has the highest rank of ``ranks.mix``; each site says its own. The server
-    measures where it has rows (``data.test``, or the embedded text); otherwise the sites do, each
-    on its own rows. A server without rows, and without a head to draw, loads no weights.
+    measures where it has rows (``data.test``, or a ``data.source`` that is not "sites" and is dealt
+    to sites of the demonstration); otherwise the sites do, each on its own rows. A server without
+    rows, and without a head to draw, loads no weights.
     """
     planned = ranks.levels(config.ranks.mix)
     if config.ranks.schedule:
@@ -43,7 +44,7 @@ def at_sites(config: Config, grid: Grid) -> Stage:
             "ranks.schedule needs clients that are known beforehand: real sites say their own "
             "ranks, and may offer others"
         )
-    if config.data.source == EMBEDDED and config.data.test is None:
+    if config.data.source != SITES:
         assembly = assemble(config)
         setting = _with_rows(config, assembly.workspace, assembly.initial, assembly.test)
     else:
@@ -102,9 +103,6 @@ def dealt_site(
 
     ``rank``: instead of the one that it was dealt. Raises `ConfigError`.
     """
-    if config.data.source != EMBEDDED and config.data.test is None:  # then the sites measure
-        there = config.evaluation.model_copy(update={"at_clients": True})
-        config = config.model_copy(update={"evaluation": there})
     sites = assemble(config, folder).sites
     if not 0 <= index < len(sites):
         raise ConfigError(

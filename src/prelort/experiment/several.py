@@ -11,6 +11,7 @@ from prelort.config import Config
 from prelort.errors import ConfigError
 from prelort.experiment.folder import RunFolder, is_taken
 from prelort.experiment.run import Listener, RunResult, run
+from prelort.experiment.stage import StageOf, in_process
 from prelort.files import write_atomically
 from prelort.report import events, plots, tables
 
@@ -25,6 +26,7 @@ def run_methods(
     *,
     resume: bool = False,
     listeners: Sequence[Listener] = (),
+    stage_of: StageOf = in_process,
 ) -> list[RunResult]:
     """Run ``config`` with each of the methods, in ``out/<method>``, and compare them in ``out``.
 
@@ -51,7 +53,9 @@ def run_methods(
         begun = RunFolder(folder).config_file.is_file()
         chosen = with_method(config, name)
         try:
-            results.append(run(chosen, folder, resume=begun, listeners=listeners))
+            results.append(
+                run(chosen, folder, resume=begun, listeners=listeners, stage_of=stage_of)
+            )
         except ConfigError:
             if not resume and not results:
                 (out / METHODS_FILE).unlink()  # nothing has begun: the same --out can be used again

@@ -7,6 +7,7 @@ of Ray's overhead: of use where one machine has more cores or GPUs than one clie
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 
 from prelort import config as configuration
 from prelort.config import Config
+from prelort.errors import ConfigError
 from prelort.experiment.assemble import Assembly, assemble
 from prelort.experiment.deterministic import deterministic
 from prelort.experiment.stage import Stage, with_all_data
@@ -25,18 +27,23 @@ from prelort.federation.site import respond
 
 
 def simulated(config: Config, folder: Path, cpus: int = 1, gpus: float = 0.0) -> Stage:
-    """All clients on this machine, in Ray's workers of so many CPU cores and (shares of) GPUs.
-
-    Raises `ConfigError` where Ray is not installed.
-    """
+    """All clients on this machine, in Ray's workers of so many CPU cores and (shares of) GPUs."""
     assembly = assemble(config, folder)
     count = len(assembly.sites)
 
     def carry_out(plan: ServerPlan) -> None:
-        server_app = make_server_app(plan, lambda grid: Engine(grid, None, float("inf")))
+        server_app = make_server_app(
+            plan, lambda grid: Engine(grid, None, float("inf"), nodes=count)
+        )
         simulate(server_app, _client_app(config, folder), count, cpus=cpus, gpus=gpus)
 
     return with_all_data(assembly, carry_out)
+
+
+def check_installed() -> None:
+    """Raise `ConfigError` where Ray is not installed."""
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError("--engine simulation needs Ray: pip install 'prelort[simulation]'")
 
 
 def _client_app(config: Config, folder: Path) -> ClientApp:

@@ -1,4 +1,4 @@
-"""The Flower `ClientApp`: three kinds of messages, each answered by one function.
+"""The Flower `ClientApp`: a few kinds of messages, each answered by one function.
 
 Without torch: in a deployment Flower starts a process for every message, which should be quick.
 """
@@ -14,7 +14,7 @@ from prelort.federation.flower import ClientApp, Context, Error, Message, Record
 REFUSED = 100
 """The error code of a client that says why it did not answer (Flower's own are below)."""
 
-Kind = Literal["query", "train", "evaluate"]
+Kind = Literal["query", "train", "evaluate", "end"]
 Answer = Callable[[Kind, RecordDict, Context], RecordDict]
 """From a message's kind, content and context to the content of the reply."""
 
@@ -22,6 +22,7 @@ Answer = Callable[[Kind, RecordDict, Context], RecordDict]
 def client_app(answer: Answer) -> ClientApp:
     """A `ClientApp` that introduces itself (query), trains (train) and measures (evaluate).
 
+    At the end of a run over real sites (query.end) it need not stay ready any longer.
     A `PrelortError` of ``answer`` is told to the server in its own words.
     """
     app = ClientApp()
@@ -35,6 +36,10 @@ def client_app(answer: Answer) -> ClientApp:
     @app.query()  # type: ignore[untyped-decorator]
     def introduce(message: Message, context: Context) -> Message:
         return reply("query", message, context)
+
+    @app.query("end")  # type: ignore[untyped-decorator]
+    def end(message: Message, context: Context) -> Message:
+        return reply("end", message, context)
 
     @app.train()  # type: ignore[untyped-decorator]
     def train(message: Message, context: Context) -> Message:

@@ -25,13 +25,15 @@ class Engine:
 
     ``in_flight``: messages out at a time (None: all at once). ``deadline``: seconds for one round
     trip with all clients; infinite where each client's own time-out is enough. ``patience``:
-    seconds to wait for enough clients to be there; None where nobody comes or goes.
+    seconds to wait for enough clients to be there; None where nobody comes or goes. ``nodes``: how
+    many there will be in the end, where they take a while to start.
     """
 
     grid: Grid
     in_flight: int | None
     deadline: float
     patience: float | None = None
+    nodes: int = 0
 
 
 def exchange(engine: Engine, messages: Iterable[Message]) -> Iterator[Message]:

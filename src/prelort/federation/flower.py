@@ -6,7 +6,6 @@ was read in 1.41.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 
@@ -29,8 +28,6 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Result, Strategy
 from flwr.supercore.task_identity import TaskIdentity
-
-from prelort.errors import ConfigError
 
 __all__ = [
     "Array",
@@ -89,11 +86,8 @@ def simulate(
     """Run both apps on Flower's simulation, with Ray; an exception of the server is raised here.
 
     By the function for Python, which Flower calls deprecated: its command would start a daemon
-    that stays behind, and would know nothing of the progress here. Raises `ConfigError` without
-    Ray.
+    that stays behind, and would know nothing of the progress here.
     """
-    if importlib.util.find_spec("ray") is None:
-        raise ConfigError("--engine simulation needs Ray: pip install 'prelort[simulation]'")
     from flwr.simulation import run_simulation
 
     logging.getLogger("flwr").setLevel(logging.ERROR)

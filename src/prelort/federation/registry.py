@@ -16,6 +16,8 @@ from prelort.methods.interface import Client
 
 GRACE_SECONDS = 15.0
 """How long a round that could begin waits for clients that are just introducing themselves."""
+START_SECONDS = 120.0
+"""How long nodes of this machine may take to start."""
 RETRY_SECONDS = 30.0
 """After which a client that was left out is asked again: it may have been put right."""
 
@@ -134,7 +136,10 @@ class Roster:
         are enough: one that hangs must not keep the others.
         """
         if engine.patience is None:
-            return bool(self._asked) and spent <= engine.deadline
+            starting = len(self._known) + len(self._left_out) < engine.nodes
+            return (bool(self._asked) and spent <= engine.deadline) or (
+                starting and spent <= START_SECONDS
+            )
         if enough:
             return bool(self._asked) and spent <= GRACE_SECONDS
         return spent <= engine.patience

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -10,14 +11,20 @@ from prelort import methods
 from prelort.adapters import LoraAdapter
 from prelort.config import Config
 from prelort.errors import ConfigError, QuorumError
+from prelort.federation import wire
 from prelort.federation.allocation import Allocation
-from prelort.federation.exchange import Engine
-from prelort.federation.flower import Context, Grid, ServerApp
+from prelort.federation.exchange import Engine, exchange
+from prelort.federation.flower import Context, Grid, Message, MessageType, ServerApp
 from prelort.federation.pooled import Pooled
 from prelort.federation.registry import Agreement, Participant, Roster
 from prelort.federation.sampling import check_numbers, needed
 from prelort.federation.strategy import AdapterStrategy, Emit
 from prelort.methods.interface import Client, ServerState
+
+log = logging.getLogger(__name__)
+
+GOODBYE_SECONDS = 15.0
+"""How long the end of a run waits for sites to take note of it."""
 
 Ask = Callable[[Mapping[int, LoraAdapter]], dict[int, Pooled]]
 """Lets every client measure adapters (by the rank they stand for) on its own test rows."""
@@ -71,7 +78,11 @@ def serve(plan: ServerPlan, engine: Engine) -> None:
     when clients or usable replies are too few for a round, after all that the engine's patience
     allows. Everything that was finished has been handed to ``after_round`` then.
     """
-    _Service(plan, engine).run()
+    service = _Service(plan, engine)
+    try:
+        service.run()
+    finally:
+        service.say_goodbye()
 
 
 class _Service:
@@ -115,6 +126,20 @@ class _Service:
     def _standing(self) -> Standing:
         clients = tuple(p.client.name for p in self.strategy.participants)
         return Standing(self.strategy.state, self.levels, clients, self._ask)
+
+    def say_goodbye(self) -> None:
+        """Let real sites know that they need not stay ready; whoever is gone need not hear it."""
+        if self.engine.patience is None:
+            return
+        content = wire.pack(self.plan.agreement.header(1))
+        messages = (
+            Message(content, dst_node_id=p.node_id, message_type=f"{MessageType.QUERY}.end")
+            for p in self.roster.present
+        )
+        try:
+            list(exchange(replace(self.engine, deadline=GOODBYE_SECONDS), messages))
+        except Exception as error:  # the SuperLink may be gone, and the run's end stands already
+            log.warning("sites could not be told of the end: %s", error)
 
     def refused(self, name: str, reason: str) -> None:
         """A client that is left out."""

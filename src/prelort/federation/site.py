@@ -47,6 +47,7 @@ class Site:
 
     ``most``: the largest rank that it can be raised to (0: its rank). ``next_rank`` is asked after
     each round (from 0) for the rank that the site affords from then on, None for no change.
+    ``stopped`` is asked during training whether to give up: nobody waits for the result.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Site:
     test: Sequence[Example] = ()
     personal: PersonalStore | None = None
     next_rank: Callable[[int], int | None] = lambda round_index: None
+    stopped: Callable[[], bool] = lambda: False
 
 
 def make_client_app(site_of: Callable[[Context], Site]) -> ClientApp:
@@ -74,7 +76,7 @@ def respond(site: Site, kind: Kind, content: RecordDict) -> RecordDict:
     Raises `PrelortError` with a reason that the server may read: it speaks of what the server
     sent and of the training, not of what the site holds.
     """
-    if kind == "query":
+    if kind in ("query", "end"):
         return wire.pack(_introduction(site))
     return _train(site, content) if kind == "train" else _evaluate(site, content)
 
@@ -99,6 +101,7 @@ def _train(site: Site, content: RecordDict) -> RecordDict:
         seed=request.seed,
         objective=request.to_objective(),
         timeout=request.timeout,
+        stopped=site.stopped,
     )
     result = train(
         work.model,

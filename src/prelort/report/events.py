@@ -69,6 +69,11 @@ def read(path: Path | str) -> list[Event]:
     return events
 
 
+def is_finished(events: Iterable[Event]) -> bool:
+    """Whether the run has come to its end."""
+    return any(event["event"] == "run_finished" for event in events)
+
+
 def settled(events: Iterable[Event]) -> list[Event]:
     """The events that count: a resumed run takes back what came after its checkpoint.
 

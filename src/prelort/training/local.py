@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -42,6 +42,8 @@ class Assignment:
     objective: Objective
     timeout: float = math.inf
     """Seconds after which the client gives up."""
+    stopped: Callable[[], bool] = lambda: False
+    """Whether nobody waits for the result any more; asked after every step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,7 @@ def train(
     """Train the installed adapter in place, deterministically for equal arguments.
 
     The optimiser starts fresh and its state is thrown away. Raises `PrelortError` if the loss is
-    no longer finite or the time is up.
+    no longer finite, the time is up or it was stopped.
     """
     started = time.monotonic()
     if not examples:
@@ -113,6 +115,8 @@ def train(
                 raise PrelortError(
                     f"timed out after {assignment.timeout:g} s at local step {step + 1} of {steps}"
                 )
+            if assignment.stopped():
+                raise PrelortError(f"was called off at local step {step + 1} of {steps}")
     return TrainResult(sum(losses) / len(losses), steps, time.monotonic() - started)
 
 

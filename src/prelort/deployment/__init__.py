@@ -1,0 +1,1 @@
+"""Real sites: the two Flower apps, a site's settings, and the trainer that stays warm there."""

@@ -1,0 +1,7 @@
+"""A site's app: it hands each message to the site's trainer, which stays warm between rounds."""
+
+from pathlib import Path
+
+from prelort.deployment.client import site_app
+
+app = site_app(Path(__file__).parent / "federation.toml")
