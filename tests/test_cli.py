@@ -17,7 +17,7 @@ from prelort import cli
 from prelort import config as configuration
 from prelort.config import Config, check, load, to_toml
 
-COMMANDS = ("run", "evaluate", "export", "methods", "config")
+COMMANDS = ("run", "evaluate", "report", "export", "methods", "config")
 
 
 @pytest.fixture
@@ -339,6 +339,28 @@ def logits_of(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
                 input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
             ).logits
         )
+
+
+class TestReport:
+    def test_of_one_run(self, command_line: CommandLine, several: Path, tmp_path: Path) -> None:
+        out = tmp_path / "page.html"
+        outcome = command_line("report", several / "prelort", "--out", out)
+        assert outcome.code == 0
+        assert outcome.out.split() == ["wrote", str(out)]
+        text = out.read_text()
+        assert "finished after 2 rounds" in text
+        assert "learning_rate = 0.05" in text  # the resolved configuration
+        assert not (several / "prelort" / "report.html").exists()
+
+    def test_of_several_runs(self, command_line: CommandLine, several: Path) -> None:
+        assert command_line("report", several).code == 0
+        text = (several / "report.html").read_text()
+        assert text.count("<section>") == 2
+        assert "untuned base" in text
+
+    def test_of_no_run_is_one_sentence(self, command_line: CommandLine, tmp_path: Path) -> None:
+        error = command_line("report", tmp_path).error
+        assert error == f"{str(tmp_path)!r} holds no run: config.toml is missing"
 
 
 class TestExport:

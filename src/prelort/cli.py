@@ -1,4 +1,4 @@
-"""The command line: ``prelort run | evaluate | export | methods | config``.
+"""The command line: ``prelort run | evaluate | report | export | methods | config``.
 
 Heavy imports (torch, transformers) are inside the commands, so that ``--help`` is quick.
 """
@@ -129,6 +129,22 @@ def evaluate(
     with console.status("measuring", spinner="dots") if not quiet else console.capture():
         event = evaluate_run(run, overrides or [])
     console.print(comparison_table({run.name: [event]}))
+
+
+@app.command(
+    epilog="[bold]Examples[/bold]\n\n  prelort report runs/first\n\n"
+    "  prelort report runs/first/prelort --out prelort.html"
+)
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, or of several; finished or not.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="File to write (default: RUN/report.html).")
+    ] = None,
+) -> None:
+    """Write one page of HTML about a run: curves, who failed and why, clients, configuration."""
+    from prelort.experiment.page import write_page
+
+    Console().print(f"wrote {_plain(write_page(run, out))}", soft_wrap=True)
 
 
 @app.command(

@@ -9,13 +9,13 @@ from pathlib import Path
 from prelort import methods
 from prelort.config import Config
 from prelort.errors import ConfigError
+from prelort.experiment.folder import METHODS_FILE as METHODS_FILE
 from prelort.experiment.folder import RunFolder, is_taken
+from prelort.experiment.folder import folder_name as folder_name
+from prelort.experiment.folder import methods_in as methods_in
 from prelort.experiment.run import Listener, RunResult, run
 from prelort.files import write_atomically
 from prelort.report import events, plots, tables
-
-METHODS_FILE = "methods.json"
-"""In the folder of several runs: the names of their methods, in order."""
 
 
 def run_methods(
@@ -65,17 +65,6 @@ def with_method(config: Config, name: str) -> Config:
     return config.model_copy(update={"method": config.method.model_copy(update={"name": name})})
 
 
-def methods_in(path: Path) -> list[str] | None:
-    """The methods of a folder of several runs, None if it is none."""
-    file = path / METHODS_FILE
-    if not file.is_file():
-        return None
-    try:
-        return [str(name) for name in json.loads(file.read_text(encoding="utf-8"))]
-    except ValueError as error:
-        raise ConfigError(f"{str(file)!r} is damaged: {error}") from None
-
-
 def read_runs(folders: dict[str, Path]) -> dict[str, list[events.Event]]:
     """The events of the runs that have begun, by name."""
     logs = {name: RunFolder(path).metrics_file for name, path in folders.items()}
@@ -92,8 +81,3 @@ def write_results(folders: dict[str, Path], out: Path) -> None:
     write_atomically(out / "results.md", results.encode())
     if any(events.final_evaluation(written) for written in runs.values()):
         plots.rank_curves(runs, out / "rank_curves.png")
-
-
-def folder_name(method: str) -> str:
-    """A method's name as a folder's."""
-    return method.replace(":", "-").replace("/", "-")
