@@ -168,6 +168,29 @@ class TestRun:
         one, two = (load(several / n / "config.toml") for n in ("prelort", "zero-padding"))
         assert configuration.differences(one, two) == ["method.name"]
 
+    def test_tells_a_tracker(
+        self, command_line: CommandLine, config_file: Path, tmp_path: Path
+    ) -> None:
+        pytest.importorskip("tensorboard", reason="needs tensorboard (an optional extra)")
+        outcome = command_line(
+            "run", config_file, "--out", tmp_path / "run", "-q", "--track", "tensorboard"
+        )
+        assert outcome.code == 0
+        assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
+        told = json.loads((tmp_path / "run" / "trackers.json").read_text())
+        assert told == {"tensorboard": {"id": "tensorboard", "round": 2}}
+
+    def test_refuses_a_tracker_before_anything_starts(
+        self, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        out = tmp_path / "run"
+        error = command_line("run", "--out", out, "--track", "tensorbord").error
+        assert "allowed are tensorboard, mlflow, wandb" in error
+        monkeypatch.setitem(sys.modules, "mlflow", None)
+        error = command_line("run", "--out", out, "--track", "mlflow").error
+        assert error == "--track mlflow needs MLflow: pip install 'prelort[mlflow]'"
+        assert not out.exists()
+
     def test_an_interrupt_says_how_to_go_on(
         self,
         command_line: CommandLine,

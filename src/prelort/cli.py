@@ -58,6 +58,8 @@ RUN_EXAMPLES = """[bold]Examples[/bold]
 
   prelort run --resume runs/first
 
+  prelort run --track tensorboard --track mlflow
+
 Without CONFIG the embedded default runs; `prelort config` prints it, to start your own from.
 """
 
@@ -79,6 +81,10 @@ def run(
     resume: Annotated[
         Path | None, typer.Option("--resume", help="Go on with the run in this folder.")
     ] = None,
+    track: Annotated[
+        list[str] | None,
+        typer.Option("--track", help="Tell a tracker too: tensorboard, mlflow, wandb; repeatable."),
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Train one adapter for clients of mixed ranks, and measure it at every rank prefix."""
@@ -86,6 +92,10 @@ def run(
         raise ConfigError("give --out for a new run or --resume for an old one, not both")
     if resume is None:
         configuration.load(config, overrides or [])  # what is wrong there is told at once
+
+    from prelort.report import trackers
+
+    trackers.check(track or [])
 
     from prelort.experiment import several
     from prelort.experiment.run import run as run_one
@@ -97,12 +107,23 @@ def run(
         with LiveProgress(console, quiet=quiet) as progress:
             if len(names) == 1:
                 folders = {names[0]: target}
-                run_one(settings, target, resume=resume is not None, listeners=[progress])
+                run_one(
+                    settings,
+                    target,
+                    resume=resume is not None,
+                    listeners=[progress],
+                    track=track or [],
+                )
                 several.write_results(folders, target)
             else:
                 folders = {name: target / several.folder_name(name) for name in names}
                 several.run_methods(
-                    settings, names, target, resume=resume is not None, listeners=[progress]
+                    settings,
+                    names,
+                    target,
+                    resume=resume is not None,
+                    listeners=[progress],
+                    track=track or [],
                 )
     except KeyboardInterrupt:
         Console(stderr=True).print(

@@ -8,6 +8,7 @@ checkpoints/00012/   the server's state after a round, the last two kept
 adapters/rank-8/     the result: standard PEFT folders, one for each rank
 results.md, *.png    tables and pictures
 report.html          the page that `prelort report` writes
+trackers.json        the ids that `--track` got, to go on under them
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ _BEFORE_THE_ROUNDS = (
     "log.txt",
     "clients.txt",
     "clients.png",
+    "trackers.json",
     ".lock",
 )
 

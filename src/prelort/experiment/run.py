@@ -32,6 +32,7 @@ from prelort.federation.server import ServerPlan, make_server_app
 from prelort.federation.site import make_client_app
 from prelort.methods.interface import Method, ServerState
 from prelort.report import events as reading
+from prelort.report import trackers
 
 Listener = Callable[[dict[str, Any]], None]
 """Called with each event of a run, after it has been written."""
@@ -54,15 +55,22 @@ class RunResult:
 
 
 def run(
-    config: Config, out: Path | str, *, resume: bool = False, listeners: Sequence[Listener] = ()
+    config: Config,
+    out: Path | str,
+    *,
+    resume: bool = False,
+    listeners: Sequence[Listener] = (),
+    track: Sequence[str] = (),
 ) -> RunResult:
     """Run the whole of ``config`` in the folder ``out``.
 
     With ``resume`` go on with the run in the folder, from its last checkpoint, to the same
     adapters, bit for bit (same machine, same number of threads). Raises `ConfigError`,
     `CheckpointError`, `QuorumError`; nothing that was finished is lost by any of them. A new run
-    that is refused before it begins leaves nothing behind.
+    that is refused before it begins leaves nothing behind. ``track`` names experiment trackers
+    (`prelort.report.trackers`); of those, none can stop a run that has begun.
     """
+    trackers.check(track)
     folder = RunFolder(Path(out))
     if resume:
         _check_same(folder.read_config(), config, folder.path)
@@ -71,8 +79,13 @@ def run(
         folder.create(config)
     folder.lock()
     try:
-        with _logging_to(folder.log_file), _deterministic(config.threads):
-            return _Run(folder, config, listeners).go()
+        tracked = trackers.TrackedRun(folder.path, configuration.flat(config))
+        with (
+            _logging_to(folder.log_file),
+            _deterministic(config.threads),
+            trackers.follower(track, tracked) as following,
+        ):
+            return _Run(folder, config, [*listeners, following]).go()
     except ConfigError:
         folder.unlock()
         if not resume:

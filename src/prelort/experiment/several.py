@@ -15,7 +15,7 @@ from prelort.experiment.folder import folder_name as folder_name
 from prelort.experiment.folder import methods_in as methods_in
 from prelort.experiment.run import Listener, RunResult, run
 from prelort.files import write_atomically
-from prelort.report import events, plots, tables
+from prelort.report import events, plots, tables, trackers
 
 
 def run_methods(
@@ -25,11 +25,13 @@ def run_methods(
     *,
     resume: bool = False,
     listeners: Sequence[Listener] = (),
+    track: Sequence[str] = (),
 ) -> list[RunResult]:
     """Run ``config`` with each of the methods, in ``out/<method>``, and compare them in ``out``.
 
     With ``resume`` finished runs are kept, an unfinished one goes on, the others are started.
     """
+    trackers.check(track)
     for name in names:
         methods.find(name)
     if not resume:
@@ -51,7 +53,7 @@ def run_methods(
         begun = RunFolder(folder).config_file.is_file()
         chosen = with_method(config, name)
         try:
-            results.append(run(chosen, folder, resume=begun, listeners=listeners))
+            results.append(run(chosen, folder, resume=begun, listeners=listeners, track=track))
         except ConfigError:
             if not resume and not results:
                 (out / METHODS_FILE).unlink()  # nothing has begun: the same --out can be used again
