@@ -17,7 +17,7 @@ from prelort import cli
 from prelort import config as configuration
 from prelort.config import Config, check, load, to_toml
 
-COMMANDS = ("run", "evaluate", "export", "methods", "config")
+COMMANDS = ("run", "evaluate", "report", "export", "methods", "config")
 
 
 @pytest.fixture
@@ -167,6 +167,29 @@ class TestRun:
         assert (several / "rank_curves.png").read_bytes().startswith(b"\x89PNG")
         one, two = (load(several / n / "config.toml") for n in ("prelort", "zero-padding"))
         assert configuration.differences(one, two) == ["method.name"]
+
+    def test_tells_a_tracker(
+        self, command_line: CommandLine, config_file: Path, tmp_path: Path
+    ) -> None:
+        pytest.importorskip("tensorboard", reason="needs tensorboard (an optional extra)")
+        outcome = command_line(
+            "run", config_file, "--out", tmp_path / "run", "-q", "--track", "tensorboard"
+        )
+        assert outcome.code == 0
+        assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
+        told = json.loads((tmp_path / "run" / "trackers.json").read_text())
+        assert told == {"tensorboard": {"id": "tensorboard", "round": 2}}
+
+    def test_refuses_a_tracker_before_anything_starts(
+        self, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        out = tmp_path / "run"
+        error = command_line("run", "--out", out, "--track", "tensorbord").error
+        assert "allowed are tensorboard, mlflow, wandb" in error
+        monkeypatch.setitem(sys.modules, "mlflow", None)
+        error = command_line("run", "--out", out, "--track", "mlflow").error
+        assert error == "--track mlflow needs MLflow: pip install 'prelort[mlflow]'"
+        assert not out.exists()
 
     def test_an_interrupt_says_how_to_go_on(
         self,
@@ -339,6 +362,28 @@ def logits_of(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
                 input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
             ).logits
         )
+
+
+class TestReport:
+    def test_of_one_run(self, command_line: CommandLine, several: Path, tmp_path: Path) -> None:
+        out = tmp_path / "page.html"
+        outcome = command_line("report", several / "prelort", "--out", out)
+        assert outcome.code == 0
+        assert outcome.out.split() == ["wrote", str(out)]
+        text = out.read_text()
+        assert "finished after 2 rounds" in text
+        assert "learning_rate = 0.05" in text  # the resolved configuration
+        assert not (several / "prelort" / "report.html").exists()
+
+    def test_of_several_runs(self, command_line: CommandLine, several: Path) -> None:
+        assert command_line("report", several).code == 0
+        text = (several / "report.html").read_text()
+        assert text.count("<section>") == 2
+        assert "untuned base" in text
+
+    def test_of_no_run_is_one_sentence(self, command_line: CommandLine, tmp_path: Path) -> None:
+        error = command_line("report", tmp_path).error
+        assert error == f"{str(tmp_path)!r} holds no run: config.toml is missing"
 
 
 class TestExport:

@@ -1,4 +1,4 @@
-"""The command line: ``prelort run | evaluate | export | methods | config``.
+"""The command line: ``prelort run | evaluate | report | export | methods | config``.
 
 Heavy imports (torch, transformers) are inside the commands, so that ``--help`` is quick.
 """
@@ -60,6 +60,8 @@ RUN_EXAMPLES = """[bold]Examples[/bold]
 
   prelort run --engine simulation --client-cpus 2
 
+  prelort run --track tensorboard --track mlflow
+
 Without CONFIG the embedded default runs; `prelort config` prints it, to start your own from.
 """
 
@@ -90,6 +92,10 @@ def run(
     client_gpus: Annotated[
         float, typer.Option("--client-gpus", min=0, help="simulation: (share of) a GPU for one.")
     ] = 0.0,
+    track: Annotated[
+        list[str] | None,
+        typer.Option("--track", help="Tell a tracker too: tensorboard, mlflow, wandb; repeatable."),
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Train one adapter for clients of mixed ranks, and measure it at every rank prefix."""
@@ -97,6 +103,10 @@ def run(
         raise ConfigError("give --out for a new run or --resume for an old one, not both")
     if resume is None:
         configuration.load(config, overrides or [])  # what is wrong there is told at once
+
+    from prelort.report import trackers
+
+    trackers.check(track or [])
 
     from prelort.experiment import several
     from prelort.experiment.run import run as run_one
@@ -115,6 +125,7 @@ def run(
                     resume=resume is not None,
                     listeners=[progress],
                     stage_of=stage_of,
+                    track=track or [],
                 )
                 several.write_results(folders, target)
             else:
@@ -126,6 +137,7 @@ def run(
                     resume=resume is not None,
                     listeners=[progress],
                     stage_of=stage_of,
+                    track=track or [],
                 )
     except KeyboardInterrupt:
         Console(stderr=True).print(
@@ -152,6 +164,22 @@ def evaluate(
     with console.status("measuring", spinner="dots") if not quiet else console.capture():
         event = evaluate_run(run, overrides or [])
     console.print(comparison_table({run.name: [event]}))
+
+
+@app.command(
+    epilog="[bold]Examples[/bold]\n\n  prelort report runs/first\n\n"
+    "  prelort report runs/first/prelort --out prelort.html"
+)
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, or of several; finished or not.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="File to write (default: RUN/report.html).")
+    ] = None,
+) -> None:
+    """Write one page of HTML about a run: curves, who failed and why, clients, configuration."""
+    from prelort.experiment.page import write_page
+
+    Console().print(f"wrote {_plain(write_page(run, out))}", soft_wrap=True)
 
 
 @app.command(

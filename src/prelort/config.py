@@ -357,9 +357,14 @@ def to_toml(config: Config) -> str:
     return tomli_w.dumps(_without_none(config.model_dump(mode="json")))
 
 
+def flat(config: Config) -> dict[str, Any]:
+    """Dotted key -> value, of every key."""
+    return _flat(config.model_dump(mode="json"))
+
+
 def differences(first: Config, second: Config) -> list[str]:
     """The dotted keys whose values differ."""
-    a, b = _flat(first.model_dump(mode="json")), _flat(second.model_dump(mode="json"))
+    a, b = flat(first), flat(second)
     return [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
 
 

@@ -7,6 +7,8 @@ log.txt              tracebacks of clients that failed
 checkpoints/00012/   the server's state after a round, the last two kept
 adapters/rank-8/     the result: standard PEFT folders, one for each rank
 results.md, *.png    tables and pictures
+report.html          the page that `prelort report` writes
+trackers.json        the ids that `--track` got, to go on under them
 """
 
 from __future__ import annotations
@@ -28,6 +30,9 @@ from prelort.files import write_atomically
 
 LIBRARIES = ("prelort", "torch", "transformers", "peft", "datasets", "flwr", "safetensors", "numpy")
 
+METHODS_FILE = "methods.json"
+"""In the folder of several runs: the names of their methods, in order."""
+
 _LEFTOVERS = (".config.toml.tmp", ".methods.json.tmp")
 _BEFORE_THE_ROUNDS = (
     "config.toml",
@@ -36,6 +41,7 @@ _BEFORE_THE_ROUNDS = (
     "log.txt",
     "clients.txt",
     "clients.png",
+    "trackers.json",
     ".lock",
 )
 
@@ -140,6 +146,22 @@ def is_taken(path: Path) -> bool:
     if path.is_dir():
         return any(child.name not in _LEFTOVERS for child in path.iterdir())
     return path.exists()
+
+
+def methods_in(path: Path) -> list[str] | None:
+    """The methods of a folder of several runs, None if it is none."""
+    file = path / METHODS_FILE
+    if not file.is_file():
+        return None
+    try:
+        return [str(name) for name in json.loads(file.read_text(encoding="utf-8"))]
+    except ValueError as error:
+        raise ConfigError(f"{str(file)!r} is damaged: {error}") from None
+
+
+def folder_name(method: str) -> str:
+    """A method's name as a folder's."""
+    return method.replace(":", "-").replace("/", "-")
 
 
 def _strict(value: Any) -> Any:

@@ -26,6 +26,7 @@ from prelort.experiment.stage import Stage, StageOf, in_process
 from prelort.federation.server import Ask, ServerPlan, Standing
 from prelort.methods.interface import Method, ServerState
 from prelort.report import events as reading
+from prelort.report import trackers
 
 Listener = Callable[[dict[str, Any]], None]
 """Called with each event of a run, after it has been written."""
@@ -54,14 +55,17 @@ def run(
     resume: bool = False,
     listeners: Sequence[Listener] = (),
     stage_of: StageOf = in_process,
+    track: Sequence[str] = (),
 ) -> RunResult:
     """Run the whole of ``config`` in the folder ``out``, by default all in this process.
 
     With ``resume`` go on with the run in the folder, from its last checkpoint, to the same
     adapters, bit for bit (same machine, same number of threads). Raises `ConfigError`,
     `CheckpointError`, `QuorumError`; nothing that was finished is lost by any of them. A new run
-    that is refused before it begins leaves nothing behind.
+    that is refused before it begins leaves nothing behind. ``track`` names experiment trackers
+    (`prelort.report.trackers`); of those, none can stop a run that has begun.
     """
+    trackers.check(track)
     folder = RunFolder(Path(out))
     if resume:
         _check_same(folder.read_config(), config, folder.path)
@@ -70,8 +74,13 @@ def run(
         folder.create(config)
     folder.lock()
     try:
-        with _logging_to(folder.log_file), deterministic(config.threads):
-            return _Run(folder, config, listeners).go(stage_of)
+        tracked = trackers.TrackedRun(folder.path, configuration.flat(config))
+        with (
+            _logging_to(folder.log_file),
+            deterministic(config.threads),
+            trackers.follower(track, tracked) as following,
+        ):
+            return _Run(folder, config, [*listeners, following]).go(stage_of)
     except ConfigError:
         folder.unlock()
         if not resume:

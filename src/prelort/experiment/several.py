@@ -9,14 +9,14 @@ from pathlib import Path
 from prelort import methods
 from prelort.config import Config
 from prelort.errors import ConfigError
+from prelort.experiment.folder import METHODS_FILE as METHODS_FILE
 from prelort.experiment.folder import RunFolder, is_taken
+from prelort.experiment.folder import folder_name as folder_name
+from prelort.experiment.folder import methods_in as methods_in
 from prelort.experiment.run import Listener, RunResult, run
 from prelort.experiment.stage import StageOf, in_process
 from prelort.files import write_atomically
-from prelort.report import events, plots, tables
-
-METHODS_FILE = "methods.json"
-"""In the folder of several runs: the names of their methods, in order."""
+from prelort.report import events, plots, tables, trackers
 
 
 def run_methods(
@@ -27,11 +27,13 @@ def run_methods(
     resume: bool = False,
     listeners: Sequence[Listener] = (),
     stage_of: StageOf = in_process,
+    track: Sequence[str] = (),
 ) -> list[RunResult]:
     """Run ``config`` with each of the methods, in ``out/<method>``, and compare them in ``out``.
 
     With ``resume`` finished runs are kept, an unfinished one goes on, the others are started.
     """
+    trackers.check(track)
     for name in names:
         methods.find(name)
     if not resume:
@@ -54,7 +56,14 @@ def run_methods(
         chosen = with_method(config, name)
         try:
             results.append(
-                run(chosen, folder, resume=begun, listeners=listeners, stage_of=stage_of)
+                run(
+                    chosen,
+                    folder,
+                    resume=begun,
+                    listeners=listeners,
+                    stage_of=stage_of,
+                    track=track,
+                )
             )
         except ConfigError:
             if not resume and not results:
@@ -67,17 +76,6 @@ def run_methods(
 def with_method(config: Config, name: str) -> Config:
     """The configuration with another method, and otherwise the same."""
     return config.model_copy(update={"method": config.method.model_copy(update={"name": name})})
-
-
-def methods_in(path: Path) -> list[str] | None:
-    """The methods of a folder of several runs, None if it is none."""
-    file = path / METHODS_FILE
-    if not file.is_file():
-        return None
-    try:
-        return [str(name) for name in json.loads(file.read_text(encoding="utf-8"))]
-    except ValueError as error:
-        raise ConfigError(f"{str(file)!r} is damaged: {error}") from None
 
 
 def read_runs(folders: dict[str, Path]) -> dict[str, list[events.Event]]:
@@ -96,8 +94,3 @@ def write_results(folders: dict[str, Path], out: Path) -> None:
     write_atomically(out / "results.md", results.encode())
     if any(events.final_evaluation(written) for written in runs.values()):
         plots.rank_curves(runs, out / "rank_curves.png")
-
-
-def folder_name(method: str) -> str:
-    """A method's name as a folder's."""
-    return method.replace(":", "-").replace("/", "-")

@@ -1,1 +1,1 @@
-"""What a run tells its user: events, live progress, tables and pictures."""
+"""What a run tells its user: events, progress, tables, pictures, the page, and trackers."""
