@@ -32,7 +32,7 @@ ALLOWED = {
         "training",
     },
 }
-UNDER_ALL = {"config", "errors", "files", "seeds"}
+UNDER_ALL = {"config", "errors", "files", "quiet", "seeds"}
 
 
 def imported(file: Path) -> Iterator[str]:

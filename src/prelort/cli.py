@@ -18,6 +18,7 @@ from rich.console import Console
 
 from prelort import config as configuration
 from prelort.errors import ConfigError, PrelortError
+from prelort.quiet import quiet_libraries
 
 app = typer.Typer(
     help="Federated LoRA fine-tuning for clients whose hardware affords different ranks.",
@@ -283,7 +284,7 @@ def config() -> None:
 def main() -> None:
     """Run the command line; what a user can put right is told in one sentence, exit code 2."""
     warnings.showwarning = _warn
-    _quiet_libraries()
+    quiet_libraries()
     console = Console(stderr=True)
     try:
         app(standalone_mode=True)
@@ -389,18 +390,6 @@ def _warn(message: Warning | str, category: type[Warning], *where: Any, **more: 
 def _from_library(filename: str) -> bool:
     ours = Path(filename).is_relative_to(Path(__file__).parent)
     return "site-packages" in filename and not ours
-
-
-def _quiet_libraries() -> None:
-    """No progress bars and notices of the libraries' own; set before they are imported."""
-    import logging
-    import os
-
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def _plain(text: object) -> str:

@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from prelort.deployment import settings
 from prelort.deployment.line import Place, Reply, place_of, receive_order, send
 from prelort.planning import sizes
+from prelort.quiet import quiet_libraries
 
 log = logging.getLogger("prelort.trainer")
 
@@ -34,6 +35,7 @@ TOO_MUCH_MEMORY = 3
 
 def main(site_file: Path) -> None:
     """Serve this site until there is nothing more to do."""
+    quiet_libraries()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     own = settings.read(site_file)
     place = place_of(site_file)

@@ -78,6 +78,7 @@ def from_node_asked(message: Message, reply: Message) -> Message:
     """A SuperLink answers in its own name for a node that is gone; put the node's name back."""
     if reply.has_error() and reply.metadata.src_node_id != message.metadata.dst_node_id:
         return Message(reply.error, reply_to=message)
+    reply.metadata.group_id = message.metadata.group_id  # as asked, whatever the node says
     return reply
 
 

@@ -117,25 +117,31 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
     ) -> dict[int, Pooled]:
         """Each adapter (by the rank it stands for) measured by every client on its own test rows.
 
-        One rank after the other. A client that fails is left out of that rank, with an event.
+        All are sent at once: a trip to a real site takes longer than the measuring. A client that
+        fails is left out of that rank, with an event.
         """
-        found: dict[int, Pooled] = {}
-        for rank, adapter in adapters.items():
-            pool = found[rank] = Pooled()
-            messages = (
-                self._message(
-                    p.node_id, self._measurement(adapter), MessageType.EVALUATE, self.state.round
-                )
-                for p in self.participants
+        server_round = self.state.round
+        clients = {p.node_id: p.client for p in self.participants}
+        found = {rank: Pooled() for rank in adapters}
+        messages = (
+            Message(
+                self._measurement(adapter),
+                dst_node_id=node_id,
+                message_type=MessageType.EVALUATE,
+                group_id=str(rank),  # by which the reply is known to be of this rank
             )
-            clients = {p.node_id: p.client for p in self.participants}
-            for reply in exchange(engine, messages):
-                client = clients[reply.metadata.src_node_id]
-                try:
-                    pool.add(measured(reply, client, self.state.round, self.agreement))
-                except UpdateRefused as error:
-                    event = {"round": self.state.round, "client": client.name, "rank": rank}
-                    self.emit({"event": "measuring_failed", **event, "reason": str(error)})
+            for rank, adapter in adapters.items()
+            for node_id in clients
+        )
+        for reply in exchange(engine, messages):
+            client = clients[reply.metadata.src_node_id]
+            try:
+                answer = measured(reply, client, server_round, self.agreement)
+                found[int(reply.metadata.group_id)].add(answer)
+            except UpdateRefused as error:
+                rank = reply.metadata.group_id
+                event = {"round": server_round, "client": client.name, "rank": int(rank)}
+                self.emit({"event": "measuring_failed", **event, "reason": str(error)})
         return found
 
     def evaluate_at_clients(self, server_round: int, engine: Engine) -> None:
