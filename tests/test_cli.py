@@ -17,7 +17,7 @@ from prelort import cli
 from prelort import config as configuration
 from prelort.config import Config, check, load, to_toml
 
-COMMANDS = ("run", "evaluate", "export", "methods", "config")
+COMMANDS = ("run", "evaluate", "export", "plan", "methods", "config")
 
 
 @pytest.fixture

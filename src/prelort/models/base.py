@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -48,6 +49,11 @@ def device_of(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"model.device = {name!r}, but no CUDA device is available: use 'cpu'")
     return device
+
+
+def load_configuration(config: ModelConfig) -> PretrainedConfig:
+    """The base model's configuration, without its weights. Raises `ConfigError`."""
+    return _from_pretrained(AutoConfig, config, "configuration")
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -111,7 +117,7 @@ def fingerprint(config: ModelConfig) -> str:
     quantisation, device). Reads at most 64 blocks of 4 KiB of each weights file.
     """
     digest = hashlib.sha256()
-    _from_pretrained(AutoConfig, config, "configuration")  # says in one sentence what is wrong
+    load_configuration(config)  # says in one sentence what is wrong
     config_file = _file(config, "config.json")
     # The file and not the object: another release of transformers adds other defaults to that.
     values = json.loads(config_file.read_text(encoding="utf-8")) if config_file is not None else {}
