@@ -75,7 +75,8 @@ PLAN_EXAMPLES = """[bold]Examples[/bold]
   prelort plan --ranks 8,12,16 --json
 
 Only the model's configuration is read, never its weights. Everything else (batch size, tokens,
-precision, method, ...) comes from CONFIG as in `prelort run`; docs/choose-ranks.md has the details.
+precision, method, ...) comes from CONFIG as in `prelort run`. Leave a margin: docs/choose-ranks.md
+says what is not counted.
 """
 
 

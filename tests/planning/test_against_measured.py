@@ -30,8 +30,18 @@ def assert_close(config: Config, rank: int) -> None:
         assert 0.99 * measured <= estimated <= 1.02 * measured
 
 
-@pytest.mark.parametrize("model", ["llama", "gpt2", "bert"])
-@pytest.mark.parametrize("changes", [{}, CHECKPOINTED, BF16], ids=["default", "saving", "bf16"])
+@pytest.mark.parametrize(
+    "model, changes",
+    [
+        ("llama", {}),
+        ("llama", CHECKPOINTED),
+        ("llama", BF16),
+        ("gpt2", {}),
+        ("gpt2", BF16),
+        ("bert", {}),
+        ("bert", CHECKPOINTED),
+    ],
+)
 def test_tiny_models(settings: Callable[..., Config], model: str, changes: dict[str, dict]) -> None:
     assert_close(settings(model, **changes), 8)
 
@@ -51,9 +61,8 @@ def test_objectives_and_optimisers(
     assert_close(settings(**changes), 8)
 
 
-@pytest.mark.parametrize("rank", [1, 32])
-def test_ranks(settings: Callable[..., Config], rank: int) -> None:
-    assert_close(settings(), rank)
+def test_the_lowest_rank(settings: Callable[..., Config]) -> None:
+    assert_close(settings(), 1)
 
 
 @pytest.mark.parametrize("method", ["fed-plora", "ffa-lora"])
