@@ -19,6 +19,7 @@ ALLOWED = {
     "metrics": {"tasks"},
     "report": {"metrics"},
     "training": {"adapters", "methods", "models", "tasks"},
+    "planning": {"adapters", "methods", "models", "tasks", "training"},
     "federation": {"adapters", "methods", "metrics", "models", "tasks", "training"},
     "experiment": {
         "adapters",

@@ -17,7 +17,7 @@ from prelort import cli
 from prelort import config as configuration
 from prelort.config import Config, check, load, to_toml
 
-COMMANDS = ("run", "evaluate", "report", "export", "methods", "config")
+COMMANDS = ("run", "plan", "evaluate", "report", "export", "new", "site", "methods", "config")
 
 
 @pytest.fixture

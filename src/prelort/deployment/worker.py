@@ -22,6 +22,9 @@ from prelort.federation.site import Site, respond
 
 log = logging.getLogger("prelort.trainer")
 
+MARGIN = 0.25
+"""The share of a site's memory that ``rank = "auto"`` leaves free."""
+
 _ABOUT_THE_SERVER = (PrelortError, UpdateRefused, AdapterError)
 """Errors of these very kinds speak of what the server sent, or of the training."""
 
@@ -89,6 +92,9 @@ def _largest_rank(config: Config, own: SiteSettings) -> int:
         budget = sizes.parse(own.memory)
     else:
         budget, _ = measured.free_memory(config.model.device)
-    rank = memory.largest_rank(config, budget, max(ranks.levels(config.ranks.mix)))
+    # What loading, evaluation and the allocator take beside is not in the estimate.
+    rank = memory.largest_rank(
+        config, int(budget * (1 - MARGIN)), max(ranks.levels(config.ranks.mix))
+    )
     log.info("rank %d is the largest that fits %s", rank, sizes.show(budget))
     return rank

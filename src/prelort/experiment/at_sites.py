@@ -26,7 +26,8 @@ from prelort.federation.registry import Agreement
 from prelort.federation.server import serve
 from prelort.federation.site import Site, Workspace
 from prelort.models import base
-from prelort.models.lora import ADAPTER, attach, shapes
+from prelort.models.lora import ADAPTER, shapes
+from prelort.planning.skeleton import skeleton
 from prelort.tasks.interface import Example
 
 
@@ -149,7 +150,8 @@ def _with_rows(
 def _without_weights(config: Config, rank: int) -> Stage:
     """The agreement and the initial adapter from the model's configuration alone."""
     task = tasks.get(config.task)
-    model = attach(base.empty_model(config.model, task.kind), config.lora, rank, task.kind)
+    plain = config.model.model_copy(update={"quantization": "none"})  # the shapes are the same
+    model = skeleton(plain, config.lora, rank, task.kind, labels=0)
     scale = ScaleRule(config.lora.scale_rule, config.lora.scale)
     initial = fresh(shapes(model, scale), config.seed)
     agreement = Agreement(base.fingerprint(config.model), AdapterSchema.of(initial), scale)

@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -48,6 +49,11 @@ def device_of(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"model.device = {name!r}, but no CUDA device is available: use 'cpu'")
     return device
+
+
+def load_configuration(config: ModelConfig) -> PretrainedConfig:
+    """The base model's configuration, without its weights. Raises `ConfigError`."""
+    return _from_pretrained(AutoConfig, config, "configuration")
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -90,20 +96,6 @@ def load_model(
     return model if config.quantization != "none" else model.to(device)
 
 
-def empty_model(config: ModelConfig, kind: str) -> PreTrainedModel:
-    """The model's modules without weights (on torch's meta device): enough to know its shapes.
-
-    Takes no memory to speak of, whatever the model's size. Raises `ConfigError`.
-    """
-    settings = _from_pretrained(AutoConfig, config, "configuration")
-    auto = AutoModelForSequenceClassification if kind == "classification" else AutoModelForCausalLM
-    with torch.device("meta"):
-        model: PreTrainedModel = auto.from_config(
-            settings, trust_remote_code=config.trust_remote_code
-        )
-    return model.requires_grad_(False)
-
-
 def _check_whole(config: ModelConfig, model: Any, kind: str, loading: dict[str, Any]) -> None:
     """Raise `ConfigError` naming a weight that transformers drew at random outside a new head."""
     drawn = {*loading["missing_keys"], *(entry[0] for entry in loading["mismatched_keys"])}
@@ -125,7 +117,7 @@ def fingerprint(config: ModelConfig) -> str:
     quantisation, device). Reads at most 64 blocks of 4 KiB of each weights file.
     """
     digest = hashlib.sha256()
-    _from_pretrained(AutoConfig, config, "configuration")  # says in one sentence what is wrong
+    load_configuration(config)  # says in one sentence what is wrong
     config_file = _file(config, "config.json")
     # The file and not the object: another release of transformers adds other defaults to that.
     values = json.loads(config_file.read_text(encoding="utf-8")) if config_file is not None else {}

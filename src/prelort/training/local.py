@@ -96,6 +96,7 @@ def train(
                         share = task.loss_sum(model, moved) * (part.weight / weight)
                         share.backward()  # type: ignore[no-untyped-call]
                     loss += share.detach()
+                    del share  # with its graph, before the next forward pass makes another
             if assignment.objective.tail is not None:
                 tail, rank = assignment.objective.tail, assignment.objective.levels[-1]
                 penalty = tail_penalty(model, tail, rank) * tail.weight

@@ -1,0 +1,88 @@
+"""What is measured and not estimated: the memory that is free now, the peak of a real round."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import psutil
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from prelort import methods, tasks
+from prelort.adapters import ScaleRule
+from prelort.config import Config
+from prelort.methods.interface import Client, ServerState
+from prelort.models.base import device_of, load_model
+from prelort.models.lora import attach, initial_adapter, install
+from prelort.planning.rehearsal import levels_of, storage_bytes, tensors_of
+from prelort.tasks.interface import Example
+from prelort.training.local import Assignment, train
+from prelort.training.truncation import Truncation
+
+
+def free_memory(device: str = "auto") -> tuple[int, str]:
+    """Bytes that are free on the device of ``model.device``, and in words where.
+
+    Of a GPU what the driver calls free (this process's CUDA context is already taken off), else
+    what the system can give without swapping. Raises `ConfigError` for CUDA where there is none.
+    """
+    found = device_of(device)
+    if found.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(found)
+        return int(free), f"free on {torch.cuda.get_device_name(found)} now"
+    return int(psutil.virtual_memory().available), "available on this machine now"
+
+
+def allocated_peak(work: Callable[[], object]) -> int:
+    """The most bytes that ``work`` has allocated on the CPU beyond what was there before it.
+
+    Every allocation and release of torch's own allocator counts, those inside kernels too.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = profiler.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    now = most = 0
+    for _, change in sorted(changes, key=lambda pair: pair[0]):
+        now += change
+        most = max(most, now)
+    return most
+
+
+def measured_peak(
+    config: Config,
+    rank: int,
+    labels: int = 2,
+    peak: Callable[[Callable[[], object]], int] = allocated_peak,
+) -> int:
+    """The bytes that a client of this rank really holds at the worst moment of a round.
+
+    The base model is loaded and trained on full batches of made-up tokens, every other row a token
+    shorter. What is there before is counted by its storages, what training adds by ``peak``.
+    """
+    task = tasks.get(config.task)
+    names = [str(label) for label in range(labels)] if task.kind == "classification" else []
+    model = load_model(config.model, task.kind, names, pad_id=0)
+    levels = sorted({*levels_of(config), rank})
+    wrapped = attach(model, config.lora, levels[-1], task.kind)
+    scale = ScaleRule(config.lora.scale_rule, config.lora.scale)
+    method = methods.build(config.method, levels, config.seed)
+    client = Client("measured", rank, 1)
+    sent = method.broadcast(ServerState(initial_adapter(wrapped, scale, config.seed)), client)
+    install(wrapped, sent.trainable, frozen=sent.frozen, trains=sent.trains, gain=sent.gain)
+    truncation = Truncation(wrapped, scale)
+    training = config.training.model_copy(update={"local_steps": 3})
+    count = 3 * training.batch_size * training.gradient_accumulation
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    examples = [_example(row, config, vocabulary, task.kind) for row in range(count)]
+    assignment = Assignment(client.name, 0, 1, config.seed, method.objective(client))
+    present = storage_bytes(tensors_of(wrapped))
+    return present + peak(
+        lambda: train(wrapped, truncation, task, examples, training, assignment, pad_id=0)
+    )
+
+
+def _example(row: int, config: Config, vocabulary: int, kind: str) -> Example:
+    length = config.data.max_length - row % 2
+    ids = [1 + (7 * position + row) % (vocabulary - 1) for position in range(length)]
+    return Example(ids, 0 if kind == "classification" else ids)

@@ -1,0 +1,154 @@
+"""The memory of a client's training round at each rank, and the largest rank that fits.
+
+Estimates come from the model's configuration alone: see `planning.rehearsal`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from prelort.config import Config
+from prelort.errors import ConfigError
+from prelort.planning.rehearsal import Rehearsal, Stage
+from prelort.planning.sizes import show
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What is alive at the worst moment of a round at one rank, and what travels, in bytes.
+
+    ``adapter`` includes what a method folds into the base and modules trained in full.
+    ``gradients`` are those that exist at that moment: they come while activations go.
+    ``activations`` are everything else: what is saved for the backward pass, logits, temporaries.
+    """
+
+    rank: int
+    weights: int
+    adapter: int
+    gradients: int
+    optimiser: int
+    activations: int
+    down: int
+    up: int
+
+    @property
+    def total(self) -> int:
+        """The bytes needed at the worst moment."""
+        return self.weights + self.adapter + self.gradients + self.optimiser + self.activations
+
+    @property
+    def sent(self) -> int:
+        """The bytes of tensors that travel in a round, both ways."""
+        return self.down + self.up
+
+
+class Planner:
+    """Estimates at any rank for one configuration; few rounds are rehearsed for many ranks."""
+
+    def __init__(self, config: Config, labels: int = 2) -> None:
+        """``labels``: the number of classes, for a classifier's head."""
+        self.config = config
+        self._stage = Stage(config, labels)
+        self._rehearsed: dict[int, Rehearsal] = {}
+
+    @property
+    def most(self) -> int:
+        """The largest rank that can add something to some layer: its smaller dimension."""
+        return self._stage.most
+
+    def exact(self, rank: int) -> Estimate:
+        """The estimate from a round rehearsed at this very rank."""
+        if rank < 1:
+            raise ConfigError(f"rank {rank} is not allowed: use 1 or more")
+        return _estimate(self._at(rank))
+
+    def estimate(self, rank: int, most: int) -> Estimate:
+        """The same as `exact` for ranks up to ``most``, from the rehearsed ranks around it."""
+        ends = sorted({2, most} | {kink for kink in self._stage.kinks if 2 < kink < most})
+        if rank not in ends:
+            for low, high in pairwise(ends):
+                if low < rank < high and rank not in self._rehearsed:
+                    between = self._at(low).between(self._at(high), rank)
+                    return self.exact(rank) if between is None else _estimate(between)
+        return self.exact(rank)
+
+    def largest(self, budget: int, most: int) -> Estimate:
+        """The estimate of the largest rank from 1 to ``most`` that needs at most ``budget`` bytes.
+
+        Raises `ConfigError` with what is needed and what would help if not even rank 1 fits.
+        """
+        for easy in (most, 2):  # rank 1 is rehearsed only where even 2 does not fit
+            fits = self.estimate(min(easy, most), most)
+            if fits.total <= budget:
+                break
+        else:
+            fits = self.estimate(1, most)
+        if fits.total > budget:
+            raise ConfigError(
+                f"not even rank 1 fits: it needs {show(fits.total)}, and there are "
+                f"{show(budget)}; what would help: {', '.join(self._remedies())}"
+            )
+        if fits.rank in (1, most):
+            return fits
+        too_large = most
+        while too_large - fits.rank > 1:
+            middle = self.estimate((fits.rank + too_large) // 2, most)
+            if middle.total <= budget:
+                fits = middle
+            else:
+                too_large = middle.rank
+        return fits
+
+    def _at(self, rank: int) -> Rehearsal:
+        if rank not in self._rehearsed:
+            self._rehearsed[rank] = self._stage.rehearse(rank)
+        return self._rehearsed[rank]
+
+    def _remedies(self) -> list[str]:
+        """The settings that would make the need smaller and are not yet made."""
+        model, training = self.config.model, self.config.training
+        remedies: list[str] = []
+        if training.batch_size > 1:
+            remedies.append(f"training.batch_size below {training.batch_size}")
+        if not training.gradient_checkpointing:
+            remedies.append("training.gradient_checkpointing = true")
+        if model.quantization != "4bit":
+            remedies.append("model.quantization = '4bit'")
+        if training.precision == "float32":
+            remedies.append("training.precision = 'bfloat16'")
+        if model.dtype == "float32":
+            remedies.append("model.dtype = 'bfloat16'")
+        return [*remedies, f"data.max_length below {self.config.data.max_length}"]
+
+
+def estimate(config: Config, rank: int) -> Estimate:
+    """The memory and traffic of a client of this rank. Raises `ConfigError`."""
+    return Planner(config).exact(rank)
+
+
+def largest_rank(config: Config, budget_bytes: int, most: int) -> int:
+    """The largest rank from 1 to ``most`` whose training fits into ``budget_bytes``.
+
+    Raises `ConfigError` with one sentence if not even rank 1 fits.
+    """
+    if most < 1:
+        raise ConfigError(f"the largest rank to consider is {most}: it must be 1 or more")
+    return Planner(config).largest(budget_bytes, most).rank
+
+
+def _estimate(rehearsal: Rehearsal) -> Estimate:
+    worst = int(rehearsal.live.argmax())
+    gradients = round(rehearsal.gradients[worst])
+    total = round(rehearsal.live[worst])
+    fixed = rehearsal.weights + rehearsal.adapter + rehearsal.optimiser
+    return Estimate(
+        rehearsal.rank,
+        rehearsal.weights,
+        rehearsal.adapter,
+        gradients,
+        rehearsal.optimiser,
+        total - fixed - gradients,
+        rehearsal.down,
+        rehearsal.up,
+    )

@@ -1,0 +1,146 @@
+"""The base model without its weights: every shape, no memory, from its configuration alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import get_keys_to_not_convert
+
+from prelort.config import LoraSettings, ModelConfig
+from prelort.errors import ConfigError
+from prelort.models.base import load_configuration
+from prelort.models.lora import ADAPTER, attach
+
+BLOCK = 64
+"""Weights that share one scale in 4 bits (bitsandbytes' block for NF4)."""
+
+
+def skeleton(
+    config: ModelConfig, lora: LoraSettings, rank: int, kind: str, labels: int
+) -> PeftModel:
+    """The frozen base with LoRA layers of ``rank``, all of it on torch's meta device.
+
+    Linear layers are stood in for where the base is quantised. Raises `ConfigError` as
+    `models.base.load_model` and `models.lora.attach` do for what cannot be found or adapted.
+    """
+    configuration = load_configuration(config)
+    configuration.pad_token_id = 0
+    auto: Any = AutoModelForCausalLM
+    if kind == "classification":
+        auto, configuration.num_labels = AutoModelForSequenceClassification, labels
+    wanted = getattr(configuration, "dtype", None) if config.dtype == "auto" else config.dtype
+    dtype = getattr(torch, str(wanted or "float32").removeprefix("torch."))
+    try:
+        with torch.device("meta"):
+            model = auto.from_config(
+                configuration, dtype=dtype, trust_remote_code=config.trust_remote_code
+            )
+            model.requires_grad_(False)
+            whole = get_keys_to_not_convert(model)
+            wrapped = attach(model, lora, rank, kind)
+    except (ValueError, ImportError, KeyError) as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"model.name = {config.name!r}: no {kind} model can be built from its configuration: "
+            f"{first_line}"
+        ) from error
+    if config.quantization != "none":
+        compute = torch.bfloat16 if for_gpu(config) else torch.float32  # as in models.base
+        _stand_in(wrapped, config.quantization, compute, whole)
+    return wrapped
+
+
+def for_gpu(config: ModelConfig) -> bool:
+    """Whether the model is meant for a GPU, which need not be in this machine."""
+    return config.device.startswith("cuda") or (
+        config.device == "auto" and torch.cuda.is_available()
+    )
+
+
+def materialise(model: nn.Module) -> None:
+    """Give a meta model tensors of the current mode on the CPU: fake ones in a `FakeTensorMode`.
+
+    By hand and not by `to_empty`: tied weights stay one tensor.
+    """
+    made: dict[int, Tensor] = {}
+
+    def replaced(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            new = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+            learns = tensor.requires_grad
+            is_parameter = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = nn.Parameter(new, requires_grad=learns) if is_parameter else new
+        return made[id(tensor)]
+
+    old = [*model.parameters(), *model.buffers()]  # kept alive, so that no id is used twice
+    for module in model.modules():
+        tensors: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for held in tensors:
+            held |= {name: replaced(t) for name, t in held.items() if t is not None}
+    del old
+
+
+class Quantised(nn.Module):
+    """A linear layer as bitsandbytes keeps and uses it, in what it allocates.
+
+    ``4bit``: half a byte a weight and a float32 scale for each block; ``8bit``: a byte a weight and
+    a float32 scale for each output. In the forward and in the backward pass the matrix exists for
+    a moment: in the type ``compute`` for 4 bits, in the input's for 8. These also keep the input,
+    until the loss that came of it is forgotten.
+    """
+
+    def __init__(
+        self, d_in: int, d_out: int, bias: Tensor | None, quantization: str, compute: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.compute = compute
+        self.in_features, self.out_features = d_in, d_out
+        self.keeps_input = quantization == "8bit"
+        count = d_in * d_out
+        packed, scales = (count, d_out) if self.keeps_input else (count // 2, -(-count // BLOCK))
+        self.register_buffer("packed", torch.empty(packed, dtype=torch.uint8, device="meta"))
+        self.register_buffer("scales", torch.empty(scales, device="meta"))
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d_in] -> [..., d_out]."""
+        shape = (self.out_features, self.in_features)
+        used = x if self.keeps_input else x.to(self.compute)
+        out: Tensor = _Dequantising.apply(used, shape, self.keeps_input)  # type: ignore[no-untyped-call]
+        out = out if self.bias is None else out + self.bias.to(out.dtype)
+        return out if self.keeps_input else out.to(x.dtype)
+
+
+class _Dequantising(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shape: tuple[int, int], keeps_input: bool) -> Tensor:
+        ctx.shape, ctx.dtype = shape, x.dtype
+        # As an attribute, as bitsandbytes does: it stays until the whole graph goes.
+        ctx.x = x if keeps_input else None
+        return nn.functional.linear(x, torch.empty(shape, dtype=x.dtype, device=x.device))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        weight = torch.empty(ctx.shape, dtype=ctx.dtype, device=gradients[0].device)
+        return gradients[0].to(ctx.dtype) @ weight, None, None
+
+
+def _stand_in(model: nn.Module, quantization: str, compute: torch.dtype, whole: list[str]) -> None:
+    """Replace the linear layers that transformers would quantise: not ``whole``, not the head."""
+    for name, parent in list(model.named_modules()):
+        if isinstance(parent, ModulesToSaveWrapper) or ".modules_to_save." in f".{name}.":
+            continue
+        for child, layer in list(parent.named_children()):
+            own = f"{name}.{child}".removeprefix("base_model.model.").removesuffix(".base_layer")
+            if own in whole or child == ADAPTER or not isinstance(layer, nn.Linear | Conv1D):
+                continue
+            d_in, d_out = layer.weight.shape[1], layer.weight.shape[0]
+            if isinstance(layer, Conv1D):
+                d_in, d_out = d_out, d_in
+            setattr(parent, child, Quantised(d_in, d_out, layer.bias, quantization, compute))

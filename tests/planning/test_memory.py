@@ -1,0 +1,202 @@
+"""Estimates among themselves, and the largest rank that fits."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from transformers import LlamaConfig
+
+import prelort
+from prelort.config import Config, check
+from prelort.errors import ConfigError
+from prelort.methods import REGISTRY
+from prelort.models.base import load_model
+from prelort.planning.measured import free_memory
+from prelort.planning.memory import Planner, estimate, largest_rank
+
+
+def assert_between_is_exact(config: Config, rank: int) -> None:
+    planner = Planner(config)
+    between, exact = planner.estimate(rank, 32), planner.exact(rank)
+    assert (between.adapter, between.down, between.up) == (exact.adapter, exact.down, exact.up)
+    # The table of a truncation has rank * (rank + 1) numbers, which is not affine.
+    assert 0 <= between.total - exact.total <= 4 * 32**2
+
+
+@pytest.mark.parametrize("name", ["prelort", "fed-plora", "homogeneous-min", "homogeneous-max"])
+def test_a_rank_in_between_is_what_a_rehearsal_of_it_gives(
+    settings: Callable[..., Config], name: str
+) -> None:
+    assert_between_is_exact(settings(method={"name": name}, data={"max_length": 8}), 13)
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+def test_every_method_can_be_planned(settings: Callable[..., Config], name: str) -> None:
+    found = estimate(settings(method={"name": name}, data={"max_length": 8}), 3)
+    assert found.up > 0
+    assert found.total > found.weights + found.adapter + found.optimiser
+
+
+def test_weights_of_levels_that_leave_a_rank_nothing_are_no_hindrance(
+    settings: Callable[..., Config],
+) -> None:
+    config = settings(method={"level_weights": {"8": 1.0}})
+    assert Planner(config).estimate(3, 32).total == Planner(settings()).estimate(3, 32).total
+
+
+@pytest.mark.parametrize("rank", [3, 20])
+def test_a_rank_in_between_where_layers_differ(settings: Callable[..., Config], rank: int) -> None:
+    assert_between_is_exact(settings(lora={"rank_pattern": {"q_proj": 9}}), rank)
+
+
+def test_the_parts_are_those_of_the_shapes(settings: Callable[..., Config]) -> None:
+    config = settings(lora={"target_modules": ("q_proj", "v_proj")})
+    found = estimate(config, 4)
+    # Two layers of width 32 with queries of 32 and values of 16; A has 4 rows, B 4 columns.
+    numbers = 2 * 4 * ((32 + 32) + (32 + 16))
+    assert found.adapter == 4 * numbers
+    assert found.down == found.up == 4 * numbers
+    assert 2 * 4 * numbers <= found.optimiser <= 2 * 4 * numbers + 4 * 8  # and steps counted
+    base = load_model(config.model, "causal", pad_id=0)
+    assert found.weights == sum(t.nbytes for t in [*base.parameters(), *base.buffers()])
+    total = found.weights + found.adapter + found.gradients + found.optimiser + found.activations
+    assert found.total == total
+
+
+@pytest.mark.parametrize("dtype, width", [("bfloat16", 2), ("float16", 2), ("float32", 4)])
+def test_what_is_sent_has_the_type_of_the_wire(
+    settings: Callable[..., Config], dtype: str, width: int
+) -> None:
+    found = estimate(settings(federation={"wire_dtype": dtype}), 4)
+    assert found.sent == 2 * found.adapter * width // 4
+
+
+def test_what_is_sent_is_what_a_run_counts(
+    make_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    config = make_config(ranks={"mix": "8*1"}, federation={"rounds": 1, "clients_per_round": 2})
+    prelort.run(config, tmp_path / "run")
+    found = estimate(config, 8)
+    events = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    event = next(e for e in events if e["event"] == "aggregated")
+    # Beside the tensors a message has their names and shapes, and a header.
+    assert 2 * found.down < event["bytes_down"] < 2 * found.down + 2 * 5000
+    assert 2 * found.up < event["bytes_up"] < 2 * found.up + 2 * 5000
+
+
+def test_what_should_save_memory_does(settings: Callable[..., Config]) -> None:
+    before = estimate(settings(), 8).total
+    for change in (
+        {"training": {"gradient_checkpointing": True}},
+        {"training": {"precision": "bfloat16"}},
+        {"training": {"batch_size": 2}},
+        {"data": {"max_length": 24}},
+        {"model": {"quantization": "4bit"}},
+        {"model": {"dtype": "bfloat16"}},
+        {"training": {"optimizer": "sgd"}},
+        {"method": {"name": "ffa-lora"}},
+    ):
+        assert estimate(settings(**change), 8).total < before, change
+
+
+def test_a_quantised_base_is_weighed_in_its_bits(settings: Callable[..., Config]) -> None:
+    whole, eight, four = (
+        estimate(settings(model={"quantization": q}), 4).weights for q in ("none", "8bit", "4bit")
+    )
+    linear = 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48)
+    outputs = 2 * (32 + 16 + 16 + 32 + 48 + 48 + 32)
+    assert whole - eight == 4 * linear - (linear + 4 * outputs)
+    assert whole - four == 4 * linear - (linear // 2 + 4 * linear // 64)
+
+
+def test_adamw_on_a_gpu_needs_one_more_of_each_tensor(settings: Callable[..., Config]) -> None:
+    small = {"batch_size": 1}
+    here = estimate(settings(training=small, data={"max_length": 8}), 32)
+    there = estimate(settings(training=small, data={"max_length": 8}, model={"device": "cuda"}), 32)
+    assert there.total == here.total + here.adapter
+
+
+@pytest.mark.parametrize("most", [1, 17])
+def test_the_largest_rank_is_the_last_that_fits(settings: Callable[..., Config], most: int) -> None:
+    config = settings()
+    planner = Planner(config)
+    for rank in {1, 2, 3, most - 1, most} - {0}:
+        if rank > most:
+            continue
+        budget = planner.estimate(rank, most).total
+        assert planner.largest(budget, most).rank == rank
+        if rank > 1:
+            assert planner.largest(budget - 1, most).rank == rank - 1
+    assert largest_rank(config, 10**12, most) == most
+
+
+def test_not_even_rank_one_is_one_sentence(settings: Callable[..., Config]) -> None:
+    least = estimate(settings(), 1).total
+    with pytest.raises(ConfigError, match=r"^not even rank 1 fits: it needs .* what would help: "):
+        largest_rank(settings(), least - 1, 16)
+    assert largest_rank(settings(), least, 16) == 1
+    saving = {"batch_size": 1, "gradient_checkpointing": True, "precision": "bfloat16"}
+    config = settings(training=saving, model={"quantization": "4bit", "dtype": "bfloat16"})
+    with pytest.raises(ConfigError, match=r"what would help: data.max_length below 48$"):
+        largest_rank(config, 1000, 16)
+
+
+@pytest.mark.parametrize("most", [0, -3])
+def test_no_rank_at_all_is_refused(settings: Callable[..., Config], most: int) -> None:
+    with pytest.raises(ConfigError, match=f"is {most}: it must be 1 or more"):
+        largest_rank(settings(), 10**9, most)
+    with pytest.raises(ConfigError, match=f"rank {most} is not allowed"):
+        estimate(settings(), most)
+
+
+def test_more_classes_need_more(settings: Callable[..., Config]) -> None:
+    config = settings("bert")
+    few, many = Planner(config, 2).exact(4), Planner(config, 77).exact(4)
+    # A copy that learns, float32, and the original; the optimiser has two of the copy.
+    assert many.adapter - few.adapter == 75 * 33 * 4
+    assert many.optimiser - few.optimiser == 2 * 75 * 33 * 4
+
+
+def test_planning_leaves_no_trace(settings: Callable[..., Config]) -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    estimate(settings(), 4)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert type(torch.zeros(1)) is torch.Tensor
+
+
+def test_seven_billion_weights_need_no_memory_and_a_few_seconds(tmp_path: Path) -> None:
+    LlamaConfig(torch_dtype="bfloat16").save_pretrained(tmp_path)
+    config = check(
+        {
+            "model": {"name": str(tmp_path), "device": "cpu", "dtype": "bfloat16"},
+            "data": {"max_length": 512},
+            "training": {"batch_size": 1},
+        }
+    )
+    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
+    before, started = psutil.Process().memory_info().rss, time.process_time()
+    found = estimate(config, 16)
+    assert time.process_time() - started < 30  # some 4 s on a free core
+    assert psutil.Process().memory_info().rss - before < 500e6
+    # The published number of parameters; inverse frequencies of positions are float32.
+    assert found.weights == 2 * 6_738_415_616 + 2 * 64 * 4
+    # 32 layers of q, k, v, o (4096 x 4096) and gate, up, down (4096 x 11008).
+    assert found.adapter == 4 * 16 * 32 * (4 * 2 * 4096 + 3 * (4096 + 11008))
+    # At least the logits, twice in float32 and once as they come.
+    assert found.activations > 512 * 32000 * (4 + 4 + 2)
+
+
+def test_free_memory_is_that_of_the_machine() -> None:
+    free, where = free_memory("cpu")
+    assert 0 < free <= psutil.virtual_memory().total
+    assert where == "available on this machine now"
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="no CUDA device is available"):
+            free_memory("cuda")

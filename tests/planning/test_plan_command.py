@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from command_line import CommandLine
+from prelort.config import Config, to_toml
+from prelort.planning.memory import Planner
+
+
+@pytest.fixture
+def command_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> CommandLine:
+    monkeypatch.setenv("COLUMNS", "120")
+    return CommandLine(monkeypatch, capsys)
+
+
+@pytest.fixture
+def options(tiny_llama: Path) -> list[str]:
+    small = ["model.device=cpu", "data.max_length=48", "training.batch_size=4"]
+    return ["--model", str(tiny_llama), *(part for s in small for part in ("--set", s))]
+
+
+def test_names_the_largest_rank_that_fits(
+    command_line: CommandLine, options: list[str], settings: Callable[..., Config]
+) -> None:
+    budget = Planner(settings()).exact(11).total + 4 * 32**2
+    outcome = command_line("plan", *options, "--memory", f"{budget}B")
+    assert outcome.code == 0
+    assert outcome.err == ""
+    assert "(--memory) is 11: it needs" in outcome.out
+    rows = [line.split() for line in outcome.out.splitlines() if line.startswith("│")]
+    fits = {int(row[1]): row[-2] for row in rows}
+    # 32 is the smaller dimension of the widest layer: slots beyond it add nothing.
+    assert fits == {2: "yes", 4: "yes", 8: "yes", 16: "no", 32: "no"}
+
+
+def test_json_has_every_byte(
+    command_line: CommandLine, options: list[str], settings: Callable[..., Config]
+) -> None:
+    outcome = command_line("plan", *options, "--memory", "1GiB", "--ranks", "8, 3", "--json")
+    found = json.loads(outcome.out)
+    assert outcome.code == 0
+    assert (found["memory"], found["largest_rank"]) == (2**30, 32)
+    assert [row["rank"] for row in found["ranks"]] == [3, 8]
+    exact = Planner(settings()).exact(8)
+    row = found["ranks"][1]
+    assert row["fits"] is True
+    assert (row["adapter"], row["down"], row["sent"]) == (exact.adapter, exact.down, exact.sent)
+    assert row["total"] == pytest.approx(exact.total, rel=1e-3)
+
+
+def test_takes_a_configuration(
+    command_line: CommandLine, settings: Callable[..., Config], tmp_path: Path
+) -> None:
+    file = tmp_path / "my.toml"
+    file.write_text(to_toml(settings(method={"name": "ffa-lora"})))
+    outcome = command_line("plan", file, "--ranks", "4", "--json", "--memory", "1GiB")
+    row = json.loads(outcome.out)["ranks"][0]
+    assert row["up"] < row["adapter"]  # only B travels
+
+
+def test_without_memory_that_of_the_machine_is_taken(
+    command_line: CommandLine, options: list[str]
+) -> None:
+    outcome = command_line("plan", *options, "--ranks", "40")
+    assert "(available on this machine now) is 40 (the largest that was considered)" in outcome.out
+
+
+def test_where_nothing_fits_is_told_after_the_table(
+    command_line: CommandLine, options: list[str]
+) -> None:
+    outcome = command_line("plan", *options, "--memory", "100 kB")
+    assert outcome.error.startswith("not even rank 1 fits: it needs ")
+    assert "there are 97.7 KiB; what would help: training.batch_size below 4" in outcome.error
+    assert "activations" in outcome.out
+    outcome = command_line("plan", *options, "--memory", "100 kB", "--json")
+    assert outcome.error.startswith("not even rank 1 fits")
+    assert json.loads(outcome.out)["largest_rank"] is None
+
+
+@pytest.mark.parametrize(
+    "wrong, sentence",
+    [
+        (["--memory", "8"], "--memory '8' is not a size"),
+        (["--ranks", "4,x"], "--ranks '4,x': 'x' is not a rank"),
+        (["--ranks", "0"], "--ranks '0': '0' is not a rank"),
+        (["--set", "training.batch_size=0"], "training.batch_size = 0 is not allowed"),
+        (["--set", "lora.target_modules='nose'"], "'nose' matches no layer"),
+        (["--set", "method.name=fedt"], "did you mean 'fedit'?"),
+        (["--model", "/no/such/folder"], "there is no such folder"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    command_line: CommandLine, options: list[str], wrong: list[str], sentence: str
+) -> None:
+    assert sentence in command_line("plan", *options, *wrong).error
+
+
+def test_an_encoder_cannot_be_planned_as_a_language_model(
+    command_line: CommandLine, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    error = command_line("plan", "--model", tmp_path, "--memory", "1GB").error
+    assert "no causal model can be built from its configuration" in error
+
+
+def test_weights_are_not_needed(
+    command_line: CommandLine, tmp_path: Path, tiny_llama: Path
+) -> None:
+    (tmp_path / "config.json").write_bytes((tiny_llama / "config.json").read_bytes())
+    outcome = command_line("plan", "--model", tmp_path, "--memory", "1GB", "--ranks", "2")
+    assert outcome.code == 0
