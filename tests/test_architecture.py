@@ -28,10 +28,12 @@ ALLOWED = {
         "methods",
         "metrics",
         "models",
+        "planning",
         "report",
         "tasks",
         "training",
     },
+    "deployment": {"data", "experiment", "federation", "planning", "report"},
 }
 UNDER_ALL = {"config", "errors", "files", "quiet", "seeds"}
 

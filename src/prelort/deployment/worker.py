@@ -93,8 +93,7 @@ def _largest_rank(config: Config, own: SiteSettings) -> int:
     else:
         budget, _ = measured.free_memory(config.model.device)
     # What loading, evaluation and the allocator take beside is not in the estimate.
-    rank = memory.largest_rank(
-        config, int(budget * (1 - MARGIN)), max(ranks.levels(config.ranks.mix))
-    )
+    most = max(ranks.levels(config.ranks.mix))
+    rank = memory.largest_rank(config, int(budget * (1 - MARGIN)), most)
     log.info("rank %d is the largest that fits %s", rank, sizes.show(budget))
     return rank
