@@ -125,6 +125,8 @@ class Federation:
         trace: TracebackType | None,
     ) -> None:
         if error is not None:
+            for file in self.path.glob("runs/*/metrics.jsonl"):
+                print(file.read_text()[-20_000:])
             for log in sorted(self.path.glob("logs/*")) + sorted(
                 self.path.glob("sites/*/state/*.log")
             ):
@@ -183,19 +185,26 @@ class Federation:
             return probe.connect_ex(("127.0.0.1", self.port)) == 0
 
     def start_node(self, site: str) -> subprocess.Popen[bytes]:
-        port = str(free_port())
-        if self.tls:
-            command = [str(self.path / "scripts" / "supernode.sh"), site, port]
-        else:
-            command = [
-                "flower-supernode",
-                "--insecure",
-                *("--superlink", f"127.0.0.1:{self.port}"),
-                *("--host", "127.0.0.1", "--port", port),
-                *("--node-config", f'site="{self.site_file(site)}"'),
-            ]
-        self.nodes[site] = self.background(f"{site}.log", *command)
+        if not self.tls:
+            return self.start_plain_node(site, f'site="{self.site_file(site)}"')
+        script = str(self.path / "scripts" / "supernode.sh")
+        self.nodes[site] = self.background(f"{site}.log", script, site, str(free_port()))
         return self.nodes[site]
+
+    def start_plain_node(self, name: str, node_config: str) -> subprocess.Popen[bytes]:
+        """A SuperNode without TLS."""
+        self.nodes[name] = self.background(
+            f"{name}.log",
+            "flower-supernode",
+            "--insecure",
+            *("--superlink", f"127.0.0.1:{self.port}"),
+            *("--host", "127.0.0.1", "--port", str(free_port())),
+            *("--node-config", node_config),
+        )
+        return self.nodes[name]
+
+    def pause(self, seconds: float) -> None:
+        time.sleep(seconds)
 
     def start(self, sites: int = 3) -> Self:
         """The SuperLink and so many SuperNodes with a part of the data each."""

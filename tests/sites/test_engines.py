@@ -2,28 +2,10 @@
 
 import importlib.util
 from pathlib import Path
-from typing import Any
 
 import pytest
-from loopback import TINY, Federation, merged
-
-import prelort
-from prelort import config as configuration
-from prelort.experiment.stage import StageOf, in_process
-
-
-def adapters_of(run: Path) -> dict[str, bytes]:
-    files = sorted((run / "adapters").rglob("*.safetensors"))
-    return {str(path.relative_to(run)): path.read_bytes() for path in files}
-
-
-def run_here(path: Path, changes: dict[str, Any], stage_of: StageOf = in_process) -> Path:
-    # Who is alone here need not wait for anybody.
-    alone = {"federation": {"min_clients": None}}
-    values = merged(merged(TINY, changes), alone)
-    del values["federation"]["min_clients"]
-    prelort.run(configuration.check(values), path, stage_of=stage_of)
-    return path
+from in_one_process import adapters_of, run_here
+from loopback import Federation
 
 
 def test_real_sites_give_the_adapters_of_a_run_in_one_process(tmp_path: Path) -> None:

@@ -71,6 +71,7 @@ def _serve(listener: socket.socket, site_file: Path, idle: float) -> None:
                 log.info("the run is over: ended")
                 send(line, Reply())
                 return
+            log.info("%s: begun", order.kind)
             started = time.monotonic()
             with _called_off(line) as stopped:
                 reply = worker.answer(order, stopped)

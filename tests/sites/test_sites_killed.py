@@ -1,0 +1,95 @@
+"""What happens at the sites: killed, hanging, too late, too few, come back."""
+
+import os
+import signal
+from pathlib import Path
+
+from in_one_process import adapters_of, run_here
+from loopback import Federation, kill_group, until
+
+LATE = 25.0
+"""Seconds that a round waits; more than one takes here."""
+
+
+def begun(federation: Federation, site: str, trainings: int) -> bool:
+    """Whether the site's trainer has begun so many trainings."""
+    log = federation.site_file(site).parent / "state" / "trainer.log"
+    return log.is_file() and log.read_text().count("train: begun") >= trainings
+
+
+def test_a_killed_trainer_is_replaced_and_nothing_is_lost(tmp_path: Path) -> None:
+    changes = {
+        "partition": {"clients": 2},
+        "ranks": {"mix": "2, 4"},
+        "training": {"local_steps": 40},
+        "evaluation": {"every": 0},
+        "federation": {"rounds": 2, "min_clients": 2},
+    }
+    with Federation(tmp_path, changes).start(2) as federation:
+        federation.start_run()
+        until(lambda: begun(federation, "site-1", 1), 120, "the first training")
+        first = federation.trainer("site-1")
+        os.kill(first, signal.SIGKILL)
+        until(lambda: begun(federation, "site-1", 3), 120, "the next round")
+        assert federation.trainer("site-1") != first
+        federation.runs[-1].wait(120)
+        assert not [e for e in federation.events() if e["event"] == "client_failed"]
+        assert adapters_of(federation.folder()) == adapters_of(run_here(tmp_path / "here", changes))
+
+
+def test_sites_that_hang_or_die_are_left_out_and_come_back(tmp_path: Path) -> None:
+    changes = {
+        "evaluation": {"every": 0},
+        "federation": {"rounds": 6, "min_clients": 1, "timeout": LATE},
+    }
+    with Federation(tmp_path, changes).start(2) as federation:
+        federation.start_run()
+        federation.wait_for("aggregated", 1)
+        federation.set_site("site-3")
+        federation.start_node("site-3")  # one that joins while the run goes
+        joined = federation.wait_for("client_joined")
+        assert (joined["client"], joined["rank"]) == ("client-2", 8)
+        federation.wait_for("aggregated", joined["round"])
+        hanging = federation.trainer("site-2")
+        os.kill(hanging, signal.SIGSTOP)  # it takes the next message and never answers
+        kill_group(federation.nodes["site-3"])
+        first = federation.wait_for("client_failed")
+        os.kill(hanging, signal.SIGCONT)
+        federation.start_node("site-3")
+        federation.runs[-1].wait(240)
+
+        events = federation.events()
+        reasons = [e for e in events if e["event"] == "client_failed"]
+        failed = {(e["round"], e["client"]): e["reason"] for e in reasons}
+        finished = {(e["round"], e["client"]) for e in events if e["event"] == "client_finished"}
+        assert events[-1]["event"] == "run_finished"
+        assert {name for _, name in failed} == {"client-1", "client-2"}
+        assert failed[first["round"], "client-1"] == f"did not answer within {LATE:g} s"
+        assert (first["round"], "client-0") in finished
+        # Both are there again in the end, with answers to the round that they were asked in.
+        assert {(6, "client-0"), (6, "client-1"), (6, "client-2")} <= finished
+
+
+def test_too_few_sites_are_waited_for_and_the_run_stops_cleanly(tmp_path: Path) -> None:
+    changes = {
+        "partition": {"clients": 2},
+        "ranks": {"mix": "2, 4"},
+        "evaluation": {"every": 0},
+        "federation": {"rounds": 2, "min_clients": 2, "wait": 25.0},
+    }
+    with Federation(tmp_path, changes).start(1) as federation:
+        shown = federation.run()
+        (waiting,) = [e for e in federation.events() if e["event"] == "waiting"]
+        assert (waiting["needed"], waiting["present"]) == (2, ["client-0"])
+        assert "1 clients are there after waiting 25 s (federation.wait), 2 are needed" in shown
+
+        federation.set_site("site-2")
+        federation.start_node("site-2")
+        federation.start_run()
+        federation.wait_for("round_started", 1)
+        second = federation.run()  # while the first one runs
+        assert "is in use: another prelort process is running it" in second
+        federation.runs[-2].wait(120)
+        assert federation.events()[-1]["event"] == "run_finished"
+        assert adapters_of(federation.folder()) == adapters_of(run_here(tmp_path / "here", changes))
+        assert "is finished" in federation.run()
