@@ -76,19 +76,20 @@ def test_a_long_line_is_not_wrapped(make_run):
 
 
 NEWS = [
-    ({"event": "client_joined", "round": 2, "client": "b", "rank": 8}, "b joined: with rank 8"),
-    ({"event": "client_left", "round": 2, "client": "b"}, "b went away"),
-    ({"event": "client_refused", "round": 2, "client": "b", "reason": "old"}, "b refused: old"),
-    ({"event": "client_failed", "round": 2, "client": "b", "reason": "slow"}, "b left out: slow"),
+    ({"event": "client_joined", "client": "b", "rank": 8}, ": b joined: with rank 8"),
+    ({"event": "client_left", "client": "b"}, ": b went away"),
+    ({"event": "client_refused", "client": "b", "reason": "old"}, ": b refused: old"),
+    ({"event": "client_failed", "client": "b", "reason": "slow"}, ": b left out: slow"),
     (
-        {"event": "round_repeated", "round": 2, "attempt": 2, "reason": "too few"},
-        "round repeated: attempt 2: too few",
+        {"event": "round_repeated", "attempt": 2, "reason": "too few"},
+        " repeated: attempt 2: too few",
     ),
     (
-        {"event": "measuring_failed", "round": 2, "client": "b", "rank": 4, "reason": "no memory"},
-        "b not measured: the adapter of rank 4: no memory",
+        {"event": "measuring_failed", "client": "b", "rank": 4, "reason": "no memory"},
+        ": b not measured: the adapter of rank 4: no memory",
     ),
 ]
+NEWS = [({**event, "round": 2}, words) for event, words in NEWS]
 
 
 @pytest.mark.parametrize("event, words", NEWS, ids=[event["event"] for event, _ in NEWS])
@@ -97,7 +98,7 @@ def test_what_happens_is_a_line_of_its_own(make_run, event, words):
     place = next(i for i, e in enumerate(events) if e["event"] == "aggregated" and e["round"] == 2)
     before, after = events[:place], events[place:]
     lines = play([*before, event, *after]).splitlines()
-    assert lines.pop(2) == f"prelort: round 2: {words}"
+    assert lines.pop(2) == f"prelort: round 2{words}"
     assert [line.split(",")[0] for line in lines] == [f"prelort: round {i}/3" for i in range(4)]
     assert play([*before, event, *after], quiet=True) == ""
 

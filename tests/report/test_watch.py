@@ -149,6 +149,14 @@ class TestScreen:
         lines = drawn(after(waiting), width=120)
         assert f"waiting for 2 more sites until {here} (missing: {SHOWN})" in lines
 
+    def test_what_happened_to_the_run_and_not_to_a_client(self):
+        again = {"event": "round_repeated", "round": 1, "attempt": 2, "reason": "too few"}
+        resumed = {"event": "resumed", "round": 1}
+        assert list(after(RUN, again, resumed).happenings) == [
+            "round 1 repeated: attempt 2: too few",
+            "round 1 resumed: went on from the checkpoint after round 1",
+        ]
+
     def test_names_and_reasons_are_shown_literally(self):
         watched = after(RUN, started(1, HOSTILE, "b"), failed(1, HOSTILE, HOSTILE))
         text = "\n".join(drawn(watched, width=160))
@@ -265,7 +273,9 @@ def test_a_log_that_is_cut_on_resuming_is_read_again(tmp_path, make_run, termina
     begun, rest = events[: third + 3], events[second:]
     text = Written(tmp_path, [begun, cut(events[:second]), rest]).watched(terminal=terminal)
     if terminal:
-        assert "round 1/3" in text
+        last = text.rsplit("round 3/3", 1)[1]
+        (row,) = [line.split() for line in last.splitlines() if "asyncio" in line]
+        assert row[-1] == "3"  # rounds: what was cut off does not count
         return
     lines = text.splitlines()
     assert "the log was cut back: the run goes on after round 1" in lines

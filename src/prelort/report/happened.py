@@ -190,9 +190,9 @@ def lines(event: Event) -> Iterator[str]:
         yield f"{at}: waiting for {waits_for(event)}"
         return
     for incident in incidents([event]):
-        who = f"{incident.client} " if incident.client else ""
-        reason = incident.reason
-        yield f"{at}: {who}{incident.what}{f': {reason}' if reason else ''}"
+        what = f"{at}: {incident.client} {incident.what}" if incident.client else ""
+        what = what or f"{at} {incident.what.removeprefix('round ')}"
+        yield what + (f": {incident.reason}" if incident.reason else "")
 
 
 def _local_time(until: object) -> str:
