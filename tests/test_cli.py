@@ -17,7 +17,18 @@ from prelort import cli
 from prelort import config as configuration
 from prelort.config import Config, check, load, to_toml
 
-COMMANDS = ("run", "plan", "evaluate", "report", "export", "new", "site", "methods", "config")
+COMMANDS = (
+    "run",
+    "watch",
+    "plan",
+    "evaluate",
+    "report",
+    "export",
+    "new",
+    "site",
+    "methods",
+    "config",
+)
 
 
 @pytest.fixture
@@ -384,6 +395,43 @@ class TestReport:
     def test_of_no_run_is_one_sentence(self, command_line: CommandLine, tmp_path: Path) -> None:
         error = command_line("report", tmp_path).error
         assert error == f"{str(tmp_path)!r} holds no run: config.toml is missing"
+
+
+class TestWatch:
+    def test_of_several_runs_ends_with_their_table(
+        self, command_line: CommandLine, several: Path
+    ) -> None:
+        outcome = command_line("watch", several)
+        assert outcome.code == 0
+        for name in ("prelort", "zero-padding"):
+            assert f"{name}: round 2/2" in outcome.out
+        assert "untuned base" in outcome.out
+
+    def test_of_one_run_has_its_methods_name(
+        self, command_line: CommandLine, several: Path
+    ) -> None:
+        out = command_line("watch", several / "prelort").out
+        assert "prelort: round 2/2" in out
+        assert "zero-padding" not in out
+        assert re.search(r"^ prelort +\d", out, re.MULTILINE)
+
+    def test_ctrl_c_ends_it_and_is_no_error(
+        self, command_line: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def interrupted(*_: object, **__: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("prelort.report.watch.watch", interrupted)
+        outcome = command_line("watch", tmp_path / "to-come")
+        assert (outcome.code, outcome.out, outcome.err) == (0, "", "")
+
+    def test_of_what_will_never_be_a_run_is_one_sentence(
+        self, command_line: CommandLine, tmp_path: Path
+    ) -> None:
+        (tmp_path / "notes.txt").write_text("mine")
+        for path in (tmp_path, tmp_path / "notes.txt"):
+            error = command_line("watch", path).error
+            assert error == f"{str(path)!r} holds no run: config.toml is missing"
 
 
 class TestExport:

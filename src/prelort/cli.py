@@ -1,4 +1,4 @@
-"""The command line: ``prelort run | plan | evaluate | report | export | new | site | methods``.
+"""The command line: ``prelort run | watch | plan | evaluate | report | export | new | ...``.
 
 Heavy imports (torch, transformers) are inside the commands, so that ``--help`` is quick.
 """
@@ -11,7 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,6 +68,17 @@ RUN_EXAMPLES = """[bold]Examples[/bold]
 Without CONFIG the embedded default runs; `prelort config` prints it, to start your own from.
 """
 
+WATCH_EXAMPLES = """[bold]Examples[/bold]
+
+  prelort watch runs/first
+
+  prelort watch runs/first/prelort
+
+  prelort watch runs/first | tee first.log
+
+It reads RUN/metrics.jsonl and nothing else, waits for a run that has not begun, and ends with the
+run or on Ctrl-C, which does not stop the run.
+"""
 
 PLAN_EXAMPLES = """[bold]Examples[/bold]
 
@@ -164,6 +175,18 @@ def run(
         )
         raise typer.Exit(130) from None
     _show(console, folders, target)
+
+
+@app.command(epilog=WATCH_EXAMPLES)
+def watch(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, or of several; begun or not.")],
+) -> None:
+    """Watch a run from another terminal: who trains, has answered or failed, and is missing."""
+    from prelort.experiment.folder import logs_in
+    from prelort.report import watch as watching
+
+    with suppress(KeyboardInterrupt):  # the run goes on
+        watching.watch(lambda: logs_in(run), str(run), _console())
 
 
 @app.command(

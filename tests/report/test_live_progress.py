@@ -1,4 +1,5 @@
 import io
+from datetime import UTC, datetime
 
 import pytest
 from hypothesis import given
@@ -48,6 +49,8 @@ def test_one_plain_line_a_round_and_no_control_characters(make_run):
     text = play(events)
     assert all(c.isprintable() or c == "\n" for c in text)
     lines = text.splitlines()
+    # Over real sites a round may take hours: a failure is told at once.
+    assert lines.pop(2) == "prelort: round 2: json left out: loss is [bold]NaN [31m"
     assert [line.split(",")[0] for line in lines] == [f"prelort: round {i}/4" for i in range(5)]
     assert "base ppl 700.0" in lines[0]
     assert "5/5 clients" in lines[1]
@@ -69,7 +72,77 @@ def test_the_time_left_is_that_of_the_rounds_to_come(make_run):
 
 def test_a_long_line_is_not_wrapped(make_run):
     text = play(failing(make_run("prelort", {2: 27.0, 16: 21.0}, rounds=4)), width=30)
-    assert len(text.splitlines()) == 5
+    assert len(text.splitlines()) == 6
+
+
+NEWS = [
+    ({"event": "client_joined", "client": "b", "rank": 8}, ": b joined: with rank 8"),
+    ({"event": "client_left", "client": "b"}, ": b went away"),
+    ({"event": "client_refused", "client": "b", "reason": "old"}, ": b refused: old"),
+    ({"event": "client_failed", "client": "b", "reason": "slow"}, ": b left out: slow"),
+    (
+        {"event": "round_repeated", "attempt": 2, "reason": "too few"},
+        " repeated: attempt 2: too few",
+    ),
+    (
+        {"event": "measuring_failed", "client": "b", "rank": 4, "reason": "no memory"},
+        ": b not measured: the adapter of rank 4: no memory",
+    ),
+]
+NEWS = [({**event, "round": 2}, words) for event, words in NEWS]
+
+
+@pytest.mark.parametrize("event, words", NEWS, ids=[event["event"] for event, _ in NEWS])
+def test_what_happens_is_a_line_of_its_own(make_run, event, words):
+    events = make_run("prelort", {2: 27.0}, rounds=3)
+    place = next(i for i, e in enumerate(events) if e["event"] == "aggregated" and e["round"] == 2)
+    before, after = events[:place], events[place:]
+    lines = play([*before, event, *after]).splitlines()
+    assert lines.pop(2) == f"prelort: round 2{words}"
+    assert [line.split(",")[0] for line in lines] == [f"prelort: round {i}/3" for i in range(4)]
+    assert play([*before, event, *after], quiet=True) == ""
+
+
+def test_a_failed_measurement_does_not_split_the_line_of_its_round(make_run):
+    events = make_run("prelort", {2: 27.0}, rounds=2)
+    place = next(i for i, e in enumerate(events) if e["event"] == "evaluated" and e["round"] == 2)
+    lines = play([*events[:place], NEWS[-1][0], *events[place:]]).splitlines()
+    assert [line.split(",")[0] for line in lines] == [
+        "prelort: round 0/2",
+        "prelort: round 1/2",
+        "prelort: round 2: b not measured: the adapter of rank 4: no memory",
+        "prelort: round 2/2",
+    ]
+    assert "ppl 27.0@2" in lines[-1]
+
+
+def test_whom_it_waits_for_is_told_after_the_round_that_is_done(make_run):
+    events = make_run("prelort", {2: 27.0}, rounds=2)
+    place = next(i for i, e in enumerate(events) if e["event"] == "round_started")
+    until = datetime(2001, 2, 3, 14, 5, tzinfo=UTC)
+    waiting = {
+        "event": "waiting",
+        "round": 1,
+        "present": ["a"],
+        "missing": ["[red]b\x1b[31m"],
+        "needed": 2,
+        "until": until.isoformat(),
+    }
+    lines = play([*events[:place], waiting, *events[place:]]).splitlines()
+    here = until.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    assert lines[0].startswith("prelort: round 0/2")
+    words = f"waiting for 1 more site until {here} (missing: [red]b [31m)"
+    assert lines[1] == f"prelort: round 1: {words}"
+
+
+def test_waiting_before_the_beginning_does_not_make_two_runs_of_one():
+    facts = {"round": 0, "method": "prelort", "rounds": 2, "seed": 3}
+    waiting = {"event": "waiting", "round": 1, "present": [], "missing": [], "needed": 2}
+    evaluated = {"event": "evaluated", "round": 0, "base": {"perplexity": 9.0}, "prefixes": {}}
+    started = {"event": "run_started", **facts}
+    lines = play([{"event": "loading", **facts}, waiting, started, evaluated]).splitlines()
+    assert lines[0] == "prelort: round 1: waiting for 2 more sites"
+    assert lines[1].startswith("prelort: round 0/2, base ppl")
 
 
 def test_a_terminal_gets_a_bar_for_each_run(make_run):

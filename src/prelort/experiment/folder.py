@@ -159,6 +159,22 @@ def methods_in(path: Path) -> list[str] | None:
         raise ConfigError(f"{str(file)!r} is damaged: {error}") from None
 
 
+def logs_in(path: Path) -> dict[str, Path]:
+    """The event logs of a folder's runs by method, or of its only run (by no name), in order.
+
+    They need not be there yet, nor need the folder. Raises `ConfigError` for one that holds
+    something else, so that no run will ever be there.
+    """
+    together = methods_in(path)
+    if together is not None:
+        return {name: RunFolder(path / folder_name(name)).metrics_file for name in together}
+    folder = RunFolder(path)
+    # In this order, since a run may begin just now: its config.toml is its first file.
+    if is_taken(path) and not folder.config_file.is_file() and methods_in(path) is None:
+        raise ConfigError(f"{str(path)!r} holds no run: config.toml is missing")
+    return {"": folder.metrics_file}
+
+
 def folder_name(method: str) -> str:
     """A method's name as a folder's."""
     return method.replace(":", "-").replace("/", "-")

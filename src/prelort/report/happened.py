@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from prelort.report.events import Event, settled
@@ -100,6 +101,11 @@ def _not_measured(event: Event) -> Iterator[Row]:
         yield "not measured", client, reason, True
 
 
+def _measuring_failed(event: Event) -> Iterator[Row]:
+    rank, why = event.get("rank", "?"), event.get("reason", "no reason given")
+    yield "not measured", event.get("client", ""), f"the adapter of rank {rank}: {why}", True
+
+
 def _not_diagnosed(event: Event) -> Iterator[Row]:
     numbers = event.get("diagnostics")
     if isinstance(numbers, dict) and "failed" in numbers:
@@ -130,6 +136,7 @@ _READERS: dict[str, Callable[[Event], Iterator[Row]]] = {
     "rank_changed": _rank_changed,
     "resumed": _resumed,
     "evaluated_at_clients": _not_measured,
+    "measuring_failed": _measuring_failed,
     "aggregated": _not_diagnosed,
     "waiting": _waiting,
     "client_joined": _joined,
@@ -161,6 +168,41 @@ def waited_for(event: Event) -> str:
     if event.get("until"):
         parts.append(f"until {plain(event['until'])}")
     return "; ".join(parts)
+
+
+def waits_for(event: Event) -> str:
+    """A ``waiting`` event on the watch: ``1 more site until 14:05:00 (missing: a)``, local time."""
+    present, needed = event.get("present"), event.get("needed")
+    more = ""
+    if isinstance(present, list) and isinstance(needed, int):
+        count = max(needed - len(present), 0)
+        more = f"{count} more site{'' if count == 1 else 's'}"
+    until = f" until {_local_time(event['until'])}" if event.get("until") else ""
+    missing = event.get("missing")
+    names = ", ".join(map(plain, missing)) if isinstance(missing, list) else ""
+    return (more or "sites") + until + (f" (missing: {names})" if names else "")
+
+
+def lines(event: Event) -> Iterator[str]:
+    """What an event of this module says, as lines of plain text; none for other kinds."""
+    at = f"round {_round(event)}"
+    if event["event"] == "waiting":
+        yield f"{at}: waiting for {waits_for(event)}"
+        return
+    for incident in incidents([event]):
+        what = f"{at}: {incident.client} {incident.what}" if incident.client else ""
+        what = what or f"{at} {incident.what.removeprefix('round ')}"
+        yield what + (f": {incident.reason}" if incident.reason else "")
+
+
+def _local_time(until: object) -> str:
+    """The time of day here; with the date where that is not today."""
+    try:
+        then = datetime.fromisoformat(str(until)).astimezone()
+    except (ValueError, OverflowError, OSError):
+        return plain(until)
+    today = then.date() == datetime.now().astimezone().date()
+    return then.strftime("%H:%M:%S" if today else "%Y-%m-%d %H:%M:%S")
 
 
 def _round(event: Event) -> int:

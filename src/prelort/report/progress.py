@@ -13,8 +13,20 @@ from rich.table import Column
 from rich.text import Text
 
 from prelort.report.events import Event
+from prelort.report.happened import lines
 from prelort.report.state import RunState
 from prelort.report.wording import plain
+
+_NEWS = {
+    "waiting",
+    "client_joined",
+    "client_left",
+    "client_refused",
+    "client_failed",
+    "round_repeated",
+    "measuring_failed",
+}
+"""What is told at once as a line of its own."""
 
 
 class _StateColumn(ProgressColumn):
@@ -36,8 +48,8 @@ class LiveProgress:
 
     Use as a context manager and call it with each event (from one thread at a time). On a
     terminal it draws bars: round, clients of this round, mean training loss, latest metric, time
-    taken and left. Elsewhere it prints one plain line a round. ``quiet`` prints nothing.
-    ``clock`` returns seconds.
+    taken and left. Elsewhere it prints one plain line a round, and one for whoever is waited for,
+    comes, goes, is refused or fails. ``quiet`` prints nothing. ``clock`` returns seconds.
     """
 
     def __init__(
@@ -81,11 +93,14 @@ class LiveProgress:
         state = self._state
         if state is None or kind == "loading" or (kind == "run_started" and not self._loading):
             state = self._open(event)
-        self._loading = kind == "loading"  # the bar of the run that is about to start is there
+        # The bar of the run that is about to start is there, however long it waits for sites.
+        self._loading = kind == "loading" or (self._loading and kind != "run_started")
         state.absorb(event, self._clock())
         self._pending = self._pending or kind in ("aggregated", "evaluated")
         if kind == "run_finished":
             self._flush()
+        if kind in _NEWS:
+            self._tell(event)
         if self._bars is not None and self._task is not None:
             if kind == "client_failed":
                 warning = f"{state.name}: round {state.round} left out {state.left_out[-1]}"
@@ -109,6 +124,16 @@ class LiveProgress:
             line = Text(self._state.line(self._clock()))
             self._console.print(line, soft_wrap=True, highlight=False)
         self._pending = False
+
+    def _tell(self, event: Event) -> None:
+        """Print what happened, where lines are printed: a log has to say why nothing moves."""
+        if self._bars is not None or self._quiet or self._state is None:
+            return
+        if event["event"] != "measuring_failed":  # it comes before the line of its round is whole
+            self._flush()
+        for words in lines(event):
+            line = Text(f"{self._state.name}: {words}")
+            self._console.print(line, soft_wrap=True, highlight=False)
 
     def _progress(self) -> Progress:
         return Progress(

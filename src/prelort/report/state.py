@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from prelort.report.events import Event
@@ -38,7 +39,9 @@ class RunState:
             self._paced_from = now if self._paced_from is None else self._paced_from
         elif kind == "client_finished":
             self.answered += 1
-            self._losses.append((float(event["loss"]), float(event["examples"])))
+            # Strict JSON writes a NaN as null, and state is read off logs, too.
+            loss = math.nan if event["loss"] is None else float(event["loss"])
+            self._losses.append((loss, float(event["examples"])))
             examples = sum(weight for _, weight in self._losses)
             self.loss = sum(loss * weight for loss, weight in self._losses) / max(examples, 1.0)
         elif kind == "client_failed":
@@ -50,6 +53,8 @@ class RunState:
         elif kind == "evaluated":
             self.measured, self.measured_short = _measured(event)
             self.measured_round = int(event.get("round", 0))
+        elif kind == "run_started":
+            self.rounds = event.get("rounds", self.rounds)
         elif kind == "resumed":
             self.round = self._first = int(event["round"])
             self._closed, self.began, self._paced_from = True, now, None
