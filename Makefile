@@ -9,7 +9,7 @@ BIN := .venv/bin
 TORCH ?= torch==2.13.0
 OUT ?= runs/quickstart
 
-.PHONY: help install quickstart test lint types format docs bench clean
+.PHONY: help install quickstart federation test lint types format docs bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -27,6 +27,10 @@ $(BIN)/.installed: pyproject.toml
 quickstart: install ## train mixed-rank clients with two methods: a table, a picture, adapters
 	@if [ -e $(OUT)/methods.json ]; then $(BIN)/prelort run --resume $(OUT); \
 	else $(BIN)/prelort run --method prelort --method zero-padding --out $(OUT); fi
+
+federation: install ## run 1 SuperLink and 3 sites on this machine, with TLS and keys, to the end
+	@test -e runs/federation || $(BIN)/prelort new runs/federation
+	PATH="$(CURDIR)/$(BIN):$$PATH" runs/federation/scripts/demo.sh
 
 test: install ## run all tests
 	$(BIN)/python -m pytest -n auto --maxprocesses 8

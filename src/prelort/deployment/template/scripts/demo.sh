@@ -37,7 +37,7 @@ port=18090
 for folder in sites/*/; do
   site="$(basename "$folder")"
   scripts/key.sh "$site"
-  [ -e "$folder/registered" ] || { scripts/register.sh "$folder/key.pub" && touch "$folder/registered"; }
+  scripts/register.sh "$folder/key.pub"
   in_background "$site.log" scripts/supernode.sh "$site" "$port"
   port=$((port + 1))
 done
