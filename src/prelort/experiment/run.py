@@ -247,7 +247,7 @@ class _Run:
 def _at_clients(ask: Ask, adapters: Mapping[int, LoraAdapter]) -> tuple[Measured, dict[str, Any]]:
     """The metrics over the clients' own test rows, and on how many of them.
 
-    The base is measured as an adapter whose B is zero: clients know no rank 0.
+    Where the base (rank 0) is measured alone it is an adapter whose B is zero.
     """
     sent = {rank: adapter.prefix(1) if rank == 0 else adapter for rank, adapter in adapters.items()}
     pools = ask(sent)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from prelort.adapters import LoraAdapter
 from prelort.federation.wire import EvaluateReply
 from prelort.metrics import scores
 
@@ -20,16 +26,16 @@ class Pooled:
         self._nll = 0.0
         self._sums: dict[str, tuple[float, int]] = {}
 
-    def add(self, reply: EvaluateReply) -> None:
-        """One client's reply. Without a loss it has measured nothing that could be pooled."""
-        loss = reply.metrics.get("loss")
+    def add(self, reply: EvaluateReply, metrics: Mapping[str, float | None]) -> None:
+        """The metrics in one client's reply. Without a loss there is nothing to pool."""
+        loss = metrics.get("loss")
         if loss is None:
             return
         self.clients += 1
         self.examples += reply.examples
         self._weight += reply.weight
         self._nll += loss * reply.weight
-        for name, value in reply.metrics.items():
+        for name, value in metrics.items():
             if value is not None:
                 total, examples = self._sums.get(name, (0.0, 0))
                 self._sums[name] = (total + value * reply.examples, examples + reply.examples)
@@ -42,3 +48,29 @@ class Pooled:
             if "perplexity" in values:
                 values["perplexity"] = scores.perplexity(self._nll, self._weight)
         return values
+
+
+def together(adapters: Mapping[int, LoraAdapter]) -> list[list[int]]:
+    """The ranks in groups: the first of a group's adapters, and those that are prefixes of it.
+
+    Rank 0 stands for the base: it is a prefix of whatever has its extras.
+    """
+    groups: list[list[int]] = []
+    for rank in sorted(adapters, reverse=True):
+        for group in groups:
+            if _is_prefix(adapters[rank], rank, adapters[group[0]]):
+                group.append(rank)
+                break
+        else:
+            groups.append([rank])
+    return groups
+
+
+def _is_prefix(adapter: LoraAdapter, rank: int, whole: LoraAdapter) -> bool:
+    if adapter.scale != whole.scale or not _equal(adapter.extras, whole.extras):
+        return False
+    return rank == 0 or _equal(adapter.tensors(), whole.prefix(rank).tensors())
+
+
+def _equal(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    return some.keys() == others.keys() and all(torch.equal(t, others[n]) for n, t in some.items())

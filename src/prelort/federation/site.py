@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
@@ -25,6 +24,8 @@ from prelort.tasks.interface import Example, Task
 from prelort.training.local import Assignment, train
 from prelort.training.tail import pruned_rank, tail_norm
 from prelort.training.truncation import Truncation
+
+R = TypeVar("R", int, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +142,8 @@ def _evaluate(site: Site, content: RecordDict) -> RecordDict:
     _install(site, content, request)
     metrics = request.metrics or site.workspace.task.metrics
     values = _measured(site, site.test, metrics, request)
+    prefixes = tuple(dict.fromkeys(request.prefixes))
+    at_prefixes = _measured_at(site, site.test, prefixes, metrics, request)
     reply = wire.EvaluateReply(
         **site.workspace.agreement.header(request.rank).model_dump(),
         client=site.name,
@@ -148,6 +151,7 @@ def _evaluate(site: Site, content: RecordDict) -> RecordDict:
         examples=len(site.test),
         weight=_weight(site),
         metrics=values,
+        prefixes=at_prefixes,
     )
     return wire.pack(reply)
 
@@ -224,15 +228,26 @@ def _measured(
     examples: Sequence[Example],
     metrics: Sequence[str],
     request: wire.EvaluateRequest | None,
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """The metrics of what is installed now."""
+    return _measured_at(site, examples, (None,), metrics, request)[None]
+
+
+def _measured_at(
+    site: Site,
+    examples: Sequence[Example],
+    ranks: Sequence[R],
+    metrics: Sequence[str],
+    request: wire.EvaluateRequest | None,
+) -> dict[R, dict[str, float | None]]:
+    """The metrics of prefixes of what is installed now (None: the whole of it)."""
     work = site.workspace
     found = evaluate(
         work.model,
         work.task,
         examples,
-        (1,),
-        lambda rank: nullcontext(),
+        range(len(ranks)),
+        lambda index: work.truncation.at(ranks[index]),
         metrics=metrics,
         tokenizer=work.tokenizer,
         batch_size=request.batch_size if request is not None else 32,
@@ -240,4 +255,4 @@ def _measured(
         max_generated=request.max_generated if request is not None else 1,
         device=work.model.device,
     )
-    return found[1]
+    return {rank: {**found[index]} for index, rank in enumerate(ranks)}

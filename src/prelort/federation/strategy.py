@@ -25,7 +25,7 @@ from prelort.federation.flower import (
     Strategy,
 )
 from prelort.federation.in_order import InOrder
-from prelort.federation.pooled import Pooled
+from prelort.federation.pooled import Pooled, together
 from prelort.federation.registry import Agreement, Participant
 from prelort.federation.replies import checked, measured
 from prelort.federation.sampling import count_of, sample
@@ -117,30 +117,33 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
     ) -> dict[int, Pooled]:
         """Each adapter (by the rank it stands for) measured by every client on its own test rows.
 
-        All are sent at once: a trip to a real site takes longer than the measuring. A client that
-        fails is left out of that rank, with an event.
+        Prefixes of one adapter travel and are measured together, since a trip to a real site takes
+        longer than the measuring. A client that fails is left out, with an event.
         """
         server_round = self.state.round
         clients = {p.node_id: p.client for p in self.participants}
         found = {rank: Pooled() for rank in adapters}
+        groups = together(adapters)
         messages = (
             Message(
-                self._measurement(adapter),
+                self._measurement(adapters[ranks[0]], ranks[1:]),
                 dst_node_id=node_id,
                 message_type=MessageType.EVALUATE,
-                group_id=str(rank),  # by which the reply is known to be of this rank
+                group_id=str(number),  # by which the reply is known to be of this group
             )
-            for rank, adapter in adapters.items()
+            for number, ranks in enumerate(groups)
             for node_id in clients
         )
         for reply in exchange(engine, messages):
             client = clients[reply.metadata.src_node_id]
+            whole, *prefixes = groups[int(reply.metadata.group_id)]
             try:
                 answer = measured(reply, client, server_round, self.agreement)
-                found[int(reply.metadata.group_id)].add(answer)
+                found[whole].add(answer, answer.metrics)
+                for rank in prefixes:
+                    found[rank].add(answer, answer.prefixes.get(rank, {}))
             except UpdateRefused as error:
-                rank = reply.metadata.group_id
-                event = {"round": server_round, "client": client.name, "rank": int(rank)}
+                event = {"round": server_round, "client": client.name, "rank": whole}
                 self.emit({"event": "measuring_failed", **event, "reason": str(error)})
         return found
 
@@ -320,14 +323,17 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
         """The content of one client's message: to measure what it would receive now."""
         return self._to_measure(server_round, self.method.broadcast(self.state, client))
 
-    def _measurement(self, adapter: LoraAdapter) -> RecordDict:
-        """The content of every client's message: to measure this adapter."""
-        return self._to_measure(self.state.round, Broadcast(adapter))
+    def _measurement(self, adapter: LoraAdapter, prefixes: Sequence[int]) -> RecordDict:
+        """The content of every client's message: to measure this adapter and prefixes of it."""
+        return self._to_measure(self.state.round, Broadcast(adapter), prefixes)
 
-    def _to_measure(self, server_round: int, sent: Broadcast) -> RecordDict:
+    def _to_measure(
+        self, server_round: int, sent: Broadcast, prefixes: Sequence[int] = ()
+    ) -> RecordDict:
         settings = self.config.evaluation
         head = wire.EvaluateRequest(
             **self._delivery(server_round, sent),
+            prefixes=tuple(prefixes),
             metrics=settings.metrics,
             batch_size=settings.batch_size,
             max_new_tokens=settings.max_new_tokens,

@@ -109,6 +109,8 @@ class TrainRequest(Delivery):
 class EvaluateRequest(Delivery):
     """The server's order to measure the adapter that comes with it on the client's test rows."""
 
+    prefixes: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Ranks of which the adapter's prefixes are measured too (0: the base with the extras)."""
     metrics: tuple[str, ...] | None
     batch_size: int
     max_new_tokens: int
@@ -118,6 +120,7 @@ class EvaluateRequest(Delivery):
 class EvaluateReply(Header):
     """What a client measured: metric -> value, over so many test examples.
 
+    ``prefixes``: rank -> the same for each of the prefixes that were asked for.
     ``weight``: the tokens (causal) or examples that the loss is a mean over.
     """
 
@@ -126,6 +129,7 @@ class EvaluateReply(Header):
     examples: Annotated[int, Field(ge=1)]
     weight: Annotated[int, Field(ge=1)]
     metrics: dict[str, float | None]
+    prefixes: dict[int, dict[str, float | None]] = Field(default_factory=dict)
 
 
 class TrainReply(Header):
