@@ -226,6 +226,8 @@ class PlannedGrid(Grid):
         self.arrivals = arrivals
         self.sent: dict[str, Message] = {}
         self.due: list[tuple[float, str, Callable[[Message], Message]]] = []
+        self.pulled: list[tuple[int, int]] = []
+        """Of each pull: how many ids it named, and how many replies it got."""
 
     def monotonic(self) -> float:
         return self.now
@@ -245,8 +247,10 @@ class PlannedGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        ready = [entry for entry in self.due if entry[0] <= self.now]
-        self.due = [entry for entry in self.due if entry[0] > self.now]
+        wanted = set(message_ids)
+        ready = [entry for entry in self.due if entry[0] <= self.now and entry[1] in wanted]
+        self.due = [entry for entry in self.due if entry not in ready]
+        self.pulled.append((len(wanted), len(ready)))
         return [reply(self.sent[message_id]) for _, message_id, reply in sorted_by_time(ready)]
 
     def get_node_ids(self) -> Iterable[int]:

@@ -57,7 +57,7 @@ def rounds_of(dtype: str, step: float, rounds: int) -> LoraAdapter:
 
 @every_lossy
 def test_changes_below_the_step_of_the_value_add_up(dtype: str) -> None:
-    """Half a step of 1.0 is 2e-3 in bfloat16 and 4e-3 in int8, which as values lose them all."""
+    """Half a step at 1.0 is 4e-3 in bfloat16 and int8: as values they would lose most of it."""
     step, rounds = 1e-4, 30
     found, exact = rounds_of(dtype, step, rounds), rounds_of("float32", step, rounds)
     # A change is rounded relative to itself: at most 1 / 254 of it. The difference and the sum
