@@ -253,7 +253,9 @@ class FederationConfig(Section):
     attempts: Annotated[int, Field(ge=1)] = Field(
         3, description="real sites: times that a round is tried before the run stops"
     )
-    wire_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    wire_dtype: Literal["float32", "bfloat16", "float16", "int8"] = Field(
+        "float32", description="the type in which adapters travel; int8 with a scale for each slot"
+    )
     max_client_examples: Annotated[int, Field(ge=1)] = Field(
         10_000_000, description="a reply that claims more is refused"
     )

@@ -273,6 +273,49 @@ def test_killed_in_the_second_round_and_resumed_is_as_if_never_killed(
         assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
 
 
+@every
+def test_a_round_in_int8_comes_near_the_exact_one(
+    tmp_path: Path, make_config: Make, finished: Find, name: str
+) -> None:
+    """Adapters down and changes up; the first round is that of the run in float32."""
+    config = config_of(
+        make_config,
+        name,
+        federation={"rounds": 1, "clients_per_round": 3, "wire_dtype": "int8"},
+        evaluation={"diagnostics": False},
+    )
+    result = prelort.run(config, tmp_path / "run")
+
+    events = events_of(result.path)
+    assert not [e for e in events if e["event"] == "client_failed"]
+    (rounded,) = [e for e in events if e["event"] == "aggregated"]
+    exact = next(e for e in events_of(finished(name).path) if e["event"] == "aggregated")
+    assert rounded["loss"] == pytest.approx(exact["loss"], rel=1e-2)
+    assert rounded["bytes_up"] < 0.8 * exact["bytes_up"]  # names weigh much in so small a model
+    one = checkpoint.load(result.path / "checkpoints" / "00001").state.adapter.tensors()
+    other = checkpoint.load(finished(name).path / "checkpoints" / "00001").state.adapter.tensors()
+    assert {n: t.shape for n, t in one.items()} == {n: t.shape for n, t in other.items()}
+    assert all(bool(tensor.isfinite().all()) for tensor in one.values())
+
+
+@pytest.mark.parametrize("name", ["prelort", "fedsa-lora"])
+def test_a_run_in_int8_is_resumed_to_the_same_bits(
+    tmp_path: Path, make_config: Make, name: str
+) -> None:
+    federation = {"rounds": 2, "clients_per_round": 3, "wire_dtype": "int8"}
+    config = config_of(make_config, name, federation=federation, evaluation={})
+    expected = prelort.run(config, tmp_path / "whole")
+
+    def kill(event: dict[str, Any]) -> None:
+        if event["event"] == "client_finished" and event["round"] == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        prelort.run(config, tmp_path / "run", listeners=[kill])
+    result = prelort.run(config, tmp_path / "run", resume=True)
+    assert_same_run(result.path, expected.path)
+
+
 # Other models
 
 

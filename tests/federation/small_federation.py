@@ -12,6 +12,7 @@ from prelort.adapters import AdapterSchema, Factors, LoraAdapter, ScaleRule
 from prelort.config import Config, FederationConfig, MethodConfig, check
 from prelort.federation import wire
 from prelort.federation.allocation import Allocation
+from prelort.federation.encoding import carries_change, change_of
 from prelort.federation.exchange import Engine
 from prelort.federation.flower import (
     Array,
@@ -66,9 +67,11 @@ def clients_of(ranks: Sequence[int]) -> list[Client]:
 
 def make_reply_header(client: Client, round_index: int = 0, /, **changes: Any) -> wire.TrainReply:
     facts = AGREEMENT.header(client.rank).model_dump()
+    dtype = changes.get("dtype", "float32")
     values = {
         **facts,
-        "dtype": "float32",
+        "dtype": dtype,
+        "change": carries_change(dtype),
         "client": client.name,
         "round": round_index,
         "examples": client.examples,
@@ -126,8 +129,13 @@ def add_noise(seed: int) -> Trained:
     return trained
 
 
-def small_client_app(clients: Sequence[Client]) -> Callable[[Message, Context], Message]:
-    """What a `ClientApp` is to a grid, for clients that add noise."""
+def small_client_app(
+    clients: Sequence[Client], training: Callable[[int], Trained] = add_noise
+) -> Callable[[Message, Context], Message]:
+    """What a `ClientApp` is to a grid, for clients that add noise.
+
+    ``training``: what the client of an index does instead.
+    """
 
     def app(message: Message, context: Context) -> Message:
         index = int(context.node_config["partition-id"])
@@ -139,10 +147,11 @@ def small_client_app(clients: Sequence[Client]) -> Callable[[Message, Context], 
             return Message(wire.pack(intro), reply_to=message)
         request = wire.header(message.content, wire.TrainRequest)
         received, _ = wire.adapter(message.content, request)
-        adapter = add_noise(index)(received, request)
+        adapter = training(index)(received, request)
         # The rank is the request's: it may have changed since the introduction.
         head = make_reply_header(client, request.round, dtype=request.dtype, rank=request.rank)
-        return Message(wire.pack(head, adapter), reply_to=message)
+        answer = change_of(adapter, received) if head.change else adapter
+        return Message(wire.pack(head, answer), reply_to=message)
 
     return app
 
@@ -217,6 +226,8 @@ class PlannedGrid(Grid):
         self.arrivals = arrivals
         self.sent: dict[str, Message] = {}
         self.due: list[tuple[float, str, Callable[[Message], Message]]] = []
+        self.pulled: list[tuple[int, int]] = []
+        """Of each pull: how many ids it named, and how many replies it got."""
 
     def monotonic(self) -> float:
         return self.now
@@ -236,8 +247,10 @@ class PlannedGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        ready = [entry for entry in self.due if entry[0] <= self.now]
-        self.due = [entry for entry in self.due if entry[0] > self.now]
+        wanted = set(message_ids)
+        ready = [entry for entry in self.due if entry[0] <= self.now and entry[1] in wanted]
+        self.due = [entry for entry in self.due if entry not in ready]
+        self.pulled.append((len(wanted), len(ready)))
         return [reply(self.sent[message_id]) for _, message_id, reply in sorted_by_time(ready)]
 
     def get_node_ids(self) -> Iterable[int]:

@@ -24,9 +24,10 @@ from small_federation import (
 )
 
 from prelort.adapters import Factors, LoraAdapter
-from prelort.config import TrainingConfig
+from prelort.config import FederationConfig, TrainingConfig
 from prelort.errors import UpdateRefused
 from prelort.federation import wire
+from prelort.federation.encoding import DTYPES
 from prelort.federation.flower import RecordDict
 from prelort.federation.replies import checked
 from prelort.methods import Broadcast
@@ -191,7 +192,7 @@ def test_what_stays_behind_is_completed_bit_for_bit(without: tuple[str, ...], dt
     received, second = wire.adapter(content, head, known)
 
     assert names_in(content) == set(ADAPTER.tensors()) - set(known)
-    rounded = ADAPTER.to(wire.DTYPES[dtype]).tensors()
+    rounded = ADAPTER.to(DTYPES[dtype]).tensors()
     expected = LoraAdapter.from_tensors(rounded | known, SCALE)
     assert same_bits(received, expected)
     assert second is None
@@ -237,9 +238,9 @@ def test_a_frozen_adapter_of_any_ranks_arrives(dtype: str, ranks: tuple[int, int
     head = request(dtype=dtype)
     received, found = wire.adapter(wire.pack(head, ADAPTER, second), head)
 
-    assert same_bits(received, ADAPTER.to(wire.DTYPES[dtype]))
+    assert same_bits(received, ADAPTER.to(DTYPES[dtype]))
     assert found is not None
-    assert same_bits(found, second.to(wire.DTYPES[dtype]))
+    assert same_bits(found, second.to(DTYPES[dtype]))
     wire.check_frozen(found, AGREEMENT.schema)
 
 
@@ -280,9 +281,9 @@ def test_what_learns_and_what_is_frozen_may_be_views_of_one_adapter(dtype: str) 
     head = request(dtype=dtype)
     for one in (second, LoraAdapter(ADAPTER.layers, SCALE)):
         received, found = wire.adapter(wire.pack(head, ADAPTER, one), head)
-        assert same_bits(received, ADAPTER.to(wire.DTYPES[dtype]))
+        assert same_bits(received, ADAPTER.to(DTYPES[dtype]))
         assert found is not None
-        assert same_bits(found, one.to(wire.DTYPES[dtype]))
+        assert same_bits(found, one.to(DTYPES[dtype]))
 
 
 def test_a_frozen_factor_without_its_partner_is_refused_by_name() -> None:
@@ -358,11 +359,14 @@ def reply_of(adapter: LoraAdapter, without: tuple[str, ...] = (), **changes: Any
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_a_reply_leaves_out_is_as_the_server_has_it(
-    sent: Broadcast, without: tuple[str, ...], dtype: str
+    sent: Broadcast, without: tuple[str, ...], dtype: Any
 ) -> None:
     """In the server's own precision, and not as it was rounded for the wire."""
-    update, _ = take(reply_of(REPLY, without, dtype=dtype), sent)
-    trained = taken(REPLY.to(wire.DTYPES[dtype]), tuple(KINDS.keys() - set(without)))
+    content, limits = reply_of(REPLY, without, dtype=dtype), FederationConfig(wire_dtype=dtype)
+    update, _ = checked(answer(content), CLIENT, 0, AGREEMENT, limits, sent)
+    trained = taken(REPLY.to(DTYPES[dtype]), tuple(KINDS.keys() - set(without)))
+    if dtype != "float32":  # what came is the change
+        trained = {name: SENT.tensors()[name] + t.float() for name, t in trained.items()}
     expected = trained | taken(SENT, without)
     assert same_bits(update.adapter, LoraAdapter.from_tensors(expected, SCALE))
 

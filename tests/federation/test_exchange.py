@@ -1,12 +1,16 @@
 """Replies that come late, twice, never, or in another's name; on a clock of the test's own."""
 
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
+import httpx
 import pytest
 from small_federation import PlannedGrid
 
 from prelort.federation import exchange as module
-from prelort.federation.exchange import NO_ANSWER, Engine, exchange
+from prelort.federation.content import content_of
+from prelort.federation.exchange import NO_ANSWER, PULL_BYTES, Engine, exchange, portions
 from prelort.federation.flower import Error, Message, MessageType, RecordDict
 
 
@@ -51,6 +55,104 @@ def outcomes(engine: Engine, *nodes: int) -> list[tuple[int, str]]:
         (r.metadata.src_node_id, r.error.reason if r.has_error() else "good")
         for r in exchange(engine, messages_to(*nodes))
     ]
+
+
+def large_to(*nodes: int, size: int) -> Iterator[Message]:
+    for node in nodes:
+        content = content_of("{}", b"x" * size)
+        yield Message(content, dst_node_id=node, message_type=MessageType.TRAIN)
+
+
+@pytest.mark.parametrize(
+    "sizes, parts",
+    [
+        ([], []),
+        ([0, 0, 0], [3]),
+        ([4, 4, 2], [3]),
+        ([4, 4, 3], [2, 1]),
+        ([11, 1, 10, 10], [1, 1, 1, 1]),
+        ([1, 11, 0, 1], [1, 1, 2]),
+        ([10, 0, 0, 1], [3, 1]),
+    ],
+)
+def test_portions_keep_the_order_and_the_bound(sizes: list[int], parts: list[int]) -> None:
+    found = portions({f"m{i}": size for i, size in enumerate(sizes)}, most=10)
+    assert [len(part) for part in found] == parts
+    assert [name for part in found for name in part] == [f"m{i}" for i in range(len(sizes))]
+
+
+def test_large_replies_are_pulled_one_by_one_in_the_order_asked(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server holds one while the others wait at the SuperLink."""
+    nodes = range(2000, 2004)
+    grid = start({node: [(2004.0 - node, good)] for node in nodes})  # the last is there first
+    grid.sleep = lambda seconds: setattr(grid, "now", 10.0)  # type: ignore[method-assign]
+    found = exchange(Engine(grid, None, 100.0), large_to(*nodes, size=PULL_BYTES // 2 + 1))
+    order = [next(found).metadata.src_node_id]
+    assert grid.pulled == [(1, 0)] * 4 + [(1, 1)]
+    order += [reply.metadata.src_node_id for reply in found]
+    assert order == list(nodes)
+
+
+def test_small_replies_are_pulled_together(start: Start) -> None:
+    grid = start({node: [(0.0, good)] for node in range(2000, 2010)})
+    assert len(outcomes(Engine(grid, None, 100.0), *range(2000, 2010))) == 10
+    assert grid.pulled == [(10, 10)]
+
+
+def test_a_reply_that_was_taken_is_free_before_the_next_is_pulled(start: Start) -> None:
+    grid = start({node: [(0.0, good)] for node in range(2000, 2004)})
+    seen: list[weakref.ref[RecordDict]] = []
+    pull = grid.pull_messages
+
+    def watched(ids: Iterable[str]) -> Iterable[Message]:
+        assert all(reference() is None for reference in seen)
+        return pull(ids)
+
+    grid.pull_messages = watched  # type: ignore[method-assign]
+    for reply in exchange(Engine(grid, None, 100.0), large_to(*range(2000, 2004), size=PULL_BYTES)):
+        seen.append(weakref.ref(reply.content))
+        del reply
+    assert len(seen) == 4
+
+
+def failing(status: int, times: int, call: Callable[..., Any]) -> Callable[..., Any]:
+    """The call, when it has failed so often with this status of HTTP."""
+    left = [None] * times
+
+    def attempt(*arguments: Any) -> Any:
+        if left:
+            left.pop()
+            request = httpx.Request("POST", "http://superlink")
+            answer = httpx.Response(status, request=request)
+            raise httpx.HTTPStatusError("failed", request=request, response=answer)
+        return call(*arguments)
+
+    return attempt
+
+
+def test_replies_are_asked_for_again_where_the_superlink_is_busy(start: Start) -> None:
+    """Its database is locked where several sites write much: it says that it has failed."""
+    grid = start({2000: [(0.0, good)], 2001: [(0.0, good)]})
+    grid.pull_messages = failing(500, 3, grid.pull_messages)  # type: ignore[method-assign]
+    found = outcomes(Engine(grid, None, 100.0), 2000, 2001)
+    assert found == [(2000, "good"), (2001, "good")]
+
+
+def test_who_cannot_be_written_to_by_a_busy_superlink_is_left_out(start: Start) -> None:
+    grid = start({2000: [(0.0, good)], 2001: [(0.0, good)]})
+    grid.push_messages = failing(503, 1, grid.push_messages)  # type: ignore[method-assign]
+    found = outcomes(Engine(grid, None, 100.0), 2000, 2001)
+    assert found == [(2000, "cannot be reached"), (2001, "good")]
+
+
+@pytest.mark.parametrize("call", ["pull_messages", "push_messages"])
+def test_other_errors_of_the_superlink_are_raised(start: Start, call: str) -> None:
+    grid = start({2000: [(0.0, good)]})
+    setattr(grid, call, failing(403, 1, getattr(grid, call)))
+    with pytest.raises(httpx.HTTPStatusError):
+        outcomes(Engine(grid, None, 100.0), 2000)
 
 
 @pytest.mark.parametrize("in_flight", [None, 1, 2, 10])

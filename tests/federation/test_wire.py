@@ -21,6 +21,7 @@ from prelort.adapters import LoraAdapter
 from prelort.config import TrainingConfig
 from prelort.errors import UpdateRefused
 from prelort.federation import wire
+from prelort.federation.encoding import DTYPES
 
 CLIENT = clients_of([4])[0]
 
@@ -38,12 +39,12 @@ class TestRoundTrip:
 
         received, frozen = wire.adapter(content, head)
 
-        assert same_bits(received, sent.to(wire.DTYPES[dtype]))
+        assert same_bits(received, sent.to(DTYPES[dtype]))
         assert frozen is None
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
     def test_a_type_that_fits_is_not_rounded_at_all(self, dtype: str) -> None:
-        kind = wire.DTYPES[dtype]
+        kind = DTYPES[dtype]
         sent = make_adapter(4, seed=3, dtype=kind)
         content = packed(dtype, sent)
 

@@ -36,6 +36,7 @@ from prelort.errors import ConfigError, UpdateRefused
 from prelort.experiment import checkpoint
 from prelort.experiment.checkpoint import Checkpoint
 from prelort.federation import wire
+from prelort.federation.encoding import carries_change, change_of, decode, encode
 from prelort.federation.flower import (
     Message,
     MessageType,
@@ -514,12 +515,13 @@ def test_half_precision_replies_are_taken_in_float32(name, dtype):
 
 
 def message_of(
-    agreement: Agreement, round_index: int, sent: Broadcast, update: Update, dtype: str
+    agreement: Agreement, round_index: int, sent: Broadcast, update: Update, dtype: Any
 ) -> Message:
     """A client's reply as it travels."""
     head = wire.TrainReply(
         **agreement.header(update.adapter.rank).model_dump(),
         dtype=dtype,
+        change=carries_change(dtype),
         client=update.client.name,
         round=round_index,
         examples=update.examples,
@@ -527,7 +529,8 @@ def message_of(
         loss=1.0,
         seconds=0.1,
     )
-    content = wire.pack(head, update.adapter, without=wire.staying(sent.trains, sent.personal))
+    answer = change_of(update.adapter, sent.trainable) if head.change else update.adapter
+    content = wire.pack(head, answer, without=wire.staying(sent.trains, sent.personal))
     identify_process(1)
     request = Message(RecordDict(), dst_node_id=7, message_type=MessageType.TRAIN)
     set_message_id(request, "request")
@@ -536,11 +539,11 @@ def message_of(
 
 @every
 @pytest.mark.parametrize("rounds", [0, 1])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_a_reply_comes_through_the_wire_and_one_with_nan_is_left_out(name, rounds, dtype):
     method, state = after_rounds(name, rounds)
     agreement = Agreement("base", AdapterSchema.of(state.adapter), state.adapter.scale)
-    limits, taken, refused = FederationConfig(), [], 0
+    limits, taken, refused = FederationConfig(wire_dtype=dtype), [], 0
     for k, update in enumerate(replies(method, state, served(name))):
         sent = method.broadcast(state, update.client)
         staying = wire.staying(sent.trains, sent.personal)
@@ -561,10 +564,12 @@ def test_a_reply_comes_through_the_wire_and_one_with_nan_is_left_out(name, round
             continue
         message = message_of(agreement, rounds, sent, update, dtype)
         found, _ = checked(message, update.client, rounds, agreement, limits, sent)
+        base = sent.trainable.prefix(update.adapter.rank).tensors()
         for n, tensor in update.adapter.tensors().items():
-            travelled = wire.kind_of(n) not in staying
-            rounded = tensor.to(wire.DTYPES[dtype]) if travelled else tensor
-            assert torch.equal(found.adapter.tensors()[n], rounded)
+            if dtype != "float32" and wire.kind_of(n) not in staying:
+                change = decode(encode({n: tensor - base[n]}, dtype), dtype)[n]
+                tensor = base[n] + change.float()
+            assert torch.equal(found.adapter.tensors()[n], tensor)
         taken.append(found)
     assert refused >= 3
     assert len(taken) == 2

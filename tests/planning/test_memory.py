@@ -77,17 +77,30 @@ def test_what_is_sent_has_the_type_of_the_wire(
     assert found.sent == 2 * found.adapter * width // 4
 
 
+def test_int8_has_a_scale_for_each_slot(settings: Callable[..., Config]) -> None:
+    found = estimate(settings(federation={"wire_dtype": "int8"}), 4)
+    slots = 2 * 7 * (4 + 4)  # rows of A and columns of B of two blocks' linear layers
+    assert found.down == found.up == found.adapter // 4 + 4 * slots
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("method", ["prelort", "fedex-lora"])
 def test_what_is_sent_is_what_a_run_counts(
-    make_config: Callable[..., Config], tmp_path: Path
+    make_config: Callable[..., Config], tmp_path: Path, dtype: str, method: str
 ) -> None:
-    config = make_config(ranks={"mix": "8*1"}, federation={"rounds": 1, "clients_per_round": 2})
+    config = make_config(
+        method={"name": method},
+        ranks={"mix": "8*1"},
+        federation={"rounds": 1, "clients_per_round": 2, "wire_dtype": dtype},
+    )
     prelort.run(config, tmp_path / "run")
     found = estimate(config, 8)
     events = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     event = next(e for e in events if e["event"] == "aggregated")
     # Beside the tensors a message has their names and shapes, and a header.
-    assert 2 * found.down < event["bytes_down"] < 2 * found.down + 2 * 5000
-    assert 2 * found.up < event["bytes_up"] < 2 * found.up + 2 * 5000
+    more = 8000 if dtype == "int8" else 5000
+    assert 2 * found.down < event["bytes_down"] < 2 * (found.down + more)
+    assert 2 * found.up < event["bytes_up"] < 2 * (found.up + more)
 
 
 def test_what_should_save_memory_does(settings: Callable[..., Config]) -> None:

@@ -13,6 +13,7 @@ import os
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 
+import httpx
 from flwr.app import (
     Array,
     ArrayRecord,
@@ -46,6 +47,7 @@ __all__ = [
     "Strategy",
     "envelope",
     "identify_process",
+    "is_busy",
     "set_message_id",
     "simulate",
 ]
@@ -78,6 +80,16 @@ def envelope(message: Message) -> Message:
 def set_message_id(message: Message, message_id: str) -> None:
     """Give a message its id, as a SuperLink does (private in 1.41)."""
     message.metadata.__dict__["_message_id"] = message_id
+
+
+def is_busy(error: Exception) -> bool:
+    """Whether the SuperLink could not answer this time, as when its database is being written.
+
+    Its database has one writer at a time, and who has waited for 5 s for it is told of an internal
+    error (not configurable in 1.41). With adapters of some hundred MB from several sites this
+    happens in good order.
+    """
+    return isinstance(error, httpx.HTTPStatusError) and error.response.status_code >= 500
 
 
 def simulate(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from prelort.adapters import AdapterSchema, ScaleRule
 from prelort.errors import UpdateRefused
 from prelort.federation import wire
-from prelort.federation.exchange import POLL_SECONDS, Engine, from_node_asked, push
+from prelort.federation.exchange import POLL_SECONDS, Engine, from_node_asked, pull, push
 from prelort.federation.flower import Message, MessageType, envelope
 from prelort.methods.interface import Client
 
@@ -157,7 +157,7 @@ class Roster:
             retry = math.inf if engine.patience is None else RETRY_SECONDS
             if node not in self._known and node not in asked and now - when >= retry:
                 self._ask(engine, node)
-        replies = list(engine.grid.pull_messages(list(self._asked))) if self._asked else []
+        replies = pull(engine, list(self._asked)) if self._asked else []
         for reply in replies:
             message = self._asked.pop(reply.metadata.reply_to_message_id, None)
             if message is not None:

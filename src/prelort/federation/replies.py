@@ -7,6 +7,7 @@ import math
 from prelort.config import FederationConfig
 from prelort.errors import UpdateRefused
 from prelort.federation import wire
+from prelort.federation.encoding import with_change
 from prelort.federation.flower import Message
 from prelort.federation.registry import Agreement
 from prelort.methods.interface import Broadcast, Client, Update
@@ -23,10 +24,13 @@ def checked(
 ) -> tuple[Update, wire.TrainReply]:
     """The update in a reply and its header; what it did not train is as it was ``sent``.
 
+    Where the reply carries a change, the update is what was ``sent``, in the server's own
+    precision, with that change.
+
     Raises `UpdateRefused` with the reason: an error or no answer, another base, layers, scale,
-    rank (unless it ``may_prune``), client or round than asked, an impossible number of examples
-    or rank to go on with, or a tensor that is missing, surplus, mis-shaped, mistyped, not finite
-    or absurdly large.
+    rank (unless it ``may_prune``), client, round or type than asked, an impossible number of
+    examples or rank to go on with, or a tensor that is missing, surplus, mis-shaped, mistyped,
+    not finite or absurdly large.
     """
     content = wire.answered(reply)
     head = wire.header(content, wire.TrainReply)
@@ -47,11 +51,16 @@ def checked(
         raise UpdateRefused(
             f"offers rank {head.next_rank}, but the global adapter has {agreement.schema.rank}"
         )
-    kept = wire.of_kinds(sent.trainable, wire.staying(sent.trains, sent.personal))
+    wire.check_dtype(head, limits.wire_dtype)
+    base = sent.trainable.prefix(head.rank)
+    kept = wire.of_kinds(base, wire.staying(sent.trains, sent.personal))
     adapter, surplus = wire.adapter(content, head, kept)
     if surplus is not None:
         raise UpdateRefused("sends a frozen adapter, which nobody asked for")
     wire.check_adapter(adapter, agreement.schema, head.rank, limits.max_abs_value)
+    if head.change:  # itself checked above: it may hide a value behind one of the other sign
+        adapter = with_change(base, adapter, kept)
+        wire.check_adapter(adapter, agreement.schema, head.rank, limits.max_abs_value)
     return Update(client, adapter, head.examples), head
 
 

@@ -15,6 +15,7 @@ from prelort.adapters.initial import draw_a
 from prelort.errors import PrelortError, UpdateRefused
 from prelort.federation import wire
 from prelort.federation.client_app import Kind, client_app
+from prelort.federation.encoding import carries_change, change_of
 from prelort.federation.flower import ClientApp, Context, RecordDict
 from prelort.federation.personal import PersonalStore
 from prelort.federation.registry import Agreement
@@ -92,7 +93,7 @@ def _train(site: Site, content: RecordDict) -> RecordDict:
     """Check the request, train the adapter that came with it, and pack the reply."""
     work = site.workspace
     request = wire.header(content, wire.TrainRequest)
-    _install(site, content, request, request.trains)
+    received = _install(site, content, request, request.trains)
     tail = request.tail
     tail_before = tail_norm(work.model, tail, request.rank) if tail else 0.0
     assignment = Assignment(
@@ -123,6 +124,7 @@ def _train(site: Site, content: RecordDict) -> RecordDict:
         client=site.name,
         examples=len(site.examples),
         dtype=request.dtype,
+        change=carries_change(request.dtype),
         round=request.round,
         steps=result.steps,
         loss=result.loss,
@@ -131,7 +133,10 @@ def _train(site: Site, content: RecordDict) -> RecordDict:
         validation_loss=_validation_loss(site) if request.with_validation else None,
     )
     staying = wire.staying(request.trains, request.personal)
-    return wire.pack(reply, trained.prefix(rank), without=staying)
+    answer = trained.prefix(rank)
+    if reply.change:
+        answer = change_of(answer, received)
+    return wire.pack(reply, answer, without=staying)
 
 
 def _evaluate(site: Site, content: RecordDict) -> RecordDict:
@@ -164,8 +169,8 @@ def _weight(site: Site) -> int:
 
 def _install(
     site: Site, content: RecordDict, request: wire.Delivery, trains: Trained = "AB"
-) -> None:
-    """Check what was delivered and make it the model's adapter."""
+) -> LoraAdapter:
+    """Check what was delivered, make it the model's adapter and return it."""
     work = site.workspace
     work.agreement.check(request)
     most = max(site.most, site.rank)
@@ -177,6 +182,7 @@ def _install(
     if frozen is not None:
         wire.check_frozen(frozen, work.agreement.schema)
     install(work.model, received, frozen=frozen, trains=trains, gain=request.gain)
+    return received
 
 
 def _known(site: Site, request: wire.Delivery) -> dict[str, Tensor]:

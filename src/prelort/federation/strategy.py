@@ -193,7 +193,10 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
         for participant in asked:
             content = self._request(server_round, self._now(participant))
             self._tally.bytes_down += wire.size(content)
-            yield self._message(participant.node_id, content, MessageType.TRAIN, server_round)
+            message = self._message(participant.node_id, content, MessageType.TRAIN, server_round)
+            del content
+            yield message
+            del message  # before the next one is made
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -220,6 +223,7 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
             if client is None:
                 continue  # answers twice, or was not asked
             self._take(server_round, client, reply, in_order, diagnosis)
+            del reply  # before the next one is pulled
         for client in asked.values():  # only where another loop than `exchange` sent the messages
             self._leave_out(server_round, client, "did not answer", in_order)
         self._check_quorum(server_round)

@@ -22,12 +22,11 @@ from prelort.adapters import AdapterSchema, LoraAdapter, ScaleRule, Trained
 from prelort.config import TrainingConfig
 from prelort.errors import AdapterError, UpdateRefused
 from prelort.federation.content import blob_in, content_of, record_of, text_in
+from prelort.federation.encoding import Dtype, carries_change, decode, encode
 from prelort.federation.flower import ArrayRecord, Message, RecordDict
 from prelort.methods.objective import Kind, Objective, TailPenalty
 
 PROTOCOL = 3
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-Dtype = Literal["float32", "bfloat16", "float16"]
 Seconds = Annotated[float, PlainSerializer(lambda value: f"{value:.6e}", when_used="json")]
 """A time, always as many bytes long, so that equal runs count equal bytes."""
 
@@ -136,6 +135,8 @@ class TrainReply(Header):
     """What a client says with its trained adapter. ``round`` counts from 0."""
 
     dtype: Dtype
+    change: bool
+    """Whether the adapter is the change of what the client received, and not the trained one."""
     client: str
     round: int
     examples: int
@@ -156,19 +157,18 @@ def pack(
     frozen: LoraAdapter | None = None,
     without: Sequence[str] = (),
 ) -> RecordDict:
-    """A message's content, in the header's dtype (values are rounded to it).
+    """A message's content, in the header's dtype (values are rounded to it, see `encoding`).
 
     ``without``: the kinds of the adapter's tensors that do not travel.
     """
     if adapter is None:
         return content_of(header.model_dump_json())
-    dtype = DTYPES[header.dtype]  # type: ignore[attr-defined]
+    dtype: str = header.dtype  # type: ignore[attr-defined]
     tensors = {n: t for n, t in adapter.tensors().items() if kind_of(n) not in without}
     if frozen is not None:
         # Copies: safetensors refuses tensors that share memory, as views of one state may.
         tensors |= {_FROZEN + name: tensor.clone() for name, tensor in frozen.tensors().items()}
-    blob = _bytes({name: tensor.to(dtype) for name, tensor in tensors.items()})
-    return content_of(header.model_dump_json(), blob)
+    return content_of(header.model_dump_json(), _bytes(encode(tensors, dtype)))
 
 
 def record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
@@ -199,17 +199,17 @@ def adapter(
     content: RecordDict, head: Delivery | TrainReply, known: Mapping[str, Tensor] | None = None
 ) -> tuple[LoraAdapter, LoraAdapter | None]:
     """The adapter that came with a header, completed by the tensors ``known`` already, and the
-    frozen one beside it, if there is one.
+    frozen one beside it, if there is one; in the header's dtype, or float32 where that is int8.
 
-    Raises `UpdateRefused` for truncated or foreign bytes, for a type that is not the stated one
-    and for a tensor that should not have travelled. Shapes and values are checked by
-    `check_adapter`.
+    Raises `UpdateRefused` for truncated or foreign bytes, for a type that is not the stated one,
+    for scales that do not fit and for a tensor that should not have travelled. Shapes and values
+    are checked by `check_adapter`.
     """
     blob = blob_in(content)
     if blob is None:
         raise UpdateRefused("carries no adapter")
     try:
-        tensors = safetensors.torch.load(blob)
+        tensors = decode(safetensors.torch.load(blob), head.dtype)
         for name in tensors.keys() & (known or {}).keys():
             raise UpdateRefused(f"tensor {name!r} is surplus: it is not trained")
         second = {n.removeprefix(_FROZEN): t for n, t in tensors.items() if n.startswith(_FROZEN)}
@@ -218,10 +218,18 @@ def adapter(
         frozen = LoraAdapter.from_tensors(second, head.rule) if second else None
     except (SafetensorError, AdapterError, ValueError, KeyError, RuntimeError) as error:
         raise UpdateRefused(f"adapter cannot be read: {error}") from None
-    for name, tensor in tensors.items():
-        if tensor.dtype != DTYPES[head.dtype]:
-            raise UpdateRefused(f"tensor {name!r} is {tensor.dtype}, stated was {head.dtype}")
     return found, frozen
+
+
+def check_dtype(head: TrainReply, asked: Dtype) -> None:
+    """Raise `UpdateRefused` for a reply of another type, or a value where a change was asked."""
+    if head.dtype != asked:
+        raise UpdateRefused(f"answers in {head.dtype}, asked was {asked}")
+    if head.change != carries_change(asked):
+        names = {True: "a change", False: "values"}
+        raise UpdateRefused(
+            f"answers with {names[head.change]}, but {asked} carries {names[not head.change]}"
+        )
 
 
 def staying(trains: Trained, personal: bool) -> tuple[str, ...]:

@@ -40,7 +40,9 @@ from prelort.training.truncation import Truncation
 UNLIMITED = 2**20
 """The rank of layers that no pattern limits, in a model that has no memory."""
 
-WIRE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+WIRE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+SCALE_BYTES = 4
+"""Of each slot's scale, where numbers travel as int8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,18 +222,26 @@ class Stage:
 
     def _travelling(self, sent: Broadcast) -> tuple[int, int]:
         """Bytes of the tensors that go down and come up (as `federation.wire` packs them)."""
-        width = WIRE_BYTES[self.config.federation.wire_dtype]
+        dtype = self.config.federation.wire_dtype
         kinds = {"A": 0, "B": 0, "extra": 0}
         for name, tensor in sent.trainable.tensors().items():
             kind = {".lora_A.weight": "A", ".lora_B.weight": "B"}.get(name[-14:], "extra")
-            kinds[kind] += tensor.numel() * width
-        frozen = sent.frozen.num_parameters * width if sent.frozen is not None else 0
+            kinds[kind] += _wire_bytes(kind, tensor, dtype)
+        second = sent.frozen.layers.values() if sent.frozen is not None else ()
+        frozen = sum(_wire_bytes("A", f.A, dtype) + _wire_bytes("B", f.B, dtype) for f in second)
         stays = {"B", "extra"} if sent.personal else set()
         drawn = {letter for letter in "AB" if letter in sent.drawn and sent.drawn != "nothing"}
         untrained = {letter for letter in "AB" if letter not in sent.trains}
         down = sum(size for kind, size in kinds.items() if kind not in stays | drawn)
         up = sum(size for kind, size in kinds.items() if kind not in stays | untrained)
         return down + frozen, up
+
+
+def _wire_bytes(kind: str, tensor: Tensor, dtype: str) -> int:
+    """The bytes of one tensor as it travels: its numbers and, in int8, a scale for each slot."""
+    slots = tensor.shape[1 if kind == "B" else 0] if tensor.ndim > 1 else 1
+    scales = SCALE_BYTES * slots if dtype == "int8" else 0
+    return tensor.numel() * WIRE_BYTES[dtype] + scales
 
 
 def levels_of(config: Config) -> set[int]:

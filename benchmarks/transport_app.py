@@ -1,0 +1,140 @@
+"""The apps of `transport.py`: prelort's own server and wire, and clients that have no model.
+
+A client adds noise to what it received; the adapter has the shapes of a model of 7 billion
+parameters, and there is nothing behind it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from prelort.adapters import AdapterSchema, Factors, LoraAdapter, ScaleRule
+from prelort.adapters.initial import draw_a
+from prelort.config import check
+from prelort.federation import wire
+from prelort.federation.client_app import Kind, client_app
+from prelort.federation.encoding import carries_change, change_of
+from prelort.federation.exchange import Engine
+from prelort.federation.flower import Context, Grid, RecordDict, ServerApp
+from prelort.federation.registry import Agreement
+
+BLOCKS, WIDTH, INNER, RANK = 32, 4096, 11008, 64
+ATTENTION = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (WIDTH, WIDTH))
+INSIDE = {"gate_proj": (WIDTH, INNER), "up_proj": (WIDTH, INNER), "down_proj": (INNER, WIDTH)}
+CASES = {
+    "none": {"q_proj": (8, 8)},
+    "qv": {name: ATTENTION[name] for name in ("q_proj", "v_proj")},
+    "all": ATTENTION | INSIDE,
+}
+"""What is adapted in each block of a Llama-2-7B: name -> (d_in, d_out)."""
+SCALE = ScaleRule("constant", 2.0)
+TIMEOUT = 900.0
+
+torch.set_num_threads(1)
+
+
+def agreement_of(case: str) -> Agreement:
+    """The shapes of the case's adapter at rank 64."""
+    layers = {
+        f"layers.{block}.{name}": (d_in, d_out, RANK)
+        for block in range(BLOCKS)
+        for name, (d_in, d_out) in CASES[case].items()
+    }
+    return Agreement("synthetic", AdapterSchema(layers, {}), SCALE)
+
+
+def initial(agreement: Agreement) -> LoraAdapter:
+    """A as it is drawn, B of numbers as after some rounds."""
+    layers = {}
+    for name, (d_in, d_out, rank) in agreement.schema.layers.items():
+        b = draw_a(1, name, rank, d_out).T.contiguous()
+        layers[name] = Factors(draw_a(0, name, rank, d_in), b)
+    return LoraAdapter(layers, SCALE)
+
+
+def respond(kind: Kind, content: RecordDict, context: Context) -> RecordDict:
+    """A client's answer: the checks and the wire of a real one, and noise for training."""
+    started = time.perf_counter()
+    agreement = agreement_of(str(context.run_config["case"]))
+    number, rank = int(context.node_config["partition-id"]), int(context.node_config["rank"])
+    name = f"site-{number}"
+    if kind != "train":
+        facts = agreement.header(rank).model_dump()
+        return wire.pack(wire.Introduction(**facts, client=name, examples=10, most=rank))
+    request = wire.header(content, wire.TrainRequest)
+    agreement.check(request)
+    received, _ = wire.adapter(content, request)
+    wire.check_adapter(received, agreement.schema, request.rank, float("inf"))
+    generator = torch.Generator().manual_seed(number)
+    noisy = {
+        name: tensor.float() + 1e-3 * torch.rand(tensor.shape, generator=generator)
+        for name, tensor in received.tensors().items()
+    }
+    answer = LoraAdapter.from_tensors(noisy, SCALE)
+    head = wire.TrainReply(
+        **agreement.header(request.rank).model_dump(),
+        dtype=request.dtype,
+        change=carries_change(request.dtype),
+        client=name,
+        round=request.round,
+        examples=10,
+        steps=1,
+        loss=1.0,
+        seconds=time.perf_counter() - started,
+    )
+    return wire.pack(head, change_of(answer, received) if head.change else answer)
+
+
+client = client_app(respond)
+server = ServerApp()
+
+
+@server.main()  # type: ignore[untyped-decorator]
+def main(grid: Grid, context: Context) -> None:
+    """The rounds, as `prelort.federation.server.serve` carries them out; writes what they took."""
+    from prelort.federation.server import ServerPlan, serve
+    from prelort.methods.interface import ServerState
+
+    asked: dict[str, Any] = dict(context.run_config)
+    agreement = agreement_of(str(asked["case"]))
+    nodes = int(asked["nodes"])
+    config = check(
+        {
+            "method": {"name": "prelort"},
+            "evaluation": {"diagnostics": False},
+            "federation": {
+                "rounds": int(asked["rounds"]),
+                "clients_per_round": nodes,
+                "min_clients": nodes,
+                "quorum": 1.0,
+                "timeout": TIMEOUT,
+                "attempts": 1,
+                "wire_dtype": str(asked["dtype"]),
+            },
+        }
+    )
+    state = ServerState(initial(agreement))
+    found: dict[str, Any] = {
+        "parameters": state.adapter.num_parameters,
+        "before": psutil.Process().memory_info().rss,
+        "events": [],
+    }
+    plan = ServerPlan(
+        config=config,
+        state=state,
+        agreement=agreement,
+        emit=found["events"].append,
+        before_rounds=lambda now: None,
+        after_round=lambda now: None,
+        finished=lambda now: None,
+    )
+    try:
+        serve(plan, Engine(grid, None, TIMEOUT, patience=120.0))
+    finally:
+        Path(str(asked["out"])).write_text(json.dumps(found))
