@@ -142,6 +142,7 @@ class Federation:
         """One of the scripts, to its end."""
         found = subprocess.run(
             [str(self.path / "scripts" / name), *arguments],
+            cwd=self.path,
             env=self.environment,
             capture_output=True,
             text=True,
@@ -217,6 +218,7 @@ class Federation:
     # Runs
 
     def start_run(self, name: str = "run", settings: str = "") -> subprocess.Popen[bytes]:
+        self._cut(name)
         process = self.background(
             f"flwr-{len(self.runs)}.log",
             str(self.path / "scripts" / "run.sh"),
@@ -225,6 +227,15 @@ class Federation:
         )
         self.runs.append(process)
         return process
+
+    def _cut(self, name: str) -> None:
+        """Cut the log where its last checkpoint ends, as going on does: what follows is new."""
+        checkpoints = sorted(self.folder(name).glob("checkpoints/*/state.json"))
+        log = self.folder(name) / "metrics.jsonl"
+        if log.is_file():
+            size = json.loads(checkpoints[-1].read_text())["metrics_bytes"] if checkpoints else 0
+            if log.stat().st_size > size:
+                os.truncate(log, size)
 
     def run(self, name: str = "run", settings: str = "", seconds: float = 240) -> str:
         """Run to the end; what `flwr run` showed."""

@@ -18,6 +18,9 @@ from prelort.report import events as reading
 from prelort.report.progress import LiveProgress
 from prelort.report.tables import comparison_table
 
+LEAVING_SECONDS = 10.0
+"""How long the app of a SuperLink that was killed may still have the run's folder."""
+
 
 def carry_out(
     federation: Path, out: Path, overrides: list[str], grid: Grid, console: Console
@@ -37,6 +40,7 @@ def carry_out(
             out,
             resume=begun,
             listeners=[progress],
+            patience=LEAVING_SECONDS,
             stage_of=lambda config, folder: at_sites(config, grid),
         )
     several.write_results({config.method.name: out}, out)

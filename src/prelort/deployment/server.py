@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
+import threading
+import time
 from pathlib import Path
 
 from rich.console import Console
@@ -22,6 +25,7 @@ def federation_app(federation: Path) -> ServerApp:
 
     @app.main()  # type: ignore[untyped-decorator]
     def main(grid: Grid, context: Context) -> None:
+        _end_with_parent()
         quiet_libraries()
         from prelort.deployment.rounds import carry_out
 
@@ -32,3 +36,19 @@ def federation_app(federation: Path) -> ServerApp:
         carry_out(federation, Path(folder).expanduser(), overrides, grid, console)
 
     return app
+
+
+def _end_with_parent() -> None:
+    """End this process soon after the one that has started it: it belongs to the SuperLink.
+
+    Flower 1.41 asks the app to stop then, but a call that it keeps retrying can hold it for
+    minutes, and with it the run's folder. At any moment the run can be gone on with.
+    """
+    parent = os.getppid()
+
+    def look() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=look, daemon=True).start()

@@ -93,10 +93,13 @@ class RunFolder:
             raise ConfigError(f"{str(self.path)!r} holds no run: config.toml is missing")
         return configuration.load(self.config_file)
 
-    def lock(self) -> None:
-        """Take the folder for this process. Raises `ConfigError` if another one has it."""
+    def lock(self, seconds: float = 0.0) -> None:
+        """Take the folder for this process.
+
+        Raises `ConfigError` if another one has it and keeps it for so many ``seconds``.
+        """
         try:
-            self._lock.acquire(timeout=0)
+            self._lock.acquire(timeout=seconds)
         except Timeout:
             raise ConfigError(
                 f"{str(self.path)!r} is in use: another prelort process is running it"

@@ -56,11 +56,13 @@ def run(
     listeners: Sequence[Listener] = (),
     stage_of: StageOf = in_process,
     track: Sequence[str] = (),
+    patience: float = 0.0,
 ) -> RunResult:
     """Run the whole of ``config`` in the folder ``out``, by default all in this process.
 
     With ``resume`` go on with the run in the folder, from its last checkpoint, to the same
-    adapters, bit for bit (same machine, same number of threads). Raises `ConfigError`,
+    adapters, bit for bit (same machine, same number of threads). ``patience``: seconds to wait for
+    another process to leave the folder. Raises `ConfigError`,
     `CheckpointError`, `QuorumError`; nothing that was finished is lost by any of them. A new run
     that is refused before it begins leaves nothing behind. ``track`` names experiment trackers
     (`prelort.report.trackers`); of those, none can stop a run that has begun.
@@ -72,7 +74,7 @@ def run(
     else:
         methods.find(config.method.name)
         folder.create(config)
-    folder.lock()
+    folder.lock(patience)
     try:
         tracked = trackers.TrackedRun(folder.path, configuration.flat(config))
         with (

@@ -6,15 +6,21 @@ cd "$here"
 run="${1:-$here/runs/demo}"
 pids=()
 
-finish() {
-  status=$?
-  trap - EXIT INT TERM
-  for pid in "${pids[@]}"; do kill -TERM -- "-$pid" 2>/dev/null || true; done
-  for pid in "${pids[@]}"; do
+end() { # PID...: these process groups
+  for pid in "$@"; do kill -TERM -- "-$pid" 2>/dev/null || true; done
+  for pid in "$@"; do
     for _ in $(seq 150); do kill -0 -- "-$pid" 2>/dev/null || break; sleep 0.1; done
     kill -KILL -- "-$pid" 2>/dev/null || true
     wait "$pid" 2>/dev/null || true
   done
+}
+
+finish() {
+  status=$?
+  trap - EXIT INT TERM
+  end "${pids[@]:1}"  # the sites first, so that they can sign off
+  end "${pids[@]:0:1}"
+  pkill -KILL -f -- "--root-certificates $here/certificates/ca.crt" || true
   for site in sites/*/; do prelort site stop "$site/site.toml" || true; done
   exit "$status"
 }

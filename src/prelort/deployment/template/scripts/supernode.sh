@@ -3,9 +3,22 @@
 # PORT is for its own processes on this machine (give each SuperNode of one machine another).
 source "$(dirname "$0")/settings.sh"
 site="${1:?which site? e.g. scripts/supernode.sh site-1}"
-exec flower-supernode \
-  --superlink "$HOST:$PORT" \
-  --root-certificates "$here/certificates/ca.crt" \
-  --auth-supernode-private-key "$here/sites/$site/key" \
-  --host 127.0.0.1 --port "${2:-18090}" \
-  --node-config "site=\"$here/sites/$site/site.toml\""
+
+# One that was killed counts as connected for up to a minute, and is refused as long: try again.
+for attempt in 1 2 3 4 5 6 7 8; do
+  started=$SECONDS
+  flower-supernode \
+    --superlink "$HOST:$PORT" \
+    --root-certificates "$here/certificates/ca.crt" \
+    --auth-supernode-private-key "$here/sites/$site/key" \
+    --host 127.0.0.1 --port "${2:-18090}" \
+    --node-config "site=\"$here/sites/$site/site.toml\"" &
+  node=$!
+  trap 'kill -TERM "$node" 2>/dev/null; wait "$node"; exit' INT TERM
+  if wait "$node"; then exit 0; fi
+  if [ $((SECONDS - started)) -gt 60 ]; then exit 1; fi
+  echo "not connected (try $attempt of 8): is the key registered, and not in use elsewhere?"
+  sleep 10 &
+  wait "$!"
+done
+exit 1

@@ -1,0 +1,88 @@
+"""Who may connect: sites with a registered key, over TLS, to the server of the right authority."""
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from loopback import Federation, free_port, until
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+    with Federation(tmp_path_factory.mktemp("tls"), tls=True) as made:
+        made.start_superlink()
+        yield made
+
+
+def log_of(federation: Federation, name: str) -> str:
+    return (federation.path / "logs" / f"{name}.log").read_text()
+
+
+def connected(federation: Federation) -> int:
+    return log_of(federation, "superlink").count("[Fleet.ActivateNode] Activated node_id")
+
+
+def test_only_a_registered_site_is_let_in(federation: Federation) -> None:
+    federation.script("key.sh", "site-1")
+    federation.start_node("site-1")
+    until(lambda: "not connected (try 1 of 8)" in log_of(federation, "site-1"), 60, "its refusal")
+    assert "Exit Code: 305" in log_of(federation, "site-1")
+    assert connected(federation) == 0
+
+    said = federation.script("register.sh", "sites/site-1/key.pub")
+    assert "registered successfully" in said
+    until(lambda: connected(federation) == 1, 60, "its next try")
+    assert "is registered already" in federation.script("register.sh", "sites/site-1/key.pub")
+
+
+def test_a_private_key_stays_private(federation: Federation) -> None:
+    federation.script("key.sh", "site-3")
+    secret = [federation.path / "sites" / "site-3" / "key"]
+    secret += (federation.path / "certificates").glob("*.key")
+    assert len(secret) == 3
+    for file in secret:
+        assert file.stat().st_mode & 0o077 == 0, file
+
+
+def refused(federation: Federation, name: str, *arguments: str) -> str:
+    """What a SuperNode says that cannot connect; it is given a while, and is then ended."""
+    before = connected(federation)
+    process = federation.background(
+        f"{name}.log",
+        "flower-supernode",
+        *("--superlink", f"127.0.0.1:{federation.port}"),
+        *("--host", "127.0.0.1", "--port", str(free_port())),
+        *("--max-retries", "2", "--max-wait-time", "10"),
+        *arguments,
+    )
+    federation.nodes[name] = process
+    try:
+        process.wait(30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+    assert connected(federation) == before
+    return log_of(federation, name)
+
+
+def test_without_tls_nobody_is_let_in(federation: Federation) -> None:
+    assert "Activated" not in refused(federation, "plain", "--insecure")
+
+
+def test_a_server_of_another_authority_is_not_trusted(
+    federation: Federation, tmp_path: Path
+) -> None:
+    other = Federation(tmp_path, tls=True)
+    other.script("certificates.sh")
+    strange = federation.path / "certificates" / "other.crt"
+    shutil.copy(other.path / "certificates" / "ca.crt", strange)
+    federation.script("key.sh", "site-2")
+    federation.script("register.sh", "sites/site-2/key.pub")
+    said = refused(
+        federation,
+        "strange",
+        *("--root-certificates", str(strange)),
+        *("--auth-supernode-private-key", str(federation.path / "sites" / "site-2" / "key")),
+    )
+    assert "Activated" not in said
