@@ -8,8 +8,8 @@ BIN := .venv/bin
 # than on a CPU: make install TORCH="torch==2.13.0 --index-url ..." for the build of your GPU.
 TORCH ?= torch==2.13.0
 OUT ?= runs/quickstart
-# Two more than there are cores: the tests of whole federations mostly wait.
-WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2) + 2)
+# One more than there are cores: the tests of whole federations mostly wait.
+WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2) + 1)
 
 .PHONY: help install quickstart federation test lint types format docs bench clean
 .DEFAULT_GOAL := help
@@ -35,7 +35,7 @@ federation: install ## run 1 SuperLink and 3 sites on this machine, with TLS and
 	PATH="$(CURDIR)/$(BIN):$$PATH" runs/federation/scripts/demo.sh
 
 test: install ## run all tests
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -n $(WORKERS) --maxschedchunk 1
 
 lint: install ## check style and formatting
 	$(BIN)/ruff check .

@@ -19,17 +19,21 @@ from small_federation import (
     blob_of,
     clients_of,
     header_of,
+    in_process,
     make_adapter,
+    make_config,
     make_reply_header,
+    make_strategy,
     raw_content,
     request_to,
     same_bits,
 )
 
 from prelort.adapters import AdapterSchema, ScaleRule
-from prelort.errors import UpdateRefused
+from prelort.errors import QuorumError, UpdateRefused
 from prelort.federation import wire
-from prelort.federation.flower import Error, Message, RecordDict
+from prelort.federation.exchange import Engine
+from prelort.federation.flower import Context, Error, Message, RecordDict
 from prelort.federation.registry import Agreement
 from prelort.federation.replies import checked
 from prelort.methods import Broadcast
@@ -199,6 +203,39 @@ def test_mutated_bytes_are_refused_or_give_a_valid_update(part: str) -> None:
             content = raw_content(text, blob[:structure] + tail)
         outcomes[outcome(content)] += 1
     assert outcomes["refused"] > 500  # the mutations do harm
+
+
+def test_ten_thousand_mutated_replies_leave_the_global_adapter_as_it_was() -> None:
+    draw = random.Random("ten thousand")
+    clients = clients_of([4] * 50)
+    blob = blob_of(reply())
+    structure = 8 + int.from_bytes(blob[:8], "little")
+    sent = 0
+
+    def app(message: Message, context: Context) -> Message:
+        nonlocal sent
+        sent += 1
+        client = clients[int(context.node_config["partition-id"])]
+        head = make_reply_header(client).model_dump_json()
+        if sent % 2:
+            head = mutated(head.encode(), draw).decode("utf-8", errors="replace")
+        broken = mutated(blob, draw, until=structure) if sent % 2 == 0 else blob[: -1 - sent % 9]
+        return Message(raw_content(head, broken), reply_to=message)
+
+    # All must be usable for the round to count: now and then a mutation is as good as none.
+    config = make_config(rounds=1, clients_per_round=50, quorum=1.0)
+    strategy, events = make_strategy(clients, config)
+    state = strategy.state
+    before = {name: tensor.clone() for name, tensor in state.adapter.tensors().items()}
+    refused = 0
+    while refused < 10_000:
+        events.clear()
+        with pytest.raises(QuorumError):
+            strategy.run_round(1, Engine(in_process(app, 50), 1, float("inf")))
+        refused += sum(event["event"] == "client_failed" for event in events)
+    assert strategy.state is state
+    for name, tensor in state.adapter.tensors().items():
+        assert torch.equal(tensor, before[name])
 
 
 def test_flipped_bits_in_the_numbers_alone_are_mostly_other_valid_numbers() -> None:

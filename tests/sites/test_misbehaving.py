@@ -21,7 +21,7 @@ EXPECTED = {
     "too large": "adapter cannot be read",
     "raises": "patient 17 has no text",
     "exits": "",
-    "silent": "did not answer within 40 s",
+    "silent": "did not answer within 60 s",
 }
 NOT_ADMITTED = {
     "other base": "has another base model: fingerprint 0123456789abcdef, expected ",
@@ -32,7 +32,7 @@ NOT_ADMITTED = {
 def test_each_is_refused_with_its_reason_and_the_others_go_on(tmp_path: Path) -> None:
     changes = {
         "evaluation": {"every": 0},
-        "federation": {"rounds": 1, "min_clients": 15, "quorum": 1, "timeout": 40.0},
+        "federation": {"rounds": 1, "min_clients": 15, "quorum": 1, "timeout": 60.0},
     }
     federation = Federation(tmp_path, changes)
     app = Path(__file__).with_name("misbehaving_app.py")

@@ -31,13 +31,14 @@ def create(path: Path, sites: int) -> None:
         raise ConfigError(f"{name!r} cannot name a federation: use letters, digits and hyphens")
     if is_taken(path):
         raise ConfigError(f"{str(path)!r} exists and is not empty: choose another name")
+    data = _data(sites)
     with resources.as_file(resources.files("prelort.deployment") / "template") as template:
         shutil.copytree(template, path, dirs_exist_ok=True)
     for file in (path / "app" / "pyproject.toml", path / "README.md"):
         file.write_text(file.read_text(encoding="utf-8").replace("@NAME@", name), encoding="utf-8")
     for file in (path / "scripts").glob("*.sh"):
         file.chmod(0o755)
-    for number, rows in enumerate(_data(sites), start=1):
+    for number, rows in enumerate(data, start=1):
         _site(path / "sites" / f"site-{number}", RANKS[(number - 1) % len(RANKS)], rows)
 
 

@@ -30,10 +30,12 @@ def sample(clients: Sequence[T], wanted: int | float, *, seed: int, round_index:
 
 def needed(federation: FederationConfig) -> int:
     """The clients that must be there before a round begins, where they come and go."""
-    if federation.min_clients is not None:
-        return federation.min_clients
-    per_round = federation.clients_per_round
-    return per_round if isinstance(per_round, int) else 1
+    per_round, quorum = federation.clients_per_round, federation.quorum
+    wanted = federation.min_clients
+    if wanted is None:
+        wanted = per_round if isinstance(per_round, int) else 1
+    # With fewer than the quorum a round could only fail.
+    return max(wanted, quorum if isinstance(quorum, int) else 1)
 
 
 def check_numbers(clients: int, per_round: int | float, quorum: int | float) -> None:

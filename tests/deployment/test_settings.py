@@ -1,0 +1,69 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from prelort.config import Config
+from prelort.deployment import settings
+from prelort.errors import ConfigError, PrelortError
+
+WHOLE: dict[str, Any] = {"name": "a", "rank": 4, "data": {"source": "./rows.csv"}}
+
+
+def read(folder: Path, values: dict[str, Any]) -> settings.SiteSettings:
+    file = folder / "site.toml"
+    file.write_text(tomli_w.dumps(values))
+    return settings.read(file)
+
+
+def test_a_site_needs_little(tmp_path: Path) -> None:
+    own = read(tmp_path, WHOLE)
+    assert (own.name, own.rank, own.partition) == ("a", 4, None)
+    assert own.trainer.warm
+    assert own.state_folder(tmp_path / "site.toml") == tmp_path / "state"
+    assert read(tmp_path, {"partition": 0}).partition == 0
+
+
+@pytest.mark.parametrize(
+    "values, sentence",
+    [
+        ({}, r"a site needs a name, a rank and \[data\] source"),
+        ({"name": "a", "rank": 4}, r"a site needs a name, a rank and \[data\] source"),
+        (WHOLE | {"rank": 0}, "rank = 0"),
+        (WHOLE | {"rank": "most"}, "rank = 'most'"),
+        (WHOLE | {"memory": "8"}, "memory: size '8' is not a size"),
+        (WHOLE | {"trainer": {"memory": "much"}}, "trainer.memory: size 'much' is not a size"),
+        (WHOLE | {"trainer": {"idle_minutes": 0}}, "trainer.idle_minutes = 0"),
+        (WHOLE | {"epochs": 3}, "epochs = 3"),
+        (WHOLE | {"name": "x" * 201}, "name = "),
+    ],
+)
+def test_what_is_wrong_is_told_in_one_sentence(
+    tmp_path: Path, values: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(ConfigError, match=sentence) as raised:
+        read(tmp_path, values)
+    assert "site.toml" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_the_server_is_not_told_what_is_wrong(tmp_path: Path) -> None:
+    file = tmp_path / "secret-project" / "site.toml"
+    with pytest.raises(PrelortError) as raised:
+        settings.read_quietly(file)
+    assert str(raised.value) == "its site file cannot be used: its log says why"
+
+
+def test_its_own_keys_go_before_the_federations(tmp_path: Path) -> None:
+    own = read(tmp_path, WHOLE | {"model": {"device": "cpu"}, "data": {"source": "../rows.csv"}})
+    found = own.applied_to(Config(), tmp_path / "site.toml")
+    assert found.model.device == "cpu"
+    assert found.data.source == f"{tmp_path}/../rows.csv"  # from the file on, wherever it is read
+    assert found.data.max_length == Config().data.max_length
+
+
+def test_a_key_that_there_is_not_is_told(tmp_path: Path) -> None:
+    own = read(tmp_path, WHOLE | {"data": {"source": "a.csv", "sauce": "b"}})
+    with pytest.raises(ConfigError, match=r"unknown key 'data\.sauce'"):
+        own.applied_to(Config(), tmp_path / "site.toml")

@@ -1,0 +1,211 @@
+"""The site's trainer as a process, and what reaches the server when something is wrong there."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import tomli_w
+
+from prelort.deployment import line, settings, warm
+from prelort.deployment.client import site_app
+from prelort.deployment.line import Order, place_of
+from prelort.deployment.worker import Worker
+from prelort.errors import PrelortError
+from prelort.federation import wire
+from prelort.federation.content import content_of
+from prelort.federation.flower import Context, Message, RecordDict, identify_process
+
+FEDERATION = {
+    "threads": 1,
+    "data": {"max_train_examples": 12, "max_length": 16},
+    "partition": {"by": "iid", "clients": 2},
+    "ranks": {"mix": "2, 4", "assign": "in-order"},
+    "federation": {"clients_per_round": 1.0},
+}
+
+
+@pytest.fixture
+def federation(tmp_path: Path) -> Path:
+    file = tmp_path / "federation.toml"
+    file.write_text(tomli_w.dumps(FEDERATION))
+    return file
+
+
+@pytest.fixture(autouse=True)
+def runtime_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "r"
+    folder.mkdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
+    return folder
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Path]:
+    file = tmp_path / "site.toml"
+    write(file)
+    yield file
+    warm.stop(file, seconds=1.0)
+
+
+def write(file: Path, **trainer: Any) -> None:
+    file.write_text(tomli_w.dumps({"partition": 1, "trainer": trainer}))
+
+
+def query(federation: Path, *overrides: str) -> Order:
+    return Order("query", str(federation), overrides, "{}")
+
+
+def ask(site: Path, order: Order) -> line.Reply:
+    return warm.ask(site, settings.read(site), order)
+
+
+def pid_of(site: Path) -> int:
+    return int(place_of(site).socket.with_suffix(".pid").read_text())
+
+
+def intro_in(reply: line.Reply) -> wire.Introduction:
+    return wire.header(content_of(reply.text), wire.Introduction)
+
+
+def test_one_process_answers_all_one_after_the_other(site: Path, federation: Path) -> None:
+    replies: list[line.Reply] = []
+    asking = [
+        threading.Thread(target=lambda: replies.append(ask(site, query(federation))))
+        for _ in range(3)
+    ]
+    for thread in asking:
+        thread.start()
+    for thread in asking:
+        thread.join()
+    first = pid_of(site)
+    assert {intro_in(reply).rank for reply in replies} == {4}
+    assert len(replies) == 3
+    log = (site.parent / "state" / "trainer.log").read_text()
+    assert log.count("serves") == 1
+    assert log.count("query: begun") == log.count("query: done") == 3
+
+    # Other keys of the federation for another run: the same process, another site.
+    assert intro_in(ask(site, query(federation, "ranks.mix=3, 6"))).rank == 6
+    assert pid_of(site) == first
+    assert place_of(site).socket.parent.stat().st_mode & 0o077 == 0
+
+    os.kill(first, signal.SIGKILL)  # the next message gets another one
+    assert intro_in(ask(site, query(federation))).rank == 4
+    assert pid_of(site) != first
+    last = psutil.Process(pid_of(site))
+    warm.stop(site)
+    last.wait(10)
+
+
+def test_it_ends_when_it_is_idle(site: Path, federation: Path) -> None:
+    write(site, idle_minutes=0.01)
+    ask(site, query(federation))
+    while place_of(site).socket.exists():
+        threading.Event().wait(0.05)
+    assert "idle for 0.6 s: ended" in (site.parent / "state" / "trainer.log").read_text()
+
+
+def test_one_that_takes_too_much_memory_ends_and_says_so(site: Path, federation: Path) -> None:
+    write(site, memory="150MiB")
+    with pytest.raises(PrelortError, match="its trainer died twice on this message"):
+        ask(site, query(federation))
+    assert "bytes of memory, allowed are" in (site.parent / "state" / "trainer.log").read_text()
+
+
+def test_a_folder_that_others_can_enter_is_refused(tmp_path: Path) -> None:
+    site = tmp_path / "site.toml"
+    folder = place_of(site).socket.parent
+    folder.chmod(0o755)
+    with pytest.raises(PrelortError, match="is not a folder of this user alone"):
+        place_of(site)
+
+
+def test_a_folder_that_is_a_link_is_refused(tmp_path: Path, runtime_folder: Path) -> None:
+    elsewhere = runtime_folder / "elsewhere"
+    elsewhere.mkdir(mode=0o700)
+    (runtime_folder / f"prelort-{os.getuid()}").symlink_to(elsewhere)
+    with pytest.raises(PrelortError, match="is not a folder of this user alone"):
+        place_of(tmp_path / "site.toml")
+
+
+class TestWhatTheServerLearns:
+    """Of what goes wrong at a site: that, and not where or with which row."""
+
+    SECRET = "ward-7-patients"
+
+    def refusal(self, file: Path, order: Order) -> str:
+        refused = Worker(file).answer(order).refused
+        assert refused is not None
+        assert self.SECRET not in refused
+        return refused
+
+    def test_of_a_missing_file(self, tmp_path: Path, federation: Path) -> None:
+        site = tmp_path / "site.toml"
+        source = {"source": str(tmp_path / f"{self.SECRET}.csv")}
+        site.write_text(tomli_w.dumps({"name": "a", "rank": 2, "data": source}))
+        said = self.refusal(site, query(federation))
+        assert said == "cannot take part (ConfigError): its log says why"
+
+    def test_of_a_bug(
+        self, tmp_path: Path, federation: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from prelort.deployment import worker
+
+        def broken(*arguments: Any) -> None:
+            raise ValueError(self.SECRET)
+
+        monkeypatch.setattr(worker, "make_site", broken)
+        write(tmp_path / "site.toml")
+        said = self.refusal(tmp_path / "site.toml", query(federation))
+        assert said == "failed (ValueError): its log says why"
+
+    def test_of_its_own_mistakes_everything(self, tmp_path: Path, federation: Path) -> None:
+        write(tmp_path / "site.toml")
+        said = self.refusal(tmp_path / "site.toml", Order("train", str(federation), (), "{}"))
+        assert said.startswith("malformed header: ")
+
+
+def test_without_a_warm_trainer_the_app_answers_itself(site: Path, federation: Path) -> None:
+    write(site, warm=False)
+    identify_process(1)
+    context = Context(1, 1, {"site": str(site)}, RecordDict(), {"set": "ranks.mix='3, 6'"})
+    message = Message(content_of("{}"), dst_node_id=7, message_type="query")
+    reply = site_app(federation)(message, context)
+    assert wire.header(reply.content, wire.Introduction).rank == 6
+    assert not place_of(site).socket.exists()
+
+
+@pytest.mark.parametrize(
+    "node_config, sentence",
+    [
+        ({}, "has no site file: start the SuperNode with --node-config"),
+        ({"site": "/nowhere/site.toml"}, "its site file cannot be used: its log says why"),
+    ],
+)
+def test_a_node_without_settings_says_so(
+    federation: Path, node_config: dict[str, Any], sentence: str
+) -> None:
+    identify_process(1)
+    context = Context(1, 1, node_config, RecordDict(), {})
+    message = Message(content_of("{}"), dst_node_id=7, message_type="query")
+    reply = site_app(federation)(message, context)
+    assert sentence in reply.error.reason
+
+
+def test_the_line_carries_what_was_sent_and_nothing_is_pickled() -> None:
+    from multiprocessing import Pipe
+
+    one, other = Pipe()
+    blob = os.urandom(1 << 16)
+    # Smaller than a pipe's buffer, or both ends would have to work at once.
+    order = Order("train", "f.toml", ("a=1",), '{"x": "ü"}', blob[:30_000])
+    line.send(one, order)
+    assert line.receive_order(other) == order
+    for reply in (line.Reply("{}", b""), line.Reply(refused="why"), line.Reply("{}")):
+        line.send(other, reply)
+        assert line.receive_reply(one) == reply
