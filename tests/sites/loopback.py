@@ -257,13 +257,19 @@ class Federation:
         return [json.loads(line) for line in whole.splitlines()]
 
     def wait_for(
-        self, event: str, of_round: int | None = None, name: str = "run", seconds: float = 180
+        self,
+        event: str,
+        of_round: int | None = None,
+        name: str = "run",
+        seconds: float = 180,
+        client: str | None = None,
     ) -> dict[str, Any]:
         """The event, as soon as it is in the run's log."""
 
         def look() -> dict[str, Any] | None:
             for found in self.events(name):
-                if found["event"] == event and of_round in (None, found["round"]):
+                meant = of_round in (None, found["round"]) and client in (None, found.get("client"))
+                if found["event"] == event and meant:
                     return found
             return None
 
