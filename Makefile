@@ -8,10 +8,8 @@ BIN := .venv/bin
 # than on a CPU: make install TORCH="torch==2.13.0 --index-url ..." for the build of your GPU.
 TORCH ?= torch==2.13.0
 OUT ?= runs/quickstart
-# One more than there are cores: the tests of whole federations mostly wait.
-WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2) + 1)
 
-.PHONY: help install quickstart federation test lint types format docs bench clean
+.PHONY: help install quickstart federation test chaos lint types format docs bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -34,8 +32,11 @@ federation: install ## run 1 SuperLink and 3 sites on this machine, with TLS and
 	@test -e runs/federation || $(BIN)/prelort new runs/federation
 	PATH="$(CURDIR)/$(BIN):$$PATH" runs/federation/scripts/demo.sh
 
-test: install ## run all tests
-	$(BIN)/python -m pytest -n $(WORKERS) --maxschedchunk 1
+test: install ## run the tests
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 -m "not chaos"
+
+chaos: install ## run the tests in which whole federations are killed, hang and misbehave: minutes
+	$(BIN)/python -m pytest -n 2 --maxschedchunk 1 -m chaos tests/sites
 
 lint: install ## check style and formatting
 	$(BIN)/ruff check .

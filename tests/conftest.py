@@ -28,11 +28,6 @@ SENTENCE = "the quick brown fox jumps over a lazy dog while seven red cats sleep
 WORDS = SENTENCE.split()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The federations of processes first: they mostly wait, and others can run meanwhile."""
-    items.sort(key=lambda item: "tests/sites/" not in item.path.as_posix())
-
-
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of 300 tokens with end and padding tokens."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -50,6 +51,11 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         inner = values.get(key)
         values[key] = merged(inner, value) if isinstance(inner, dict) else value
     return values
+
+
+def missing() -> list[str]:
+    """The commands that the scripts need and that this machine does not have."""
+    return [name for name in ("openssl", "ssh-keygen", "setsid", "pkill") if not shutil.which(name)]
 
 
 def free_port() -> int:

@@ -1,4 +1,4 @@
-"""The client app of sites that misbehave, each as its ``--node-config 'how="..."'`` says.
+"""The client app of sites that misbehave: ``--node-config 'how="round 1;round 2;..."'`` says how.
 
 Without torch and without a model: what is sent back is what was received, changed.
 """
@@ -16,15 +16,16 @@ from prelort.federation.flower import Array, ArrayRecord, Context, RecordDict
 
 
 def answer(kind: Kind, content: RecordDict, context: Context) -> RecordDict:
-    how = str(context.node_config["how"])
+    name, *ways = str(context.node_config["how"]).split(";")
     asked = json.loads(text_in(content) or "{}")
     names = ("protocol", "base", "layers", "scale_rule", "scale", "rank")
     head = {name: asked[name] for name in names}
     if kind != "train":
-        head |= {"client": how, "examples": 10, "rank": 4, "most": 4}
+        head |= {"client": name, "examples": 10, "rank": 4, "most": 4}
         changes = {"other base": {"base": "0123456789abcdef"}, "other layers": {"layers": "none"}}
-        return content_of(json.dumps(head | changes.get(how, {})))
-    head |= {"dtype": asked["dtype"], "client": how, "round": asked["round"], "examples": 10}
+        return content_of(json.dumps(head | changes.get(name, {})))
+    how = ways[asked["round"]] if ways else "well"
+    head |= {"dtype": asked["dtype"], "client": name, "round": asked["round"], "examples": 10}
     head |= {"steps": 1, "loss": 1.0, "seconds": "1.0e+00"}
     blob = blob_in(content) or b""
     tensors = safetensors.numpy.load(blob)
@@ -53,12 +54,12 @@ def answer(kind: Kind, content: RecordDict, context: Context) -> RecordDict:
         case "pickled inside":
             blob = b"\x80\x04N."
         case "too large":
-            name = next(iter(tensors))
-            tensors[name] = np.zeros((200_000_000,), dtype=np.uint8)
+            first = next(iter(tensors))
+            tensors[first] = np.zeros((200_000_000,), dtype=np.uint8)
         case "nan" | "inf" | "1e30":
-            name = next(iter(tensors))
-            tensors[name] = tensors[name].copy()
-            tensors[name].flat[0] = float(how)
+            first = next(iter(tensors))
+            tensors[first] = tensors[first].copy()
+            tensors[first].flat[0] = float(how)
     if how in ("too large", "nan", "inf", "1e30"):
         blob = safetensors.numpy.save(tensors)
     reply = content_of(json.dumps(head))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from loopback import BIN, free_port, until
+from loopback import BIN, free_port, missing, until
 
 from prelort.adapters import peft_folder
 
@@ -33,6 +33,8 @@ def processes_in(folder: Path) -> list[str]:
     return found
 
 
+@pytest.mark.chaos
+@pytest.mark.skipif(bool(missing()), reason=f"needs {', '.join(missing())}")
 @pytest.mark.timeout(600)
 def test_the_page_can_be_followed(tmp_path: Path) -> None:
     environment = {

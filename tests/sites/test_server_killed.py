@@ -29,6 +29,7 @@ def assert_told_once(federation: Federation) -> None:
     assert told[-1][:2] == ("run_finished", 2)
 
 
+@pytest.mark.chaos
 def test_the_servers_app_is_killed(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     with Federation(tmp_path, CHANGES).start(2) as federation:
         for event, of_round in (

@@ -5,6 +5,7 @@ import re
 import signal
 from pathlib import Path
 
+import pytest
 from in_one_process import adapters_of, run_here
 from loopback import Federation, kill_group, until
 
@@ -38,6 +39,7 @@ def test_a_killed_trainer_is_replaced_and_nothing_is_lost(tmp_path: Path) -> Non
         assert adapters_of(federation.folder()) == adapters_of(run_here(tmp_path / "here", changes))
 
 
+@pytest.mark.chaos
 def test_sites_that_hang_or_die_are_left_out_and_come_back(tmp_path: Path) -> None:
     changes = {
         "evaluation": {"every": 0},
@@ -71,6 +73,7 @@ def test_sites_that_hang_or_die_are_left_out_and_come_back(tmp_path: Path) -> No
         assert {(6, "client-0"), (6, "client-1"), (6, "client-2")} <= finished
 
 
+@pytest.mark.chaos
 def test_too_few_sites_are_waited_for_and_the_run_stops_cleanly(tmp_path: Path) -> None:
     changes = {
         "partition": {"clients": 2},

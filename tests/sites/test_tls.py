@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from loopback import Federation, free_port, until
+from loopback import Federation, free_port, missing, until
+
+pytestmark = pytest.mark.skipif(bool(missing()), reason=f"needs {', '.join(missing())}")
 
 
 @pytest.fixture(scope="module")
