@@ -23,6 +23,8 @@ START_SECONDS = 60.0
 """How long a new trainer may take until it listens (it loads everything else after that)."""
 PREPARING_SECONDS = 1800.0
 """How long loading the base model and the data may take beside the work itself."""
+DYING_SECONDS = 3.0
+"""How long a killed trainer may take to be gone."""
 LOG_BYTES = 10_000_000
 
 
@@ -34,6 +36,7 @@ def ask(site_file: Path, own: SiteSettings, order: Order) -> Reply:
     place = place_of(site_file)
     for last in (False, True):
         line = _connected(place, site_file, own)
+        served_by = _pid(place)
         try:
             with line:
                 send(line, order)
@@ -46,6 +49,7 @@ def ask(site_file: Path, own: SiteSettings, order: Order) -> Reply:
                 raise PrelortError(
                     "its trainer died twice on this message: the log at the site says why"
                 ) from None
+            _wait_for_end(served_by)
     raise AssertionError("not reached")
 
 
@@ -126,5 +130,23 @@ def _start(site_file: Path, own: SiteSettings) -> subprocess.Popen[bytes]:
 
 def _kill(place: Place) -> None:
     """End a trainer that hangs; the next order starts another."""
+    pid = _pid(place)
+    if pid is not None:
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _pid(place: Place) -> int | None:
+    """The process that serves the place, None if none says so."""
     with contextlib.suppress(OSError, ValueError):
-        os.kill(int(place.socket.with_suffix(".pid").read_text()), signal.SIGKILL)
+        return int(place.socket.with_suffix(".pid").read_text())
+    return None
+
+
+def _wait_for_end(pid: int | None) -> None:
+    """Until a process that is dying is gone: it may still take calls that nobody will answer."""
+    deadline = time.monotonic() + DYING_SECONDS
+    with contextlib.suppress(OSError):
+        while pid is not None and time.monotonic() < deadline:
+            os.kill(pid, 0)
+            time.sleep(0.05)
