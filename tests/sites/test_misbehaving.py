@@ -29,7 +29,7 @@ REASONS = {
     "truncated": "adapter cannot be read",
     "pickled": "carries no adapter",
     "pickled inside": "adapter cannot be read",
-    "too large": "adapter cannot be read",
+    "too large": "model.layers",
     "raises": "patient 17 has no text",
     "exits": f"did not answer within {LATE:g} s",
     "silent": f"did not answer within {LATE:g} s",
