@@ -79,7 +79,7 @@ def test_too_few_sites_are_waited_for_and_the_run_stops_cleanly(tmp_path: Path) 
         "partition": {"clients": 2},
         "ranks": {"mix": "2, 4"},
         "evaluation": {"every": 0},
-        "federation": {"rounds": 2, "min_clients": 2, "wait": 25.0},
+        "federation": {"rounds": 6, "min_clients": 2, "wait": 25.0},
     }
     with Federation(tmp_path, changes).start(1) as federation:
         shown = federation.run()
