@@ -235,7 +235,13 @@ class Federation:
         return process
 
     def _cut(self, name: str) -> None:
-        """Cut the log where its last checkpoint ends, as going on does: what follows is new."""
+        """Cut the log where its last checkpoint ends, as going on does: what follows is new.
+
+        Not that of a run that is still going on, or has ended.
+        """
+        going_on = any(process.poll() is None for process in self.runs)
+        if going_on or any(event["event"] == "run_finished" for event in self.events(name)):
+            return
         checkpoints = sorted(self.folder(name).glob("checkpoints/*/state.json"))
         log = self.folder(name) / "metrics.jsonl"
         if log.is_file():
