@@ -196,6 +196,11 @@ class TrainingConfig(Section):
         "float32", description="bfloat16: autocast of the forward pass"
     )
     gradient_checkpointing: bool = False
+    batch_truncations: bool = Field(
+        False,
+        description="all truncations of a batch (mean, full+one) in one forward pass: for a GPU "
+        "that a batch does not fill; takes their number times the memory",
+    )
     shuffle: bool = Field(True, description="draw batches by the seed; false: in the data's order")
 
 
@@ -252,6 +257,11 @@ class FederationConfig(Section):
     )
     attempts: Annotated[int, Field(ge=1)] = Field(
         3, description="real sites: times that a round is tried before the run stops"
+    )
+    together: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
+        description="clients of this process trained in one batch; auto: one on a CPU, on a GPU "
+        "all of a round, or as many as its memory holds",
     )
     wire_dtype: Literal["float32", "bfloat16", "float16", "int8"] = Field(
         "float32", description="the type in which adapters travel; int8 with a scale for each slot"

@@ -31,7 +31,7 @@ from prelort.models.base import load_tokenizer
 from prelort.models.lora import attach, extract, install
 from prelort.tasks.interface import Example
 from prelort.training.local import Assignment, train
-from prelort.training.tail import tail_norm
+from prelort.training.tail import pairs, tail_norm
 from prelort.training.truncation import Truncation
 from tiny_models import base_model, kind_of, trained_adapter
 
@@ -166,7 +166,7 @@ class Bench:
             self.work.task,
             examples,
             (1,),
-            lambda rank: nullcontext(),
+            lambda *ranks: nullcontext(),
             metrics=self.work.task.metrics,
             tokenizer=self.tokenizer,
             batch_size=32,
@@ -465,9 +465,9 @@ def test_a_tail_that_training_made_smaller_is_left_off(bench: Bench) -> None:
     sent = Broadcast(bench.trained.prefix(4))
     strong = pruning(1, weight=30.0)
     expected = bench.by_hand(sent, strong)
-    after = tail_norm(bench.work.model, TailPenalty(1.0, 0.5, 1), 4)
+    after = tail_norm(pairs(bench.work.model), TailPenalty(1.0, 0.5, 1), 4)
     install(bench.work.model, sent.trainable)
-    assert after < tail_norm(bench.work.model, TailPenalty(1.0, 0.5, 1), 4)
+    assert after < tail_norm(pairs(bench.work.model), TailPenalty(1.0, 0.5, 1), 4)
 
     head, found = bench.train(sent, strong)
 

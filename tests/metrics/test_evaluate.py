@@ -49,12 +49,13 @@ class Causal:
     def weight(self, batch):
         return int((batch["labels"][:, 1:] != IGNORED).sum())
 
-    def loss_sum(self, model, batch):
+    def losses(self, model, batch):
         assert not torch.is_grad_enabled()
         assert not model.training
         out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         logits, labels = out.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
-        return cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+        each = cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")
+        return each.view(len(batch["labels"]), -1).sum(dim=1)
 
 
 class Classification(Causal):
@@ -71,9 +72,9 @@ class Classification(Causal):
     def weight(self, batch):
         return len(batch["labels"])
 
-    def loss_sum(self, model, batch):
+    def losses(self, model, batch):
         out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        return cross_entropy(out.logits.float(), batch["labels"], reduction="sum")
+        return cross_entropy(out.logits.float(), batch["labels"], reduction="none")
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +116,8 @@ def ranked(model):
     head = model.get_output_embeddings() or model.classifier
 
     @contextmanager
-    def at_rank(rank):
+    def at_ranks(ranks, rows=0, length=0):
+        (rank,) = ranks
         before = head.weight.data
         head.weight.data = before * (1 + rank / 4)
         try:
@@ -123,7 +125,7 @@ def ranked(model):
         finally:
             head.weight.data = before
 
-    return at_rank
+    return at_ranks
 
 
 def texts(count, seed=0):
@@ -157,7 +159,7 @@ def measure(model, task, examples, ranks=(0, 2, 4), metrics=("perplexity",), siz
 
 def alone(model, example, rank):
     """Sum of the negative log-likelihood (float64) and tokens of one example, with no padding."""
-    with torch.no_grad(), ranked(model)(rank):
+    with torch.no_grad(), ranked(model)([rank]):
         logits = model.eval()(input_ids=torch.tensor([example.input_ids])).logits[0].double()
     chosen = logits.log_softmax(-1)
     at = [t for t in range(1, len(example.labels)) if example.labels[t] != IGNORED]
@@ -204,7 +206,7 @@ def test_classification_against_one_example_at_a_time(bert):
     result = measure(bert, Classification(), examples, metrics=("macro_f1", "accuracy"))
     bert.eval()
     for rank, row in result.items():
-        with torch.no_grad(), ranked(bert)(rank):
+        with torch.no_grad(), ranked(bert)([rank]):
             logits = [bert(input_ids=torch.tensor([e.input_ids])).logits[0] for e in examples]
         truth = [e.labels for e in examples]
         guesses = [int(one.argmax()) for one in logits]
@@ -237,7 +239,7 @@ def test_rouge_l_is_that_of_greedy_text_from_the_prompt_alone(llama, size):
             for e in texts(9)
             for p in [e.input_ids[: e.prompt_length]]
         ]
-        with ranked(llama)(4):
+        with ranked(llama)([4]):
             sharper = [greedy(llama, e.input_ids[: e.prompt_length], 5) for e in examples]
     assert len({e.reference for e in examples}) > 3
     result = measure(llama, Causal(), examples, (0, 4), metrics=("rouge_l",), size=size)
@@ -319,7 +321,7 @@ def test_modes_and_gradients_are_as_before_and_progress_is_told(llama):
 
 def test_modes_are_restored_and_the_rank_is_left_after_an_error(llama):
     class Breaks(Causal):
-        def loss_sum(self, model, batch):
+        def losses(self, model, batch):
             raise RuntimeError("out of memory")
 
     llama.train()
@@ -334,8 +336,8 @@ def test_modes_are_restored_and_the_rank_is_left_after_an_error(llama):
 
 def test_a_model_that_broke_has_an_infinite_perplexity(llama):
     class Huge(Causal):
-        def loss_sum(self, model, batch):
-            return torch.tensor(1e30)
+        def losses(self, model, batch):
+            return torch.full((len(batch["labels"]),), 1e30)
 
     assert measure(llama, Huge(), texts(2), (0,))[0]["perplexity"] == math.inf
 

@@ -92,7 +92,7 @@ def test_the_loss_is_the_sum_over_predicted_tokens(causal_model: torch.nn.Module
         for position, label in enumerate(example.labels[1:]):  # type: ignore[index]
             if label != IGNORED:
                 expected -= float(logits[position].log_softmax(-1)[label])
-    loss = TASK.loss_sum(causal_model, TASK.collate(examples, pad_id=0))
+    loss = TASK.losses(causal_model, TASK.collate(examples, pad_id=0)).sum()
     assert loss.shape == ()
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected, rel=1e-5)
@@ -100,8 +100,8 @@ def test_the_loss_is_the_sum_over_predicted_tokens(causal_model: torch.nn.Module
 
 def test_the_loss_does_not_depend_on_padding(causal_model: torch.nn.Module) -> None:
     examples = [Example([5, 6, 7, 8], [5, 6, 7, 8]), Example([9, 10], [9, 10])]
-    apart = sum(TASK.loss_sum(causal_model, TASK.collate([e], 0)).item() for e in examples)
-    together = TASK.loss_sum(causal_model, TASK.collate(examples, 3)).item()
+    apart = sum(TASK.losses(causal_model, TASK.collate([e], 0)).sum().item() for e in examples)
+    together = TASK.losses(causal_model, TASK.collate(examples, 3)).sum().item()
     assert together == pytest.approx(apart, rel=1e-5)
 
 
@@ -109,8 +109,8 @@ def test_the_loss_of_half_precision_logits_is_summed_in_float32(
     causal_model: torch.nn.Module,
 ) -> None:
     batch = TASK.collate([Example(list(range(5, 200)), list(range(5, 200)))], 0)
-    full = TASK.loss_sum(causal_model, batch).item()
-    half = TASK.loss_sum(causal_model.bfloat16(), batch)
+    full = TASK.losses(causal_model, batch).sum().item()
+    half = TASK.losses(causal_model.bfloat16(), batch).sum()
     assert half.dtype == torch.float32
     assert half.item() == pytest.approx(full, rel=1e-3)
 
@@ -118,4 +118,4 @@ def test_the_loss_of_half_precision_logits_is_summed_in_float32(
 def test_nothing_learnt_is_a_loss_of_zero(causal_model: torch.nn.Module) -> None:
     batch = TASK.collate([Example([5, 6], [IGNORED, IGNORED])], 0)
     assert TASK.weight(batch) == 0
-    assert TASK.loss_sum(causal_model, batch).item() == 0.0
+    assert TASK.losses(causal_model, batch).sum().item() == 0.0

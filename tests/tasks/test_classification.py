@@ -99,8 +99,8 @@ def test_the_loss_is_the_sum_of_cross_entropies(model: torch.nn.Module) -> None:
         logits = model(input_ids=torch.tensor([example.input_ids])).logits[0].double()
         assert isinstance(example.labels, int)
         expected -= float(logits.log_softmax(-1)[example.labels].detach())
-    loss = TASK.loss_sum(model, TASK.collate(examples, pad_id=0))
+    loss = TASK.losses(model, TASK.collate(examples, pad_id=0)).sum()
     assert loss.shape == ()
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected, rel=1e-5)
-    assert TASK.loss_sum(model.bfloat16(), TASK.collate(examples, 0)).dtype == torch.float32
+    assert TASK.losses(model.bfloat16(), TASK.collate(examples, 0)).sum().dtype == torch.float32

@@ -62,7 +62,7 @@ def test_a_pretrained_model_finds_stories_likelier_than_code(shared: Path, tmp_p
         examples = task.encode(rows, tokenizer, DataConfig(max_length=64), ())
         batch: Any = task.collate(examples, pad_id=2)
         with torch.no_grad():
-            return task.loss_sum(model, batch).item() / task.weight(batch)
+            return task.losses(model, batch).sum().item() / task.weight(batch)
 
     story = "Once upon a time there was a little girl named Lily. She loved to play in the park."
     assert loss([story]) < 2.5

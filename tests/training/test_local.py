@@ -47,7 +47,7 @@ class Bench:
         self.start = trained_adapter(self.model, RULE)
         self.examples = examples_of(folder)
 
-    def train(self, *, adapter=None, examples=None, **changes):
+    def train(self, *, adapter=None, examples=None, lean=True, **changes):
         """The result and the trained adapter; ``changes`` of configuration and assignment."""
         own = {"client", "round_index", "rounds", "seed", "objective", "timeout"}
         work = {"client": "k", "round_index": 0, "rounds": 1, "seed": 0, "objective": plain(8)}
@@ -63,6 +63,7 @@ class Bench:
             config,
             Assignment(**work),
             pad_id=0,
+            lean=lean,
         )
         return result, extract(self.model, RULE)
 
@@ -228,19 +229,27 @@ SETTINGS = {
 }
 
 
+@pytest.mark.parametrize("lean", [True, False])
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_one_round_is_what_plain_peft_training_does(without_dropout, settings, tmp_path):
+def test_one_round_is_what_plain_peft_training_does(without_dropout, settings, lean, tmp_path):
     changes, make_optimizer, clip = SETTINGS[settings]
     steps, batch_size = 5, 5  # the last batch of an epoch is smaller
     bench = without_dropout
     bench.examples = bench.examples[:10]
     losses, expected = plain_peft(bench, tmp_path, steps, batch_size, make_optimizer, clip=clip)
     result, found = bench.train(
-        local_steps=steps, batch_size=batch_size, shuffle=False, schedule="constant", **changes
+        local_steps=steps,
+        batch_size=batch_size,
+        shuffle=False,
+        schedule="constant",
+        lean=lean,
+        **changes,
     )
     assert result.loss == pytest.approx(sum(losses) / steps, rel=1e-6)
     assert result.steps == steps
-    assert_close(found, expected, 1e-5 if "adamw" in settings else 1e-6)
+    # Adam divides by the gradient's own size, so that the rounding of a tiny one counts in full.
+    tolerance = 1e-6 if "sgd" in settings else 1e-4 if lean else 1e-5
+    assert_close(found, expected, tolerance)
     assert distance(found, bench.start) > 2e-3
 
 
@@ -288,7 +297,7 @@ def test_the_loss_told_is_the_objective(llama, kind):
     batch, losses = batch_of(llama, 12), {}
     for level in objective.levels:
         with torch.no_grad(), llama.truncation.at(level):
-            losses[level] = float(llama.task.loss_sum(llama.model, batch))
+            losses[level] = float(llama.task.losses(llama.model, batch).sum())
     expected = sum(w * losses[r] for r, w in zip(objective.levels, objective.weights, strict=True))
     expected /= llama.task.weight(batch)
     spread = (max(losses.values()) - min(losses.values())) / llama.task.weight(batch)

@@ -18,7 +18,7 @@ from prelort.methods.objective import Objective, TailPenalty, plain
 from prelort.models.lora import ADAPTER, extract, install, lora_layers, trainable
 from prelort.tasks.interface import Example
 from prelort.training.local import Assignment, train
-from prelort.training.tail import pruned_rank, tail_norm, tail_penalty
+from prelort.training.tail import pairs, pruned_rank, tail_norm, tail_penalty
 from prelort.training.truncation import Truncation
 from random_adapters import same_bits
 from tiny_models import adapted, trained_adapter
@@ -76,16 +76,16 @@ def test_the_cut_leaves_a_slot_and_leaves_out_at_least_one(rank, keep):
 def test_the_penalty_is_the_tails_norms_by_brute_force(folder, keep):
     model, adapter = installed(folder)
     tail = TailPenalty(0.1, keep, 1)
-    found = float(tail_penalty(model, tail, 8).detach())
+    found = float(tail_penalty(pairs(model), tail, 8).detach())
     assert found == pytest.approx(by_hand(adapter, tail.cut(8)), rel=1e-5)
-    assert tail_norm(model, tail, 8) == found
+    assert tail_norm(pairs(model), tail, 8) == found
     assert found > 1
 
 
 def test_a_layer_without_slots_in_the_tail_adds_nothing(folder):
     model, adapter = installed(folder, rank_pattern={PATTERNS[folder.name]: 3})
     tail = TailPenalty(0.1, 0.5, 1)
-    penalty = tail_penalty(model, tail, 8)
+    penalty = tail_penalty(pairs(model), tail, 8)
     assert float(penalty.detach()) == pytest.approx(by_hand(adapter, 4), rel=1e-5)
     penalty.backward()
     for name, layer in lora_layers(model).items():
@@ -97,7 +97,7 @@ def test_a_layer_without_slots_in_the_tail_adds_nothing(folder):
 
 def test_its_gradient_is_that_of_brute_force_and_of_the_tail_alone(folder):
     model, adapter = installed(folder)
-    tail_penalty(model, TailPenalty(0.1, 0.5, 1), 8).backward()
+    tail_penalty(pairs(model), TailPenalty(0.1, 0.5, 1), 8).backward()
     for name, layer in lora_layers(model).items():
         a, b = (t.double() for t in (adapter.layers[name].A, adapter.layers[name].B))
         norm_a, norm_b = a[4:].norm(), b[:, 4:].norm()
@@ -113,7 +113,7 @@ def test_its_gradient_is_finite_where_b_is_zero(folder):
     """As in the first round. The root of a sum of squares has none at zero."""
     model = adapted(folder, 8)
     install(model, fresh(trained_adapter(model, RULE), 0))
-    penalty = tail_penalty(model, TailPenalty(0.1, 0.5, 1), 8)
+    penalty = tail_penalty(pairs(model), TailPenalty(0.1, 0.5, 1), 8)
     assert float(penalty.detach()) == 0.0
     penalty.backward()
     for parameter in trainable(model)[0]:
@@ -163,7 +163,7 @@ def test_a_step_is_one_of_the_loss_and_one_of_the_penalty(tiny_llama, accumulati
 
     assert result.loss == bare.loss
     install(bench.model, bench.start)
-    tail_penalty(bench.model, TailPenalty(0.3, 0.5, 1), 8).backward()
+    tail_penalty(pairs(bench.model), TailPenalty(0.3, 0.5, 1), 8).backward()
     for name, layer in lora_layers(bench.model).items():
         for kind, own in (("A", layer.lora_A), ("B", layer.lora_B)):
             expected = getattr(moved.layers[name], kind) - 0.1 * 0.3 * own[ADAPTER].weight.grad
@@ -211,19 +211,19 @@ def shrunk(adapter: LoraAdapter, factor: float, cut: int) -> LoraAdapter:
 def test_it_cuts_where_the_tail_is_smaller_than_before(tiny_llama, factor, rank):
     model, adapter = installed(tiny_llama)
     tail = TailPenalty(0.1, 0.5, 1)
-    before = tail_norm(model, tail, 8)
+    before = tail_norm(pairs(model), tail, 8)
     install(model, shrunk(adapter, factor, 4))
-    assert pruned_rank(model, tail, 8, before) == rank
+    assert pruned_rank(pairs(model), tail, 8, before) == rank
 
 
 @pytest.mark.parametrize("lowest, rank", [(1, 4), (4, 4), (5, 8), (8, 8)])
 def test_it_never_cuts_below_the_lowest_rank(tiny_llama, lowest, rank):
     model, _ = installed(tiny_llama)
     tail = TailPenalty(0.1, 0.5, lowest)
-    assert pruned_rank(model, tail, 8, before=1e9) == rank
+    assert pruned_rank(pairs(model), tail, 8, before=1e9) == rank
 
 
 def test_one_slot_is_never_cut(tiny_llama):
     model = adapted(tiny_llama, 1)
     install(model, trained_adapter(model, RULE))
-    assert pruned_rank(model, TailPenalty(0.1, 0.5, 1), 1, before=1e9) == 1
+    assert pruned_rank(pairs(model), TailPenalty(0.1, 0.5, 1), 1, before=1e9) == 1

@@ -142,7 +142,7 @@ def _with_rows(
         return Stage(work.agreement, initial, template)
 
     def measured(adapters: Mapping[int, LoraAdapter], told: Callable[[int, int], None]) -> Measured:
-        return measure(config, work, examples, adapters, told)
+        return measure(config, [work], examples, adapters, told)
 
     return Stage(work.agreement, initial, template, measure=measured)
 

@@ -39,8 +39,8 @@ def evaluate_run(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     if methods.trait(method, "personal"):
         raise ConfigError(f"method {config.method.name!r} leaves no global model to measure")
     work, test = assembly.workspace, assembly.test
-    untuned = measure(config, work, test, {0: assembly.initial})[0]
-    measured = measure(config, work, test, readouts(config, method, found.state, levels))
+    untuned = measure(config, [work], test, {0: assembly.initial})[0]
+    measured = measure(config, [work], test, readouts(config, method, found.state, levels))
     return {
         "event": "evaluated",
         "round": found.state.round,

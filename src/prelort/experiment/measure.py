@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+
+import torch
 
 from prelort.adapters import LoraAdapter
 from prelort.config import Config
 from prelort.errors import ConfigError
+from prelort.experiment.workers import Workspaces
 from prelort.federation.site import Workspace
 from prelort.methods.interface import Method, ServerState
-from prelort.metrics.evaluate import evaluate
+from prelort.metrics.evaluate import AtRanks, evaluate, ranks_at_once
 from prelort.models.lora import install
 from prelort.tasks.interface import Example
+from prelort.training.stack import Stack, stackable
 
 Measured = dict[int, dict[str, float]]
 """Rank (0: the base without the adapter's factors) -> metric -> value."""
@@ -19,39 +26,114 @@ Measured = dict[int, dict[str, float]]
 
 def measure(
     config: Config,
-    work: Workspace,
+    workspaces: Sequence[Workspace],
     examples: Sequence[Example],
     adapters: Mapping[int, LoraAdapter],
     progress: Callable[[int, int], None] | None = None,
+    at_once: int | None = None,
 ) -> Measured:
     """The configured metrics of each of ``adapters`` (by the rank they stand for) on examples.
 
-    Rank 0 is the base: its adapter's extras count, its factors do not.
+    Rank 0 is the base: its adapter's extras count, its factors do not. ``at_once``: how many share
+    a forward pass; default: what the device is best at. Otherwise each of the workspaces measures
+    adapters in a thread of its own.
     """
+    if not adapters:
+        return {}
+    work = workspaces[0]
+    install(work.model, next(iter(adapters.values())))
+    if at_once is None:
+        at_once = ranks_at_once(work.model.device)
+    if at_once > 1 and stackable(work.model):
+        stack = Stack(work.model, work.truncation, list(adapters.values()))
+        beside = _beside(stack, adapters)
+        with stack.installed():
+            return _measured(config, work, examples, list(adapters), beside, progress, at_once)
+    tell = _summed(progress, len(adapters))
+    free = Workspaces(workspaces)
+
+    def one(rank: int) -> Measured:
+        with free.one() as own:
+            install(own.model, adapters[rank])
+            with own.truncation.lean(own.model):
+                alone = _alone(own, rank)
+                return _measured(config, own, examples, [rank], alone, tell(rank), 1)
+
+    if len(workspaces) == 1:
+        found = [one(rank) for rank in adapters]
+    else:
+        # A new thread would begin with torch's own number of threads, not with the one set.
+        of_torch = (torch.get_num_threads(),)
+        with ThreadPoolExecutor(
+            len(workspaces), "measure", torch.set_num_threads, of_torch
+        ) as pool:
+            found = list(pool.map(one, adapters))
+    return {rank: values for measured in found for rank, values in measured.items()}
+
+
+def _alone(work: Workspace, rank: int) -> AtRanks:
+    def at_ranks(part: Sequence[int], rows: int, length: int) -> AbstractContextManager[None]:
+        return work.truncation.at(0 if rank == 0 else None)
+
+    return at_ranks
+
+
+def _summed(
+    progress: Callable[[int, int], None] | None, parts: int
+) -> Callable[[int], Callable[[int, int], None]]:
+    """For each part of the work a function that takes its progress and tells the whole's."""
+    done: dict[int, int] = {}
+    lock = threading.Lock()
+
+    def of(part: int) -> Callable[[int, int], None]:
+        def told(finished: int, total: int) -> None:
+            with lock:
+                done[part] = finished
+                if progress is not None:
+                    progress(sum(done.values()), parts * total)
+
+        return told
+
+    return of
+
+
+def _beside(stack: Stack, adapters: Mapping[int, LoraAdapter]) -> AtRanks:
+    """Each part of a batch through its adapter of the stack."""
+    ranks = list(adapters)
+
+    def at_ranks(part: Sequence[int], rows: int, length: int) -> AbstractContextManager[None]:
+        truncations = torch.tensor([0 if rank == 0 else adapters[rank].rank for rank in part])
+        owners = [ranks.index(rank) for rank in part]
+        return stack.rows(owners, truncations.repeat_interleave(rows), length)
+
+    return at_ranks
+
+
+def _measured(
+    config: Config,
+    work: Workspace,
+    examples: Sequence[Example],
+    ranks: Sequence[int],
+    at_ranks: AtRanks,
+    progress: Callable[[int, int], None] | None,
+    at_once: int,
+) -> Measured:
     settings = config.evaluation
-    measured: Measured = {}
-    for index, (rank, adapter) in enumerate(adapters.items()):
-        install(work.model, adapter)
-
-        def told(done: int, total: int, before: int = index) -> None:
-            if progress is not None:
-                progress(before * total + done, len(adapters) * total)
-
-        measured |= evaluate(
-            work.model,
-            work.task,
-            examples,
-            (rank,),
-            lambda rank: work.truncation.at(0 if rank == 0 else None),
-            metrics=settings.metrics or work.task.metrics,
-            tokenizer=work.tokenizer,
-            batch_size=settings.batch_size,
-            max_new_tokens=settings.max_new_tokens,
-            max_generated=settings.max_generated,
-            device=work.model.device,
-            progress=told,
-        )
-    return measured
+    return evaluate(
+        work.model,
+        work.task,
+        examples,
+        ranks,
+        at_ranks,
+        metrics=settings.metrics or work.task.metrics,
+        tokenizer=work.tokenizer,
+        batch_size=settings.batch_size,
+        max_new_tokens=settings.max_new_tokens,
+        max_generated=settings.max_generated,
+        device=work.model.device,
+        progress=progress,
+        at_once=at_once,
+    )
 
 
 def readouts(

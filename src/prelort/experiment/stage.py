@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 from peft import LoraConfig
 from rich.console import Console
 
@@ -14,13 +16,16 @@ from prelort.config import Config
 from prelort.data import describe
 from prelort.experiment.assemble import Assembly, assemble
 from prelort.experiment.measure import Measured, measure
+from prelort.experiment.workers import Workspaces, default_threads, replica
 from prelort.federation.allocation import Allocation
+from prelort.federation.client_app import Kind, client_app
 from prelort.federation.exchange import Engine
 from prelort.federation.flower import Context, RecordDict
 from prelort.federation.in_process import RUN_ID, InProcessGrid
 from prelort.federation.registry import Agreement
 from prelort.federation.server import ServerPlan, make_server_app
-from prelort.federation.site import make_client_app
+from prelort.federation.site import Site, Workspace, respond
+from prelort.federation.together import answer_together
 
 Measure = Callable[[Mapping[int, LoraAdapter], Callable[[int, int], None]], Measured]
 """The metrics of adapters, by the rank they stand for (0: the base); told of its progress."""
@@ -48,13 +53,39 @@ StageOf = Callable[[Config, Path], Stage]
 """From a configuration and the run's folder to its stage."""
 
 
-def in_process(config: Config, folder: Path) -> Stage:
-    """All clients in this process, one after the other."""
+def in_process(config: Config, folder: Path, threads: int | None = None) -> Stage:
+    """All clients in this process: in so many threads, or several in one batch.
+
+    ``threads``: None for what suits model and configuration. It does not change the results.
+    """
     assembly = assemble(config, folder)
-    return with_all_data(assembly, lambda plan: _in_this_process(plan, assembly))
+    work = assembly.workspace
+    together = clients_together(config, work.model.device)
+    if together > 1:
+        wanted = 1
+    else:
+        wanted = default_threads(config, work.model) if threads is None else threads
+    workspaces = [work, *(replica(work) for _ in range(wanted - 1))]
+    return with_all_data(
+        assembly, lambda plan: _in_this_process(plan, assembly, workspaces, together), workspaces
+    )
 
 
-def with_all_data(assembly: Assembly, carry_out: Callable[[ServerPlan], None]) -> Stage:
+def clients_together(config: Config, device: torch.device) -> int:
+    """How many clients are trained in one batch: on a CPU by itself one, on a GPU all of a round.
+
+    Where a GPU's memory does not suffice they are trained in halves.
+    """
+    if config.federation.together != "auto":
+        return config.federation.together
+    return 1 if device.type == "cpu" else 1024
+
+
+def with_all_data(
+    assembly: Assembly,
+    carry_out: Callable[[ServerPlan], None],
+    workspaces: Sequence[Workspace] = (),
+) -> Stage:
     """The stage of a run whose clients' data are all here."""
     return Stage(
         agreement=assembly.workspace.agreement,
@@ -63,18 +94,49 @@ def with_all_data(assembly: Assembly, carry_out: Callable[[ServerPlan], None]) -
         allocation=assembly.allocation,
         carry_out=carry_out,
         measure=lambda adapters, told: measure(
-            assembly.config, assembly.workspace, assembly.test, adapters, told
+            assembly.config,
+            workspaces or [assembly.workspace],
+            assembly.test,
+            adapters,
+            told,
         ),
         describe=lambda path: _describe(assembly, path),
     )
 
 
-def _in_this_process(plan: ServerPlan, assembly: Assembly) -> None:
-    sites = assembly.sites
-    client_app = make_client_app(lambda context: sites[int(context.node_config["partition-id"])])
-    nodes = [{"partition-id": i, "num-partitions": len(sites)} for i in range(len(sites))]
-    server_app = make_server_app(plan, lambda grid: Engine(grid, 1, float("inf")))
-    server_app(InProcessGrid(client_app, nodes), Context(RUN_ID, 1, {}, RecordDict(), {}))
+def _in_this_process(
+    plan: ServerPlan, assembly: Assembly, workspaces: Sequence[Workspace], together: int
+) -> None:
+    free, ended = Workspaces(workspaces), threading.Event()
+
+    def site_of(context: Context) -> Site:
+        return assembly.sites[int(context.node_config["partition-id"])]
+
+    def answer(kind: Kind, content: RecordDict, context: Context) -> RecordDict:
+        with free.one() as work:
+            site = replace(site_of(context), workspace=work, stopped=ended.is_set)
+            return respond(site, kind, content)
+
+    nodes = [
+        {"partition-id": index, "num-partitions": len(assembly.sites)}
+        for index in range(len(assembly.sites))
+    ]
+    threads = len(workspaces)
+    grid = InProcessGrid(
+        client_app(answer),
+        nodes,
+        threads=threads,
+        together=answer_together(site_of) if together > 1 else None,
+        group=together,
+    )
+    # Two for each thread: one under way, and one that waits while replies are added up.
+    in_flight = together if together > 1 else 1 if threads == 1 else 2 * threads
+    server_app = make_server_app(plan, lambda grid: Engine(grid, in_flight, float("inf")))
+    try:
+        server_app(grid, Context(RUN_ID, 1, {}, RecordDict(), {}))
+    finally:
+        ended.set()  # whoever still trains need not go on
+        grid.close()
 
 
 def _describe(assembly: Assembly, folder: Path) -> None:

@@ -1,15 +1,18 @@
 """The in-process engine: a Flower `Grid` that calls the `ClientApp` directly.
 
-No server, no Ray, no copies of the base model: clients are trained one after the other in this
-process. The server app and the client app are the ones that Flower's own engines run.
+No server, no Ray, no copies of the base model's weights: clients are trained in this process, one
+after the other, in several threads, or several in one batch. The server app and the client app are
+the ones that Flower's own engines run.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
+
+import torch
 
 from prelort.federation.flower import (
     ClientApp,
@@ -17,6 +20,7 @@ from prelort.federation.flower import (
     Error,
     Grid,
     Message,
+    MessageType,
     RecordDict,
     identify_process,
     set_message_id,
@@ -31,18 +35,50 @@ FIRST_NODE = 1000
 """Node ids start here; Flower's own small ids stand for its server side."""
 
 
-class InProcessGrid(Grid):  # type: ignore[misc]
-    """Nodes that are calls: a message is answered when its reply is pulled, in order."""
+AnswerTogether = Callable[[Sequence[tuple[Message, Context]]], list[Message]]
+"""Answers messages to train of several clients at once, in their order."""
 
-    def __init__(self, client_app: ClientApp, node_configs: Sequence[dict[str, Any]]) -> None:
+
+class InProcessGrid(Grid):  # type: ignore[misc]
+    """Nodes that are calls: the oldest message is answered when a reply is pulled.
+
+    With ``threads`` messages are answered in so many threads from when they are pushed; replies
+    come in the messages' order all the same. With ``together`` up to ``group`` messages to train
+    are answered at once. `close` waits for what is under way.
+    """
+
+    def __init__(
+        self,
+        client_app: ClientApp,
+        node_configs: Sequence[dict[str, Any]],
+        *,
+        threads: int = 1,
+        together: AnswerTogether | None = None,
+        group: int = 1,
+    ) -> None:
         identify_process(RUN_ID)
         self._client_app = client_app
         self._contexts = {
             FIRST_NODE + index: Context(RUN_ID, FIRST_NODE + index, config, RecordDict(), {})
             for index, config in enumerate(node_configs)
         }
-        self._waiting: deque[Message] = deque()
+        self._waiting: dict[str, Message] = {}
+        self._answers: dict[str, Future[Message]] = {}
         self._sent = 0
+        self._together = together
+        self._group = group
+        # A new thread would begin with torch's own number of threads, not with the one set.
+        of_torch = torch.get_num_threads()
+        self._pool = (
+            ThreadPoolExecutor(threads, "client", torch.set_num_threads, (of_torch,))
+            if threads > 1
+            else None
+        )
+
+    def close(self) -> None:
+        """Begin no further message, wait for those under way."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
 
     def get_node_ids(self) -> Iterable[int]:
         """All nodes, always."""
@@ -53,19 +89,30 @@ class InProcessGrid(Grid):  # type: ignore[misc]
         ids = []
         for message in messages:
             self._sent += 1
-            set_message_id(message, f"message-{self._sent}")
-            self._waiting.append(message)
-            ids.append(message.metadata.message_id)
+            message_id = f"message-{self._sent}"
+            set_message_id(message, message_id)
+            self._waiting[message_id] = message
+            if self._pool is not None:
+                self._answers[message_id] = self._pool.submit(self._answer, message)
+            ids.append(message_id)
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Run the ClientApp for the oldest of these messages and return its reply."""
+        """The reply to the oldest of these messages, or to a group of them."""
         wanted = set(message_ids)
-        for message in self._waiting:
-            if message.metadata.message_id in wanted:
-                self._waiting.remove(message)
-                return [self._answer(message)]
-        return []
+        found = [message_id for message_id in self._waiting if message_id in wanted]
+        if not found:
+            return []
+        if self._pool is not None:
+            reply = self._answers.pop(found[0]).result()
+            del self._waiting[found[0]]
+            return [reply]
+        group = [self._waiting[message_id] for message_id in found[: self._group]]
+        if self._together is not None and all(_trains(message) for message in group):
+            for message_id in found[: self._group]:
+                del self._waiting[message_id]
+            return self._answer_together(group)
+        return [self._answer(self._waiting.pop(found[0]))]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -84,6 +131,15 @@ class InProcessGrid(Grid):  # type: ignore[misc]
             reason = f"{type(error).__name__}: {error}"
             return Message(Error(CLIENT_APP_RAISED, reason), reply_to=message)
 
+    def _answer_together(self, messages: Sequence[Message]) -> list[Message]:
+        """The replies to a group; one by one where together something breaks."""
+        assert self._together is not None
+        try:
+            return self._together([(m, self._contexts[m.metadata.dst_node_id]) for m in messages])
+        except Exception:
+            log.exception("clients could not be trained together, they are trained one by one")
+            return [self._answer(message) for message in messages]
+
     @property
     def run(self) -> Any:
         """Not used: the run's facts are in the context."""
@@ -95,3 +151,7 @@ class InProcessGrid(Grid):  # type: ignore[misc]
     def create_message(self, *arguments: Any, **named: Any) -> Message:
         """Deprecated in Flower; create a `Message` instead."""
         raise NotImplementedError("create a Message directly")
+
+
+def _trains(message: Message) -> bool:
+    return bool(message.metadata.message_type == MessageType.TRAIN)

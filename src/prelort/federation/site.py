@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -10,7 +11,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from prelort.adapters import LoraAdapter, Trained
+from prelort.adapters import LoraAdapter
 from prelort.adapters.initial import draw_a
 from prelort.errors import PrelortError, UpdateRefused
 from prelort.federation import wire
@@ -19,11 +20,12 @@ from prelort.federation.encoding import carries_change, change_of
 from prelort.federation.flower import ClientApp, Context, RecordDict
 from prelort.federation.personal import PersonalStore
 from prelort.federation.registry import Agreement
-from prelort.metrics.evaluate import evaluate
+from prelort.metrics.evaluate import evaluate, ranks_at_once
 from prelort.models.lora import extract, install
 from prelort.tasks.interface import Example, Task
 from prelort.training.local import Assignment, train
 from prelort.training.tail import pruned_rank, tail_norm
+from prelort.training.together import Finished, Member, train_together
 from prelort.training.truncation import Truncation
 
 R = TypeVar("R", int, None)
@@ -93,18 +95,24 @@ def _train(site: Site, content: RecordDict) -> RecordDict:
     """Check the request, train the adapter that came with it, and pack the reply."""
     work = site.workspace
     request = wire.header(content, wire.TrainRequest)
-    received = _install(site, content, request, request.trains)
-    tail = request.tail
-    tail_before = tail_norm(work.model, tail, request.rank) if tail else 0.0
-    assignment = Assignment(
-        client=site.name,
-        round_index=request.round,
-        rounds=request.rounds,
-        seed=request.seed,
-        objective=request.to_objective(),
-        timeout=request.timeout,
-        stopped=site.stopped,
-    )
+    received, frozen = delivered(site, content, request)
+    install(work.model, received, frozen=frozen, trains=request.trains, gain=request.gain)
+    assignment = assignment_of(site, request)
+    if request.training.batch_truncations:
+        member = Member(received, site.examples, request.training, assignment, request.gain)
+        (found,) = train_together(
+            work.model,
+            work.truncation,
+            work.task,
+            [member],
+            work.pad_id,
+            trains=request.trains,
+            at_once=True,
+        )
+        if isinstance(found, PrelortError):
+            raise found
+        install(work.model, found.adapter, frozen=frozen, gain=request.gain)
+        return train_reply(site, request, received, found)
     result = train(
         work.model,
         work.truncation,
@@ -115,9 +123,33 @@ def _train(site: Site, content: RecordDict) -> RecordDict:
         work.pad_id,
     )
     trained = extract(work.model, work.agreement.scale)
+    return train_reply(site, request, received, Finished(trained, result))
+
+
+def assignment_of(site: Site, request: wire.TrainRequest) -> Assignment:
+    """The site's work as the server wants it."""
+    return Assignment(
+        client=site.name,
+        round_index=request.round,
+        rounds=request.rounds,
+        seed=request.seed,
+        objective=request.to_objective(),
+        timeout=request.timeout,
+        stopped=site.stopped,
+    )
+
+
+def train_reply(
+    site: Site, request: wire.TrainRequest, received: LoraAdapter, found: Finished
+) -> RecordDict:
+    """The content of the reply of a site that has trained; what it trained must be installed."""
+    work, trained, tail = site.workspace, found.adapter, request.tail
     if request.personal:
         _keep(site, request, trained)
-    rank = pruned_rank(work.model, tail, request.rank, tail_before) if tail else request.rank
+    rank = request.rank
+    if tail is not None:
+        before = tail_norm(_pairs(received), tail, rank)
+        rank = pruned_rank(_pairs(trained), tail, rank, before)
     offered = site.next_rank(request.round)
     reply = wire.TrainReply(
         **work.agreement.header(rank).model_dump(),
@@ -126,9 +158,9 @@ def _train(site: Site, content: RecordDict) -> RecordDict:
         dtype=request.dtype,
         change=carries_change(request.dtype),
         round=request.round,
-        steps=result.steps,
-        loss=result.loss,
-        seconds=result.seconds,
+        steps=found.result.steps,
+        loss=found.result.loss,
+        seconds=found.result.seconds,
         next_rank=offered if offered is not None else rank if rank < request.rank else None,
         validation_loss=_validation_loss(site) if request.with_validation else None,
     )
@@ -139,12 +171,17 @@ def _train(site: Site, content: RecordDict) -> RecordDict:
     return wire.pack(reply, answer, without=staying)
 
 
+def _pairs(adapter: LoraAdapter) -> list[tuple[Tensor, Tensor]]:
+    return [(factors.A, factors.B) for factors in adapter.layers.values()]
+
+
 def _evaluate(site: Site, content: RecordDict) -> RecordDict:
     """Measure the adapter that came with the request on the site's own test rows."""
     request = wire.header(content, wire.EvaluateRequest)
     if not site.test:
         raise PrelortError("has no test rows of its own")
-    _install(site, content, request)
+    received, frozen = delivered(site, content, request)
+    install(site.workspace.model, received, frozen=frozen, gain=request.gain)
     metrics = request.metrics or site.workspace.task.metrics
     values = _measured(site, site.test, metrics, request)
     prefixes = tuple(dict.fromkeys(request.prefixes))
@@ -167,10 +204,10 @@ def _weight(site: Site) -> int:
     return sum(int(task.weight(task.collate([example], pad_id))) for example in site.test)
 
 
-def _install(
-    site: Site, content: RecordDict, request: wire.Delivery, trains: Trained = "AB"
-) -> LoraAdapter:
-    """Check what was delivered, make it the model's adapter and return it."""
+def delivered(
+    site: Site, content: RecordDict, request: wire.Delivery
+) -> tuple[LoraAdapter, LoraAdapter | None]:
+    """The adapter that was delivered and what is to be frozen beside it, both checked."""
     work = site.workspace
     work.agreement.check(request)
     most = max(site.most, site.rank)
@@ -181,8 +218,7 @@ def _install(
     wire.check_adapter(received, work.agreement.schema, request.rank, float("inf"))
     if frozen is not None:
         wire.check_frozen(frozen, work.agreement.schema)
-    install(work.model, received, frozen=frozen, trains=trains, gain=request.gain)
-    return received
+    return received, frozen
 
 
 def _known(site: Site, request: wire.Delivery) -> dict[str, Tensor]:
@@ -248,17 +284,27 @@ def _measured_at(
 ) -> dict[R, dict[str, float | None]]:
     """The metrics of prefixes of what is installed now (None: the whole of it)."""
     work = site.workspace
-    found = evaluate(
-        work.model,
-        work.task,
-        examples,
-        range(len(ranks)),
-        lambda index: work.truncation.at(ranks[index]),
-        metrics=metrics,
-        tokenizer=work.tokenizer,
-        batch_size=request.batch_size if request is not None else 32,
-        max_new_tokens=request.max_new_tokens if request is not None else 1,
-        max_generated=request.max_generated if request is not None else 1,
-        device=work.model.device,
-    )
+    whole = work.agreement.schema.rank  # the truncation that leaves all slots of any adapter
+
+    def at_ranks(part: Sequence[int], rows: int, length: int) -> AbstractContextManager[None]:
+        if len(part) == 1:
+            return work.truncation.at(ranks[part[0]])
+        each = torch.tensor([whole if (r := ranks[i]) is None else r for i in part])
+        return work.truncation.at(each.repeat_interleave(rows), (rows * len(part), length))
+
+    with work.truncation.lean(work.model):
+        found = evaluate(
+            work.model,
+            work.task,
+            examples,
+            range(len(ranks)),
+            at_ranks,
+            metrics=metrics,
+            tokenizer=work.tokenizer,
+            batch_size=request.batch_size if request is not None else 32,
+            max_new_tokens=request.max_new_tokens if request is not None else 1,
+            max_generated=request.max_generated if request is not None else 1,
+            device=work.model.device,
+            at_once=ranks_at_once(work.model.device),
+        )
     return {rank: {**found[index]} for index, rank in enumerate(ranks)}

@@ -17,6 +17,9 @@ from prelort.tasks.interface import Example, Task
 
 FROM_LOGITS = ("accuracy", "macro_f1")
 
+AtRanks = Callable[[Sequence[int], int, int], AbstractContextManager[Any]]
+"""Makes a model that of some ranks, for as many parts of a batch, of so many rows and tokens."""
+
 
 @dataclass
 class _Tally:
@@ -34,7 +37,7 @@ def evaluate(
     task: Task,
     examples: Sequence[Example],
     ranks: Sequence[int],
-    at_rank: Callable[[int], AbstractContextManager[Any]],
+    at_ranks: AtRanks,
     *,
     metrics: Sequence[str],
     tokenizer: Any,
@@ -43,11 +46,14 @@ def evaluate(
     max_generated: int,
     device: torch.device | str,
     progress: Callable[[int, int], None] | None = None,
+    at_once: int = 1,
 ) -> dict[int, dict[str, float]]:
     """The metrics, and always ``loss``, at each of ``ranks`` (0 is the untuned base).
 
-    ``with at_rank(r):`` must make ``model`` the model of rank r. Neither the order of the examples
-    nor ``batch_size`` matters but for rounding, except that ``rouge_l`` takes the first
+    A forward pass measures up to ``at_once`` ranks: its batch has the same rows again for each of
+    them, one rank after the other, and ``with at_ranks(some ranks, rows of each, length):`` must
+    send every part through the model of its rank. Neither the order of the examples nor
+    ``batch_size`` nor ``at_once`` matters but for rounding, except that ``rouge_l`` takes the first
     ``max_generated`` examples that have a prompt and a reference. Units: loss in nats per token
     (causal) or example, accuracy and macro_f1 in 0..1, rouge_l in 0..100. ``progress`` is called
     with the steps done and their number. The modules' training modes are restored.
@@ -66,33 +72,54 @@ def evaluate(
     tallies = {rank: _Tally() for rank in ranks}
     total = (len(batches) + len(generated)) * len(tallies)
     tick = _ticker(progress, total)
+    parts = [ranks[start : start + at_once] for start in range(0, len(ranks), at_once)]
     with _evaluating(model), _logits(model, any(m in FROM_LOGITS for m in metrics)) as logits:
         for members in batches:
             batch = task.collate([examples[i] for i in members], pad_token(tokenizer))
             weight = int(task.weight(batch))
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            for rank, tally in tallies.items():
-                with at_rank(rank):
-                    tally.nll += float(task.loss_sum(model, batch).item())
-                tally.weight += weight
-                if logits:
-                    tally.predictions += logits.pop().argmax(dim=-1).tolist()
-                    tally.truth += batch["labels"].tolist()
-                    logits.clear()
-                tick()
+            rows, length = batch["input_ids"].shape
+            for part in parts:
+                several = {n: t.repeat(len(part), *[1] * (t.ndim - 1)) for n, t in batch.items()}
+                with at_ranks(part, rows, length):
+                    losses = task.losses(model, several).double().view(len(part), rows)
+                found = logits.pop().argmax(dim=-1).view(len(part), rows) if logits else None
+                for index, rank in enumerate(part):
+                    tally = tallies[rank]
+                    tally.nll += float(losses[index].sum())
+                    tally.weight += weight
+                    if found is not None:
+                        tally.predictions += found[index].tolist()
+                        tally.truth += batch["labels"].tolist()
+                    tick()
+                logits.clear()
     with _evaluating(model):
         for members in generated:
             prompts = [asked[i].input_ids[: asked[i].prompt_length] for i in members]
             prompts = [fit_prompt(model, prompt, max_new_tokens) for prompt in prompts]
-            for rank, tally in tallies.items():
-                with at_rank(rank):
+            for part in parts:
+                with at_ranks(part, len(prompts), 0):
                     texts = continuations(
-                        model, tokenizer, prompts, max_new_tokens=max_new_tokens, device=device
+                        model,
+                        tokenizer,
+                        prompts * len(part),
+                        max_new_tokens=max_new_tokens,
+                        device=device,
                     )
-                tally.texts.update(zip(members, texts, strict=True))
-                tick()
+                for index, rank in enumerate(part):
+                    own = texts[index * len(prompts) : (index + 1) * len(prompts)]
+                    tallies[rank].texts.update(zip(members, own, strict=True))
+                    tick()
     references = [example.reference for example in asked]
     return {rank: _summary(tally, metrics, references) for rank, tally in tallies.items()}
+
+
+def ranks_at_once(device: torch.device) -> int:
+    """How many ranks to measure in one forward pass, by default.
+
+    On a GPU several: a small batch does not fill it. On a CPU one, where more bring nothing.
+    """
+    return 1 if device.type == "cpu" else 8
 
 
 def _check(task: Task, examples: Sequence[Example], metrics: Sequence[str]) -> None:

@@ -110,7 +110,7 @@ def install(
     fold out again is exact. Optimisers of earlier parameters are void. Raises `AdapterError` if a
     layer or an extra is missing or surplus, or does not fit; the model is then left as it was.
     """
-    layers, extras = lora_layers(model), dict(_extras(model))
+    layers, extras = lora_layers(model), extra_places(model)
     _check_names(layers.keys(), adapter.layers.keys(), "layer")
     _check_names(extras.keys(), adapter.extras.keys(), "tensor")
     for name, layer in layers.items():
@@ -207,8 +207,12 @@ def _frozen_linear(weight: Tensor) -> nn.Linear:
     return linear
 
 
+def extra_places(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Where the tensors are that are trained in full: own name -> (module, attribute)."""
+    return dict(_extras(model))
+
+
 def _extras(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
-    """The tensors of modules trained in full: own name -> (module, attribute)."""
     for wrapper_name, wrapper in model.named_modules():
         if not isinstance(wrapper, ModulesToSaveWrapper):
             continue

@@ -31,19 +31,22 @@ class CausalTask:
         """The number of tokens predicted: the first of a sequence has nothing before it."""
         return int((batch["labels"][:, 1:] != IGNORED).sum())
 
-    def loss_sum(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        """Summed negative log likelihood of the predicted tokens in nats (float32 scalar)."""
+    def losses(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """Each example's summed negative log likelihood in nats (float32 [batch])."""
         logits = model(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             use_cache=False,
         ).logits
-        return F.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(),
-            batch["labels"][:, 1:].flatten(),
+        # What comes next is moved to where it is predicted: the logits need not be copied.
+        following = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+        by_token = F.cross_entropy(
+            logits.flatten(0, 1).float(),
+            following.flatten(),
             ignore_index=IGNORED,
-            reduction="sum",
+            reduction="none",
         )
+        return by_token.view(following.shape).sum(dim=1)
 
 
 def opening(tokenizer: Any) -> list[int]:

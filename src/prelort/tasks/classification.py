@@ -83,7 +83,7 @@ class Classification:
         """The number of examples."""
         return len(batch["labels"])
 
-    def loss_sum(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        """Summed cross entropy of the classes in nats (float32 scalar)."""
+    def losses(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """Each example's cross entropy of the classes in nats (float32 [batch])."""
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        return F.cross_entropy(logits.float(), batch["labels"], reduction="sum")
+        return F.cross_entropy(logits.float(), batch["labels"], reduction="none")

@@ -60,6 +60,6 @@ class Task(Protocol):
         """What the loss is averaged over: learnt tokens, or examples."""
         ...
 
-    def loss_sum(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        """The loss summed over what `weight` counts (a float32 scalar)."""
+    def losses(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """Each example's loss, summed over what `weight` counts of it (float32 [batch])."""
         ...

@@ -27,7 +27,7 @@ from prelort.models.lora import trainable
 from prelort.seeds import derive, torch_generator
 from prelort.tasks.interface import Batch, Example, Task
 from prelort.training.batches import batches, steps_per_round
-from prelort.training.tail import tail_penalty
+from prelort.training.tail import pairs, tail_penalty
 from prelort.training.truncation import Truncation
 
 
@@ -63,8 +63,12 @@ def train(
     config: TrainingConfig,
     assignment: Assignment,
     pad_id: int,
+    *,
+    lean: bool = True,
 ) -> TrainResult:
     """Train the installed adapter in place, deterministically for equal arguments.
+
+    Without ``lean`` the LoRA layers compute as PEFT does: slower, and the same but for rounding.
 
     The optimiser starts fresh and its state is thrown away. Raises `PrelortError` if the loss is
     no longer finite, the time is up or it was stopped.
@@ -83,7 +87,8 @@ def train(
     model.train()
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    with _seeded(derive(seed, "dropout", client, index), device):
+    fast = truncation.lean(model) if lean else nullcontext()
+    with fast, seeded(derive(seed, "dropout", client, index), device):
         for step in range(steps):
             chosen = [next(order) for _ in range(config.gradient_accumulation)]
             micro = [task.collate([examples[i] for i in batch], pad_id) for batch in chosen]
@@ -92,33 +97,43 @@ def train(
             for batch in micro:
                 moved = {name: tensor.to(device) for name, tensor in batch.items()}
                 for part in assignment.objective.passes(len(batch["input_ids"]), draws):
-                    with truncation.at(part.ranks, _shape(moved)), _precision(config, device):
-                        share = task.loss_sum(model, moved) * (part.weight / weight)
+                    with truncation.at(part.ranks, _shape(moved)), precision(config, device):
+                        share = task.losses(model, moved).sum() * (part.weight / weight)
                         share.backward()  # type: ignore[no-untyped-call]
                     loss += share.detach()
                     del share  # with its graph, before the next forward pass makes another
             if assignment.objective.tail is not None:
                 tail, rank = assignment.objective.tail, assignment.objective.levels[-1]
-                penalty = tail_penalty(model, tail, rank) * tail.weight
+                penalty = tail_penalty(pairs(model), tail, rank) * tail.weight
                 penalty.backward()  # type: ignore[no-untyped-call]
             losses.append(float(loss))
             if not math.isfinite(losses[-1]):
-                raise PrelortError(
-                    f"the loss became {losses[-1]} at local step {step + 1} of {steps} "
-                    f"(training.learning_rate = {config.learning_rate:g}): lower the rate"
-                )
+                raise diverged(losses[-1], step, steps, config)
             if config.max_grad_norm > 0:
                 nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad(set_to_none=True)
-            if time.monotonic() - started > assignment.timeout:
-                raise PrelortError(
-                    f"timed out after {assignment.timeout:g} s at local step {step + 1} of {steps}"
-                )
-            if assignment.stopped():
-                raise PrelortError(f"was called off at local step {step + 1} of {steps}")
+            check_time(assignment, time.monotonic() - started, step, steps)
     return TrainResult(sum(losses) / len(losses), steps, time.monotonic() - started)
+
+
+def diverged(loss: float, step: int, steps: int, config: TrainingConfig) -> PrelortError:
+    """What is said of a loss that is no longer a number, at this step (from 0)."""
+    return PrelortError(
+        f"the loss became {loss} at local step {step + 1} of {steps} "
+        f"(training.learning_rate = {config.learning_rate:g}): lower the rate"
+    )
+
+
+def check_time(assignment: Assignment, seconds: float, step: int, steps: int) -> None:
+    """Raise `PrelortError` if a client has taken too long, or nobody waits for it any more."""
+    if seconds > assignment.timeout:
+        raise PrelortError(
+            f"timed out after {assignment.timeout:g} s at local step {step + 1} of {steps}"
+        )
+    if assignment.stopped():
+        raise PrelortError(f"was called off at local step {step + 1} of {steps}")
 
 
 def _optimizer(
@@ -126,29 +141,43 @@ def _optimizer(
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """A fresh optimiser, at the place in the run's schedule where this round begins."""
     factors, extras = trainable(model)
-    rate = config.learning_rate
-    groups = [{"params": factors, "lr": rate, "initial_lr": rate}]
+    groups = [{"params": factors, "lr": config.learning_rate}]
     if extras:
-        head_rate = config.head_learning_rate or rate
-        groups.append({"params": extras, "lr": head_rate, "initial_lr": head_rate})
+        groups.append({"params": extras, "lr": config.head_learning_rate or config.learning_rate})
     optimizer: torch.optim.Optimizer
     if config.optimizer == "adamw":
         optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
     else:
         optimizer = torch.optim.SGD(
-            groups, lr=rate, momentum=config.momentum, weight_decay=config.weight_decay
+            groups,
+            lr=config.learning_rate,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
         )
+    return optimizer, scheduled(optimizer, config, steps, assignment)
+
+
+def scheduled(
+    optimizer: torch.optim.Optimizer, config: TrainingConfig, steps: int, assignment: Assignment
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The run's schedule of the rates, at the place where this round of ``steps`` begins."""
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
     total = steps * assignment.rounds
     warmup = round(config.warmup * total)
     done = assignment.round_index * steps - 1
+    schedule: torch.optim.lr_scheduler.LRScheduler
     if config.schedule == "cosine":
-        return optimizer, get_cosine_schedule_with_warmup(optimizer, warmup, total, 0.5, done)
-    if config.schedule == "linear":
-        return optimizer, get_linear_schedule_with_warmup(optimizer, warmup, total, done)
-    return optimizer, get_constant_schedule_with_warmup(optimizer, warmup, done)
+        schedule = get_cosine_schedule_with_warmup(optimizer, warmup, total, 0.5, done)
+    elif config.schedule == "linear":
+        schedule = get_linear_schedule_with_warmup(optimizer, warmup, total, done)
+    else:
+        schedule = get_constant_schedule_with_warmup(optimizer, warmup, done)
+    return schedule
 
 
-def _precision(config: TrainingConfig, device: torch.device) -> AbstractContextManager[object]:
+def precision(config: TrainingConfig, device: torch.device) -> AbstractContextManager[object]:
+    """The configured autocast of the forward pass."""
     if config.precision == "bfloat16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext()
@@ -160,7 +189,7 @@ def _shape(batch: Batch) -> tuple[int, int]:
 
 
 @contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Dropout drawn from ``seed``, the global generators left as they were."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)

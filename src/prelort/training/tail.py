@@ -2,32 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 from prelort.methods.objective import TailPenalty
 from prelort.models.lora import ADAPTER, lora_layers
 
+Pairs = Iterable[tuple[Tensor, Tensor]]
+"""A [r, d_in] and B [d_out, r] of each layer."""
 
-def tail_penalty(model: nn.Module, tail: TailPenalty, rank: int) -> Tensor:
-    """``sum over layers of |B[:, q:]|_F |A[q:]|_F`` of what is installed, q = tail.cut(rank)."""
+
+def pairs(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """A and B of each layer, as they are installed."""
+    return [
+        (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)
+        for layer in lora_layers(model).values()
+    ]
+
+
+def tail_penalty(factors: Pairs, tail: TailPenalty, rank: int) -> Tensor:
+    """``sum over layers of |B[:, q:]|_F |A[q:]|_F``, q = tail.cut(rank)."""
     cut = tail.cut(rank)
-    norms: list[Tensor] = []
-    for layer in lora_layers(model).values():
-        a, b = layer.lora_A[ADAPTER].weight[cut:], layer.lora_B[ADAPTER].weight[:, cut:]
-        norms.append(torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b))
+    norms = [
+        torch.linalg.vector_norm(a[cut:]) * torch.linalg.vector_norm(b[:, cut:]) for a, b in factors
+    ]
     return torch.stack(norms).sum()
 
 
-def tail_norm(model: nn.Module, tail: TailPenalty, rank: int) -> float:
+def tail_norm(factors: Pairs, tail: TailPenalty, rank: int) -> float:
     """The value of `tail_penalty`, without gradients."""
     with torch.no_grad():
-        return float(tail_penalty(model, tail, rank))
+        return float(tail_penalty(factors, tail, rank))
 
 
-def pruned_rank(model: nn.Module, tail: TailPenalty, rank: int, before: float) -> int:
+def pruned_rank(factors: Pairs, tail: TailPenalty, rank: int, before: float) -> int:
     """The rank after self-pruning: cut where training has made the tail smaller than ``before``."""
     cut = tail.cut(rank)
-    if rank > cut >= tail.lowest and tail_norm(model, tail, rank) < before:
+    if rank > cut >= tail.lowest and tail_norm(factors, tail, rank) < before:
         return cut
     return rank

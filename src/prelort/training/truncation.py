@@ -13,10 +13,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from prelort.adapters import ScaleRule
 from prelort.errors import ConfigError
+from prelort.models.lean import lean
 from prelort.models.lora import ADAPTER, lora_layers
 
 
@@ -33,9 +35,27 @@ class Truncation:
         self._tables: dict[tuple[int, torch.device], Tensor] = {}
         self._masks: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
         self._handles = [
-            layer.lora_A[ADAPTER].register_forward_hook(self._mask)
+            layer.lora_A[ADAPTER].register_forward_hook(self._hook)
             for layer in lora_layers(model).values()
         ]
+
+    @contextmanager
+    def lean(self, model: nn.Module) -> Iterator[None]:
+        """Let the model compute with one operation for each LoRA layer, truncated as by the hooks.
+
+        The same but for rounding, and faster (`prelort.models.lean`).
+        """
+
+        def factors_of(
+            name: str, layer: LoraLayer, shape: torch.Size
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+            scale = torch.full((), layer.scaling[ADAPTER], dtype=a.dtype, device=a.device)
+            mask = self.mask(shape[:-1], a.shape[0], a)
+            return a[None], b[None], scale if mask is None else mask * scale
+
+        with lean(model, factors_of):
+            yield
 
     @contextmanager
     def at(
@@ -44,8 +64,8 @@ class Truncation:
         """Truncate every forward pass inside; keep the backward pass inside too.
 
         ``ranks``: None (the whole adapter), one rank for the batch (0: the base model), or an
-        int64 tensor [batch]. ``tokens``: batch and length of the batch, needed where a model
-        flattens them to one dimension before its linear layers.
+        int64 tensor [batch]. ``tokens``: batch and length of the batch (0: any), needed where a
+        model flattens them to one dimension before its linear layers.
         """
         before = self._ranks, self._tokens, self._masks
         self._ranks, self._tokens, self._masks = ranks, tokens, {}
@@ -59,36 +79,44 @@ class Truncation:
         for handle in self._handles:
             handle.remove()
 
-    def _mask(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
-        """The hook: ``output`` is ``A x``, [batch, ..., rank]."""
+    def mask(self, rows: torch.Size, rank: int, like: Tensor) -> Tensor | None:
+        """By what ``A x`` of shape [*rows, rank] is multiplied, None for nothing.
+
+        It has the type and the device of ``like``. Raises `ConfigError` where each example has a
+        truncation of its own and a layer's rows are not the batch's.
+        """
         if self._ranks is None:
             return None
-        mask = self._row(output)
+        mask = self._row(rank, like)
         if mask.ndim == 1:
-            return output * mask
-        if output.shape[0] == mask.shape[0]:
-            return output * mask.view(mask.shape[0], *[1] * (output.ndim - 2), mask.shape[1])
-        if self._tokens is not None and output.ndim == 2:
+            return mask
+        if rows[0] == mask.shape[0]:
+            return mask.view(mask.shape[0], *[1] * (len(rows) - 1), mask.shape[1])
+        if self._tokens is not None and len(rows) == 1:
             batch, length = self._tokens
-            if output.shape[0] == batch * length:
-                return output * mask.repeat_interleave(length, dim=0)
+            length = length or rows[0] // batch
+            if rows[0] == batch * length:
+                return mask.repeat_interleave(length, dim=0)
         raise ConfigError(
             f"method.objective = 'example' does not work with this model: a layer sees "
-            f"{list(output.shape[:-1])} rows for a batch of {mask.shape[0]}; use 'step' or 'mean'"
+            f"{list(rows)} rows for a batch of {mask.shape[0]}; use 'step' or 'mean'"
         )
 
-    def _row(self, output: Tensor) -> Tensor:
+    def _hook(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+        mask = self.mask(output.shape[:-1], output.shape[-1], output)
+        return None if mask is None else output * mask
+
+    def _row(self, rank: int, like: Tensor) -> Tensor:
         """The factors of the ranks in use: [rank], or [batch, rank]; made once a pass."""
-        rank = output.shape[-1]
-        key = (rank, output.device, output.dtype)
+        key = (rank, like.device, like.dtype)
         if key not in self._masks:
             ranks = self._ranks
-            table = self._table(rank, output.device)
+            table = self._table(rank, like.device)
             if isinstance(ranks, Tensor):
-                index: int | Tensor = ranks.to(output.device).clamp(max=rank)
+                index: int | Tensor = ranks.to(like.device).clamp(max=rank)
             else:
                 index = min(int(ranks or 0), rank)
-            self._masks[key] = table[index].to(output.dtype)
+            self._masks[key] = table[index].to(like.dtype)
         return self._masks[key]
 
     def _table(self, rank: int, device: torch.device) -> Tensor:

@@ -1,0 +1,76 @@
+"""Several threads of one process that train clients side by side, each with a model of its own.
+
+On a CPU this is what pays: a client alone leaves cores idle between and within its operations. A
+thread's model shares the base's weights with all others, so that a further one costs the memory of
+one client's training. Each client's numbers are those that it would have alone, bit for bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from queue import SimpleQueue
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from prelort.config import Config
+from prelort.federation.site import Workspace
+
+
+def default_threads(config: Config, model: nn.Module) -> int:
+    """How many clients to train at once where nobody says: one for each set of cores.
+
+    One where training draws at random (dropout: torch has one generator for all threads), on a
+    GPU, and where ``threads`` is not set, so that torch itself uses all cores.
+    """
+    if config.threads is None or draws(model) or _device(model).type != "cpu":
+        return 1
+    return max(1, (os.cpu_count() or 1) // config.threads)
+
+
+def draws(model: nn.Module) -> bool:
+    """Whether training the model drops anything at random, as far as can be seen from outside."""
+    if any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
+        return True
+    config = getattr(model, "config", None)
+    settings = config.to_dict() if isinstance(config, PretrainedConfig) else {}
+    return any(
+        isinstance(value, float) and value > 0
+        for key, value in settings.items()
+        if "drop" in key  # attention_dropout, resid_pdrop, ... are read by functions
+    )
+
+
+def replica(work: Workspace) -> Workspace:
+    """The same with a model of its own that shares the base's weights."""
+    shared = {id(p): p for p in work.model.parameters() if not p.requires_grad}
+    # Both at once: the truncation's hooks in the copied model must be the copied truncation's.
+    model, truncation = copy.deepcopy((work.model, work.truncation), shared)
+    return replace(work, model=model, truncation=truncation)
+
+
+class Workspaces:
+    """Workspaces of which each is used by one thread at a time."""
+
+    def __init__(self, all_of_them: Sequence[Workspace]) -> None:
+        self._free: SimpleQueue[Workspace] = SimpleQueue()
+        for work in all_of_them:
+            self._free.put(work)
+
+    @contextmanager
+    def one(self) -> Iterator[Workspace]:
+        """A workspace for oneself; waits until there is one."""
+        work = self._free.get()
+        try:
+            yield work
+        finally:
+            self._free.put(work)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
