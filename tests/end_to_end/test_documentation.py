@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import prelort
-from prelort import cli
+from prelort.cli import listing
 from prelort.config import EMBEDDED_FILE, Config, check, read_toml
 
 ROOT = Path(__file__).parents[2]
@@ -57,7 +57,7 @@ def test_contributings_method_in_one_file_runs(
 
 
 def test_configuration_printed_is_the_embedded_default(capsys: pytest.CaptureFixture[str]) -> None:
-    cli.config()
+    listing.config()
     assert capsys.readouterr().out == EMBEDDED_FILE.read_text()
     assert check(read_toml(EMBEDDED_FILE)) == prelort.load_config()
 
