@@ -1,4 +1,4 @@
-"""The command line: ``prelort run | watch | plan | evaluate | report | export | new | ...``.
+"""The command line: ``prelort run | compare | watch | plan | evaluate | report | export | ...``.
 
 A module for each group of commands. Heavy imports (torch, transformers) are inside the commands,
 so that ``--help`` is quick.
@@ -13,7 +13,7 @@ import warnings
 import typer
 from rich.console import Console
 
-from prelort.cli import listing, looking, planning, running, sites
+from prelort.cli import comparing, listing, looking, planning, running, sites
 from prelort.cli.screen import escaped, warn
 from prelort.errors import PrelortError
 from prelort.quiet import quiet_libraries
@@ -26,6 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(epilog=running.EXAMPLES)(running.run)
+app.command(epilog=comparing.EXAMPLES)(comparing.compare)
 app.command(epilog=looking.WATCH_EXAMPLES)(looking.watch)
 app.command(epilog=looking.EVALUATE_EXAMPLES)(looking.evaluate)
 app.command(epilog=looking.REPORT_EXAMPLES)(looking.report)
