@@ -21,6 +21,7 @@ from prelort.config import Config, check, load, to_toml
 
 COMMANDS = (
     "run",
+    "compare",
     "watch",
     "plan",
     "evaluate",

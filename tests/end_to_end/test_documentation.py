@@ -13,6 +13,7 @@ import pytest
 import prelort
 from prelort.cli import listing
 from prelort.config import EMBEDDED_FILE, Config, check, read_toml
+from prelort.experiment.compare.study import load as load_study
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,6 +55,17 @@ def test_contributings_method_in_one_file_runs(
     plain = prelort.run(make_config(federation={"rounds": 4}), tmp_path / "plain")
     name = next(iter(plain.adapter.tensors()))
     assert not plain.adapter.tensors()[name].equal(result.adapter.tensors()[name])
+
+
+def test_the_study_in_the_documentation_is_one(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "compare.md").read_text()
+    found = re.search(r"```toml\n(.*?)```", text, re.DOTALL)
+    assert found is not None
+    (tmp_path / "study.toml").write_text(found.group(1))
+    study = load_study(tmp_path / "study.toml")
+    assert len(study.cells) == 5 * 5 * 2
+    (variant,) = {c.config.method.objective for c in study.cells if c.method == "segment-wise only"}
+    assert variant == "plain"
 
 
 def test_configuration_printed_is_the_embedded_default(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,7 @@ EXAMPLES = """[bold]Examples[/bold]
 
   prelort compare study.toml --set federation.rounds=2 --out results/quick
 
-STUDY is the TOML file of a run with a section [compare]: methods, seeds, settings, and what holds
+STUDY is the TOML file of a run with a section \\[compare]: methods, seeds, settings, and what holds
 for one method alone; docs/compare.md has an example. The same command again goes on where it was
 stopped, and repeats no finished cell.
 """
