@@ -34,6 +34,7 @@ ALLOWED = {
         "training",
     },
     "deployment": {"data", "experiment", "federation", "planning", "report"},
+    "cli": {"deployment", "experiment", "methods", "planning", "report"},
 }
 UNDER_ALL = {"config", "errors", "files", "quiet", "seeds"}
 

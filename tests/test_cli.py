@@ -12,13 +12,16 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import prelort
 from command_line import CommandLine
 from prelort import cli
 from prelort import config as configuration
+from prelort.cli.screen import from_library
 from prelort.config import Config, check, load, to_toml
 
 COMMANDS = (
     "run",
+    "compare",
     "watch",
     "plan",
     "evaluate",
@@ -314,10 +317,10 @@ class TestRun:
 
 class TestWarnings:
     def test_a_library_in_a_folder_of_our_name_is_still_a_library(self) -> None:
-        package = Path(cli.__file__).parent
-        assert cli._from_library("/home/me/prelort/.venv/lib/site-packages/torch/nn.py")
-        assert not cli._from_library(str(package / "experiment" / "checkpoint.py"))
-        assert not cli._from_library("/home/me/my_method.py")
+        package = Path(prelort.__file__).parent
+        assert from_library("/home/me/prelort/.venv/lib/site-packages/torch/nn.py")
+        assert not from_library(str(package / "experiment" / "checkpoint.py"))
+        assert not from_library("/home/me/my_method.py")
 
 
 @pytest.fixture

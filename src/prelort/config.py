@@ -6,6 +6,7 @@ wrong into one sentence that names the key, the value and what is allowed.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import tomllib
@@ -227,11 +228,7 @@ class MethodConfig(Section):
 
     def options_of(self, name: str, kind: type[S]) -> S:
         """The options of method ``name``. Raises `ConfigError` with one sentence."""
-        values = self.options.get(name, {})
-        try:
-            return kind.model_validate(values)
-        except ValidationError as error:
-            raise ConfigError(_option_sentence(error, f"method.options.{name}", kind)) from None
+        return validated(kind, self.options.get(name, {}), f"method.options.{name}")
 
 
 class FederationConfig(Section):
@@ -336,10 +333,22 @@ def load(path: Path | str | None = None, overrides: Iterable[str] = ()) -> Confi
 
     Without a file the embedded default is meant. Raises `ConfigError` with one sentence.
     """
-    values = read_toml(Path(path) if path is not None else EMBEDDED_FILE)
+    return check(applied(read_values(path), overrides))
+
+
+def read_values(path: Path | str | None = None) -> dict[str, Any]:
+    """The plain values of a TOML file, of the embedded default without one; unchecked."""
+    return read_toml(Path(path) if path is not None else EMBEDDED_FILE)
+
+
+def applied(
+    values: Mapping[str, Any], overrides: Iterable[str], where: str = "--set"
+) -> dict[str, Any]:
+    """The values with ``a.b=value`` overrides, in their order; ``where`` they stand, for errors."""
+    changed = copy.deepcopy(dict(values))
     for override in overrides:
-        _apply(values, override)
-    return check(values)
+        _apply(changed, override, where)
+    return changed
 
 
 def check(values: Mapping[str, Any]) -> Config:
@@ -348,6 +357,17 @@ def check(values: Mapping[str, Any]) -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_sentence(error)) from None
+
+
+def validated(kind: type[S], values: Mapping[str, Any], where: str) -> S:
+    """A section built from plain values that stand at ``where``.
+
+    Raises `ConfigError` with one sentence.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_option_sentence(error, where, kind)) from None
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -396,12 +416,12 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def _apply(values: dict[str, Any], override: str, where: str) -> None:
     """Put one ``a.b=value`` into the nested values; the value is TOML, or else a string."""
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(
-            f"--set {override!r} is not of the form key=value, e.g. method.name=fedit"
+            f"{where} {override!r} is not of the form key=value, e.g. method.name=fedit"
         )
     try:
         value = tomllib.loads(f"value = {text}")["value"]
@@ -412,7 +432,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     for section in sections:
         inner = target.setdefault(section, {})
         if not isinstance(inner, dict):
-            raise ConfigError(f"--set {override!r}: {section!r} is a value, not a section")
+            raise ConfigError(f"{where} {override!r}: {section!r} is a value, not a section")
         target = inner
     target[last] = value
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 import prelort
-from prelort import cli
+from prelort.cli import listing
 from prelort.config import EMBEDDED_FILE, Config, check, read_toml
+from prelort.experiment.compare.study import load as load_study
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,8 +57,19 @@ def test_contributings_method_in_one_file_runs(
     assert not plain.adapter.tensors()[name].equal(result.adapter.tensors()[name])
 
 
+def test_the_study_in_the_documentation_is_one(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "compare.md").read_text()
+    found = re.search(r"```toml\n(.*?)```", text, re.DOTALL)
+    assert found is not None
+    (tmp_path / "study.toml").write_text(found.group(1))
+    study = load_study(tmp_path / "study.toml")
+    assert len(study.cells) == 5 * 5 * 2
+    (variant,) = {c.config.method.objective for c in study.cells if c.method == "segment-wise only"}
+    assert variant == "plain"
+
+
 def test_configuration_printed_is_the_embedded_default(capsys: pytest.CaptureFixture[str]) -> None:
-    cli.config()
+    listing.config()
     assert capsys.readouterr().out == EMBEDDED_FILE.read_text()
     assert check(read_toml(EMBEDDED_FILE)) == prelort.load_config()
 

@@ -18,6 +18,7 @@ from prelort.experiment.run import run
 from prelort.federation.flower import identify_process
 from prelort.federation.in_process import InProcessGrid
 from prelort.federation.site import Site, make_client_app
+from run_files import adapters_of
 
 RANKS = {"clinic-a": 2, "clinic-b": 8, "clinic-c": 4}
 LABELS = ("no", "yes")
@@ -82,11 +83,6 @@ def run_together(config: Config, file: Path, path: Path) -> list[dict[str, Any]]
     ranks = config.ranks.model_copy(update={"mix": mix})
     prelort.run(together.model_copy(update={"ranks": ranks}), path)
     return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-
-
-def adapters_of(run: Path) -> dict[str, bytes]:
-    found = sorted((run / "adapters").rglob("*.safetensors"))
-    return {str(path.relative_to(run)): path.read_bytes() for path in found}
 
 
 @pytest.mark.parametrize("task", ["causal-lm", "classification"])

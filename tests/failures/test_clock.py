@@ -8,6 +8,7 @@ import pytest
 
 import prelort
 from prelort.config import check
+from run_files import adapters_of
 
 CONFIG = check(
     {
@@ -19,11 +20,6 @@ CONFIG = check(
         "federation": {"rounds": 2, "clients_per_round": 1.0, "timeout": 60.0},
     }
 )
-
-
-def adapters_of(run: Path) -> dict[str, bytes]:
-    found = sorted((run / "adapters").rglob("*.safetensors"))
-    return {str(path.relative_to(run)): path.read_bytes() for path in found}
 
 
 def test_a_run_does_not_mind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from prelort.adapters import Factors, LoraAdapter, ScaleRule
 from prelort.config import MethodConfig
 from prelort.methods import Broadcast, Client, ServerState, Update, build, diagnostics
-from prelort.methods.diagnostics import Collector, LayerSlots, effective_rank, sampled, segments
+from prelort.methods.diagnostics import Collector, sampled, segments
 from prelort.methods.prefix import PrefixMethod
 from prelort.methods.slot_mean import weighting
+from prelort.methods.slot_products import LayerSlots, effective_rank
 from random_adapters import dense, dense_norm, random_adapter, scale_rules, seeds
 
 quick = settings(deadline=None, max_examples=25)

@@ -10,11 +10,6 @@ from prelort import config as configuration
 from prelort.experiment.stage import StageOf, in_process
 
 
-def adapters_of(run: Path) -> dict[str, bytes]:
-    files = sorted((run / "adapters").rglob("*.safetensors"))
-    return {str(path.relative_to(run)): path.read_bytes() for path in files}
-
-
 def run_here(path: Path, changes: dict[str, Any], stage_of: StageOf = in_process) -> Path:
     # Who is alone here need not wait for anybody.
     alone = {"federation": {"min_clients": None}}

@@ -4,8 +4,10 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from in_one_process import adapters_of, run_here
+from in_one_process import run_here
 from loopback import Federation
+
+from run_files import adapters_of
 
 
 def test_real_sites_give_the_adapters_of_a_run_in_one_process(tmp_path: Path) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from in_one_process import adapters_of
 from loopback import Federation
+
+from run_files import adapters_of
 
 LATE = 45.0
 

@@ -5,8 +5,10 @@ import signal
 from pathlib import Path
 
 import pytest
-from in_one_process import adapters_of, run_here
+from in_one_process import run_here
 from loopback import Federation, kill_group
+
+from run_files import adapters_of
 
 CHANGES = {
     "partition": {"clients": 2},

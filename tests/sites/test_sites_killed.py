@@ -6,8 +6,10 @@ import signal
 from pathlib import Path
 
 import pytest
-from in_one_process import adapters_of, run_here
+from in_one_process import run_here
 from loopback import Federation, kill_group, until
+
+from run_files import adapters_of
 
 LATE = 35.0
 """Seconds that a round waits; more than one takes here."""

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
-import threading
-import time
 from pathlib import Path
 
 from rich.console import Console
 
+from prelort.experiment.parent import end_with_parent
 from prelort.federation.flower import Context, Grid, ServerApp
 from prelort.quiet import quiet_libraries
 
@@ -25,7 +23,9 @@ def federation_app(federation: Path) -> ServerApp:
 
     @app.main()  # type: ignore[untyped-decorator]
     def main(grid: Grid, context: Context) -> None:
-        _end_with_parent()
+        # Flower 1.41 asks the app to stop when the SuperLink ends, but a call that it keeps
+        # retrying can hold it for minutes, and with it the run's folder.
+        end_with_parent()
         quiet_libraries()
         from prelort.deployment.rounds import carry_out
 
@@ -36,19 +36,3 @@ def federation_app(federation: Path) -> ServerApp:
         carry_out(federation, Path(folder).expanduser(), overrides, grid, console)
 
     return app
-
-
-def _end_with_parent() -> None:
-    """End this process soon after the one that has started it: it belongs to the SuperLink.
-
-    Flower 1.41 asks the app to stop then, but a call that it keeps retrying can hold it for
-    minutes, and with it the run's folder. At any moment the run can be gone on with.
-    """
-    parent = os.getppid()
-
-    def look() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.2)
-        os._exit(1)
-
-    threading.Thread(target=look, daemon=True).start()

@@ -16,10 +16,9 @@ sums of ``s B A``, and q_j the shares of the squared singular values of G':
     tail kept             <T'_h, T_h> / |T_h|^2              (dilution: arXiv 2406.17477)
 
 The ratios are ours, so that layers, rounds and methods can be compared. Norms are Frobenius norms
-over the measured layers. Everything is a sum of slots (column of B times row of A), so that one
-matrix of the slots' inner products, ``(B'B) * (A A')``, holds all of a layer's numbers; no
-d_out x d_in matrix is ever built. Differences are taken between coefficients of slots and not
-between norms, in float64. ``docs/diagnostics.md`` says how to read the numbers.
+over the measured layers. Everything is a sum of slots (`slot_products`); no d_out x d_in matrix is
+ever built. Differences are taken between coefficients of slots and not between norms, in float64.
+``docs/diagnostics.md`` says how to read the numbers.
 """
 
 from __future__ import annotations
@@ -31,12 +30,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from prelort.adapters import Factors, LoraAdapter
 from prelort.methods.interface import Broadcast, Client, Method, ServerState, Update
+from prelort.methods.slot_products import (
+    LayerSlots,
+    Matrix,
+    Numbers,
+    Product,
+    effective_rank,
+    equal,
+    singular_energies,
+)
 from prelort.seeds import torch_generator
 
 LEAST_BUDGET = 1e8
@@ -53,66 +59,6 @@ RESOLUTION = 1e-6
 
 DIGITS = 6
 """Significant digits of what is told, so that it does not hang on the order of a sum."""
-
-Numbers = npt.NDArray[np.int64]
-Matrix = npt.NDArray[np.float64]
-
-Product = tuple[Numbers, Matrix] | None
-"""A sum of slots: their numbers [n] and coefficients [n]; None for the zero product."""
-
-
-class LayerSlots:
-    """The slots of one layer that a round has to do with, numbered, and their inner products.
-
-    What a client merely received is found again among the slots that are there, bit for bit: it
-    costs nothing, and cancels exactly.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._taken: list[Factors] = []
-        self._known: list[tuple[Factors, Numbers]] = []
-
-    def add(self, factors: Factors, *, known: bool = False) -> Numbers:
-        """Number new slots; ``known``: `find` is to know them from now on."""
-        numbers = np.arange(self.count, self.count + factors.rank)
-        self.count += factors.rank
-        self._taken.append(factors)
-        if known:
-            self._known.append((factors, numbers))
-        return numbers
-
-    def find(self, factors: Factors) -> Numbers | None:
-        """The numbers of slots of which some may be known; None where all of them are zero."""
-        for block, numbers in self._known:
-            if _begins_with(block, factors):
-                return numbers[: factors.rank]
-        if not bool(factors.B.any()):
-            return None
-        found = np.full(factors.rank, -1)
-        for block, numbers in self._known:
-            place = places(factors, block)
-            found = np.where((found < 0) & (place >= 0), numbers[place], found)
-            if (found >= 0).all():
-                return found
-        (unknown,) = (found < 0).nonzero()
-        found[unknown] = self.add(factors.take(torch.from_numpy(unknown)), known=True)
-        return found
-
-    def grams(self) -> tuple[Matrix, Matrix]:
-        """``A A'`` and ``B'B`` over all slots, float64 [count, count] each."""
-        a = torch.cat([factors.A for factors in self._taken]).double().cpu().numpy()
-        b = torch.cat([factors.B for factors in self._taken], dim=1).double().cpu().numpy()
-        # NumPy knows x x' to be symmetric and takes half the time for it, torch does not.
-        return a @ a.T, b.T @ b
-
-    def rows(self, products: Sequence[Product]) -> Matrix:
-        """Each product as the coefficients of all slots: float64 [products, count]."""
-        rows = np.zeros((len(products), self.count))
-        for row, product in zip(rows, products, strict=True):
-            if product is not None:
-                np.add.at(row, *product)
-        return rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +117,7 @@ class Collector:
         """Keep what is needed of one client's round."""
         received, own = only(sent.trainable, self.names), self.state.adapter.layers
         self.in_place &= all(
-            name in own and _equal(factors.A, own[name].A[: factors.rank])
+            name in own and equal(factors.A, own[name].A[: factors.rank])
             for name, factors in received.layers.items()
         )
         self.replies.append(
@@ -410,38 +356,6 @@ def segments(levels: Sequence[int]) -> list[tuple[int, int]]:
     return list(zip([0, *rising[:-1]], rising, strict=True))
 
 
-def places(part: Factors, whole: Factors) -> Numbers:
-    """For each slot of ``part`` the slot of ``whole`` that is the same to the bit, or -1."""
-    nowhere = torch.full((part.rank,), -1, device=part.A.device)
-    # A few numbers tell almost all slots apart; only those that agree in them are compared.
-    alike = (part.A[:, None, :8] == whole.A[None, :, :8]).all(dim=2)
-    if not bool(alike.any()):
-        return nowhere.cpu().numpy()
-    guess = alike.int().argmax(dim=1)
-    same = torch.eq(part.A, whole.A[guess]).all(dim=1)
-    same &= torch.eq(part.B, whole.B[:, guess]).all(dim=0)
-    return torch.where(same, guess, nowhere).cpu().numpy()
-
-
-def singular_energies(gram_a: Matrix, gram_b: Matrix) -> Matrix:
-    """Squared singular values of ``B A``, falling [r], from ``A A'`` and ``B'B`` [r, r].
-
-    They are the eigenvalues of ``S' B'B S`` for any S with ``S S' = A A'``.
-    """
-    values, vectors = np.linalg.eigh(gram_a)
-    root = vectors * np.sqrt(np.maximum(values, 0.0))
-    return np.maximum(np.linalg.eigvalsh(root.T @ gram_b @ root), 0.0)[::-1]
-
-
-def effective_rank(energies: Matrix) -> float:
-    """``exp(H)``, H the entropy of the energies as shares; between 1 and their number.
-
-    Roy & Vetterli, EUSIPCO 2007, with squared singular values in place of theirs.
-    """
-    shares = energies[energies > 0] / energies.sum()
-    return math.exp(-float((shares * np.log(shares)).sum()))
-
-
 def only(adapter: LoraAdapter, names: Sequence[str]) -> LoraAdapter:
     """The adapter with these of its layers, without extras."""
     layers = {name: adapter.layers[name] for name in names if name in adapter.layers}
@@ -466,19 +380,6 @@ def part(state: ServerState, names: Sequence[str]) -> ServerState:
 def _copied(adapter: LoraAdapter) -> LoraAdapter:
     layers = {name: Factors(f.A.clone(), f.B.clone()) for name, f in adapter.layers.items()}
     return replace(adapter, layers=layers)
-
-
-def _begins_with(whole: Factors, factors: Factors) -> bool:
-    """Whether the first slots of ``whole`` are those of ``factors``, to the bit."""
-    rank = factors.rank
-    return _equal(whole.A[:rank], factors.A) and _equal(whole.B[:, :rank], factors.B)
-
-
-def _equal(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors are the same to the bit; views of the same memory are not compared."""
-    if x.dtype != y.dtype or x.shape != y.shape:
-        return False
-    return (x.data_ptr() == y.data_ptr() and x.stride() == y.stride()) or torch.equal(x, y)
 
 
 Some = Sequence[float | None]

@@ -94,6 +94,11 @@ class Objective:
         passes = [Pass(self.levels[-1], full), Pass(one, below)]
         return [p for p in passes if p.weight > 0]
 
+    @property
+    def passes_per_batch(self) -> int:
+        """How many `passes` a batch has: whatever is drawn, as many."""
+        return len(self.passes(1, torch.Generator().manual_seed(0)))
+
     @staticmethod
     def _draw(weights: Sequence[float], count: int, generator: torch.Generator) -> Tensor:
         probabilities = torch.tensor(weights, dtype=torch.float64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prelort.report import happened
 from prelort.report.axes import COLOURS, has_room, wants_log
@@ -27,6 +27,9 @@ from prelort.report.events import (
 from prelort.report.heat import Heat, heat_strip
 from prelort.report.tables import Block, blocks
 from prelort.report.wording import Wording, human_bytes, human_seconds, listed, plain, wording
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 MOST_INCIDENTS = 400
 """So many lines of what happened are shown, at most."""
@@ -96,23 +99,31 @@ class RunView:
 
 def render(sources: Sequence[Source], title: str) -> str:
     """The page of these runs. Every text of theirs is escaped; nothing is fetched to show it."""
-    # Jinja is imported here: the command line imports this package for its names.
+    runs = {source.name: happened.known(source.events) for source in sources}
+    return (
+        environment()
+        .get_template("report.html")
+        .render(
+            title=plain(title),
+            tables=_tables(runs),
+            overview=_overview(runs),
+            runs=[view(source) for source in sources],
+            colours=COLOURS,
+        )
+    )
+
+
+def environment() -> Environment:
+    """The templates; whatever they are given is escaped."""
+    # Imported here: the command line imports this package for its names.
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    environment = Environment(
+    return Environment(
         loader=PackageLoader("prelort.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-    )
-    runs = {source.name: happened.known(source.events) for source in sources}
-    return environment.get_template("report.html").render(
-        title=plain(title),
-        tables=_tables(runs),
-        overview=_overview(runs),
-        runs=[view(source) for source in sources],
-        colours=COLOURS,
     )
 
 

@@ -49,7 +49,7 @@ def rank_curves(runs: Runs, path: Path | str, metric: str | None = None) -> Path
 
     Raises `PrelortError` where nothing was measured or the file cannot be written.
     """
-    return _written(rank_figure(runs, metric), path)
+    return save(rank_figure(runs, metric), path)
 
 
 def diagnostic_curves(runs: Runs, path: Path | str) -> Path:
@@ -57,10 +57,11 @@ def diagnostic_curves(runs: Runs, path: Path | str) -> Path:
 
     Raises `PrelortError` where nothing was diagnosed or the file cannot be written.
     """
-    return _written(diagnostic_figure(runs), path)
+    return save(diagnostic_figure(runs), path)
 
 
-def _written(figure: Figure, path: Path | str) -> Path:
+def save(figure: Figure, path: Path | str) -> Path:
+    """Write a figure as a PNG and return its path; raises `PrelortError` where that fails."""
     try:
         figure.savefig(path, format="png")
     except OSError as error:

@@ -60,7 +60,7 @@ def comparison_table(runs: Runs, metric: str | None = None) -> Table:
     evaluation, its area under the rank curve (AURAC), bytes and time. The best of a column is
     bold where its rows differ. Raises `PrelortError` for a metric that no run measured.
     """
-    tables = [_drawn(block) for block in blocks(runs, metric)]
+    tables = [drawn(block) for block in blocks(runs, metric)]
     if len(tables) == 1:
         return tables[0]
     stack = Table.grid()
@@ -70,7 +70,7 @@ def comparison_table(runs: Runs, metric: str | None = None) -> Table:
 
 def comparison_markdown(runs: Runs, metric: str | None = None) -> str:
     """What `comparison_table` says, as Markdown; one table per metric under a heading each."""
-    return "\n".join(_written(block) for block in blocks(runs, metric))
+    return "\n".join(written(block) for block in blocks(runs, metric))
 
 
 def diagnostics_table(runs: Runs) -> Table:
@@ -78,12 +78,12 @@ def diagnostics_table(runs: Runs) -> Table:
 
     Raises `PrelortError` where no run was diagnosed.
     """
-    return _drawn(_diagnostics_block(runs))
+    return drawn(_diagnostics_block(runs))
 
 
 def diagnostics_markdown(runs: Runs) -> str:
     """What `diagnostics_table` says, as Markdown."""
-    return _written(_diagnostics_block(runs))
+    return written(_diagnostics_block(runs))
 
 
 def blocks(runs: Runs, metric: str | None = None) -> list[Block]:
@@ -105,16 +105,16 @@ def _block(runs: Runs, metric: str) -> Block:
     finals = {name: final_evaluation(events) for name, events in runs.items()}
     curves = {name: final.by_rank(metric) if final else {} for name, final in finals.items()}
     ranks = sorted({rank for curve in curves.values() for rank in curve})
-    shared = _shared_ranks(list(curves.values()))
+    shared = shared_ranks(list(curves.values()))
     bases = [row[metric] for row in map(base_row, runs.values()) if metric in row]
     base = bases[0] if bases else None
 
     columns = [
-        _scored(words, f"rank {rank}", [base, *(curve.get(rank) for curve in curves.values())])
+        scored(words, f"rank {rank}", [base, *(curve.get(rank) for curve in curves.values())])
         for rank in ranks
     ]
-    areas = [_area(curve, shared) for curve in curves.values()]
-    columns.append(_scored(words, "AURAC", [base, *areas]))
+    areas = [area_over(curve, shared) for curve in curves.values()]
+    columns.append(scored(words, "AURAC", [base, *areas]))
     spent = [totals(events) for events in runs.values()]
     for over, under, show, costs in (
         ("bytes ↓", "up", human_bytes, [spend.bytes_up for spend in spent]),
@@ -125,7 +125,7 @@ def _block(runs: Runs, metric: str) -> Block:
         texts = ["–", *(show(cost) if spend.rounds else "–" for cost, spend in pairs)]
         # A run that stopped early is cheap for no merit.
         rivals = [c if spend.finished else None for c, spend in zip(costs, spent, strict=True)]
-        columns.append(Column(over, under, texts, _best([None, *rivals], texts, False)))
+        columns.append(Column(over, under, texts, best_rows([None, *rivals], texts, False)))
 
     early = {name: shortfall(events) for name, events in runs.items()}
     names = [BASE, *(plain(name) + (" *" if early[name] else "") for name in runs)]
@@ -157,13 +157,13 @@ def _clients_block(runs: Runs, metric: str) -> Block | None:
     values = {name: [m.metrics[metric] for m in own.values()] for name, own in found.items()}
     worst = min if words.higher_is_better else max
     columns = [
-        _scored(words, "mean", [statistics.fmean(own) for own in values.values()]),
-        _scored(words, "worst", [worst(own) for own in values.values()]),
+        scored(words, "mean", [statistics.fmean(own) for own in values.values()]),
+        scored(words, "worst", [worst(own) for own in values.values()]),
     ]
     for rank in ranks:
         at = [[m.metrics[metric] for m in o.values() if m.rank == rank] for o in found.values()]
         means = [statistics.fmean(some) if some else None for some in at]
-        columns.append(_scored(words, f"rank {rank}", means))
+        columns.append(scored(words, f"rank {rank}", means))
     title = f"{words.title} at the clients, on their own rows and at their own rank, "
     note = "Means over clients, each of which counts the same."
     return Block(title + words.direction, [plain(name) for name in found], columns, [note])
@@ -215,26 +215,32 @@ def _numbers(over: str, under: str, values: Sequence[float | None]) -> Column:
     return Column(over, under, texts, [False] * len(texts))
 
 
-def _scored(words: Wording, under: str, values: Sequence[float | None]) -> Column:
-    texts = [words.show(value) for value in values]
-    best = _best(values, texts, words.higher_is_better)
+def scored(
+    words: Wording,
+    under: str,
+    values: Sequence[float | None],
+    texts: Sequence[str] | None = None,
+) -> Column:
+    """A column of a metric's values, as ``texts`` if they say more; the best values marked."""
+    texts = [words.show(value) for value in values] if texts is None else list(texts)
+    best = best_rows(values, texts, words.higher_is_better)
     return Column(f"{words.short} {words.arrow}", under, texts, best)
 
 
-def _shared_ranks(curves: Sequence[Mapping[int, float]]) -> list[int]:
+def shared_ranks(curves: Sequence[Mapping[int, float]]) -> list[int]:
     """The ranks that all runs have, leaving aside runs that have no prefixes (a single rank)."""
     wide = [set(curve) for curve in curves if len(curve) > 1] or [set(c) for c in curves if c]
     return sorted(set.intersection(*wide)) if wide else []
 
 
-def _area(curve: Mapping[int, float], ranks: Sequence[int]) -> float | None:
+def area_over(curve: Mapping[int, float], ranks: Sequence[int]) -> float | None:
     """Over the ranks shared: areas over different ranks cannot be compared."""
     if not ranks or not set(ranks) <= set(curve):
         return None
     return aurac({rank: curve[rank] for rank in ranks})
 
 
-def _best(values: Sequence[float | None], texts: Sequence[str], highest: bool) -> list[bool]:
+def best_rows(values: Sequence[float | None], texts: Sequence[str], highest: bool) -> list[bool]:
     """Which rows to mark: those that read like the best one, unless every number reads alike."""
     numbers = {i: v for i, v in enumerate(values) if v is not None}
     finite = {i: v for i, v in numbers.items() if math.isfinite(v)}
@@ -244,7 +250,8 @@ def _best(values: Sequence[float | None], texts: Sequence[str], highest: bool) -
     return [i in finite and texts[i] == texts[winner] for i in range(len(texts))]
 
 
-def _drawn(block: Block) -> Table:
+def drawn(block: Block) -> Table:
+    """A block for the terminal."""
     # Narrow enough for four ranks and 80 columns.
     table = Table(
         title=Text(block.title),
@@ -266,7 +273,8 @@ def _drawn(block: Block) -> Table:
     return table
 
 
-def _written(block: Block) -> str:
+def written(block: Block) -> str:
+    """A block as Markdown."""
     heads = [f"{c.over} {c.under}".rstrip() for c in block.columns]
     lines = [f"**{block.title}**", "", _row(["", *heads])]
     lines.append("|---|" + "---:|" * len(heads))

@@ -1,0 +1,6 @@
+"""``python -m prelort.cli``."""
+
+from prelort.cli import main
+
+if __name__ == "__main__":
+    main()

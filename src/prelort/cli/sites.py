@@ -1,0 +1,68 @@
+"""``prelort new`` and ``prelort site check | stop``: federations of real sites."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from prelort import config as configuration
+
+NEW_EXAMPLES = (
+    "[bold]Examples[/bold]\n\n  prelort new my-federation\n\n"
+    "  prelort new my-federation --sites 5\n\n  my-federation/scripts/demo.sh"
+)
+
+
+def new(
+    folder: Annotated[Path, typer.Argument(help="Folder to make; its name is the app's.")],
+    sites: Annotated[int, typer.Option("--sites", min=1, help="Sites to try it out with.")] = 3,
+) -> None:
+    """Write a federation of real sites: a Flower app, scripts, and the operator's page."""
+    from prelort.deployment.new import create
+
+    create(folder, sites)
+    console = Console()
+    console.print(f"wrote {folder}: read {folder / 'README.md'}, or see it work at once:")
+    console.print(f"  {folder / 'scripts' / 'demo.sh'}", soft_wrap=True)
+
+
+site_app = typer.Typer(help="At a real site: check its settings, end its trainer.")
+
+SiteFile = Annotated[Path, typer.Argument(help="The site's own file, site.toml.")]
+
+
+@site_app.command(
+    "check",
+    epilog="[bold]Example[/bold]\n\n"
+    "  prelort site check sites/site-1/site.toml --federation app/federation.toml",
+)
+def site_check(
+    file: SiteFile,
+    federation: Annotated[
+        Path, typer.Option("--federation", "-f", help="The federation's configuration.")
+    ],
+) -> None:
+    """Load what the site would load, and show all that the server would learn of it."""
+    from prelort.deployment import settings
+    from prelort.deployment.worker import make_site
+
+    found = make_site(configuration.load(federation), settings.read(file), file)
+    agreement = found.workspace.agreement
+    console = Console()
+    console.print(f"{len(found.examples)} examples to train on, {len(found.test)} to test on")
+    console.print("the server learns these, and nothing else before the first round:")
+    facts = {"client": found.name, "examples": len(found.examples), "rank": found.rank}
+    facts |= {"most": max(found.most, found.rank), "base": agreement.base}
+    for key, value in facts.items():
+        console.print(f"  {key} = {value!r}", highlight=False)
+
+
+@site_app.command("stop")
+def site_stop(file: SiteFile) -> None:
+    """End the site's trainer, if it runs: the next message would start another."""
+    from prelort.deployment import warm
+
+    warm.stop(file)

@@ -1,0 +1,1 @@
+"""`prelort compare`: methods x seeds x settings, a run for each cell."""

@@ -1,0 +1,159 @@
+"""A study's file: which cells it means, and what is wrong with a bad one, in one sentence."""
+
+from pathlib import Path
+
+import pytest
+
+from prelort.config import load as load_config
+from prelort.errors import ConfigError
+from prelort.experiment.compare.study import Study, folder_name, load
+
+STUDY = """
+[federation]
+rounds = 5
+[training]
+learning_rate = 1e-3
+[compare]
+methods = ["prelort", "zero-padding", "segment-wise only"]
+seeds = [3, 1]
+[compare.settings]
+"dirichlet 0.1" = ["partition.by=dirichlet", "partition.alpha=0.1"]
+iid = ["partition.by=iid", "federation.rounds=7"]
+[compare.overrides]
+zero-padding = ["training.learning_rate=2e-3"]
+"segment-wise only" = ["method.name=prelort", "method.objective=plain"]
+"""
+
+
+def study_of(folder: Path, text: str = STUDY, *overrides: str, **options: object) -> Study:
+    file = folder / "study.toml"
+    file.write_text(text)
+    return load(file, overrides, **options)  # type: ignore[arg-type]
+
+
+def test_a_cell_for_each_setting_method_and_seed(tmp_path: Path) -> None:
+    study = study_of(tmp_path)
+    assert [(c.seed, c.setting, c.method) for c in study.cells] == [
+        (seed, setting, method)
+        for seed in (3, 1)
+        for setting in ("dirichlet 0.1", "iid")
+        for method in ("prelort", "zero-padding", "segment-wise only")
+    ]
+    assert len({cell.folder for cell in study.cells}) == 12
+    first, last = study.cells[0], study.cells[-1]
+    assert first.folder == Path("cells/dirichlet-0.1/prelort/seed-3")
+    assert first.name == "dirichlet 0.1, prelort, seed 3"
+    assert (first.config.seed, first.config.partition.alpha) == (3, 0.1)
+    assert last.folder == Path("cells/iid/segment-wise-only/seed-1")
+    assert (last.config.method.name, last.config.method.objective) == ("prelort", "plain")
+    assert study.flagship == "prelort"
+
+
+def test_the_setting_changes_the_file_and_the_methods_own_change_the_setting(
+    tmp_path: Path,
+) -> None:
+    cells = {
+        (cell.setting, cell.method): cell.config
+        for cell in study_of(tmp_path, STUDY, "federation.rounds=6").cells
+    }
+    rounds = {key: config.federation.rounds for key, config in cells.items()}
+    assert rounds["dirichlet 0.1", "prelort"] == 6  # --set is the file's
+    assert rounds["iid", "prelort"] == 7
+    rates = {key: config.training.learning_rate for key, config in cells.items()}
+    assert rates["iid", "prelort"] == 1e-3
+    assert rates["iid", "zero-padding"] == rates["dirichlet 0.1", "zero-padding"] == 2e-3
+
+
+def test_all_else_is_the_same_for_all_methods_of_a_cell(tmp_path: Path) -> None:
+    cells = {c.method: c.config for c in study_of(tmp_path).cells if c.setting == "iid"}
+    own = {"method": cells["prelort"].method, "training": cells["prelort"].training}
+    assert len(cells) == 3
+    for config in cells.values():
+        assert config.model_copy(update=own) == cells["prelort"]
+
+
+def test_without_a_file_it_is_the_embedded_default() -> None:
+    study = load(names=["zero-padding", "hetlora"], seeds=[4])
+    assert [cell.config.seed for cell in study.cells] == [4, 4]
+    assert study.cells[1].folder == Path("cells/hetlora/seed-4")
+    assert study.flagship == "zero-padding"  # prelort is not there
+    default = load_config(None, ["seed=4", "method.name=zero-padding"])
+    assert study.cells[0].config == default
+
+
+def test_options_replace_what_the_file_says(tmp_path: Path) -> None:
+    study = study_of(tmp_path, STUDY, names=["zero-padding"], seeds=[0], flagship="zero-padding")
+    assert [(c.method, c.seed) for c in study.cells] == [("zero-padding", 0)] * 2
+    assert study.cells[0].config.training.learning_rate == 2e-3
+
+
+@pytest.mark.parametrize("options", [{}, {"names": ["prelort"], "seeds": [9]}])
+def test_the_resolved_study_is_a_file_that_means_the_same(
+    tmp_path: Path, options: dict[str, object]
+) -> None:
+    study = study_of(tmp_path, STUDY, "federation.rounds=6", **options)
+    again = study_of(tmp_path, study.to_toml())
+    assert again.cells == study.cells
+    assert again.flagship == study.flagship
+
+
+SMALL = '[compare]\nmethods = ["prelort"]\nseeds = [0]\n'
+SETTINGS = "[compare.settings]\n"
+OVERRIDES = "[compare.overrides]\n"
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ('[compare]\nmethods = ["prelorr"]', "unknown method 'prelorr': did you mean 'prelort'?"),
+        (
+            '[compare]\nmethod = ["prelort"]',
+            "unknown key 'compare.method': did you mean 'methods'?",
+        ),
+        ("[compare]\nmethods = []", "compare.methods = [] is not allowed: name at least one"),
+        ("[compare]\nseeds = []", "compare.seeds = [] is not allowed: name at least one"),
+        ("[compare]\nseeds = [1, 1]", "compare.seeds = [1, 1] is not allowed: 1 is there twice"),
+        ("[compare]\nseeds = [-1]", "compare.seeds = -1 is not allowed: "),
+        ('[compare]\nseeds = "0"', 'compare.seeds = "0" is not allowed: '),
+        ("compare = 3", "compare = 3 is not allowed: it is a section"),
+        ('[compare]\nflagship = "hetlora"', "compare.flagship = 'hetlora' is not compared: choose"),
+        ('[compare]\nmetric = "accuracy"', "compare.metric = 'accuracy' is not measured: task 'ca"),
+        ('[compare]\nmetric = "bleu"', 'compare.metric = "bleu" is not allowed: '),
+        (SMALL + SETTINGS + 'x = ["federation.round=2"]', "unknown key 'federation.round'"),
+        (
+            SMALL + SETTINGS + 'x = ["federation.rounds=0"]',
+            "setting 'x', 'prelort': federation.rou",
+        ),
+        (SMALL + SETTINGS + 'x = ["rounds"]', "compare.settings, 'x': 'rounds' is not of the form"),
+        (SMALL + SETTINGS + 'x = ["seed=2"]', "'seed=2' is not allowed: compare.seeds says that"),
+        (SMALL + SETTINGS + 'x = ["method.name=fedit"]', "compare.methods says that of each cell"),
+        (SMALL + SETTINGS + '"a b" = []\n"a/b" = []', "would share the folder 'a-b': rename one"),
+        (SMALL + SETTINGS + '"..." = []', "'...' has no letter or digit for a folder"),
+        (SMALL + OVERRIDES + 'fedit = ["threads=1"]', "'fedit' is not compared: compare.methods"),
+        (
+            SMALL + OVERRIDES + 'prelort = ["seed=2"]',
+            "compare.overrides, 'prelort': 'seed=2' is no",
+        ),
+        (SMALL + OVERRIDES + 'prelort = ["sed=2"]', "compare, 'prelort': unknown key 'sed'"),
+        (SMALL + "[federation]\nrounds = 0", "federation.rounds = 0 is not allowed"),
+    ],
+)
+def test_a_bad_study_is_told_in_one_sentence(tmp_path: Path, text: str, sentence: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        study_of(tmp_path, text)
+    assert sentence in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_variant_without_a_method_says_how_to_name_one(tmp_path: Path) -> None:
+    text = '[compare]\nmethods = ["nested only"]\n'
+    with pytest.raises(ConfigError, match=r"'nested only' = \['method.name=prelort', ...\]"):
+        study_of(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    "name, folder",
+    [("dirichlet 0.1", "dirichlet-0.1"), ("my.module:Own", "my.module-Own"), ("../x", "x")],
+)
+def test_names_make_readable_folders(name: str, folder: str) -> None:
+    assert folder_name(name) == folder
