@@ -28,7 +28,7 @@ def concatenate(adapters: Sequence[LoraAdapter], weights: Sequence[float]) -> Lo
     if not adapters or len(adapters) != len(weights):
         raise AdapterError(f"{len(adapters)} adapters need as many weights, got {len(weights)}")
     rule = adapters[0].scale
-    _same_layers(adapters)
+    same_layers(adapters)
     layers: dict[str, Factors] = {}
     for name in adapters[0].layers:
         parts = [adapter.layers[name] for adapter in adapters]
@@ -50,7 +50,7 @@ def concatenate(adapters: Sequence[LoraAdapter], weights: Sequence[float]) -> Lo
 
 def inner(x: LoraAdapter, y: LoraAdapter) -> float:
     """The Frobenius inner product of the two scaled products, summed over layers."""
-    _same_layers([x, y])
+    same_layers([x, y])
     # By name: layers that come from a file or a message have any order, and sums round.
     return sum(layer_inner(x, y, name) for name in sorted(x.layers))
 
@@ -164,14 +164,13 @@ def factored_svd(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def zeros(like: LoraAdapter, scale: ScaleRule | None = None) -> LoraAdapter:
-    """A float32 adapter of zeros of the same shapes."""
-    layers = {
-        name: Factors(
-            torch.zeros_like(f.A, dtype=torch.float32), torch.zeros_like(f.B, dtype=torch.float32)
-        )
-        for name, f in like.layers.items()
-    }
-    extras = {n: torch.zeros_like(t, dtype=torch.float32) for n, t in like.extras.items()}
+    """A float32 adapter of zeros of the same shapes, contiguous whatever ``like`` is."""
+
+    def empty(tensor: Tensor) -> Tensor:
+        return torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device)
+
+    layers = {name: Factors(empty(f.A), empty(f.B)) for name, f in like.layers.items()}
+    extras = {name: empty(tensor) for name, tensor in like.extras.items()}
     return LoraAdapter(layers, scale or like.scale, extras)
 
 
@@ -181,7 +180,8 @@ def _orthonormal(factors: Factors) -> Factors:
     return Factors(r @ factors.A.double(), q)
 
 
-def _same_layers(adapters: Sequence[LoraAdapter]) -> None:
+def same_layers(adapters: Sequence[LoraAdapter]) -> None:
+    """Raise `AdapterError` naming a layer or an extra tensor that not all adapters have."""
     first = adapters[0]
     for other in adapters[1:]:
         for name in first.layers.keys() ^ other.layers.keys():
