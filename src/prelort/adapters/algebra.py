@@ -8,7 +8,7 @@ float64, since norms of differences cancel.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -105,9 +105,8 @@ def best_approximation(adapter: LoraAdapter, rank: int, split: Split = "even") -
         raise AdapterError(f"rank {rank} is not allowed: use at least 1")
     layers: dict[str, Factors] = {}
     for name, factors in adapter.layers.items():
-        left, singular, right = factored_svd(factors)
-        kept = min(rank, singular.numel())
-        layers[name] = _from_svd(left, singular, right, kept, adapter, name, split)
+        triples = factored_svd(factors, lambda singular: rank)
+        layers[name] = _from_svd(*triples, adapter, name, split)
     return LoraAdapter(layers, adapter.scale, adapter.extras)
 
 
@@ -119,15 +118,15 @@ def compressed(adapter: LoraAdapter, energy: float = 1.0) -> LoraAdapter:
     """
     layers: dict[str, Factors] = {}
     for name, factors in adapter.layers.items():
-        left, singular, right = factored_svd(factors)
-        if energy < 1:
-            shares = singular.square().cumsum(0) / singular.square().sum().clamp(min=1e-300)
-            kept = int((shares < energy - 1e-12).sum()) + 1
-        else:
-            floor = torch.finfo(factors.A.dtype).eps * singular.max().clamp(min=1e-300)
-            kept = int((singular > floor).sum())
-        kept = max(1, min(kept, singular.numel()))
-        layers[name] = _from_svd(left, singular, right, kept, adapter, name, "even")
+        smallest = torch.finfo(factors.A.dtype).eps
+
+        def kept(singular: Tensor, smallest: float = smallest) -> int:
+            if energy < 1:
+                shares = singular.square().cumsum(0) / singular.square().sum().clamp(min=1e-300)
+                return max(1, int((shares < energy - 1e-12).sum()) + 1)
+            return max(1, int((singular > smallest * singular.max().clamp(min=1e-300)).sum()))
+
+        layers[name] = _from_svd(*factored_svd(factors, kept), adapter, name, "even")
     return LoraAdapter(layers, adapter.scale, adapter.extras)
 
 
@@ -135,32 +134,55 @@ def _from_svd(
     left: Tensor,
     singular: Tensor,
     right: Tensor,
-    kept: int,
     adapter: LoraAdapter,
     name: str,
     split: Split,
 ) -> Factors:
-    """The first ``kept`` singular triples of a layer's product as factors at their own scale."""
+    """Singular triples of a layer's product as factors at the scale of their number."""
     factors = adapter.layers[name]
-    values = singular[:kept] * (adapter.scale(factors.rank) / adapter.scale(kept))
+    values = singular * (adapter.scale(factors.rank) / adapter.scale(len(singular)))
     to_a, to_b = {
         "even": (values.sqrt(), values.sqrt()),
         "A": (values, torch.ones_like(values)),
         "B": (torch.ones_like(values), values),
     }[split]
     dtype = factors.A.dtype
-    return Factors((to_a[:, None] * right[:kept]).to(dtype), (left[:, :kept] * to_b).to(dtype))
+    # Contiguous whatever the linear algebra returned, as factors are everywhere else.
+    a, b = to_a[:, None] * right, left * to_b
+    return Factors(a.to(dtype).contiguous(), b.to(dtype).contiguous())
 
 
-def factored_svd(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
+def factored_svd(
+    factors: Factors, kept: Callable[[Tensor], int] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """SVD of ``B A`` (unscaled) as U [d_out, q], S [q], V' [q, d_in] in float64.
 
-    q = min(rank, d_in, d_out). By QR of both factors and an SVD of the small core.
+    q = min(rank, d_in, d_out), or as many triples as ``kept`` says of all singular values. By QR
+    of both factors and an SVD of the small core. The QR's orthonormal matrices are never formed:
+    their reflections are applied to the triples that are kept, which are a few of many.
     """
-    q_b, r_b = torch.linalg.qr(factors.B.double())
-    q_a, r_a = torch.linalg.qr(factors.A.double().T)
+    reflections_b, r_b = _qr(factors.B)
+    reflections_a, r_a = _qr(factors.A.T)
     u, singular, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    return q_b @ u, singular, vh @ q_a.T
+    count = len(singular) if kept is None else min(kept(singular), len(singular))
+    left = _reflected(reflections_b, u[:, :count])
+    right = _reflected(reflections_a, vh[:count].T)
+    return left, singular[:count], right.T
+
+
+def _qr(tall: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Householder reflections whose product is Q, and R, of a matrix [d, rank], in float64."""
+    packed, sizes = torch.geqrf(tall.double())
+    count = len(sizes)
+    return (packed[:, :count], sizes), packed[:count].triu()
+
+
+def _reflected(reflections: tuple[Tensor, Tensor], columns: Tensor) -> Tensor:
+    """``Q columns``, [d, count], of columns [rank, count]."""
+    packed, sizes = reflections
+    padded = columns.new_zeros(packed.shape[0], columns.shape[1])
+    padded[: columns.shape[0]] = columns
+    return torch.ormqr(packed, sizes, padded)
 
 
 def zeros(like: LoraAdapter, scale: ScaleRule | None = None) -> LoraAdapter:
