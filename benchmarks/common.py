@@ -50,6 +50,17 @@ def ratio(taken: Mapping[str, Sequence[float]], name: str, reference: str) -> di
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
 
 
+def set_high_water_back() -> None:
+    """Forget the process's largest resident size so far (Linux: a new process inherits it)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def high_water_mib() -> float:
+    """The process's largest resident size since the mark was set back."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+
+
 def report(name: str, title: str, rows: Sequence[Mapping[str, Any]], facts: Any) -> None:
     """Print the rows as a table and write them, with the facts, to ``results/<name>.json``."""
     table = Table(*rows[0], title=title)

@@ -14,10 +14,9 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import torch
-from common import machine, paired, ratio, report
+from common import high_water_mib, machine, paired, ratio, report, set_high_water_back
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prelort import tasks
@@ -90,17 +89,10 @@ def peak_mib(kind: str, batch: int, length: int) -> float:
     """Memory that training adds to the process at its peak, in MiB (Linux; in a new process)."""
     torch.set_num_threads(1)
     bench = Bench("cpu", batch, length)
-    # Linux's high-water mark outlives the starting of a new process, so it is set back first.
-    Path("/proc/self/clear_refs").write_text("5")
+    set_high_water_back()
     before = high_water_mib()
     bench.steps(kind)
     return high_water_mib() - before
-
-
-def high_water_mib() -> float:
-    """The process's largest resident size since the mark was set back."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def main() -> None:

@@ -310,6 +310,28 @@ def test_the_servers_memory_does_not_grow_with_the_number_of_replies(name):
     assert sizes[0] <= 2 * state.adapter.num_parameters + 2 * 8
 
 
+@pytest.mark.parametrize("name", ["prelort", "zero-padding", "replication", "raflora", "flexlora"])
+def test_the_servers_memory_is_bounded_whatever_the_ranks(name):
+    """300 replies of all ranks, against ten."""
+    state, levels = state_of(8), list(range(1, 9))
+    sizes = []
+    for count in (10, 300):
+        aggregator = build(MethodConfig(name=name), levels, 0).aggregator(state)
+        updates = updates_of([(levels[k % 8], 1 + k) for k in range(count)])
+        most = 0
+        while updates:
+            aggregator.add(updates.pop(0))
+            most = max(most, tensors_in(aggregator))
+        sizes.append(most)
+    assert max(sizes) <= BOUND[name] * state.adapter.num_parameters
+
+
+BOUND = {"prelort": 2.6, "zero-padding": 2.6, "replication": 3.6, "raflora": 8.5, "flexlora": 2.5}
+"""Global adapters: the old one and what is summed. Sums of products are cut down to a layer's
+smaller dimension, at twice that, which for these small layers is as much as the rank; in raFLoRA
+for each of eight segments."""
+
+
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("rank", [1, 3, 8])
 def test_a_broadcast_is_the_prefix_in_the_states_own_memory(name, rank):

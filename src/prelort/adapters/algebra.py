@@ -8,7 +8,7 @@ float64, since norms of differences cancel.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -28,7 +28,7 @@ def concatenate(adapters: Sequence[LoraAdapter], weights: Sequence[float]) -> Lo
     if not adapters or len(adapters) != len(weights):
         raise AdapterError(f"{len(adapters)} adapters need as many weights, got {len(weights)}")
     rule = adapters[0].scale
-    _same_layers(adapters)
+    same_layers(adapters)
     layers: dict[str, Factors] = {}
     for name in adapters[0].layers:
         parts = [adapter.layers[name] for adapter in adapters]
@@ -50,7 +50,7 @@ def concatenate(adapters: Sequence[LoraAdapter], weights: Sequence[float]) -> Lo
 
 def inner(x: LoraAdapter, y: LoraAdapter) -> float:
     """The Frobenius inner product of the two scaled products, summed over layers."""
-    _same_layers([x, y])
+    same_layers([x, y])
     # By name: layers that come from a file or a message have any order, and sums round.
     return sum(layer_inner(x, y, name) for name in sorted(x.layers))
 
@@ -105,9 +105,8 @@ def best_approximation(adapter: LoraAdapter, rank: int, split: Split = "even") -
         raise AdapterError(f"rank {rank} is not allowed: use at least 1")
     layers: dict[str, Factors] = {}
     for name, factors in adapter.layers.items():
-        left, singular, right = factored_svd(factors)
-        kept = min(rank, singular.numel())
-        layers[name] = _from_svd(left, singular, right, kept, adapter, name, split)
+        triples = factored_svd(factors, lambda singular: rank)
+        layers[name] = _from_svd(*triples, adapter, name, split)
     return LoraAdapter(layers, adapter.scale, adapter.extras)
 
 
@@ -119,15 +118,15 @@ def compressed(adapter: LoraAdapter, energy: float = 1.0) -> LoraAdapter:
     """
     layers: dict[str, Factors] = {}
     for name, factors in adapter.layers.items():
-        left, singular, right = factored_svd(factors)
-        if energy < 1:
-            shares = singular.square().cumsum(0) / singular.square().sum().clamp(min=1e-300)
-            kept = int((shares < energy - 1e-12).sum()) + 1
-        else:
-            floor = torch.finfo(factors.A.dtype).eps * singular.max().clamp(min=1e-300)
-            kept = int((singular > floor).sum())
-        kept = max(1, min(kept, singular.numel()))
-        layers[name] = _from_svd(left, singular, right, kept, adapter, name, "even")
+        smallest = torch.finfo(factors.A.dtype).eps
+
+        def kept(singular: Tensor, smallest: float = smallest) -> int:
+            if energy < 1:
+                shares = singular.square().cumsum(0) / singular.square().sum().clamp(min=1e-300)
+                return max(1, int((shares < energy - 1e-12).sum()) + 1)
+            return max(1, int((singular > smallest * singular.max().clamp(min=1e-300)).sum()))
+
+        layers[name] = _from_svd(*factored_svd(factors, kept), adapter, name, "even")
     return LoraAdapter(layers, adapter.scale, adapter.extras)
 
 
@@ -135,43 +134,65 @@ def _from_svd(
     left: Tensor,
     singular: Tensor,
     right: Tensor,
-    kept: int,
     adapter: LoraAdapter,
     name: str,
     split: Split,
 ) -> Factors:
-    """The first ``kept`` singular triples of a layer's product as factors at their own scale."""
+    """Singular triples of a layer's product as factors at the scale of their number."""
     factors = adapter.layers[name]
-    values = singular[:kept] * (adapter.scale(factors.rank) / adapter.scale(kept))
+    values = singular * (adapter.scale(factors.rank) / adapter.scale(len(singular)))
     to_a, to_b = {
         "even": (values.sqrt(), values.sqrt()),
         "A": (values, torch.ones_like(values)),
         "B": (torch.ones_like(values), values),
     }[split]
     dtype = factors.A.dtype
-    return Factors((to_a[:, None] * right[:kept]).to(dtype), (left[:, :kept] * to_b).to(dtype))
+    # Contiguous whatever the linear algebra returned, as factors are everywhere else.
+    a, b = to_a[:, None] * right, left * to_b
+    return Factors(a.to(dtype).contiguous(), b.to(dtype).contiguous())
 
 
-def factored_svd(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
+def factored_svd(
+    factors: Factors, kept: Callable[[Tensor], int] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """SVD of ``B A`` (unscaled) as U [d_out, q], S [q], V' [q, d_in] in float64.
 
-    q = min(rank, d_in, d_out). By QR of both factors and an SVD of the small core.
+    q = min(rank, d_in, d_out), or as many triples as ``kept`` says of all singular values. By QR
+    of both factors and an SVD of the small core. The QR's orthonormal matrices are never formed:
+    their reflections are applied to the triples that are kept, which are a few of many.
     """
-    q_b, r_b = torch.linalg.qr(factors.B.double())
-    q_a, r_a = torch.linalg.qr(factors.A.double().T)
+    reflections_b, r_b = _qr(factors.B)
+    reflections_a, r_a = _qr(factors.A.T)
     u, singular, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    return q_b @ u, singular, vh @ q_a.T
+    count = len(singular) if kept is None else min(kept(singular), len(singular))
+    left = _reflected(reflections_b, u[:, :count])
+    right = _reflected(reflections_a, vh[:count].T)
+    return left, singular[:count], right.T
+
+
+def _qr(tall: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Householder reflections whose product is Q, and R, of a matrix [d, rank], in float64."""
+    packed, sizes = torch.geqrf(tall.double())
+    count = len(sizes)
+    return (packed[:, :count], sizes), packed[:count].triu()
+
+
+def _reflected(reflections: tuple[Tensor, Tensor], columns: Tensor) -> Tensor:
+    """``Q columns``, [d, count], of columns [rank, count]."""
+    packed, sizes = reflections
+    padded = columns.new_zeros(packed.shape[0], columns.shape[1])
+    padded[: columns.shape[0]] = columns
+    return torch.ormqr(packed, sizes, padded)
 
 
 def zeros(like: LoraAdapter, scale: ScaleRule | None = None) -> LoraAdapter:
-    """A float32 adapter of zeros of the same shapes."""
-    layers = {
-        name: Factors(
-            torch.zeros_like(f.A, dtype=torch.float32), torch.zeros_like(f.B, dtype=torch.float32)
-        )
-        for name, f in like.layers.items()
-    }
-    extras = {n: torch.zeros_like(t, dtype=torch.float32) for n, t in like.extras.items()}
+    """A float32 adapter of zeros of the same shapes, contiguous whatever ``like`` is."""
+
+    def empty(tensor: Tensor) -> Tensor:
+        return torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device)
+
+    layers = {name: Factors(empty(f.A), empty(f.B)) for name, f in like.layers.items()}
+    extras = {name: empty(tensor) for name, tensor in like.extras.items()}
     return LoraAdapter(layers, scale or like.scale, extras)
 
 
@@ -181,7 +202,8 @@ def _orthonormal(factors: Factors) -> Factors:
     return Factors(r @ factors.A.double(), q)
 
 
-def _same_layers(adapters: Sequence[LoraAdapter]) -> None:
+def same_layers(adapters: Sequence[LoraAdapter]) -> None:
+    """Raise `AdapterError` naming a layer or an extra tensor that not all adapters have."""
     first = adapters[0]
     for other in adapters[1:]:
         for name in first.layers.keys() ^ other.layers.keys():

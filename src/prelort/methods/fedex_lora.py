@@ -25,7 +25,7 @@ from prelort.adapters.algebra import best_approximation, compressed, concatenate
 from prelort.config import Section
 from prelort.methods.interface import Broadcast, Client, ServerState, Update
 from prelort.methods.prefix import PrefixMethod
-from prelort.methods.products import ProductSum, added, memorised, remembered
+from prelort.methods.products import ProductSum, memorised, remembered, summed
 from prelort.methods.selection import folded, gain_of
 from prelort.methods.slot_mean import Averaging, SlotMean, Weighting, weighting
 
@@ -54,7 +54,9 @@ class FedExLora(PrefixMethod):
         residual = remembered(state.memory, RESIDUAL, whole)
         parts = [part for part in (residual, folded(whole, above)) if part is not None]
         gain = gain_of(whole.scale, whole, client.rank, self.name)
-        return Broadcast(whole.prefix(client.rank), frozen=added(parts), gain=gain)
+        return Broadcast(
+            whole.prefix(client.rank), frozen=summed(parts) if parts else None, gain=gain
+        )
 
     def aggregator(self, state: ServerState) -> WithResidual:
         """The means, and what they miss."""

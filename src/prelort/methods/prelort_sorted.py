@@ -35,12 +35,21 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from prelort.adapters import Factors, LoraAdapter
+from prelort.adapters import LoraAdapter
 from prelort.adapters.algebra import best_approximation, concatenate
 from prelort.config import Section
 from prelort.methods.flexlora import cut
 from prelort.methods.interface import Broadcast, Client, ServerState, Update
-from prelort.methods.products import ProductMethod, memorised, remembered, rescaled
+from prelort.methods.products import (
+    ProductMethod,
+    Segment,
+    SegmentSums,
+    between,
+    memorised,
+    remembered,
+    rescaled,
+    summed,
+)
 from prelort.methods.selection import folded
 from prelort.methods.slot_mean import Weighting, weighting
 from prelort.seeds import numpy_generator
@@ -83,7 +92,8 @@ class PreLortSorted(ProductMethod):
 
     def aggregator(self, state: ServerState) -> Changes:
         """The mean change of each slot, with its step, sorted into the new adapter."""
-        return Changes(state, weighting(self.config.weights), self.options, self.seed)
+        weight = weighting(self.config.weights)
+        return Changes(state, weight, self.levels, self.options, self.seed)
 
     def readout(self, state: ServerState, rank: int | None = None) -> LoraAdapter:
         """The best approximation of this rank (None: the whole), averaged over rounds if asked."""
@@ -93,81 +103,64 @@ class PreLortSorted(ProductMethod):
 
 
 class Changes:
-    """Keeps the replies until the weight that each slot has received is known."""
+    """The sum of each segment's products; its step is taken when its holders are known."""
 
     def __init__(
-        self, state: ServerState, weight: Weighting, options: SortedOptions, seed: int
+        self,
+        state: ServerState,
+        weight: Weighting,
+        levels: Sequence[int],
+        options: SortedOptions,
+        seed: int,
     ) -> None:
         self.state = state
         self.weight = weight
         self.options = options
         self.seed = seed
-        self.replies: list[tuple[LoraAdapter, float]] = []
+        self.sums = SegmentSums(levels, state.adapter.rank)
 
     def add(self, update: Update) -> None:
-        """Keep a reply."""
-        if (weight := self.weight(update)) > 0:
-            self.replies.append((update.adapter.to(torch.float32), weight))
+        """Fold in a reply's product, segment by segment."""
+        self.sums.add(update.adapter, self.weight(update))
 
     def result(self) -> ServerState:
         """The state after the round; its adapter is the old one where no reply had a weight."""
         state, old, memory = self.state, self.state.adapter, dict(self.state.memory)
-        if not self.replies:
+        if self.sums.total == 0:
             return replace(state, round=state.round + 1)
-        moved = self._moved()
+        moved, extras = self._moved()
         if self.options.momentum > 0:
             moved, velocity = _with_momentum(moved, old, memory, self.options.momentum)
             memory |= memorised(VELOCITY, velocity)
-        weights = [weight for _, weight in self.replies]
-        bare = [LoraAdapter({}, a.scale, a.extras) for a, _ in self.replies]
-        # What is trained in full has no slots: its weighted mean.
-        extras = concatenate(bare, [weight / sum(weights) for weight in weights]).extras
         adapter = cut(replace(moved, extras=extras), old, "even", self.seed, state.round)
         if self.options.averaging > 0:
             memory |= memorised(AVERAGE, _averaged(adapter, memory, self.options.averaging))
         return ServerState(adapter, state.round + 1, memory)
 
-    def _moved(self) -> LoraAdapter:
-        """The stack whose product is the old product with every slot's step taken."""
-        old, weights = self.state.adapter, [weight for _, weight in self.replies]
-        layers: dict[str, Factors] = {}
-        for name, factors in old.layers.items():
-            own = [adapter.layers[name] for adapter, _ in self.replies]
-            ranks = [f.rank for f in own]
-            kept, taken = steps(
-                factors.rank, ranks, weights, self.options.step, self.options.unchanged
-            )
-            parts = [_times(name, factors, kept, old)]
-            parts += [_times(name, f, share, old) for f, share in zip(own, taken, strict=True)]
-            layers[name] = concatenate(parts, [1.0] * len(parts)).layers[name]
-        return LoraAdapter(layers, old.scale)
+    def _moved(self) -> tuple[LoraAdapter, Mapping[str, Tensor]]:
+        """The stack whose product is the old product with every slot's step taken; the extras.
+
+        A slot keeps ``1 - eta`` of its old product and takes ``eta`` times its holders' mean.
+        """
+        old, parts = self.state.adapter, []
+        extras: Mapping[str, Tensor] = {}
+        for segment in self.sums.segments:
+            before = between(old, segment.low, segment.high).to(torch.float32)
+            mean = segment.products.mean()
+            if mean is None:
+                parts.append(before)
+                continue
+            eta = step(segment, self.sums.total, self.options)
+            parts += [before.scaled(1 - eta), mean.scaled(eta)]
+            extras = mean.extras or extras
+        return summed(parts), extras
 
 
-def steps(
-    slots: int, ranks: Sequence[int], weights: Sequence[float], step: float, unchanged: float
-) -> tuple[Tensor, list[Tensor]]:
-    """What each slot keeps of its old product [slots], and takes of each reply's [rank of it].
-
-    Both float64. A slot that nobody holds keeps 1; else it keeps ``1 - eta`` and takes
-    ``eta w_k / N`` of reply k.
-    """
-    held = torch.zeros(slots, dtype=torch.float64)
-    squares = torch.zeros(slots, dtype=torch.float64)
-    for rank, weight in zip(ranks, weights, strict=True):
-        held[:rank] += weight
-        squares[:rank] += weight**2
-    nobody = held == 0
-    hands = torch.where(nobody, 1.0, held.square() / squares.clamp(min=1e-300))
-    eta = hands**step * (held / sum(weights)) ** unchanged
-    eta = torch.where(nobody, 0.0, eta)
-    taken = [eta[:rank] * weight / held[:rank] for rank, weight in zip(ranks, weights, strict=True)]
-    return 1 - eta, taken
-
-
-def _times(name: str, factors: Factors, weights: Tensor, like: LoraAdapter) -> LoraAdapter:
-    """One layer with each slot's product times its weight."""
-    weighted = Factors(factors.A.float(), factors.B.float() * weights.float())
-    return LoraAdapter({name: weighted}, like.scale)
+def step(segment: Segment, total: float, options: SortedOptions) -> float:
+    """The eta of a segment that somebody holds; ``total`` is the weight of all replies."""
+    held = segment.products.total
+    hands = held**2 / segment.squares
+    return float(hands**options.step * (held / total) ** options.unchanged)
 
 
 def _with_momentum(

@@ -19,9 +19,9 @@ from typing import ClassVar, Literal
 
 import torch
 
-from prelort.adapters import Factors, LoraAdapter
+from prelort.adapters import LoraAdapter
 from prelort.config import Section
-from prelort.methods.interface import ServerState, Update
+from prelort.methods.interface import Aggregator, ServerState, Update
 from prelort.methods.prefix import PrefixMethod
 from prelort.methods.slot_mean import Averaging, SlotMean, Weighting, weighting
 
@@ -40,7 +40,7 @@ class Replication(PrefixMethod):
     paper: ClassVar[str] = "Byun & Lee 2024, arXiv 2406.17477"
     Options: ClassVar[type[Section]] = ReplicationOptions
 
-    def aggregator(self, state: ServerState) -> Averaging:
+    def aggregator(self, state: ServerState) -> Aggregator:
         """The mean of the padded replies."""
         weight = weighting(self.config.weights)
         if self.options.donors == "holders":
@@ -48,32 +48,60 @@ class Replication(PrefixMethod):
         return Replicating(state, weight)
 
 
-class Replicating(Averaging):
-    """Beside the mean over the holders, the mean over those of the highest rank so far."""
+class Replicating:
+    """The mean over the clients of the highest rank so far, and apart from it the others' mean.
+
+    Every reply is folded into one of the two. The others' is as wide as their highest rank, so
+    that memory is that of fewer than two global adapters.
+    """
 
     def __init__(self, state: ServerState, weight: Weighting) -> None:
-        super().__init__(state, weight, self.padded)
+        self.state = state
+        self.weight = weight
         self.donors = SlotMean(state.adapter)
         self.highest = 0
+        self.others: SlotMean | None = None
+        self.width = 0
 
     def add(self, update: Update) -> None:
-        """Fold in a reply; one of a higher rank than any before replaces the donors."""
-        super().add(update)
+        """Fold in a reply; by one of a higher rank than any before, the donors become others."""
         rank, weight = update.adapter.rank, self.weight(update)
-        if rank > self.highest and weight > 0:
-            self.donors, self.highest = SlotMean(self.state.adapter), rank
-        if rank == self.highest:
-            self.donors.add(update.adapter, weight)
+        if weight == 0:
+            return
+        if rank > self.highest:
+            if self.highest > 0:
+                self._others(self.highest).merge(self.donors)
+                self.donors = SlotMean(self.state.adapter)
+            self.highest = rank
+        means = self.donors if rank == self.highest else self._others(rank)
+        means.add(update.adapter, weight)
 
-    def padded(self, holders: SlotMean, previous: LoraAdapter) -> LoraAdapter:
-        """``share held * holders' mean + share lacking * donors' mean`` of each slot."""
-        own, donated = holders.over_holders(previous), self.donors.over_holders(previous)
-        layers: dict[str, Factors] = {}
-        for name, factors in own.layers.items():
-            lacking = (1 - holders.held[name] / holders.total).to(torch.float32)
-            given = donated.layers[name]
-            layers[name] = Factors(
-                torch.lerp(factors.A, given.A, lacking[:, None]),
-                torch.lerp(factors.B, given.B, lacking[None, :]),
-            )
-        return LoraAdapter(layers, own.scale, own.extras)
+    def _others(self, rank: int) -> SlotMean:
+        """The others' mean, of at least this rank."""
+        if self.others is None or self.width < rank:
+            wider = SlotMean(self.state.adapter.prefix(rank))
+            if self.others is not None:
+                wider.merge(self.others)
+            self.others, self.width = wider, rank
+        return self.others
+
+    def result(self) -> ServerState:
+        """The state after the round; its adapter is the old one where no reply had a weight."""
+        old = self.state.adapter
+        adapter = self._padded(old) if self.donors.total > 0 else old
+        return ServerState(adapter, self.state.round + 1, self.state.memory)
+
+    def _padded(self, previous: LoraAdapter) -> LoraAdapter:
+        """``share held by others * their mean + the rest * donors' mean`` of each slot."""
+        adapter, others = self.donors.over_holders(previous), self.others
+        if others is None:
+            return adapter
+        everyone = self.donors.total + others.total
+        for name, theirs in others.mean.layers.items():
+            share = (others.held[name] / everyone).to(torch.float32)
+            part = adapter.layers[name].prefix(theirs.rank)
+            part.A.lerp_(theirs.A, share[:, None])
+            part.B.lerp_(theirs.B, share[None, :])
+        for name, tensor in others.mean.extras.items():
+            adapter.extras[name].lerp_(tensor, others.total / everyone)
+        return adapter
