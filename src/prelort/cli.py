@@ -1,6 +1,6 @@
 """The command line: ``prelort run | watch | plan | evaluate | report | export | new | ...``.
 
-Heavy imports (torch, transformers) are inside the commands, so that ``--help`` is quick.
+Heavy imports (torch, transformers, pydantic) are inside the commands, so that ``--help`` is quick.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from prelort import config as configuration
 from prelort.errors import ConfigError, PrelortError
 from prelort.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from prelort.config import Config
 
 app = typer.Typer(
     help="Federated LoRA fine-tuning for clients whose hardware affords different ranks.",
@@ -129,6 +131,8 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Train one adapter for clients of mixed ranks, and measure it at every rank prefix."""
+    from prelort import config as configuration
+
     if resume is not None and out is not None:
         raise ConfigError("give --out for a new run or --resume for an old one, not both")
     if resume is None:
@@ -269,6 +273,8 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, sizes in bytes.")] = False,
 ) -> None:
     """Estimate the memory and traffic of each rank, and name the largest rank that fits."""
+    from prelort import config as configuration
+
     named = [f"model.name={json.dumps(model)}"] if model is not None else []
     settings = configuration.load(config, [*(overrides or []), *named])
     asked = _ranks(ranks) if ranks is not None else None
@@ -353,6 +359,7 @@ def site_check(
     ],
 ) -> None:
     """Load what the site would load, and show all that the server would learn of it."""
+    from prelort import config as configuration
     from prelort.deployment import settings
     from prelort.deployment.worker import make_site
 
@@ -378,7 +385,9 @@ def site_stop(file: SiteFile) -> None:
 @app.command()
 def config() -> None:
     """Print the embedded default's configuration, to start your own from."""
-    sys.stdout.write(configuration.EMBEDDED_FILE.read_text(encoding="utf-8"))
+    from prelort.config import EMBEDDED_FILE
+
+    sys.stdout.write(EMBEDDED_FILE.read_text(encoding="utf-8"))
 
 
 def main() -> None:
@@ -410,8 +419,9 @@ def _what_to_run(
     overrides: Sequence[str],
     out: Path | None,
     resume: Path | None,
-) -> tuple[Path, configuration.Config, list[str]]:
+) -> tuple[Path, Config, list[str]]:
     """The folder, the configuration and the methods that the options mean."""
+    from prelort import config as configuration
     from prelort.experiment import several
     from prelort.experiment.folder import RunFolder
 
