@@ -1,8 +1,10 @@
 """What does a round cost when the clients do nothing, in this process and through Ray?
 
-The server's own rounds and Flower's apps on both engines; a client checks nothing, trains nothing
-and answers with the adapter that it received (16 layers of 2048 x 2048 at rank 16: 4.2 MB). Ray's
-start and the first round of each turn, in which its workers import what they need, do not count.
+The same Flower apps on both engines; a client checks nothing, trains nothing and answers with the
+adapter that it received (16 layers of 2048 x 2048 at rank 16: 4.2 MB). `messages` is a server that
+sends one message to each client and takes the replies: the engine alone. `rounds` is prelort's
+server, which packs, checks and averages all adapters, whatever the engine. Ray's start and the
+first round of each turn, in which its workers import what they need, do not count.
 
     python benchmarks/floor.py [--clients 20 100] [--rounds 6] [--repeats 2] [--short]
 """
@@ -11,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,11 +26,20 @@ from prelort.config import check
 from prelort.federation import wire
 from prelort.federation.client_app import Kind, client_app
 from prelort.federation.content import blob_in, content_of
-from prelort.federation.exchange import Engine
-from prelort.federation.flower import ClientApp, Context, RecordDict, simulate
+from prelort.federation.exchange import Engine, exchange
+from prelort.federation.flower import (
+    ClientApp,
+    Context,
+    Grid,
+    Message,
+    MessageType,
+    RecordDict,
+    ServerApp,
+    simulate,
+)
 from prelort.federation.in_process import RUN_ID, InProcessGrid
 from prelort.federation.registry import Agreement
-from prelort.federation.server import ServerPlan, make_server_app
+from prelort.federation.server import ServerPlan, serve
 from prelort.methods.interface import ServerState
 
 LAYERS, WIDTH, RANK = 16, 2048, 16
@@ -73,6 +86,39 @@ def idle_app() -> ClientApp:
     return client_app(respond)
 
 
+def messages(engine: str, clients: int, number: int) -> list[float]:
+    """Seconds of each exchange with all clients but the first."""
+    seconds: list[float] = []
+    request = wire.TrainRequest(
+        **agreement().header(RANK).model_dump(),
+        dtype="float32",
+        round=0,
+        rounds=number,
+        seed=0,
+        training=check({}).training,
+        objective="plain",
+        levels=(RANK,),
+        level_weights=(1.0,),
+        timeout=600.0,
+    )
+    content = wire.pack(request, initial())
+
+    def talk(using: Engine) -> None:
+        while len(nodes := list(using.grid.get_node_ids())) < clients:
+            time.sleep(0.1)
+        for _ in range(number + 1):
+            started = time.perf_counter()
+            out = (
+                Message(content, dst_node_id=node, message_type=MessageType.TRAIN) for node in nodes
+            )
+            for reply in exchange(using, out):
+                wire.answered(reply)
+            seconds.append(time.perf_counter() - started)
+
+    _carry_out(engine, clients, talk)
+    return seconds[1:]
+
+
 def rounds(engine: str, clients: int, number: int) -> list[float]:
     """Seconds of each round but the first, with all clients in every round."""
     found: list[dict[str, Any]] = []
@@ -90,19 +136,25 @@ def rounds(engine: str, clients: int, number: int) -> list[float]:
         after_round=lambda now: None,
         finished=lambda now: None,
     )
-    if engine == "in-process":
-        server_app = make_server_app(plan, lambda grid: Engine(grid, 1, float("inf")))
-        grid = InProcessGrid(idle_app(), [{"partition-id": index} for index in range(clients)])
-        server_app(grid, Context(RUN_ID, 1, {}, RecordDict(), {}))
-    else:
-        server_app = make_server_app(
-            plan, lambda grid: Engine(grid, None, float("inf"), nodes=clients)
-        )
-        simulate(server_app, idle_app(), clients, cpus=1, gpus=0.0)
+    _carry_out(engine, clients, lambda using: serve(plan, using))
     aggregated = [event for event in found if event["event"] == "aggregated"]
     if len(aggregated) != number + 1 or any(event["failed"] for event in aggregated):
         raise SystemExit(f"{engine}: not all clients answered: {found[-3:]}")
     return [event["seconds"]["total"] for event in aggregated[1:]]
+
+
+def _carry_out(engine: str, clients: int, serve: Callable[[Engine], None]) -> None:
+    app, here = ServerApp(), engine == "in-process"
+
+    @app.main()  # type: ignore[untyped-decorator]
+    def main(grid: Grid, context: Context) -> None:
+        serve(Engine(grid, 1 if here else None, float("inf"), nodes=0 if here else clients))
+
+    if here:
+        grid = InProcessGrid(idle_app(), [{"partition-id": index} for index in range(clients)])
+        app(grid, Context(RUN_ID, 1, {}, RecordDict(), {}))
+    else:
+        simulate(app, idle_app(), clients, cpus=1, gpus=0.0)
 
 
 def main() -> None:
@@ -117,23 +169,25 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = []
     for clients in arguments.clients:
-        taken: dict[str, list[float]] = {"in-process": [], "Ray": []}
-        for _ in range(arguments.repeats):
+        for what, measure in (("messages", messages), ("rounds", rounds)):
+            taken: dict[str, list[float]] = {"in-process": [], "Ray": []}
+            for _ in range(arguments.repeats):
+                for engine, seconds in taken.items():
+                    seconds += measure(engine, clients, arguments.rounds)
+            ray = statistics.median(taken["Ray"])
             for engine, seconds in taken.items():
-                seconds += rounds(engine, clients, arguments.rounds)
-        ray = statistics.median(taken["Ray"])
-        for engine, seconds in taken.items():
-            middle = statistics.median(seconds)
-            rows.append(
-                {
-                    "clients": clients,
-                    "engine": engine,
-                    "s a round (median)": middle,
-                    "min": min(seconds),
-                    "max": max(seconds),
-                    "Ray / this": ray / middle,
-                }
-            )
+                middle = statistics.median(seconds)
+                rows.append(
+                    {
+                        "clients": clients,
+                        "what": what,
+                        "engine": engine,
+                        "s (median)": middle,
+                        "min": min(seconds),
+                        "max": max(seconds),
+                        "Ray / this": ray / middle,
+                    }
+                )
     sizes = initial().num_parameters * 4
     facts = {"MB to and from each client": sizes / 1e6, **vars(arguments), **machine()}
     report("floor", "rounds of clients that do nothing", rows, facts)
