@@ -450,9 +450,9 @@ def _what_to_run(
 def _engine(name: str, cpus: int, gpus: float) -> Any:
     """Who carries out the rounds, by name. Raises `ConfigError` for one that there is not."""
     if name == "in-process":
-        from prelort.experiment.stage import in_process
+        from prelort.experiment.stage import InProcess
 
-        return in_process
+        return InProcess()
     if name == "simulation":
         from functools import partial
 

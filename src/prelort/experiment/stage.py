@@ -12,7 +12,7 @@ from rich.console import Console
 from prelort.adapters import LoraAdapter
 from prelort.config import Config
 from prelort.data import describe
-from prelort.experiment.assemble import Assembly, assemble
+from prelort.experiment.assemble import Assembly, Encoded, assemble
 from prelort.experiment.measure import Measured, measure
 from prelort.federation.allocation import Allocation
 from prelort.federation.exchange import Engine
@@ -50,8 +50,19 @@ StageOf = Callable[[Config, Path], Stage]
 
 def in_process(config: Config, folder: Path) -> Stage:
     """All clients in this process, one after the other."""
-    assembly = assemble(config, folder)
-    return with_all_data(assembly, lambda plan: _in_this_process(plan, assembly))
+    return InProcess()(config, folder)
+
+
+class InProcess:
+    """`in_process` for several runs: what they have in common is read and tokenised once."""
+
+    def __init__(self) -> None:
+        self._encoded = Encoded()
+
+    def __call__(self, config: Config, folder: Path) -> Stage:
+        """The stage of one run."""
+        assembly = assemble(config, folder, self._encoded)
+        return with_all_data(assembly, lambda plan: _in_this_process(plan, assembly))
 
 
 def with_all_data(assembly: Assembly, carry_out: Callable[[ServerPlan], None]) -> Stage:
