@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from prelort.config import Config
-from prelort.config import load as load_config
 from prelort.errors import PrelortError
 
 if TYPE_CHECKING:
     from prelort.adapters import LoraAdapter, ScaleRule
+    from prelort.config import Config
+    from prelort.config import load as load_config
     from prelort.experiment.run import RunResult, run
 
 __version__ = "0.1.0"
@@ -29,17 +29,20 @@ __all__ = [
 ]
 
 _LAZY = {
-    "LoraAdapter": "prelort.adapters",
-    "ScaleRule": "prelort.adapters",
-    "RunResult": "prelort.experiment.run",
-    "run": "prelort.experiment.run",
+    "Config": ("prelort.config", "Config"),
+    "LoraAdapter": ("prelort.adapters", "LoraAdapter"),
+    "RunResult": ("prelort.experiment.run", "RunResult"),
+    "ScaleRule": ("prelort.adapters", "ScaleRule"),
+    "load_config": ("prelort.config", "load"),
+    "run": ("prelort.experiment.run", "run"),
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Import torch and its kin only when they are needed, so that ``prelort --help`` is quick."""
+    """Import pydantic, torch and their kin only when needed: ``prelort --help`` is quick."""
     if name in _LAZY:
         import importlib
 
-        return getattr(importlib.import_module(_LAZY[name]), name)
+        module, attribute = _LAZY[name]
+        return getattr(importlib.import_module(module), attribute)
     raise AttributeError(f"module 'prelort' has no attribute {name!r}")

@@ -17,7 +17,7 @@ from prelort.federation import wire
 from prelort.federation.allocation import Allocation, ByLoss
 from prelort.federation.exchange import Engine
 from prelort.federation.flower import Context, Grid, Message, MessageType, RecordDict
-from prelort.federation.registry import Participant, Roster
+from prelort.federation.registry import PULL_AT_ONCE, Participant, Roster
 from prelort.federation.server import ServerPlan, make_server_app, serve
 from prelort.methods.interface import ServerState
 
@@ -66,6 +66,37 @@ def test_everyone_is_known_by_name_rank_and_examples() -> None:
 
     assert [p.client for p in found] == CLIENTS
     assert [p.node_id for p in found] == list(grid.get_node_ids())
+
+
+def test_many_nodes_are_looked_at_once_and_not_once_for_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clients = clients_of([2, 8, 4] * 100)
+    grid = in_process(small_client_app(clients), len(clients))
+    looks, asked_for = [], []
+    nodes, pulled = grid.get_node_ids, grid.pull_messages
+    monkeypatch.setattr(grid, "get_node_ids", lambda: looks.append(1) or nodes())
+    monkeypatch.setattr(
+        grid, "pull_messages", lambda ids: asked_for.append(len(list(ids))) or pulled(ids)
+    )
+    found = introductions(Engine(grid, 1, float("inf")))
+    assert {p.client.name: p.client for p in found} == {c.name: c for c in clients}
+    assert len(looks) == 1
+    assert max(asked_for) <= PULL_AT_ONCE
+    assert len(asked_for) == len(clients)
+
+
+def test_the_name_of_one_who_is_gone_is_free_again() -> None:
+    app = introducing(node_1={"client": CLIENTS[0].name})
+    grid = in_process(app, len(CLIENTS))
+    engine = Engine(grid, 1, float("inf"), patience=0.0)
+    refused: list[str] = []
+    roster = Roster(AGREEMENT, lambda name, reason: refused.append(reason))
+    first = roster.gather(engine, 1)
+    assert refused == ["a client of this name is there already"]
+    roster.doubt(first[0])
+    assert roster.missing == [CLIENTS[0].name]
+    assert [p.client.name for p in roster.gather(engine, 1)] == [p.client.name for p in first]
 
 
 @pytest.mark.parametrize("said, known", [(4, 4), (6, 6), (8, 8), (9, 8), (1000, 8)])

@@ -489,6 +489,22 @@ def test_too_many_slots_leave_out_the_clients(monkeypatch):
     assert played.numbers()["layers"] == {"measured": 0, "of": 2}
 
 
+def test_replies_that_are_too_many_to_measure_are_not_kept(monkeypatch):
+    """Else the server's memory would grow with the number of clients."""
+    monkeypatch.setattr(diagnostics, "MOST_SLOTS", 5)
+    state = ServerState(random_adapter(2, 0, extras=False))
+    method = build(MethodConfig(), (1, 2), 0)
+    collector = Collector(method, state, [], (1, 2), lambda update: 1.0, 0)
+    kept = []
+    for number in range(4):
+        client = Client(f"site-{number}", 2, 1)
+        trained = random_adapter(2, number, extras=False)
+        collector.add(method.broadcast(state, client), Update(client, trained, 1))
+        kept.append(len(collector.replies))
+    assert kept == [1, 2, 0, 0]
+    assert collector.result(state)["aggregation_noise"] is None
+
+
 def test_slots_that_moved_have_no_tail():
     """Random selections are not the first slots, so a position says nothing."""
     for name in ("fed-plora", "fslora", "flora"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from prelort import config as configuration
 from prelort.cli.screen import wide_console
 
 
@@ -22,4 +21,6 @@ def methods() -> None:
 
 def config() -> None:
     """Print the embedded default's configuration, to start your own from."""
-    sys.stdout.write(configuration.EMBEDDED_FILE.read_text(encoding="utf-8"))
+    from prelort.config import EMBEDDED_FILE
+
+    sys.stdout.write(EMBEDDED_FILE.read_text(encoding="utf-8"))

@@ -10,7 +10,6 @@ from typing import Annotated
 
 import typer
 
-from prelort import config as configuration
 from prelort.cli.options import Overrides
 from prelort.cli.screen import escaped, wide_console
 from prelort.errors import ConfigError
@@ -53,6 +52,8 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, sizes in bytes.")] = False,
 ) -> None:
     """Estimate the memory and traffic of each rank, and name the largest rank that fits."""
+    from prelort import config as configuration
+
     named = [f"model.name={json.dumps(model)}"] if model is not None else []
     settings = configuration.load(config, [*(overrides or []), *named])
     asked = _ranks(ranks) if ranks is not None else None

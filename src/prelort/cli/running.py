@@ -5,15 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from prelort import config as configuration
 from prelort.cli.options import Overrides, Quiet
 from prelort.cli.screen import escaped, wide_console
 from prelort.errors import ConfigError
+
+if TYPE_CHECKING:
+    from prelort.config import Config
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -26,6 +28,8 @@ EXAMPLES = """[bold]Examples[/bold]
   prelort run --set model.name=Qwen/Qwen3-0.6B --set data.source=reports.csv
 
   prelort run --resume runs/first
+
+  prelort run --set threads=1 --parallel 4
 
   prelort run --engine simulation --client-cpus 2
 
@@ -54,6 +58,15 @@ def run(
     engine: Annotated[
         str, typer.Option("--engine", help="in-process, or simulation (Flower's, with Ray).")
     ] = "in-process",
+    parallel: Annotated[
+        int | None,
+        typer.Option(
+            "--parallel",
+            min=1,
+            help="in-process: clients that train side by side, in threads of their own; does not "
+            "change the results (default: cores / threads, where `threads` is set).",
+        ),
+    ] = None,
     client_cpus: Annotated[
         int, typer.Option("--client-cpus", min=1, help="simulation: CPU cores for one client.")
     ] = 1,
@@ -67,6 +80,8 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Train one adapter for clients of mixed ranks, and measure it at every rank prefix."""
+    from prelort import config as configuration
+
     if resume is not None and out is not None:
         raise ConfigError("give --out for a new run or --resume for an old one, not both")
     if resume is None:
@@ -80,7 +95,7 @@ def run(
     from prelort.experiment.run import run as run_one
     from prelort.report.progress import LiveProgress
 
-    stage_of = _engine(engine, client_cpus, client_gpus)
+    stage_of = _engine(engine, parallel, client_cpus, client_gpus)
     target, settings, names = _what_to_run(config, method or [], overrides or [], out, resume)
     console = wide_console()
     try:
@@ -121,8 +136,9 @@ def _what_to_run(
     overrides: Sequence[str],
     out: Path | None,
     resume: Path | None,
-) -> tuple[Path, configuration.Config, list[str]]:
+) -> tuple[Path, Config, list[str]]:
     """The folder, the configuration and the methods that the options mean."""
+    from prelort import config as configuration
     from prelort.experiment import several
     from prelort.experiment.folder import RunFolder
 
@@ -148,13 +164,18 @@ def _what_to_run(
     return resume, settings, chosen
 
 
-def _engine(name: str, cpus: int, gpus: float) -> Any:
+def _engine(name: str, parallel: int | None, cpus: int, gpus: float) -> Any:
     """Who carries out the rounds, by name. Raises `ConfigError` for one that there is not."""
     if name == "in-process":
-        from prelort.experiment.stage import in_process
+        from prelort.experiment.stage import InProcess
 
-        return in_process
+        return InProcess(parallel)
     if name == "simulation":
+        if parallel is not None:
+            raise ConfigError(
+                f"--parallel {parallel} is for --engine in-process; for the simulation say by "
+                "--client-cpus how many cores a client has"
+            )
         from functools import partial
 
         from prelort.experiment.simulation import check_installed, simulated

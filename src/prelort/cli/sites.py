@@ -8,8 +8,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from prelort import config as configuration
-
 NEW_EXAMPLES = (
     "[bold]Examples[/bold]\n\n  prelort new my-federation\n\n"
     "  prelort new my-federation --sites 5\n\n  my-federation/scripts/demo.sh"
@@ -46,6 +44,7 @@ def site_check(
     ],
 ) -> None:
     """Load what the site would load, and show all that the server would learn of it."""
+    from prelort import config as configuration
     from prelort.deployment import settings
     from prelort.deployment.worker import make_site
 

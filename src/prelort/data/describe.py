@@ -10,6 +10,7 @@ from pathlib import Path
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -25,6 +26,8 @@ BAR = 0.85
 """The width of a bar, where 1 leaves no gap."""
 MOST_NAMES = 60
 """Clients whose names can be read below their bars; with more, every so many is named."""
+Colour = tuple[float, float, float, float]
+"""Red, green, blue and opacity, from 0 to 1."""
 
 
 def summary(rows: FederatedRows, label_column: str | None = None) -> Table:
@@ -103,7 +106,7 @@ def _stack(axes: Axes, labels: Sequence[str], counts: Sequence[Counter[str]], ti
     patches: list[Patch] = []
     for number, label in enumerate(labels):
         heights = [count[label] for count in counts]
-        axes.bar(range(len(counts)), heights, BAR, bottom=bottom, color=colours(number))
+        _bars(axes, heights, bottom, [colours(number)])
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
         patches.append(Patch(color=colours(number), label=_plain(label)))
     # In the order of the stack, the topmost first.
@@ -117,9 +120,24 @@ def _colour_by_rank(
     levels = sorted({client.rank for client in clients})
     shades = colormaps["viridis_r"].resampled(max(len(levels), 2))
     colours = {rank: shades(number) for number, rank in enumerate(levels)}
-    axes.bar(range(len(clients)), heights, BAR, color=[colours[c.rank] for c in clients])
+    _bars(axes, heights, [0] * len(heights), [colours[c.rank] for c in clients])
     patches = [Patch(color=colours[rank], label=str(rank)) for rank in reversed(levels)]
     axes.figure.legend(handles=patches, title="rank", loc=place)
+
+
+def _bars(
+    axes: Axes, heights: Sequence[int], bottom: Sequence[int], colours: Sequence[Colour]
+) -> None:
+    """A bar a client, all as one artist: `Axes.bar` would take milliseconds for each."""
+    half = BAR / 2
+    corners = [
+        [(x - half, low), (x - half, low + high), (x + half, low + high), (x + half, low)]
+        for x, (high, low) in enumerate(zip(heights, bottom, strict=True))
+    ]
+    bars = PolyCollection(corners, facecolors=list(colours))
+    bars.sticky_edges.y.append(0)
+    axes.add_collection(bars)
+    axes.autoscale_view()
 
 
 def _labels(rows: FederatedRows, label_column: str | None) -> Sequence[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from prelort import tasks
 from prelort.adapters import AdapterSchema, LoraAdapter, ScaleRule
 from prelort.config import Config
 from prelort.data import federated, ranks
-from prelort.data.federated import FederatedRows
+from prelort.data.federated import ClientRows, FederatedRows
 from prelort.errors import ConfigError
 from prelort.federation.allocation import Allocation, ByLoss
 from prelort.federation.personal import PersonalStore
@@ -32,6 +32,8 @@ from prelort.tasks.interface import Example
 from prelort.training.truncation import Truncation
 
 log = logging.getLogger(__name__)
+
+Examples = Sequence[Example]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,37 +54,76 @@ class Assembly:
     """Which ranks change during the run."""
 
 
-def assemble(config: Config, folder: Path | None = None) -> Assembly:
+class Encoded:
+    """The rows and examples of one configuration, kept for the next run on the same ones.
+
+    Several methods are compared on the same rows: those are read and tokenised once.
+    """
+
+    def __init__(self) -> None:
+        self._facts: tuple[object, ...] | None = None
+        self._rows: FederatedRows
+        self._examples: dict[tuple[str, str], Examples] = {}
+
+    def rows(self, config: Config) -> FederatedRows:
+        """The rows, read again only where the configuration asks for others."""
+        data = (config.data, config.partition, config.ranks, config.evaluation.on)
+        facts = (config.seed, config.task, config.model, *data)
+        if facts != self._facts:
+            self._rows, self._examples = federated.load(config), {}
+            self._facts = facts
+        return self._rows
+
+    def examples(self, kind: str, client: str, make: Callable[[], Examples]) -> Examples:
+        """A client's examples of this kind, or those that belong to none."""
+        if (kind, client) not in self._examples:
+            self._examples[kind, client] = make()
+        return self._examples[kind, client]
+
+
+def assemble(
+    config: Config, folder: Path | None = None, encoded: Encoded | None = None
+) -> Assembly:
     """Load everything. Raises `ConfigError` for whatever is wrong in configuration or data.
 
-    In ``folder`` clients keep what a method leaves with them.
+    In ``folder`` clients keep what a method leaves with them. What is in ``encoded`` already is
+    not read and tokenised again.
     """
-    rows = federated.load(config)
+    encoded = encoded or Encoded()
+    rows = encoded.rows(config)
     check_numbers(len(rows.clients), config.federation.clients_per_round, config.federation.quorum)
     offered, most, allocation = planned_ranks(config, rows)
     tokenizer = base.load_tokenizer(config.model)
     workspace, initial = prepare_model(config, tokenizer, rank=max(most), labels=rows.labels)
     task = workspace.task
 
-    def encode(what: str, some: Any) -> list[Example]:
-        examples = task.encode(some, tokenizer, config.data, rows.labels)
+    def encode(some: Any) -> list[Example]:
+        return task.encode(some, tokenizer, config.data, rows.labels)
+
+    def enough(what: str, examples: list[Example]) -> list[Example]:
         if not examples:
             raise ConfigError(f"{what} has no text long enough to make one example")
         return examples
 
-    def encode_own(some: Any) -> Sequence[Example]:
-        return task.encode(some, tokenizer, config.data, rows.labels) if some is not None else ()
+    def train(client: ClientRows) -> Examples:
+        return encoded.examples(
+            "train", client.name, lambda: enough(f"client {client.name!r}", encode(client.train))
+        )
 
+    def own(kind: str, client: ClientRows, some: Any) -> Examples:
+        return encoded.examples(kind, client.name, lambda: encode(some)) if some is not None else ()
+
+    by_loss = allocation.by_loss is not None
     measured_there = config.evaluation.at_clients or trait(find(config.method.name), "personal")
     sites = tuple(
         Site(
             name=client.name,
             rank=rank,
-            examples=encode(f"client {client.name!r}", client.train),
+            examples=train(client),
             workspace=workspace,
             most=largest,
-            validation=encode_own(client.validation) if allocation.by_loss is not None else (),
-            test=encode_own(client.test) if measured_there else (),
+            validation=own("validation", client, client.validation) if by_loss else (),
+            test=own("test", client, client.test) if measured_there else (),
             personal=PersonalStore(folder / "personal") if folder is not None else None,
         )
         for client, rank, largest in zip(rows.clients, offered, most, strict=True)
@@ -92,7 +133,11 @@ def assemble(config: Config, folder: Path | None = None) -> Assembly:
             "no client has test rows of its own to measure on: leave data.test out, so that each "
             "holds out data.test_fraction of its rows"
         )
-    test = _at_most(config, encode("the test set", _test_rows(config, rows)))
+    test = encoded.examples(
+        "drawn tests",
+        "",
+        lambda: _at_most(config, enough("the test set", encode(_test_rows(config, rows)))),
+    )
     template = workspace.model.peft_config[ADAPTER]
     return Assembly(config, rows, sites, test, workspace, tokenizer, initial, template, allocation)
 

@@ -14,7 +14,7 @@ from prelort.experiment.folder import RunFolder, is_taken
 from prelort.experiment.folder import folder_name as folder_name
 from prelort.experiment.folder import methods_in as methods_in
 from prelort.experiment.run import Listener, RunResult, run
-from prelort.experiment.stage import StageOf, in_process
+from prelort.experiment.stage import InProcess, StageOf
 from prelort.files import write_atomically
 from prelort.report import events, plots, tables, trackers
 
@@ -26,13 +26,15 @@ def run_methods(
     *,
     resume: bool = False,
     listeners: Sequence[Listener] = (),
-    stage_of: StageOf = in_process,
+    stage_of: StageOf | None = None,
     track: Sequence[str] = (),
 ) -> list[RunResult]:
     """Run ``config`` with each of the methods, in ``out/<method>``, and compare them in ``out``.
 
     With ``resume`` finished runs are kept, an unfinished one goes on, the others are started.
+    By default all in this process, where the rows are read and tokenised once for all of them.
     """
+    stage_of = stage_of or InProcess()
     trackers.check(track)
     for name in names:
         methods.find(name)

@@ -14,7 +14,7 @@ from rich.console import Console
 from prelort.adapters import LoraAdapter
 from prelort.config import Config
 from prelort.data import describe
-from prelort.experiment.assemble import Assembly, assemble
+from prelort.experiment.assemble import Assembly, Encoded, assemble
 from prelort.experiment.measure import Measured, measure
 from prelort.experiment.workers import Workspaces, default_threads, replica
 from prelort.federation.allocation import Allocation
@@ -53,22 +53,34 @@ StageOf = Callable[[Config, Path], Stage]
 """From a configuration and the run's folder to its stage."""
 
 
-def in_process(config: Config, folder: Path, threads: int | None = None) -> Stage:
-    """All clients in this process: in so many threads, or several in one batch.
+def in_process(config: Config, folder: Path) -> Stage:
+    """All clients in this process, as many side by side as suits model and configuration."""
+    return InProcess()(config, folder)
 
-    ``threads``: None for what suits model and configuration. It does not change the results.
+
+class InProcess:
+    """`in_process` for several runs: what they have in common is read and tokenised once.
+
+    ``threads``: how many clients train side by side; it does not change the results.
     """
-    assembly = assemble(config, folder)
-    work = assembly.workspace
-    together = clients_together(config, work.model.device)
-    if together > 1:
-        wanted = 1
-    else:
-        wanted = default_threads(config, work.model) if threads is None else threads
-    workspaces = [work, *(replica(work) for _ in range(wanted - 1))]
-    return with_all_data(
-        assembly, lambda plan: _in_this_process(plan, assembly, workspaces, together), workspaces
-    )
+
+    def __init__(self, threads: int | None = None) -> None:
+        self._threads = threads
+        self._encoded = Encoded()
+
+    def __call__(self, config: Config, folder: Path) -> Stage:
+        """The stage of one run: its clients in so many threads, or several in one batch."""
+        assembly = assemble(config, folder, self._encoded)
+        work = assembly.workspace
+        together = clients_together(config, work.model.device)
+        threads = 1 if together > 1 else self._threads or default_threads(config, work.model)
+        threads = min(threads, len(assembly.sites))
+        workspaces = [work, *(replica(work) for _ in range(threads - 1))]
+        return with_all_data(
+            assembly,
+            lambda plan: _in_this_process(plan, assembly, workspaces, together),
+            workspaces,
+        )
 
 
 def clients_together(config: Config, device: torch.device) -> int:

@@ -20,6 +20,8 @@ START_SECONDS = 120.0
 """How long nodes of this machine may take to start."""
 RETRY_SECONDS = 30.0
 """After which a client that was left out is asked again: it may have been put right."""
+PULL_AT_ONCE = 100
+"""Introductions that are asked for at a time: an engine may hand over one for each look at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,8 @@ class Roster:
         self._agreement = agreement
         self._refused = refused
         self._known: dict[int, Participant] = {}
+        self._taken: set[str] = set()
+        """The names of those in ``_known``."""
         self._asked: dict[str, Message] = {}
         self._left_out: dict[int, tuple[float, str]] = {}
         """Node -> when it was refused, and why."""
@@ -93,11 +97,11 @@ class Roster:
     @property
     def missing(self) -> list[str]:
         """The names of those that were there once and are not now."""
-        return sorted(self._names - {p.client.name for p in self._known.values()})
+        return sorted(self._names - self._taken)
 
     def doubt(self, participant: Participant) -> None:
         """Let a client that has failed introduce itself again before it is asked for more."""
-        self._known.pop(participant.node_id, None)
+        self._forget(participant.node_id)
 
     def gather(
         self, engine: Engine, wanted: int, waiting: Callable[[float], None] = lambda seconds: None
@@ -126,7 +130,7 @@ class Roster:
             if not progress:
                 time.sleep(POLL_SECONDS)
         self._met = True
-        self._names |= {participant.client.name for participant in self._known.values()}
+        self._names |= self._taken
         return self.present
 
     def _worth_waiting(self, engine: Engine, enough: bool, spent: float) -> bool:
@@ -148,7 +152,8 @@ class Roster:
         """One look at the nodes: ask new ones, take answers, forget who is gone."""
         nodes = list(engine.grid.get_node_ids())
         online = set(nodes)
-        self._known = {node: p for node, p in self._known.items() if node in online}
+        for node in self._known.keys() - online:
+            self._forget(node)
         self._asked = {i: m for i, m in self._asked.items() if m.metadata.dst_node_id in online}
         asked = {message.metadata.dst_node_id for message in self._asked.values()}
         now = time.monotonic()
@@ -157,12 +162,22 @@ class Roster:
             retry = math.inf if engine.patience is None else RETRY_SECONDS
             if node not in self._known and node not in asked and now - when >= retry:
                 self._ask(engine, node)
-        replies = pull(engine, list(self._asked)) if self._asked else []
-        for reply in replies:
-            message = self._asked.pop(reply.metadata.reply_to_message_id, None)
-            if message is not None:
-                self._take(message.metadata.dst_node_id, from_node_asked(message, reply))
-        return bool(replies)
+        waiting, came = list(self._asked), False
+        for first in range(0, len(waiting), PULL_AT_ONCE):
+            came |= self._take_all(engine, waiting[first : first + PULL_AT_ONCE])
+        return came
+
+    def _take_all(self, engine: Engine, ids: list[str]) -> bool:
+        """Take what answers these messages have, until no more come; whether there were any."""
+        came = False
+        while ids and (replies := pull(engine, ids)):
+            came = True
+            for reply in replies:
+                message = self._asked.pop(reply.metadata.reply_to_message_id, None)
+                if message is not None:
+                    self._take(message.metadata.dst_node_id, from_node_asked(message, reply))
+            ids = [message_id for message_id in ids if message_id in self._asked]
+        return came
 
     def _ask(self, engine: Engine, node: int) -> None:
         content = wire.pack(self._agreement.header(1))
@@ -177,6 +192,7 @@ class Roster:
             intro = wire.header(wire.answered(reply), wire.Introduction)
             name = intro.client
             self._known[node] = self._checked(node, intro)
+            self._taken.add(intro.client)
             self._left_out.pop(node, None)
         except UpdateRefused as error:
             _, before = self._left_out.get(node, (0.0, ""))
@@ -189,7 +205,12 @@ class Roster:
         most = self._agreement.schema.rank
         if intro.rank > most:
             raise UpdateRefused(f"offers rank {intro.rank}, but the global adapter has {most}")
-        if any(p.client.name == intro.client for p in self._known.values()):
+        if intro.client in self._taken:
             raise UpdateRefused("a client of this name is there already")
         client = Client(intro.client, intro.rank, intro.examples)
         return Participant(node, client, min(intro.most, most))
+
+    def _forget(self, node: int) -> None:
+        gone = self._known.pop(node, None)
+        if gone is not None:
+            self._taken.discard(gone.client.name)

@@ -110,16 +110,23 @@ class Collector:
         self.names = sampled(state.adapter, [c.rank for c in clients], seed, state.round)
         self.before = self._readout(state)
         self.replies: list[Reply] = []
+        self.slots = 0
+        """That the clients have trained so far in the layer with the fewest."""
         self.in_place = True
         """Whether all clients received the first slots of the global adapter, in their order."""
 
     def add(self, sent: Broadcast, update: Update) -> None:
         """Keep what is needed of one client's round."""
         received, own = only(sent.trainable, self.names), self.state.adapter.layers
+        trained = only(update.adapter, self.names)
+        self.slots += min((factors.rank for factors in trained.layers.values()), default=0)
         self.in_place &= all(
             name in own and equal(factors.A, own[name].A[: factors.rank])
             for name, factors in received.layers.items()
         )
+        if self.slots > MOST_SLOTS:
+            self.replies.clear()  # the clients are not measured, however many come
+            return
         self.replies.append(
             Reply(
                 client=update.client.name,
@@ -128,7 +135,7 @@ class Collector:
                 frozen=None if sent.frozen is None else only(sent.frozen, self.names),
                 gain=sent.gain,
                 # Copies: a view could keep a whole reply in memory.
-                trained=_copied(only(update.adapter, self.names)),
+                trained=_copied(trained),
             )
         )
 

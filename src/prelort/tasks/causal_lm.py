@@ -46,4 +46,4 @@ class CausalLM(CausalTask):
         blocks = [
             stream[i : i + config.max_length] for i in range(0, len(stream), config.max_length)
         ]
-        return [Example(ids, list(ids)) for ids in blocks if len(ids) >= SHORTEST_BLOCK]
+        return [Example(ids, ids) for ids in blocks if len(ids) >= SHORTEST_BLOCK]

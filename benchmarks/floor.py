@@ -1,0 +1,197 @@
+"""What does a round cost when the clients do nothing, in this process and through Ray?
+
+The same Flower apps on both engines; a client checks nothing, trains nothing and answers with the
+adapter that it received (16 layers of 2048 x 2048 at rank 16: 4.2 MB). `messages` is a server that
+sends one message to each client and takes the replies: the engine alone. `rounds` is prelort's
+server, which packs, checks and averages all adapters, whatever the engine. Ray's start and the
+first round of each turn, in which its workers import what they need, do not count.
+
+    python benchmarks/floor.py [--clients 20 100] [--rounds 6] [--repeats 2] [--short]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from common import machine, report
+
+from prelort.adapters import AdapterSchema, Factors, LoraAdapter, ScaleRule
+from prelort.adapters.initial import draw_a
+from prelort.config import check
+from prelort.federation import wire
+from prelort.federation.client_app import Kind, client_app
+from prelort.federation.content import blob_in, content_of
+from prelort.federation.exchange import Engine, exchange
+from prelort.federation.flower import (
+    ClientApp,
+    Context,
+    Grid,
+    Message,
+    MessageType,
+    RecordDict,
+    ServerApp,
+    simulate,
+)
+from prelort.federation.in_process import RUN_ID, InProcessGrid
+from prelort.federation.registry import Agreement
+from prelort.federation.server import ServerPlan, serve
+from prelort.methods.interface import ServerState
+
+LAYERS, WIDTH, RANK = 16, 2048, 16
+SCALE = ScaleRule("constant", 2.0)
+
+
+def agreement() -> Agreement:
+    """What server and clients agree on: shapes with no model behind them."""
+    layers = {f"layers.{index}": (WIDTH, WIDTH, RANK) for index in range(LAYERS)}
+    return Agreement("none", AdapterSchema(layers, {}), SCALE)
+
+
+def initial() -> LoraAdapter:
+    """A as it is drawn, B of numbers as after some rounds."""
+    layers = {}
+    for name, (d_in, d_out, rank) in agreement().schema.layers.items():
+        b = draw_a(1, name, rank, d_out).T.contiguous()
+        layers[name] = Factors(draw_a(0, name, rank, d_in), b)
+    return LoraAdapter(layers, SCALE)
+
+
+def idle_app() -> ClientApp:
+    """A `ClientApp` that sends back what it received; it can be sent to Ray's workers."""
+
+    def respond(kind: Kind, content: RecordDict, context: Context) -> RecordDict:
+        name = f"client-{int(context.node_config['partition-id']):04d}"
+        facts = agreement().header(RANK).model_dump()
+        if kind != "train":
+            return wire.pack(wire.Introduction(**facts, client=name, examples=1, most=RANK))
+        request = wire.header(content, wire.TrainRequest)
+        head = wire.TrainReply(
+            **facts,
+            dtype=request.dtype,
+            change=False,
+            client=name,
+            round=request.round,
+            examples=1,
+            steps=0,
+            loss=0.0,
+            seconds=0.0,
+        )
+        return content_of(head.model_dump_json(), blob_in(content))
+
+    return client_app(respond)
+
+
+def messages(engine: str, clients: int, number: int) -> list[float]:
+    """Seconds of each exchange with all clients but the first."""
+    seconds: list[float] = []
+    request = wire.TrainRequest(
+        **agreement().header(RANK).model_dump(),
+        dtype="float32",
+        round=0,
+        rounds=number,
+        seed=0,
+        training=check({}).training,
+        objective="plain",
+        levels=(RANK,),
+        level_weights=(1.0,),
+        timeout=600.0,
+    )
+    content = wire.pack(request, initial())
+
+    def talk(using: Engine) -> None:
+        while len(nodes := list(using.grid.get_node_ids())) < clients:
+            time.sleep(0.1)
+        for _ in range(number + 1):
+            started = time.perf_counter()
+            out = (
+                Message(content, dst_node_id=node, message_type=MessageType.TRAIN) for node in nodes
+            )
+            for reply in exchange(using, out):
+                wire.answered(reply)
+            seconds.append(time.perf_counter() - started)
+
+    _carry_out(engine, clients, talk)
+    return seconds[1:]
+
+
+def rounds(engine: str, clients: int, number: int) -> list[float]:
+    """Seconds of each round but the first, with all clients in every round."""
+    found: list[dict[str, Any]] = []
+    plan = ServerPlan(
+        config=check(
+            {
+                "evaluation": {"diagnostics": False},
+                "federation": {"rounds": number + 1, "clients_per_round": clients, "quorum": 1.0},
+            }
+        ),
+        state=ServerState(initial()),
+        agreement=agreement(),
+        emit=found.append,
+        before_rounds=lambda now: None,
+        after_round=lambda now: None,
+        finished=lambda now: None,
+    )
+    _carry_out(engine, clients, lambda using: serve(plan, using))
+    aggregated = [event for event in found if event["event"] == "aggregated"]
+    if len(aggregated) != number + 1 or any(event["failed"] for event in aggregated):
+        raise SystemExit(f"{engine}: not all clients answered: {found[-3:]}")
+    return [event["seconds"]["total"] for event in aggregated[1:]]
+
+
+def _carry_out(engine: str, clients: int, serve: Callable[[Engine], None]) -> None:
+    app, here = ServerApp(), engine == "in-process"
+
+    @app.main()  # type: ignore[untyped-decorator]
+    def main(grid: Grid, context: Context) -> None:
+        serve(Engine(grid, 1 if here else None, float("inf"), nodes=0 if here else clients))
+
+    if here:
+        grid = InProcessGrid(idle_app(), [{"partition-id": index} for index in range(clients)])
+        app(grid, Context(RUN_ID, 1, {}, RecordDict(), {}))
+    else:
+        simulate(app, idle_app(), clients, cpus=1, gpus=0.0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--clients", type=int, nargs="+", default=[20, 100])
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--short", action="store_true", help="20 clients, 2 rounds, one turn")
+    arguments = parser.parse_args()
+    if arguments.short:
+        arguments.clients, arguments.rounds, arguments.repeats = [20], 2, 1
+    torch.set_num_threads(1)
+    rows = []
+    for clients in arguments.clients:
+        for what, measure in (("messages", messages), ("rounds", rounds)):
+            taken: dict[str, list[float]] = {"in-process": [], "Ray": []}
+            for _ in range(arguments.repeats):
+                for engine, seconds in taken.items():
+                    seconds += measure(engine, clients, arguments.rounds)
+            ray = statistics.median(taken["Ray"])
+            for engine, seconds in taken.items():
+                middle = statistics.median(seconds)
+                rows.append(
+                    {
+                        "clients": clients,
+                        "what": what,
+                        "engine": engine,
+                        "s (median)": middle,
+                        "min": min(seconds),
+                        "max": max(seconds),
+                        "Ray / this": ray / middle,
+                    }
+                )
+    sizes = initial().num_parameters * 4
+    facts = {"MB to and from each client": sizes / 1e6, **vars(arguments), **machine()}
+    report("floor", "rounds of clients that do nothing", rows, facts)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+"""What travels, against what each method's mathematics needs; what a lossy type does to results.
+
+Bytes: two rounds of the embedded model with four clients of ranks 2, 4, 8 and 16 (fedit: all 16),
+counted as every run counts them. `needed` is four bytes for each number that has to travel by the
+method's definition (docs/methods), from the model's shapes alone; the rank of what has gathered on
+the server (flora, florist, fedex-lora) is that of its dense product. `KiB a message` is all the
+rest: names, shapes, header. Results: the embedded default at each prefix, by the type in which
+adapters travel.
+
+    python benchmarks/wire.py [--seeds 0 1] [--only bytes|results] [--short]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import machine, report
+
+from prelort.config import load
+from prelort.experiment.assemble import assemble
+from prelort.experiment.deterministic import deterministic
+from prelort.experiment.run import run
+from prelort.federation.exchange import Engine
+from prelort.federation.in_process import InProcessGrid
+from prelort.federation.server import ServerPlan, Standing, serve
+from prelort.federation.site import make_client_app
+from prelort.methods import REGISTRY
+from prelort.methods.interface import ServerState
+from prelort.models.base import location
+
+RANKS = (2, 4, 8, 16)
+ONE_RANK = ("fedit",)
+"""Methods that serve no mixture."""
+TYPES = ("float32", "bfloat16", "int8")
+COMPARED = ("prelort", "zero-padding")
+SHORT = ("prelort", "flora", "fedex-lora", "fedsa-lora")
+ALL_TYPES = ("float32", "bfloat16", "float16", "int8")
+FOLDED = {"flora": "folded:", "florist": "folded:", "fedex-lora": "residual:"}
+"""Methods whose server gathers more than an adapter -> where it stands in its memory."""
+
+Layers = Sequence[tuple[int, int]]
+"""(d_in, d_out) of each adapted layer."""
+
+
+def layers() -> Layers:
+    """The linear layers of the embedded Llama, from its configuration."""
+    facts = json.loads((Path(location("embedded")) / "config.json").read_text())
+    width, inner = facts["hidden_size"], facts["intermediate_size"]
+    heads = facts["num_attention_heads"] * facts["head_dim"]
+    keys = facts["num_key_value_heads"] * facts["head_dim"]
+    block = [(width, heads), (width, keys), (width, keys), (heads, width)]
+    block += [(width, inner), (width, inner), (inner, width)]
+    return block * facts["num_hidden_layers"]
+
+
+def needed(
+    method: str, index: int, rank: int, kept: int, gathered: Sequence[int]
+) -> tuple[int, int]:
+    """The numbers down to and up from one client in the round ``index`` (from 0).
+
+    ``rank``: the client's; ``kept``: of its reply (less where it prunes itself); ``gathered``: the
+    rank of what the server holds besides its adapter, layer by layer.
+    """
+    into = sum(d_in for d_in, _ in layers())
+    out = sum(d_out for _, d_out in layers())
+    both, top = into + out, max(RANKS)
+    besides = sum(q * sum(shape) for q, shape in zip(gathered, layers(), strict=True))
+    match method:
+        case "fed-plora":
+            return top * both, rank * both
+        case "flora" | "florist":
+            return besides, rank * both
+        case "fedex-lora":
+            return top * both + besides, rank * both
+        case "ffa-lora":
+            return rank * out, rank * out
+        case "rolora":
+            return rank * both, rank * (out if index % 2 == 0 else into)
+        case "fedsa-lora":
+            return rank * into, rank * into
+        case "homogeneous-min":
+            return min(RANKS) * both, min(RANKS) * both
+        case "homogeneous-max":
+            return top * both, top * both
+        case "hetlora":
+            return rank * both, kept * both
+        case _:
+            return rank * both, rank * both
+
+
+def ranks_of(method: str) -> tuple[int, ...]:
+    """The ranks of the clients, in the order of their names."""
+    return (max(RANKS),) * len(RANKS) if method in ONE_RANK else RANKS
+
+
+def gathered(state: ServerState, start: str) -> list[int]:
+    """The rank of each layer's product in the server's memory, by a dense SVD in float64."""
+    a = {n: t for n, t in state.memory.items() if n.startswith(start) and ".lora_A" in n}
+    ranks = []
+    for name, factor in a.items():
+        product = state.memory[name.replace(".lora_A", ".lora_B")].double() @ factor.double()
+        ranks.append(int(torch.linalg.matrix_rank(product, rtol=1e-6)))
+    return ranks
+
+
+def counted(method: str, dtype: str) -> tuple[list[Mapping[str, Any]], list[ServerState]]:
+    """The events of two rounds, and the state before each."""
+    ranks = ranks_of(method)
+    config = load(
+        None,
+        [
+            f"method.name={method}",
+            f"federation.wire_dtype={dtype}",
+            f"partition.clients={len(ranks)}",
+            "data.max_test_examples=4",
+            f"ranks.mix={', '.join(map(str, ranks))}",
+            "ranks.assign=in-order",
+            "training.local_steps=1",
+            "federation.rounds=2",
+            f"federation.clients_per_round={len(ranks)}",
+            "evaluation.diagnostics=false",
+        ],
+    )
+    events: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder, deterministic(1):
+        assembly = assemble(config, Path(folder))
+        states = [ServerState(assembly.initial)]
+
+        def after(now: Standing) -> None:
+            states.append(now.state)
+
+        plan = ServerPlan(
+            config=config,
+            state=states[0],
+            agreement=assembly.workspace.agreement,
+            emit=events.append,
+            before_rounds=lambda now: None,
+            after_round=after,
+            finished=lambda now: None,
+        )
+        sites = assembly.sites
+        app = make_client_app(lambda context: sites[int(context.node_config["partition-id"])])
+        grid = InProcessGrid(app, [{"partition-id": index} for index in range(len(sites))])
+        serve(plan, Engine(grid, 1, float("inf")))
+    return events, states[:-1]
+
+
+def bytes_of(method: str) -> dict[str, Any]:
+    """One row: bytes of two rounds in each type, and what is needed in the exact one."""
+    totals: dict[str, dict[str, int]] = {}
+    for dtype in TYPES:
+        events, states = counted(method, dtype)
+        rounds = [event for event in events if event["event"] == "aggregated"]
+        if len(rounds) != 2 or any(event["failed"] for event in rounds):
+            raise SystemExit(f"{method} in {dtype}: a client failed")
+        totals[dtype] = {way: sum(e[f"bytes_{way}"] for e in rounds) for way in ("down", "up")}
+        if dtype == "float32":
+            down, up = _needed(method, events, states)
+    exact = totals["float32"]
+    ratios = {
+        f"{dtype} / float32": sum(totals[dtype].values()) / sum(exact.values())
+        for dtype in TYPES[1:]
+    }
+    return {
+        "method": method,
+        "KiB down": round(exact["down"] / 1024),
+        "needed down": round(down / 1024),
+        "KiB up": round(exact["up"] / 1024),
+        "needed up": round(up / 1024),
+        "overhead %": 100 * (sum(exact.values()) / (down + up) - 1),
+        "KiB a message": (sum(exact.values()) - down - up) / 1024 / (2 * 2 * len(RANKS)),
+        **ratios,
+    }
+
+
+def _needed(
+    method: str, events: Sequence[Mapping[str, Any]], states: Sequence[ServerState]
+) -> tuple[int, int]:
+    """Bytes down and up of all rounds, in float32."""
+    first = [e for e in events if e["event"] == "client_finished" and e["round"] == 1]
+    ranks = {event["client"]: event["rank"] for event in first}
+    down = up = 0
+    for index, state in enumerate(states):
+        changed = {
+            event["client"]: event["to"]
+            for event in events
+            if event["event"] == "rank_changed" and event["round"] == index + 1
+        }
+        besides = gathered(state, FOLDED[method]) if method in FOLDED else []
+        for client, rank in ranks.items():
+            there = besides or [0] * len(layers())
+            numbers = needed(method, index, rank, changed.get(client, rank), there)
+            down, up = down + 4 * numbers[0], up + 4 * numbers[1]
+        ranks |= changed
+    return down, up
+
+
+def perplexities(method: str, dtype: str, seed: int, short: bool) -> dict[int, float]:
+    """Of the embedded default at each prefix."""
+    overrides = [f"method.name={method}", f"federation.wire_dtype={dtype}", f"seed={seed}"]
+    overrides.append("evaluation.diagnostics=false")
+    if short:
+        overrides += ["federation.rounds=3", "training.local_steps=2", "data.max_test_examples=32"]
+    with tempfile.TemporaryDirectory() as folder:
+        result = run(load(None, overrides), Path(folder) / "run")
+    return {rank: values["perplexity"] for rank, values in result.metrics.items()}
+
+
+def results(seeds: Sequence[int], short: bool) -> list[dict[str, Any]]:
+    """A row for each method and type: mean perplexity (largest change from float32 of a seed)."""
+    rows = []
+    for method in COMPARED:
+        exact: dict[int, dict[int, float]] = {}
+        for dtype in ALL_TYPES:
+            found = {seed: perplexities(method, dtype, seed, short) for seed in seeds}
+            exact = exact or found
+            cells = {
+                f"ppl at {rank}": statistics.mean(found[seed][rank] for seed in seeds)
+                for rank in found[seeds[0]]
+            }
+            changes = [
+                100 * (found[seed][rank] / exact[seed][rank] - 1)
+                for seed in seeds
+                for rank in found[seed]
+            ]
+            largest = max(changes, key=abs)
+            rows.append({"method": method, "type": dtype, **cells, "largest change %": largest})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--only", choices=("bytes", "results"))
+    parser.add_argument("--short", action="store_true", help="few methods, one seed, 3 rounds")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    seeds = arguments.seeds[:1] if arguments.short else arguments.seeds
+    facts = {"rounds": 2, "ranks": RANKS, **vars(arguments), **machine()}
+    names = SHORT if arguments.short else tuple(REGISTRY)
+    if arguments.only != "results":
+        report("wire", "bytes of two rounds", [bytes_of(method) for method in names], facts)
+    if arguments.only != "bytes":
+        rows = results(seeds, arguments.short)
+        report("wire_results", "perplexity by the type in which adapters travel", rows, facts)
+
+
+if __name__ == "__main__":
+    from prelort.quiet import quiet_libraries
+
+    quiet_libraries()
+    main()

@@ -1,0 +1,96 @@
+"""Several methods on the same rows: these are read and tokenised once, and nothing else changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prelort.config import Config
+from prelort.experiment import several
+from prelort.experiment.assemble import Encoded, assemble
+from prelort.tasks.causal_lm import CausalLM
+
+
+@pytest.fixture
+def encodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of rows that were tokenised, one by one."""
+    counted: list[int] = []
+    encode = CausalLM.encode
+
+    def counting(self: CausalLM, rows: Any, *others: Any) -> Any:
+        counted.append(len(rows))
+        return encode(self, rows, *others)
+
+    monkeypatch.setattr(CausalLM, "encode", counting)
+    return counted
+
+
+def test_the_second_method_tokenises_nothing(
+    make_config: Callable[..., Config], encodings: list[int]
+) -> None:
+    encoded = Encoded()
+    first = assemble(make_config(), encoded=encoded)
+    before = len(encodings)
+    assert before == len(first.sites) + 1
+    second = assemble(make_config(method={"name": "zero-padding"}), encoded=encoded)
+    assert len(encodings) == before
+    assert second.rows is first.rows
+    assert [site.examples for site in second.sites] == [site.examples for site in first.sites]
+    assert second.test == first.test
+    assert second.workspace.model is not first.workspace.model
+
+
+def test_what_only_one_method_needs_is_added(
+    make_config: Callable[..., Config], encodings: list[int]
+) -> None:
+    """Personal methods measure at the clients, on rows that the others do not encode apart."""
+    encoded, personal = Encoded(), make_config(method={"name": "fedsa-lora"})
+    assemble(make_config(), encoded=encoded)
+    before = len(encodings)
+    found = assemble(personal, encoded=encoded)
+    alone = assemble(personal)
+    assert [site.test for site in found.sites] == [site.test for site in alone.sites]
+    assert all(site.test for site in found.sites)
+    assert [site.examples for site in found.sites] == [site.examples for site in alone.sites]
+    assert len(encodings) == before + len(found.sites) + (2 * len(found.sites) + 1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 5},
+        {"data": {"max_length": 16}},
+        {"partition": {"by": "iid", "clients": 6}},
+        {"ranks": {"mix": "1*0.5, 2*0.5"}},
+    ],
+)
+def test_other_rows_or_tokens_are_made_anew(
+    make_config: Callable[..., Config], changes: dict[str, Any]
+) -> None:
+    encoded = Encoded()
+    config = make_config()
+    values = config.model_dump()
+    for key, value in changes.items():
+        values[key] = values[key] | value if isinstance(value, dict) else value
+    other = Config.model_validate(values)
+    before = assemble(config, encoded=encoded)
+    found, alone = assemble(other, encoded=encoded), assemble(other)
+    assert [(s.name, s.rank, s.examples) for s in found.sites] == [
+        (s.name, s.rank, s.examples) for s in alone.sites
+    ]
+    assert found.test == alone.test
+    assert found.rows is not before.rows
+
+
+def test_a_comparison_reads_its_rows_once(
+    make_config: Callable[..., Config], encodings: list[int], tmp_path: Path
+) -> None:
+    config = make_config(federation={"rounds": 1, "clients_per_round": 2})
+    together = several.run_methods(config, ["prelort", "zero-padding"], tmp_path / "both")
+    once = len(encodings)
+    apart = several.run_methods(config, ["zero-padding"], tmp_path / "one")
+    assert len(encodings) == 2 * once
+    assert together[1].metrics == apart[0].metrics
