@@ -62,13 +62,18 @@ def high_water_mib() -> float:
 
 
 def report(name: str, title: str, rows: Sequence[Mapping[str, Any]], facts: Any) -> None:
-    """Print the rows as a table and write them, with the facts, to ``results/<name>.json``."""
+    """Print the rows as a table and write them, with the facts, to ``results/<name>.json``.
+
+    Those of a short run are printed only.
+    """
     table = Table(*rows[0], title=title)
     for row in rows:
         table.add_row(*(_text(value) for value in row.values()))
     console = Console(width=110)
     console.print(table)
     console.print(facts)
+    if facts.get("short"):
+        return
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({"title": title, "facts": facts, "rows": rows}, indent=2) + "\n")

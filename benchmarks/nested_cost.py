@@ -1,8 +1,9 @@
 """What does a training step of each nested objective cost, against plain LoRA?
 
-Same model, same batches, rank 16 with levels 2, 4, 8, 16; the objectives take turns. On the CPU
-the embedded base; with ``--device cuda`` a Llama of 16 layers of width 2048 with random weights in
-bfloat16 (the cost does not depend on the values).
+Same model, same batches, rank 16 with levels 2, 4, 8, 16; the objectives take turns. ``by PEFT``
+is plain LoRA with PEFT's own layers, ``at once`` has all truncations of a batch in one forward pass
+(`training.batch_truncations`). On the CPU the embedded base; with ``--device cuda`` a Llama of 16
+layers of width 2048 with random weights in bfloat16 (the cost does not depend on the values).
 
     python benchmarks/nested_cost.py [--device cuda] [--repeats 20]
 """
@@ -27,10 +28,20 @@ from prelort.models.base import load_model
 from prelort.models.lora import attach, initial_adapter, install
 from prelort.tasks.interface import Example
 from prelort.training.local import Assignment, train
+from prelort.training.together import Member, train_together
 from prelort.training.truncation import Truncation
 
 LEVELS = (2, 4, 8, 16)
-KINDS = ("plain", "example", "step", "full+one", "mean")
+KINDS = (
+    "plain, by PEFT",
+    "plain",
+    "example",
+    "step",
+    "full+one",
+    "full+one, at once",
+    "mean",
+    "mean, at once",
+)
 STEPS = 4
 
 
@@ -68,15 +79,22 @@ class Bench:
 
     def steps(self, kind: str) -> None:
         """Take `STEPS` steps of an objective from the initial adapter."""
+        name, _, way = kind.partition(", ")
         install(self.model, self.adapter)
+        task, work = tasks.get("causal-lm"), Assignment("client", 0, 1, 0, objective(name))
+        if way == "at once":
+            member = Member(self.adapter, self.examples, self.settings, work)
+            train_together(self.model, self.truncation, task, [member], 0, at_once=True)
+            return
         train(
             self.model,
             self.truncation,
-            tasks.get("causal-lm"),
+            task,
             self.examples,
             self.settings,
-            Assignment("client", 0, 1, 0, objective(kind)),
+            work,
             0,
+            lean=way != "by PEFT",
         )
 
 
@@ -101,7 +119,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--short", action="store_true", help="three turns, nothing is written")
     arguments = parser.parse_args()
+    if arguments.short:
+        arguments.repeats = 3
     device = arguments.device
     if device == "cpu":
         torch.set_num_threads(1)

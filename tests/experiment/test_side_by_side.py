@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ from prelort.config import Config
 from prelort.experiment.assemble import Assembly, assemble
 from prelort.experiment.measure import measure
 from prelort.experiment.run import RunResult
-from prelort.experiment.stage import clients_together, in_process
+from prelort.experiment.stage import InProcess, clients_together
 from prelort.experiment.workers import default_threads, draws, replica
 from prelort.federation import site, together
 from prelort.methods import REGISTRY, trait
@@ -31,7 +30,7 @@ Make = Callable[..., Config]
 
 
 def run(config: Config, path: Path, threads: int = 1) -> RunResult:
-    return prelort.run(config, path, stage_of=partial(in_process, threads=threads))
+    return prelort.run(config, path, stage_of=InProcess(threads))
 
 
 def events(result: RunResult, kind: str) -> list[dict[str, object]]:
@@ -174,9 +173,7 @@ def test_an_interruption_ends_the_training_under_way(
 
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        prelort.run(
-            config, tmp_path / "run", stage_of=partial(in_process, threads=2), listeners=[interrupt]
-        )
+        prelort.run(config, tmp_path / "run", stage_of=InProcess(2), listeners=[interrupt])
     assert time.monotonic() - started < 60
     assert not [t for t in threading.enumerate() if t.name.startswith("client")]
 

