@@ -171,8 +171,8 @@ class Bench:
                 task_type="SEQ_CLS" if self.task.kind == "classification" else "CAUSAL_LM",
             )
             model = get_peft_model(self.plain_base, config)
-            factors = {f"base_model.model.{n}": t for n, t in member.adapter.tensors().items()}
-            set_peft_model_state_dict(model, {n: t for n, t in factors.items() if ".lora_" in n})
+            received = {f"base_model.model.{n}": t for n, t in member.adapter.tensors().items()}
+            set_peft_model_state_dict(model, received)
             model.train()
             learning = [p for p in model.parameters() if p.requires_grad]
             optimizer = torch.optim.AdamW(learning, lr=1e-3, weight_decay=0.0)
