@@ -353,6 +353,8 @@ def applied(
 
 def check(values: Mapping[str, Any]) -> Config:
     """Build a `Config` from plain values; raises `ConfigError` with one sentence."""
+    if "compare" in values:
+        raise ConfigError("the section [compare] makes this a study: `prelort compare` runs it")
     try:
         return Config.model_validate(values)
     except ValidationError as error:

@@ -258,7 +258,7 @@ class TestGoingOn:
     def test_one_process_at_a_time(self, tmp_path: Path, write: Write) -> None:
         study = load(write('[compare]\nmethods = ["prelort"]\nseeds = [0]\n'))
         with (
-            module._claimed(tmp_path / "out"),
+            module.claimed(tmp_path / "out"),
             pytest.raises(ConfigError, match="is in use: another prelort compare"),
         ):
             compare(study, tmp_path / "out", Watcher())

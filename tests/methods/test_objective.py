@@ -177,6 +177,19 @@ def test_on_average_every_level_gets_its_weight(kind, weights):
         assert abs(share - weight) <= error + 1e-12, (kind, level)
 
 
+@pytest.mark.parametrize(
+    "kind, rank, passes",
+    [("plain", 16, 1), ("example", 16, 1), ("step", 16, 1), ("full+one", 16, 2), ("mean", 16, 4),
+     ("mean", 4, 2), ("full+one", 2, 1), ("mean", 2, 1)],
+)  # fmt: skip
+def test_the_passes_of_a_batch_are_known_beforehand(kind, rank, passes):
+    objective = nested(kind, rank, LEVELS)
+    assert objective.passes_per_batch == passes
+    generator = torch.Generator().manual_seed(9)
+    for batch in (1, 3, 8):
+        assert len(objective.passes(batch, generator)) == passes
+
+
 # What each method makes of the configuration
 
 

@@ -7,6 +7,7 @@ and the configuration, and prints one line of JSON, the reason why it failed or 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -81,7 +82,11 @@ def run_apart(folder: Path, config: Config, told: Told, stop: threading.Event) -
     As `run_here`; a process that dies is a reason too. Its events are read off its log.
     """
     log = Log(RunFolder(folder).metrics_file)
-    order = {"folder": str(folder), "config": config.model_dump(mode="json")}
+    order = {
+        "folder": str(folder),
+        "config": config.model_dump(mode="json"),
+        "parent": os.getpid(),
+    }
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = subprocess.Popen(
             [sys.executable, "-m", __name__],
@@ -112,9 +117,9 @@ def run_apart(folder: Path, config: Config, told: Told, stop: threading.Event) -
 
 def main() -> None:
     """The program: what is to be done comes in, and how it has ended goes out."""
-    end_with_parent()
     quiet_libraries()
     order: dict[str, Any] = json.loads(sys.stdin.readline())
+    end_with_parent(order["parent"])
     reason = run_here(Path(order["folder"]), check(order["config"]), lambda event: None)
     print(json.dumps({"reason": reason}), flush=True)
 

@@ -20,7 +20,7 @@ PAGE_FILE = "report.html"
 
 
 def write_text(study: Study, out: Path, reasons: Mapping[str, str]) -> Grid:
-    """Write the tables and CSV files of what there is so far: after each cell."""
+    """Write the tables and CSV files of what there is so far: while cells run."""
     grid = grid_of(study, out, reasons)
     title = out.resolve().name
     write_atomically(out / RESULTS_FILE, tables.markdown(grid, title).encode())

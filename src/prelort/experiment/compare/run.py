@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -31,6 +33,9 @@ from prelort.report.compared.grid import Grid
 from prelort.report.events import Event
 
 STUDY_FILE = "study.toml"
+
+WRITE_SECONDS = 15.0
+"""While cells run the tables are written anew after so many seconds, not after every small cell."""
 
 _OURS = {".lock", f".{STUDY_FILE}.tmp"}
 
@@ -70,17 +75,21 @@ def compare(
     were run with another configuration; nothing is touched then. On an interruption the results
     so far are written.
     """
-    with _claimed(out):
+    with claimed(out):
         todo = _unfinished(study, out)
         write_atomically(out / STUDY_FILE, study.to_toml().encode())
         watcher.kept(len(study.cells) - len(todo))
         reasons: dict[str, str] = {}
+        written = time.monotonic()
 
         def ended(cell: Cell, reason: str) -> None:
+            nonlocal written
             if reason:
                 reasons[cell.name] = reason
             watcher.ended(cell.name, reason)
-            write_text(study, out, reasons)
+            if time.monotonic() - written > WRITE_SECONDS:
+                write_text(study, out, reasons)
+                written = time.monotonic()
 
         try:
             if jobs == 1:
@@ -155,34 +164,31 @@ def _unfinished(study: Study, out: Path) -> list[Cell]:
     return todo
 
 
-class _claimed:
-    """A study's folder, made if need be, for this process alone."""
+@contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """A study's folder, made if need be, for this process alone.
 
-    def __init__(self, out: Path) -> None:
-        self.out = out
-        self.lock = FileLock(out / ".lock")
-
-    def __enter__(self) -> None:
-        out = self.out
-        try:
-            if out.exists() and not out.is_dir():
-                raise ConfigError(f"{str(out)!r} is a file: choose another --out")
-            out.mkdir(parents=True, exist_ok=True)
-            others = {child.name for child in out.iterdir()} - _OURS
-            if others and not (out / STUDY_FILE).is_file():
-                raise ConfigError(
-                    f"{str(out)!r} exists and holds no study ({STUDY_FILE} is missing): choose "
-                    "another --out"
-                )
-            self.lock.acquire(timeout=0)
-        except Timeout:
+    Raises `ConfigError` where it is in use, holds something else or cannot be written.
+    """
+    lock = FileLock(out / ".lock")
+    try:
+        if out.exists() and not out.is_dir():
+            raise ConfigError(f"{str(out)!r} is a file: choose another --out")
+        out.mkdir(parents=True, exist_ok=True)
+        others = {child.name for child in out.iterdir()} - _OURS
+        if others and not (out / STUDY_FILE).is_file():
             raise ConfigError(
-                f"{str(out)!r} is in use: another prelort compare is running it"
-            ) from None
-        except OSError as error:
-            raise ConfigError(
-                f"{str(out)!r} cannot be written: {error.strerror or error}"
-            ) from None
-
-    def __exit__(self, *raised: object) -> None:
-        self.lock.release()
+                f"{str(out)!r} exists and holds no study ({STUDY_FILE} is missing): choose "
+                "another --out"
+            )
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(
+            f"{str(out)!r} is in use: another prelort compare is running it"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"{str(out)!r} cannot be written: {error.strerror or error}") from None
+    try:
+        yield
+    finally:
+        lock.release()

@@ -26,6 +26,9 @@ from prelort.report.wording import Wording, plain, wording
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+MOST_BARS = 6
+"""With more methods their bars would cover each other."""
+
 ASIDE = 0.12
 """How far apart the first and the last method's bars of a rank stand, in powers of two."""
 
@@ -41,7 +44,8 @@ def picture(grid: Grid, setting: str, path: Path) -> Path:
 def figure(grid: Grid, setting: str) -> Figure:
     """The first metric of a setting that has a result, 15 inches wide.
 
-    Left: at every rank prefix, mean over seeds, bars of one standard deviation. Middle: by round
+    Left: at every rank prefix, mean over seeds, bars of one standard deviation (of
+    few methods). Middle: by round
     at the highest rank, or the training loss where nothing was measured on the way. Right: the
     difference of each method's area to the flagship's, with its interval and every pair.
     """
@@ -91,6 +95,10 @@ def _draw_ranks(
         means = [one.mean for one in curve.values()]
         if not curve:
             continue
+        if len(methods) > MOST_BARS:
+            axes.plot(list(curve), means, label=plain(method), **looks[method])
+            values += means
+            continue
         # Side by side, lest the bars cover each other.
         aside = 2 ** (ASIDE * (index - (len(methods) - 1) / 2) / max(len(methods) - 1, 1))
         places = [rank * aside for rank in curve]
@@ -110,7 +118,8 @@ def _draw_ranks(
     if ranks:
         rank_axis(axes, ranks)
     value_axis(axes, positive, words)
-    finish(axes, f"{_capital(words.name)} at each rank prefix, mean ± s.d.")
+    bars = " ± s.d." if len(methods) <= MOST_BARS else ""
+    finish(axes, f"{_capital(words.name)} at each rank prefix, mean{bars}")
 
 
 def _draw_rounds(
