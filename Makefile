@@ -55,6 +55,7 @@ docs: install ## build the documentation into site/
 bench: install ## the benchmarks, results in benchmarks/results
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/nested_cost.py
+	$(BIN)/python benchmarks/aggregation.py --short
 
 clean: ## remove the environment and what was built
 	rm -rf .venv site dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

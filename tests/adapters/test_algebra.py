@@ -163,6 +163,55 @@ def test_the_best_approximation_splits_singular_values_evenly_and_in_falling_ord
     assert torch.equal(sizes_a, sizes_a.sort(descending=True).values)
 
 
+@pytest.mark.parametrize("apart", [1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 0.0])
+@pytest.mark.parametrize("way", ["Gram", "Householder"])
+def test_factors_that_are_nearly_equal_have_an_exact_svd_either_way(way, apart, monkeypatch):
+    """As the stacked replies of clients that all started from one adapter."""
+    if way == "Householder":
+        monkeypatch.setattr(algebra, "CONDITION", 0.0)
+    generator = torch.Generator().manual_seed(1)
+
+    def stacked(*shape):
+        common = torch.randn(*shape, generator=generator)
+        sizes = 10.0 ** -torch.arange(shape[0])[:, None]  # slots of very different lengths
+        return torch.cat(
+            [(common + apart * torch.randn(*shape, generator=generator)) * sizes for _ in range(4)]
+        )
+
+    factors = Factors(stacked(3, 60), stacked(3, 50).T)
+    left, singular, right = algebra.factored_svd(factors)
+    product = factors.B.double() @ factors.A.double()
+    size = float(product.norm())
+    assert float((left * singular @ right - product).norm()) < 1e-7 * size
+    exact = torch.linalg.svdvals(product)[:12]
+    torch.testing.assert_close(singular, exact, rtol=0, atol=1e-7 * size)
+    for basis in (left.T, right):
+        kept = basis[singular > 1e-6 * singular[0]]
+        torch.testing.assert_close(kept @ kept.T, torch.eye(len(kept)).double(), rtol=0, atol=1e-6)
+
+
+def test_gram_matrices_serve_float32_factors_of_good_condition_alone():
+    """Guards the test above: both ways are taken."""
+    factors = random_adapter(3, dimensions={"x": (60, 50)}).layers["x"]
+    assert algebra._gram_qr(factors.B.double()) is not None
+    assert algebra._gram_qr(factors.B[:2].double()) is None
+    twice = torch.cat([factors.B, factors.B], dim=1).double()
+    assert algebra._gram_qr(twice) is None
+    assert algebra._gram_qr(factors.B.double() * torch.tensor([1.0, 0.0, 1.0])) is None
+
+
+@quick
+@given(own=ranks, rank=ranks, seed=seeds)
+def test_triples_that_are_not_kept_are_not_made(own, rank, seed):
+    factors = random_adapter(own, seed).layers["wide"]
+    whole, part = algebra.factored_svd(factors), algebra.factored_svd(factors, lambda s: rank)
+    count = min(rank, len(whole[1]))
+    assert [tuple(t.shape) for t in part] == [(4, count), (count,), (count, 7)]
+    torch.testing.assert_close(part[1], whole[1][:count], rtol=1e-12, atol=1e-12)
+    expected = whole[0][:, :count] * whole[1][:count] @ whole[2][:count]
+    torch.testing.assert_close(part[0] * part[1] @ part[2], expected, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_the_best_approximation_keeps_the_storage_type(dtype):
     best = algebra.best_approximation(random_adapter(3, dtype=dtype), 2)

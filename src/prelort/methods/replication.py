@@ -52,7 +52,7 @@ class Replicating:
     """The mean over the clients of the highest rank so far, and apart from it the others' mean.
 
     Every reply is folded into one of the two. The others' is as wide as their highest rank, so
-    that memory is that of fewer than two global adapters.
+    that memory is that of fewer than two and a half global adapters.
     """
 
     def __init__(self, state: ServerState, weight: Weighting) -> None:

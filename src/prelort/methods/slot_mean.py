@@ -1,7 +1,8 @@
 """The weighted mean of each slot over the clients that hold it, folded in one reply at a time.
 
 The factor-space methods differ only in what they make of the slots that a client lacks, so they
-share this accumulator. Its memory is one global adapter, however many clients reply.
+share this accumulator. Its memory is A of one global adapter and at most twice its B, however many
+clients reply.
 
 Accumulators can be merged, so that edge aggregators can add up their clients' replies and send one
 partial mean each (`SlotMean.to_tensors`) to the server, which merges these (`SlotMean.merge`):
@@ -52,8 +53,8 @@ class SlotMean:
     W is the weight that the slot has received, the new reply's included. The running form makes
     one client's mean that client, and the mean of equal clients that value, bit for bit.
 
-    Each number of a reply is read once. Memory: A of one global adapter, and at most twice its B
-    (`Columns`). The ``over_...`` methods finish in it: after one of them it is used up.
+    Each number of a reply is read once; B is kept by width (`Columns`). The ``over_...`` methods
+    finish in the accumulator's own memory: after one of them it is used up.
     """
 
     def __init__(self, like: LoraAdapter) -> None:
