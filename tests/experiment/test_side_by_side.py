@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -205,6 +206,9 @@ def test_a_replica_shares_the_bases_weights_and_nothing_else(assembly: Assembly)
 def test_default_threads(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     model = assemble(make_config()).workspace.model
+    assert default_threads(make_config(threads=1), model) == 1  # 4 x 32 tokens of 32 numbers
+    large = {"training": {"batch_size": 32}}
+    make_config = partial(make_config, **large)
     assert default_threads(make_config(threads=None), model) == 1  # torch itself uses all cores
     assert default_threads(make_config(threads=1), model) == 8
     assert default_threads(make_config(threads=3), model) == 2

@@ -1,6 +1,7 @@
 """Several threads of one process that train clients side by side, each with a model of its own.
 
-On a CPU this is what pays: a client alone leaves cores idle between and within its operations. A
+On a CPU this is what pays: a client alone leaves cores idle within and between its operations. Not
+so for tiny batches, most of whose time is Python's, of which one thread at a time can make use. A
 thread's model shares the base's weights with all others, so that a further one costs the memory of
 one client's training. Each client's numbers are those that it would have alone, bit for bit.
 """
@@ -21,14 +22,20 @@ from transformers import PretrainedConfig
 from prelort.config import Config
 from prelort.federation.site import Workspace
 
+LEAST_WORK = 2**15
+"""Numbers in a batch's hidden states from which on a thread of one's own pays."""
+
 
 def default_threads(config: Config, model: nn.Module) -> int:
     """How many clients to train at once where nobody says: one for each set of cores.
 
     One where training draws at random (dropout: torch has one generator for all threads), on a
-    GPU, and where ``threads`` is not set, so that torch itself uses all cores.
+    GPU, where ``threads`` is not set, so that torch itself uses all cores, and for tiny batches.
     """
     if config.threads is None or draws(model) or _device(model).type != "cpu":
+        return 1
+    width = getattr(getattr(model, "config", None), "hidden_size", None)
+    if width and config.training.batch_size * config.data.max_length * width < LEAST_WORK:
         return 1
     return max(1, (os.cpu_count() or 1) // config.threads)
 

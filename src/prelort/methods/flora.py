@@ -110,5 +110,8 @@ class Stacking:
         before = remembered(state.memory, FOLDED, state.adapter)
         bare = LoraAdapter(stack.layers, stack.scale)
         total = bare if before is None else concatenate([before, bare], [1.0, 1.0])
+        # An SVD of a sum that is no wider than its layers would take time and leave it as it is.
+        if any(f.rank > min(f.A.shape[1], f.B.shape[0]) for f in total.layers.values()):
+            total = compressed(total)
         adapter = LoraAdapter(state.adapter.layers, state.adapter.scale, stack.extras)
-        return ServerState(adapter, state.round + 1, memorised(FOLDED, compressed(total)))
+        return ServerState(adapter, state.round + 1, memorised(FOLDED, total))
