@@ -51,15 +51,19 @@ def ratio(taken: Mapping[str, Sequence[float]], name: str, reference: str) -> di
 
 
 def report(name: str, title: str, rows: Sequence[Mapping[str, Any]], facts: Any) -> None:
-    """Print the rows as a table and write them, with the facts, to ``results/<name>.json``."""
+    """Print the rows as a table and write them, with the facts, to ``results/<name>.json``.
+
+    What ``facts["short"]`` says was a short version goes to ``results/short``, which is not kept.
+    """
     table = Table(*rows[0], title=title)
     for row in rows:
         table.add_row(*(_text(value) for value in row.values()))
     console = Console(width=110)
     console.print(table)
     console.print(facts)
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    folder = RESULTS / "short" if isinstance(facts, dict) and facts.get("short") else RESULTS
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps({"title": title, "facts": facts, "rows": rows}, indent=2) + "\n")
     console.print(f"wrote {path.relative_to(Path(__file__).parent.parent)}")
 

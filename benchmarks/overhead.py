@@ -3,7 +3,7 @@
 The embedded default's rounds through the whole machinery (messages, checks, aggregation,
 checkpoints) against the bare sum of the same clients' local training, in turns.
 
-    python benchmarks/overhead.py [--rounds 3] [--repeats 6]
+    python benchmarks/overhead.py [--rounds 3] [--repeats 6] [--short]
 """
 
 from __future__ import annotations
@@ -88,7 +88,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=6)
+    parser.add_argument("--short", action="store_true", help="1 round, 2 repeats")
     arguments = parser.parse_args()
+    if arguments.short:
+        arguments.rounds, arguments.repeats = 1, 2
     torch.set_num_threads(1)
     config = load(None, [f"federation.rounds={arguments.rounds}", "data.max_test_examples=8"])
     assembly = assemble(config)
