@@ -52,10 +52,14 @@ format: install ## put style and formatting right
 docs: install ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-bench: install ## the benchmarks, results in benchmarks/results
-	$(BIN)/python benchmarks/overhead.py
-	$(BIN)/python benchmarks/nested_cost.py
-	$(BIN)/python benchmarks/aggregation.py --short
+# Those with a short version; docs/performance.md has the commands of the long ones.
+BENCHMARKS := overhead together nested_cost aggregation floor startup wire scale on_paper
+
+bench: install ## a short version of the benchmarks, results in benchmarks/results/short
+	@for name in $(BENCHMARKS); do \
+		echo "benchmarks/$$name.py --short"; \
+		$(BIN)/python benchmarks/$$name.py --short || exit 1; \
+	done
 
 clean: ## remove the environment and what was built
 	rm -rf .venv site dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

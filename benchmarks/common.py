@@ -64,7 +64,7 @@ def high_water_mib() -> float:
 def report(name: str, title: str, rows: Sequence[Mapping[str, Any]], facts: Any) -> None:
     """Print the rows as a table and write them, with the facts, to ``results/<name>.json``.
 
-    Those of a short run are printed only.
+    What ``facts["short"]`` says was a short version goes to ``results/short``, which is not kept.
     """
     table = Table(*rows[0], title=title)
     for row in rows:
@@ -72,10 +72,9 @@ def report(name: str, title: str, rows: Sequence[Mapping[str, Any]], facts: Any)
     console = Console(width=110)
     console.print(table)
     console.print(facts)
-    if facts.get("short"):
-        return
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    folder = RESULTS / "short" if isinstance(facts, dict) and facts.get("short") else RESULTS
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps({"title": title, "facts": facts, "rows": rows}, indent=2) + "\n")
     console.print(f"wrote {path.relative_to(Path(__file__).parent.parent)}")
 

@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--short", action="store_true", help="three turns, nothing is written")
+    parser.add_argument("--short", action="store_true", help="three turns")
     arguments = parser.parse_args()
     if arguments.short:
         arguments.repeats = 3

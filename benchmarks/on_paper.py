@@ -135,6 +135,7 @@ def main() -> None:
         "GB/s read, checked and added": adding / GB,
         "MB/s through a SuperLink": superlink / 1e6,
         "edges": EDGES,
+        "short": arguments.short,
         "GB global adapter, float32": {c: 4 * numbers(c, max(RANKS)) / GB for c in CASES},
         **machine(),
     }

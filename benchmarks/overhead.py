@@ -3,7 +3,7 @@
 The embedded default's rounds through the whole machinery (messages, checks, aggregation,
 checkpoints) against the bare sum of the same clients' local training, in turns.
 
-    python benchmarks/overhead.py [--rounds 3] [--repeats 6]
+    python benchmarks/overhead.py [--rounds 3] [--repeats 6] [--short]
 """
 
 from __future__ import annotations

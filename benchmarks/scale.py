@@ -4,7 +4,8 @@ The embedded model with ranks 4 to 64, one step of 4 x 32 tokens a round, so tha
 measured and not the training; each client holds four lines of text. `fixed` asks the same number of
 clients each round however many there are, `share` a tenth of all. Each case is a run in a process
 of its own, with its folder, checkpoints and events; a first round of the same clients is not
-counted. Seconds are from one round's start to the next one's.
+counted. Seconds are from one round's start to the next one's, `server` is what of them is not the
+clients' (averaging, diagnostics); the log's bytes are those of one round.
 
     python benchmarks/scale.py [--clients 10 100 1000 10000] [--rounds 10] [--main 50] [--short]
 """
@@ -149,11 +150,11 @@ def main() -> None:
                     "rounds": found["rounds"],
                     "s a round": found["seconds"],
                     "ms a client": 1e3 * found["seconds"] / asked,
-                    "s aggregating": found["server"],
-                    "s to start": found["start"],
-                    "MiB at start": found["memory started"] / 2**20,
+                    "s server": found["server"],
+                    "s start": found["start"],
+                    "MiB start": found["memory started"] / 2**20,
                     "MiB peak": found["memory"] / 2**20,
-                    "KiB of log a round": found["log"] / 2**10,
+                    "KiB log": found["log"] / 2**10,
                 }
             )
     report("scale", "rounds and memory by clients", rows, {**vars(arguments), **machine()})

@@ -253,7 +253,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--short", action="store_true", help="about a minute, nothing is written")
+    parser.add_argument("--short", action="store_true", help="about a minute")
     arguments = parser.parse_args()
     if arguments.short:
         arguments.clients, arguments.repeats = [4], 1

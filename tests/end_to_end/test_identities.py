@@ -251,8 +251,8 @@ class TestDeterminism:
         results = [prelort.run(config, tmp_path / "as-listed")]
         real = stage.assemble
 
-        def turned(config: Config, folder: Path | None = None) -> Any:
-            assembly = real(config, folder)
+        def turned(config: Config, *others: Any) -> Any:
+            assembly = real(config, *others)
             s = assembly.sites
             return dataclasses.replace(assembly, sites=(s[3], s[5], s[0], s[2], s[1], s[4]))
 

@@ -7,11 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from threadpoolctl import threadpool_limits
 
 
 @contextmanager
 def deterministic(threads: int | None) -> Iterator[None]:
-    """Deterministic kernels, and the configured number of CPU threads, while it lasts."""
+    """Deterministic kernels, and the configured number of CPU threads, while it lasts.
+
+    NumPy's too: its BLAS takes all cores for the smallest matrix, and beside other work the
+    diagnostics of a round then take ten times as long.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled()
     threads_before = torch.get_num_threads()
@@ -19,7 +24,8 @@ def deterministic(threads: int | None) -> Iterator[None]:
     if threads is not None:
         torch.set_num_threads(threads)
     try:
-        yield
+        with threadpool_limits(limits=threads, user_api="blas"):
+            yield
     finally:
         torch.use_deterministic_algorithms(before)
         torch.set_num_threads(threads_before)
