@@ -61,11 +61,13 @@ def in_process(config: Config, folder: Path) -> Stage:
 class InProcess:
     """`in_process` for several runs: what they have in common is read and tokenised once.
 
-    ``threads``: how many clients train side by side; it does not change the results.
+    ``threads``: how many clients train side by side, by default as many as suits model and
+    configuration, but ``most_threads``. Neither changes the results.
     """
 
-    def __init__(self, threads: int | None = None) -> None:
+    def __init__(self, threads: int | None = None, most_threads: int | None = None) -> None:
         self._threads = threads
+        self._most = most_threads
         self._encoded = Encoded()
 
     def __call__(self, config: Config, folder: Path) -> Stage:
@@ -74,7 +76,7 @@ class InProcess:
         work = assembly.workspace
         together = clients_together(config, work.model.device)
         threads = 1 if together > 1 else self._threads or default_threads(config, work.model)
-        threads = min(threads, len(assembly.sites))
+        threads = min(threads, self._most or threads, len(assembly.sites))
         workspaces = [work, *(replica(work) for _ in range(threads - 1))]
         return with_all_data(
             assembly,

@@ -269,7 +269,9 @@ def check_adapter(
     except AdapterError as error:
         raise UpdateRefused(str(error)) from None
     for name, tensor in found.tensors().items():
-        largest = float(tensor.abs().max()) if tensor.numel() else 0.0
+        # Read once, nothing allocated; what is no number is the smallest and the largest.
+        low, high = torch.aminmax(tensor) if tensor.numel() else (torch.zeros(()),) * 2
+        largest = max(-float(low), float(high))
         if not math.isfinite(largest):
             raise UpdateRefused(f"tensor {name!r} holds a value that is not finite")
         if largest > max_abs_value:

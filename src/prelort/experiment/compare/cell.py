@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from prelort.config import Config, check
 from prelort.errors import PrelortError
@@ -25,6 +25,9 @@ from prelort.quiet import quiet_libraries
 from prelort.report import events as reading
 from prelort.report.events import Event
 from prelort.report.follow import Log
+
+if TYPE_CHECKING:
+    from prelort.experiment.stage import StageOf
 
 Told = Callable[[Event], None]
 """Called with the events of a cell's run."""
@@ -58,13 +61,13 @@ def configuration_of(folder: Path, config: Config) -> Config:
     return config.model_copy(update={"threads": run.read_config().threads})
 
 
-def run_here(folder: Path, config: Config, told: Told) -> str:
+def run_here(folder: Path, config: Config, told: Told, stage_of: StageOf) -> str:
     """Run a cell in this process, to the end; the reason in one line if it fails, else nothing."""
     from prelort.experiment.run import run
 
     begun = RunFolder(folder).config_file.is_file()
     try:
-        run(config, folder, resume=begun, listeners=[told], patience=PATIENCE)
+        run(config, folder, resume=begun, listeners=[told], stage_of=stage_of, patience=PATIENCE)
     except Exception as error:  # whatever it is, the other cells can be run
         return reason_of(error)
     return ""
@@ -76,16 +79,20 @@ def reason_of(error: Exception) -> str:
     return _short(text if isinstance(error, PrelortError) else f"{type(error).__name__}: {text}")
 
 
-def run_apart(folder: Path, config: Config, told: Told, stop: threading.Event) -> str:
+def run_apart(
+    folder: Path, config: Config, told: Told, stop: threading.Event, parallel: int | None = None
+) -> str:
     """Run a cell in a process of its own, which is killed when ``stop`` is set.
 
-    As `run_here`; a process that dies is a reason too. Its events are read off its log.
+    As `run_here`, with ``parallel`` clients side by side at most; a process that dies is a reason
+    too. Its events are read off its log.
     """
     log = Log(RunFolder(folder).metrics_file)
     order = {
         "folder": str(folder),
         "config": config.model_dump(mode="json"),
         "parent": os.getpid(),
+        "parallel": parallel,
     }
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = subprocess.Popen(
@@ -120,7 +127,10 @@ def main() -> None:
     quiet_libraries()
     order: dict[str, Any] = json.loads(sys.stdin.readline())
     end_with_parent(order["parent"])
-    reason = run_here(Path(order["folder"]), check(order["config"]), lambda event: None)
+    from prelort.experiment.stage import InProcess
+
+    stage_of = InProcess(most_threads=order["parallel"])
+    reason = run_here(Path(order["folder"]), check(order["config"]), lambda event: None, stage_of)
     print(json.dumps({"reason": reason}), flush=True)
 
 

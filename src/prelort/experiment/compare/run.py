@@ -104,11 +104,14 @@ def compare(
 def _one_by_one(
     cells: Sequence[Cell], out: Path, watcher: Watcher, ended: Callable[[Cell, str], None]
 ) -> None:
+    from prelort.experiment.stage import InProcess
+
+    stage_of = InProcess()  # one for all: what cells have in common is read once
     for cell in cells:
         folder = out / cell.folder
         watcher.began(cell.name)
         config = running.configuration_of(folder, cell.config)
-        ended(cell, running.run_here(folder, config, _teller(watcher, cell)))
+        ended(cell, running.run_here(folder, config, _teller(watcher, cell), stage_of))
 
 
 def _side_by_side(
@@ -128,7 +131,8 @@ def _side_by_side(
             config = config.model_copy(update={"threads": threads})
         watcher.began(cell.name)
         config = running.configuration_of(folder, config)
-        return running.run_apart(folder, config, _teller(watcher, cell), stop)
+        parallel = max(1, threads // (config.threads or threads))
+        return running.run_apart(folder, config, _teller(watcher, cell), stop, parallel)
 
     with ThreadPoolExecutor(jobs) as pool:
         futures = {pool.submit(work, cell): cell for cell in cells}
