@@ -436,24 +436,23 @@ def main() -> None:
     arguments = parser.parse_args()
     paths = {name: path for name in PEERS if (path := getattr(arguments, name)) is not None}
     ranks = (8, 16, 32, 64)
-    short = "_short" if arguments.short else ""
     asked = {key: value for key, value in vars(arguments).items() if key not in PEERS}
     facts = {**machine(), **asked, "command": "python benchmarks/aggregation.py"}
     if "factors" in arguments.parts:
         size = Size(8, 2048, ranks, 40) if arguments.short else Size(64, 4096, ranks, 100)
         rows = factors(size, arguments.repeats, arguments.threads)
         title = f"A round of {size.clients} clients, against copying their replies"
-        report(f"aggregation_factors{short}", title, rows, facts)
+        report("aggregation_factors", title, rows, facts)
     side, counts = (1024, [10]) if arguments.short else (4096, [10, 20])
     sizes = [Size(1, side, ranks, count) for count in counts]
     facts = {**facts, "threads": 1}
     if "products" in arguments.parts:
         rows = [row for size in sizes for row in product_methods(size)]
         title = f"A layer of {side} x {side} through its factors, against the dense SVD"
-        report(f"aggregation_products{short}", title, rows, facts)
+        report("aggregation_products", title, rows, facts)
     if paths and "peers" in arguments.parts:
         title = f"A layer of {side} x {side}, against published aggregation code"
-        report(f"aggregation_peers{short}", title, peers(sizes[-1], paths), facts)
+        report("aggregation_peers", title, peers(sizes[-1], paths), facts)
 
 
 if __name__ == "__main__":

@@ -22,10 +22,11 @@ from prelort.experiment.assemble import Assembly, assemble
 from prelort.experiment.measure import measure
 from prelort.experiment.run import RunResult
 from prelort.experiment.stage import InProcess, clients_together
-from prelort.experiment.workers import default_threads, draws, replica
+from prelort.experiment.workers import default_threads, replica
 from prelort.federation import site, together
 from prelort.methods import REGISTRY, trait
 from prelort.models.lora import install
+from prelort.training.local import draws
 
 Make = Callable[..., Config]
 

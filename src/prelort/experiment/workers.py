@@ -17,10 +17,10 @@ from queue import SimpleQueue
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
 
 from prelort.config import Config
 from prelort.federation.site import Workspace
+from prelort.training.local import draws
 
 LEAST_WORK = 2**15
 """Numbers in a batch's hidden states from which on a thread of one's own pays."""
@@ -38,19 +38,6 @@ def default_threads(config: Config, model: nn.Module) -> int:
     if width and config.training.batch_size * config.data.max_length * width < LEAST_WORK:
         return 1
     return max(1, (os.cpu_count() or 1) // config.threads)
-
-
-def draws(model: nn.Module) -> bool:
-    """Whether training the model drops anything at random, as far as can be seen from outside."""
-    if any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
-        return True
-    config = getattr(model, "config", None)
-    settings = config.to_dict() if isinstance(config, PretrainedConfig) else {}
-    return any(
-        isinstance(value, float) and value > 0
-        for key, value in settings.items()
-        if "drop" in key  # attention_dropout, resid_pdrop, ... are read by functions
-    )
 
 
 def replica(work: Workspace) -> Workspace:

@@ -7,6 +7,7 @@ step, and a Trainer built anew for every client and round costs more than a tiny
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import (
+    PretrainedConfig,
     get_constant_schedule_with_warmup,
     get_cosine_schedule_with_warmup,
     get_linear_schedule_with_warmup,
@@ -88,7 +90,7 @@ def train(
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     fast = truncation.lean(model) if lean else nullcontext()
-    with fast, seeded(derive(seed, "dropout", client, index), device):
+    with fast, seeded(derive(seed, "dropout", client, index), model, device):
         for step in range(steps):
             chosen = [next(order) for _ in range(config.gradient_accumulation)]
             micro = [task.collate([examples[i] for i in batch], pad_id) for batch in chosen]
@@ -188,9 +190,28 @@ def _shape(batch: Batch) -> tuple[int, int]:
     return rows, length
 
 
+def draws(model: nn.Module) -> bool:
+    """Whether training the model drops anything at random, as far as can be seen from outside."""
+    if any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
+        return True
+    config = getattr(model, "config", None)
+    settings = vars(config) if isinstance(config, PretrainedConfig) else {}
+    return any(
+        isinstance(value, float) and value > 0
+        for key, value in settings.items()
+        if "drop" in key  # attention_dropout, resid_pdrop, ... are read by functions
+    )
+
+
 @contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Dropout drawn from ``seed``, the global generators left as they were."""
+def seeded(seed: int, model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Dropout drawn from ``seed``, the global generators left as they were.
+
+    Where other threads may be training and nothing is drawn they are not touched at all.
+    """
+    if threading.current_thread() is not threading.main_thread() and not draws(model):
+        yield
+        return
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield

@@ -101,7 +101,7 @@ def train_together(
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     seed = derive(members[0].assignment.seed, "dropout", *names, members[0].assignment.round_index)
-    with stack.installed(), seeded(seed, device):
+    with stack.installed(), seeded(seed, model, device):
         for step in range(max(client.steps for client in clients)):
             active = [c for c in clients if c.error is None and step < c.steps]
             if not active:
