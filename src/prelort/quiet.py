@@ -16,4 +16,5 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # On all cores; unset, the library would warn of every process that is started afterwards.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
