@@ -82,6 +82,18 @@ def test_in_one_batch_the_results_are_the_same_but_for_rounding(
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
 
 
+@pytest.mark.parametrize("together", [1, 2])
+def test_all_truncations_of_a_batch_in_one_pass(
+    make_config: Make, tmp_path: Path, together: int
+) -> None:
+    changes = {"method": {"objective": "mean"}, "federation": {"together": together}}
+    training = {"optimizer": "sgd", "learning_rate": 0.5}
+    slow = run(make_config(**changes, training=training), tmp_path / "slow")
+    at_once = {**training, "batch_truncations": True}
+    fast = run(make_config(**changes, training=at_once), tmp_path / "fast")
+    assert 0 < distance(slow, fast) < 1e-4
+
+
 def test_clients_really_train_together_unless_something_is_folded(
     make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

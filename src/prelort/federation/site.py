@@ -24,6 +24,7 @@ from prelort.metrics.evaluate import evaluate, ranks_at_once
 from prelort.models.lora import extract, install
 from prelort.tasks.interface import Example, Task
 from prelort.training.local import Assignment, train
+from prelort.training.stack import linear_extras
 from prelort.training.tail import pruned_rank, tail_norm
 from prelort.training.together import Finished, Member, train_together
 from prelort.training.truncation import Truncation
@@ -98,7 +99,7 @@ def _train(site: Site, content: RecordDict) -> RecordDict:
     received, frozen = delivered(site, content, request)
     install(work.model, received, frozen=frozen, trains=request.trains, gain=request.gain)
     assignment = assignment_of(site, request)
-    if request.training.batch_truncations:
+    if request.training.batch_truncations and linear_extras(work.model):
         member = Member(received, site.examples, request.training, assignment, request.gain)
         (found,) = train_together(
             work.model,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from prelort.adapters import Factors, LoraAdapter, Trained
 from prelort.models.lean import lean
-from prelort.models.lora import FROZEN, extra_places, lora_layers
+from prelort.models.lora import ADAPTER, FROZEN, extra_places, lora_layers
 from prelort.training.truncation import Truncation
 
 K = TypeVar("K")
@@ -29,11 +29,18 @@ def stackable(model: nn.Module) -> bool:
     Nothing must be folded into its base, and what is trained in full must be linear layers.
     """
     folded = any(FROZEN in layer.lora_A for layer in lora_layers(model).values())
-    return not folded and all(type(m) is nn.Linear for m, _ in extra_places(model).values())
+    return not folded and linear_extras(model)
+
+
+def linear_extras(model: nn.Module) -> bool:
+    """Whether all that is trained in full are linear layers, which a `Stack` can tell apart."""
+    return all(type(module) is nn.Linear for module, _ in extra_places(model).values())
 
 
 class Stack:
     """The adapters' numbers that learn, one row for each adapter, and the model that uses them.
+
+    The model must be `stackable`; for one adapter alone something may be folded into its base.
 
     ``factors`` [adapters, numbers of A and B] and ``extras`` [adapters, numbers trained in full]:
     what is done to all clients is done to a matrix, and what belongs to one client is a row.
@@ -53,8 +60,7 @@ class Stack:
         self._truncation = truncation
         self._adapters = list(adapters)
         self._owners: Tensor | None = None
-        self._rows = 0
-        device = next(iter(lora_layers(model).values())).lora_A["default"].weight.device
+        device = next(iter(lora_layers(model).values())).lora_A[ADAPTER].weight.device
         self._gains = torch.tensor(gains or [1.0] * len(adapters), device=device)
         tensors = {
             name: _stacked([_factor(a, name) for a in adapters], device)
@@ -84,7 +90,6 @@ class Stack:
         every = list(owners) == list(range(len(self._adapters)))
         device = self._gains.device
         self._owners = None if every else torch.tensor(owners, device=device)
-        self._rows = len(ranks)
         with self._truncation.at(ranks, (len(ranks), length)):
             yield
 
@@ -128,24 +133,16 @@ class Stack:
     @contextmanager
     def _heads(self) -> Iterator[None]:
         """Linear layers that are trained in full, each group with its adapter's own weights."""
-        places = extra_places(self._model)
         by_module: dict[nn.Module, dict[str, Tensor]] = {}
-        for name, (module, attribute) in places.items():
+        for name, (module, attribute) in extra_places(self._model).items():
             by_module.setdefault(module, {})[attribute] = self._extras[name]
-        before = {(m, a): getattr(m, a) for m, a in places.values()}
         for module, tensors in by_module.items():
-            if type(module) is nn.Linear:
-                module.forward = self._linear(tensors)  # type: ignore[method-assign, assignment]
-            else:  # one adapter alone: its numbers take the place of the module's
-                for attribute, tensor in tensors.items():
-                    setattr(module, attribute, tensor)
+            module.forward = self._linear(tensors)
         try:
             yield
         finally:
             for module in by_module:
-                module.__dict__.pop("forward", None)
-            for (module, attribute), parameter in before.items():
-                setattr(module, attribute, parameter)
+                del module.forward
 
     def _linear(self, tensors: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
