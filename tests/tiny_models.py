@@ -13,6 +13,7 @@ from prelort.adapters import Factors, LoraAdapter, ScaleRule
 from prelort.config import LoraSettings, ModelConfig
 from prelort.models.base import load_model
 from prelort.models.lora import attach, extract
+from prelort.tasks.interface import Example
 
 LABELS = ("early", "late", "never")
 
@@ -55,6 +56,17 @@ def token_batch(rows: int = 3, length: int = 6, seed: int = 0) -> dict[str, Tens
     for row in range(1, rows):
         mask[row, length - min(row, length - 1) :] = 0
     return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def ragged_examples(folder: Path, count: int = 12, seed: int = 0) -> list[Example]:
+    """Sequences of three to eight tokens, so that batches weigh differently."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for index in range(count):
+        length = int(torch.randint(3, 9, (), generator=generator))
+        ids = torch.randint(2, 256, (length,), generator=generator).tolist()
+        made.append(Example(ids, index % 3 if kind_of(folder) == "classification" else ids))
+    return made
 
 
 def logits(model: torch.nn.Module, batch: dict[str, Tensor] | None = None) -> Tensor:

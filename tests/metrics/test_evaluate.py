@@ -1,6 +1,6 @@
 import math
 import random
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -340,6 +340,40 @@ def test_a_model_that_broke_has_an_infinite_perplexity(llama):
             return torch.full((len(batch["labels"]),), 1e30)
 
     assert measure(llama, Huge(), texts(2), (0,))[0]["perplexity"] == math.inf
+
+
+@pytest.mark.parametrize("holds", [1, 2, 3])
+def test_where_memory_does_not_suffice_fewer_ranks_share_a_pass(llama, holds):
+    """And the results are as if each had one of its own."""
+    sizes = []
+
+    class Small(Causal):
+        def losses(self, model, batch):
+            sizes.append(len(batch["labels"]))
+            if len(batch["labels"]) > 2 * holds:
+                raise torch.OutOfMemoryError("full")
+            return super().losses(model, batch)
+
+    def at_ranks(ranks, rows, length):
+        return nullcontext()
+
+    options = {"metrics": ("perplexity",), "tokenizer": Tokenizer(), "max_new_tokens": 1}
+    options |= {"max_generated": 1, "device": "cpu", "batch_size": 2}
+    found = evaluate(llama, Small(), texts(4), (0, 2, 4, 8), at_ranks, at_once=4, **options)
+    alone = evaluate(llama, Causal(), texts(4), (0,), at_ranks, **options)
+    assert list(found) == [0, 2, 4, 8]
+    assert all(values == pytest.approx(alone[0]) for values in found.values())
+    assert sizes[0] == 8
+    assert sizes.count(2 * (1 if holds == 1 else 2)) >= 4
+
+
+def test_no_memory_for_a_single_rank_is_an_error(llama):
+    class Full(Causal):
+        def losses(self, model, batch):
+            raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        measure(llama, Full(), texts(2), (0, 2))
 
 
 def test_no_ranks_no_work(llama):

@@ -21,12 +21,11 @@ CHECKPOINTED = {"training": {"gradient_checkpointing": True}}
 BF16 = {"training": {"precision": "bfloat16"}}
 
 
-def assert_close(config: Config, rank: int) -> None:
+def assert_close(config: Config, rank: int, above: float = 0.02) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         estimated, measured = Planner(config).exact(rank).total, measured_peak(config, rank)
-    # Small models: what kernels take and give back inside themselves is a part of it, and differs.
-    assert 0.99 * measured - 100_000 <= estimated <= 1.06 * measured + 100_000
+    assert 0.99 * measured - 100_000 <= estimated <= (1 + above) * measured + 100_000
     if measured > 30e6:  # where the buffers inside kernels no longer count
         assert 0.99 * measured <= estimated <= 1.02 * measured
 
@@ -81,7 +80,10 @@ def test_methods(settings: Callable[..., Config], method: str) -> None:
     ],
 )
 def test_the_embedded_model(changes: list[str]) -> None:
-    assert_close(load(None, ["model.device=cpu", *changes]), 16)
+    # The real peak of the bfloat16 case was once 5 % lower, among all other tests: kernels of that
+    # type take buffers of their own, which at 13 MB count.
+    above = 0.06 if "training.precision=bfloat16" in changes else 0.02
+    assert_close(load(None, ["model.device=cpu", *changes]), 16, above)
 
 
 @pytest.mark.parametrize("bits, precision", [("4bit", "bfloat16"), ("8bit", "float32")])

@@ -15,25 +15,13 @@ from prelort.config import TrainingConfig
 from prelort.errors import PrelortError
 from prelort.methods.objective import nested, plain
 from prelort.models.lora import ADAPTER, extract, install, trainable
-from prelort.tasks.interface import Example
 from prelort.training.local import Assignment, TrainResult, train
 from prelort.training.truncation import Truncation
 from random_adapters import same_bits
-from tiny_models import adapted, base_model, kind_of, trained_adapter
+from tiny_models import adapted, base_model, kind_of, ragged_examples, trained_adapter
 
 RULE = ScaleRule("rslora", 1.3)
 LEVELS = (2, 4, 8)
-
-
-def examples_of(folder, count=12, seed=0):
-    """Sequences of three to eight tokens, so that batches weigh differently."""
-    generator = torch.Generator().manual_seed(seed)
-    made = []
-    for index in range(count):
-        length = int(torch.randint(3, 9, (), generator=generator))
-        ids = torch.randint(2, 256, (length,), generator=generator).tolist()
-        made.append(Example(ids, index % 3 if kind_of(folder) == "classification" else ids))
-    return made
 
 
 class Bench:
@@ -45,7 +33,7 @@ class Bench:
         self.truncation = Truncation(self.model, RULE)
         self.task = tasks.get("classification" if kind_of(folder) != "causal" else "causal-lm")
         self.start = trained_adapter(self.model, RULE)
-        self.examples = examples_of(folder)
+        self.examples = ragged_examples(folder)
 
     def train(self, *, adapter=None, examples=None, lean=True, **changes):
         """The result and the trained adapter; ``changes`` of configuration and assignment."""
@@ -316,7 +304,7 @@ def test_two_batches_of_four_are_one_batch_of_eight(request, name, kind):
     settings = {
         "shuffle": False,
         "objective": nested(kind, 8, LEVELS),
-        "examples": examples_of(bench.folder, 24),
+        "examples": ragged_examples(bench.folder, 24),
     }
     one, found = bench.train(batch_size=8, **settings)
     two, expected = bench.train(batch_size=4, gradient_accumulation=2, **settings)

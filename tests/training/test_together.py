@@ -14,25 +14,14 @@ from prelort.config import TrainingConfig
 from prelort.errors import PrelortError
 from prelort.methods.objective import Objective, TailPenalty, nested, plain
 from prelort.models.lora import extract, install
-from prelort.tasks.interface import Example
 from prelort.training.local import Assignment, train
 from prelort.training.stack import Stack, stackable
 from prelort.training.together import Finished, Member, train_together
 from prelort.training.truncation import Truncation
-from tiny_models import adapted, kind_of, trained_adapter
+from tiny_models import adapted, kind_of, ragged_examples, trained_adapter
 
 LEVELS = (1, 3, 8)
 RULES = [ScaleRule("constant", 0.7), ScaleRule("rslora", 1.3)]
-
-
-def examples_of(folder, count, seed):
-    generator = torch.Generator().manual_seed(seed)
-    made = []
-    for index in range(count):
-        length = int(torch.randint(3, 9, (), generator=generator))
-        ids = torch.randint(2, 256, (length,), generator=generator).tolist()
-        made.append(Example(ids, index % 3 if kind_of(folder) == "classification" else ids))
-    return made
 
 
 class Bench:
@@ -63,7 +52,7 @@ class Bench:
             members.append(
                 Member(
                     self.start.prefix(rank),
-                    examples_of(self.folder, count, seed=index),
+                    ragged_examples(self.folder, count, seed=index),
                     config,
                     work,
                     1.0 if gains is None else gains[index],
@@ -71,22 +60,22 @@ class Bench:
             )
         return members
 
-    def alone(self, member, trains="AB"):
+    def alone(self, member, trains="AB", lean=False):
         install(self.model, member.adapter, trains=trains, gain=member.gain)
         result = train(
             self.model, self.truncation, self.task, member.examples, member.config,
-            member.assignment, 0, lean=False,
+            member.assignment, 0, lean=lean,
         )  # fmt: skip
         return Finished(extract(self.model, self.rule), result)
 
     def together(self, members, **more):
         return train_together(self.model, self.truncation, self.task, members, 0, **more)
 
-    def assert_same(self, members, tolerance=1e-4, loss=1e-5, trains="AB", **more):
+    def assert_same(self, members, tolerance=1e-4, loss=1e-5, trains="AB", lean=False, **more):
         """``tolerance``: of each tensor's change, by the norm of what is wrong with it."""
         found = self.together(members, trains=trains, **more)
         for member, mine in zip(members, found, strict=True):
-            theirs = self.alone(member, trains)
+            theirs = self.alone(member, trains, lean)
             assert isinstance(mine, Finished)
             assert mine.result.steps == theirs.result.steps
             assert mine.result.loss == pytest.approx(theirs.result.loss, rel=loss)
@@ -175,7 +164,9 @@ def test_one_client_alone(bench):
 
 
 def test_in_bfloat16(llama):
-    llama.assert_same(llama.members("plain", precision="bfloat16"), tolerance=0.3, loss=1e-3)
+    """Against the same operations for one client: PEFT's round in other places."""
+    members = llama.members("plain", precision="bfloat16")
+    llama.assert_same(members, tolerance=0.05, loss=1e-3, lean=True)
 
 
 def test_equal_arguments_give_equal_bits(llama):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 
 import torch
@@ -13,6 +12,7 @@ from prelort.adapters import LoraAdapter
 from prelort.config import Config
 from prelort.errors import ConfigError
 from prelort.experiment.workers import Workspaces
+from prelort.federation.in_process import worker_threads
 from prelort.federation.site import Workspace
 from prelort.methods.interface import Method, ServerState
 from prelort.metrics.evaluate import AtRanks, evaluate, ranks_at_once
@@ -41,14 +41,15 @@ def measure(
     if not adapters:
         return {}
     work = workspaces[0]
-    install(work.model, next(iter(adapters.values())))
     if at_once is None:
         at_once = ranks_at_once(work.model.device)
-    if at_once > 1 and stackable(work.model):
-        stack = Stack(work.model, work.truncation, list(adapters.values()))
-        beside = _beside(stack, adapters)
-        with stack.installed():
-            return _measured(config, work, examples, list(adapters), beside, progress, at_once)
+    if at_once > 1:
+        install(work.model, next(iter(adapters.values())))  # what was folded in is taken out
+        if stackable(work.model):
+            stack = Stack(work.model, work.truncation, list(adapters.values()))
+            beside = _beside(stack, adapters)
+            with stack.installed():
+                return _measured(config, work, examples, list(adapters), beside, progress, at_once)
     tell = _summed(progress, len(adapters))
     free = Workspaces(workspaces)
 
@@ -62,11 +63,7 @@ def measure(
     if len(workspaces) == 1:
         found = [one(rank) for rank in adapters]
     else:
-        # A new thread would begin with torch's own number of threads, not with the one set.
-        of_torch = (torch.get_num_threads(),)
-        with ThreadPoolExecutor(
-            len(workspaces), "measure", torch.set_num_threads, of_torch
-        ) as pool:
+        with worker_threads(len(workspaces), "measure") as pool:
             found = list(pool.map(one, adapters))
     return {rank: values for measured in found for rank, values in measured.items()}
 

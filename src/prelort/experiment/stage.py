@@ -74,7 +74,7 @@ class InProcess:
         """The stage of one run: its clients in so many threads, or several in one batch."""
         assembly = assemble(config, folder, self._encoded)
         work = assembly.workspace
-        together = clients_together(config, work.model.device)
+        together = clients_together(config, work.model.device, len(assembly.sites))
         threads = 1 if together > 1 else self._threads or default_threads(config, work.model)
         threads = min(threads, self._most or threads, len(assembly.sites))
         workspaces = [work, *(replica(work) for _ in range(threads - 1))]
@@ -85,14 +85,14 @@ class InProcess:
         )
 
 
-def clients_together(config: Config, device: torch.device) -> int:
-    """How many clients are trained in one batch: on a CPU by itself one, on a GPU all of a round.
+def clients_together(config: Config, device: torch.device, clients: int) -> int:
+    """How many clients of so many are trained in one batch: by itself on a CPU one, on a GPU all.
 
     Where a GPU's memory does not suffice they are trained in halves.
     """
     if config.federation.together != "auto":
         return config.federation.together
-    return 1 if device.type == "cpu" else 1024
+    return 1 if device.type == "cpu" else clients
 
 
 def with_all_data(

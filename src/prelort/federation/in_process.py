@@ -35,6 +35,14 @@ FIRST_NODE = 1000
 """Node ids start here; Flower's own small ids stand for its server side."""
 
 
+def worker_threads(count: int, name: str) -> ThreadPoolExecutor:
+    """Threads in which torch uses as many threads as in this one.
+
+    A new thread would begin with torch's own number of them, not with the one that was set.
+    """
+    return ThreadPoolExecutor(count, name, torch.set_num_threads, (torch.get_num_threads(),))
+
+
 AnswerTogether = Callable[[Sequence[tuple[Message, Context]]], list[Message]]
 """Answers messages to train of several clients at once, in their order."""
 
@@ -67,13 +75,7 @@ class InProcessGrid(Grid):  # type: ignore[misc]
         self._sent = 0
         self._together = together
         self._group = group
-        # A new thread would begin with torch's own number of threads, not with the one set.
-        of_torch = torch.get_num_threads()
-        self._pool = (
-            ThreadPoolExecutor(threads, "client", torch.set_num_threads, (of_torch,))
-            if threads > 1
-            else None
-        )
+        self._pool = worker_threads(threads, "client") if threads > 1 else None
 
     def close(self) -> None:
         """Begin no further message, wait for those under way."""

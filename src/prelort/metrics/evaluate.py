@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from prelort.errors import ConfigError
 from prelort.metrics import scores
 from prelort.metrics.generate import continuations, fit_prompt, pad_token
-from prelort.tasks.interface import Example, Task
+from prelort.tasks.interface import Batch, Example, Task
 
 FROM_LOGITS = ("accuracy", "macro_f1")
 
@@ -72,52 +73,82 @@ def evaluate(
     tallies = {rank: _Tally() for rank in ranks}
     total = (len(batches) + len(generated)) * len(tallies)
     tick = _ticker(progress, total)
-    parts = [ranks[start : start + at_once] for start in range(0, len(ranks), at_once)]
+    parts = _Parts(ranks, at_once)
     with _evaluating(model), _logits(model, any(m in FROM_LOGITS for m in metrics)) as logits:
+
+        def learn(batch: Batch, weight: int, part: Sequence[int]) -> None:
+            rows, length = batch["input_ids"].shape
+            several = {n: t.repeat(len(part), *[1] * (t.ndim - 1)) for n, t in batch.items()}
+            logits.clear()
+            with at_ranks(part, rows, length):
+                losses = task.losses(model, several).double().view(len(part), rows)
+            found = logits.pop().argmax(dim=-1).view(len(part), rows) if logits else None
+            for index, rank in enumerate(part):
+                tally = tallies[rank]
+                tally.nll += float(losses[index].sum())
+                tally.weight += weight
+                if found is not None:
+                    tally.predictions += found[index].tolist()
+                    tally.truth += batch["labels"].tolist()
+                tick()
+
         for members in batches:
             batch = task.collate([examples[i] for i in members], pad_token(tokenizer))
             weight = int(task.weight(batch))
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            rows, length = batch["input_ids"].shape
-            for part in parts:
-                several = {n: t.repeat(len(part), *[1] * (t.ndim - 1)) for n, t in batch.items()}
-                with at_ranks(part, rows, length):
-                    losses = task.losses(model, several).double().view(len(part), rows)
-                found = logits.pop().argmax(dim=-1).view(len(part), rows) if logits else None
-                for index, rank in enumerate(part):
-                    tally = tallies[rank]
-                    tally.nll += float(losses[index].sum())
-                    tally.weight += weight
-                    if found is not None:
-                        tally.predictions += found[index].tolist()
-                        tally.truth += batch["labels"].tolist()
-                    tick()
-                logits.clear()
+            parts.each(partial(learn, batch, weight))
     with _evaluating(model):
+
+        def write(members: Sequence[int], prompts: list[list[int]], part: Sequence[int]) -> None:
+            with at_ranks(part, len(prompts), 0):
+                texts = continuations(
+                    model,
+                    tokenizer,
+                    prompts * len(part),
+                    max_new_tokens=max_new_tokens,
+                    device=device,
+                )
+            for index, rank in enumerate(part):
+                own = texts[index * len(prompts) : (index + 1) * len(prompts)]
+                tallies[rank].texts.update(zip(members, own, strict=True))
+                tick()
+
         for members in generated:
             prompts = [asked[i].input_ids[: asked[i].prompt_length] for i in members]
             prompts = [fit_prompt(model, prompt, max_new_tokens) for prompt in prompts]
-            for part in parts:
-                with at_ranks(part, len(prompts), 0):
-                    texts = continuations(
-                        model,
-                        tokenizer,
-                        prompts * len(part),
-                        max_new_tokens=max_new_tokens,
-                        device=device,
-                    )
-                for index, rank in enumerate(part):
-                    own = texts[index * len(prompts) : (index + 1) * len(prompts)]
-                    tallies[rank].texts.update(zip(members, own, strict=True))
-                    tick()
+            parts.each(partial(write, members, prompts))
     references = [example.reference for example in asked]
     return {rank: _summary(tally, metrics, references) for rank, tally in tallies.items()}
+
+
+class _Parts:
+    """The ranks that share a forward pass; half as many from when memory does not suffice."""
+
+    def __init__(self, ranks: Sequence[int], at_once: int) -> None:
+        self._ranks = ranks
+        self._at_once = at_once
+
+    def each(self, measure: Callable[[Sequence[int]], None]) -> None:
+        """Call ``measure`` with part after part, until all ranks have been measured."""
+        done = 0
+        while done < len(self._ranks):
+            part = self._ranks[done : done + self._at_once]
+            try:
+                measure(part)
+            except torch.OutOfMemoryError:
+                if len(part) == 1:
+                    raise
+                self._at_once = len(part) // 2
+                torch.cuda.empty_cache()
+            else:
+                done += len(part)
 
 
 def ranks_at_once(device: torch.device) -> int:
     """How many ranks to measure in one forward pass, by default.
 
-    On a GPU several: a small batch does not fill it. On a CPU one, where more bring nothing.
+    On a GPU several, or as many as its memory holds: a small batch does not fill it. On a CPU one,
+    where more bring nothing.
     """
     return 1 if device.type == "cpu" else 8
 

@@ -26,7 +26,15 @@ from prelort.report.events import (
 )
 from prelort.report.heat import Heat, heat_strip
 from prelort.report.tables import Block, blocks
-from prelort.report.wording import Wording, human_bytes, human_seconds, listed, plain, wording
+from prelort.report.wording import (
+    Wording,
+    capital,
+    human_bytes,
+    human_seconds,
+    listed,
+    plain,
+    wording,
+)
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -185,7 +193,7 @@ def _overview(runs: Mapping[str, Sequence[Event]]) -> list[Chart]:
         ]
         bases = [row[words.name] for row in map(base_row, runs.values()) if words.name in row]
         if any(len(line.points) > 1 for line in lines):
-            title = f"{_capital(words.name)} at each rank prefix"
+            title = f"{capital(words.name)} at each rank prefix"
             charts.append(_measured(title, lines, words, bases[:1], "rank prefix in use", True))
         if len(runs) > 1:
             charts.append(_best_by_round(runs, words, bases[:1]))
@@ -204,7 +212,7 @@ def _best_by_round(
     if not any(len(line.points) > 1 for line in lines):
         return None
     where = f"rank {tops.pop()}" if len(tops) == 1 else "the highest rank"
-    title = f"{_capital(words.name)} by round at {where}"
+    title = f"{capital(words.name)} by round at {where}"
     return _measured(title, lines, words, bases, "round", False)
 
 
@@ -224,7 +232,7 @@ def _metric_chart(
         return None  # the table says as much
     lines = [_series(f"rank {rank}", curve, words, looks[rank]) for rank, curve in curves.items()]
     base = base_row(events).get(words.name)
-    title = f"{_capital(words.name)} by round, at each rank prefix"
+    title = f"{capital(words.name)} by round, at each rank prefix"
     return _measured(title, lines, words, [] if base is None else [base], "round", False)
 
 
@@ -409,7 +417,3 @@ def _notes(events: Sequence[Event], strange: Sequence[str]) -> list[str]:
     if strange:
         notes.append(f"Kinds of events that this page does not know: {listed(strange)}.")
     return notes
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]

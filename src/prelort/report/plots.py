@@ -34,7 +34,7 @@ from prelort.report.events import (
     started,
     train_losses,
 )
-from prelort.report.wording import Wording, listed, plain, wording
+from prelort.report.wording import Wording, capital, listed, plain, wording
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -284,7 +284,7 @@ def _draw_ranks(
             axes.plot([], [], " ", label=f"{text} (off the scale)")
     rank_axis(axes, sorted({rank for curve in curves.values() for rank in curve}))
     value_axis(axes, values, words)
-    finish(axes, f"{_capital(words.name)} at each rank prefix of the global adapter")
+    finish(axes, f"{capital(words.name)} at each rank prefix of the global adapter")
 
 
 def _draw_history(axes: Any, history: Mapping[str, Mapping[int, Curve]], words: Wording) -> None:
@@ -305,7 +305,7 @@ def _draw_history(axes: Any, history: Mapping[str, Mapping[int, Curve]], words: 
     ]
     round_axis(axes, ", ".join(remarks))
     value_axis(axes, values, words)
-    finish(axes, f"{_capital(words.name)} by round")
+    finish(axes, f"{capital(words.name)} by round")
 
 
 def _draw_losses(axes: Any, runs: Runs) -> None:
@@ -353,7 +353,3 @@ def _setting(runs: Runs) -> str:
         if len(found) == 1 and found != {None}:
             parts.append(text.format(found.pop()))
     return ", ".join(parts)
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]

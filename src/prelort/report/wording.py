@@ -100,6 +100,11 @@ def plain(text: object) -> str:
     return "".join(c if c.isprintable() else " " for c in str(text))
 
 
+def capital(text: str) -> str:
+    """The text with a capital at its beginning, the rest as it is."""
+    return text[:1].upper() + text[1:]
+
+
 def listed(items: Iterable[object]) -> str:
     """``a, b and c``."""
     words = [str(item) for item in items]

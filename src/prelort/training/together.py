@@ -8,6 +8,7 @@ or whose loss is no number any more, stands still while the others go on.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -147,7 +148,7 @@ class _Client:
     def take(self, loss: float, step: int, seconds: float) -> None:
         """Note the loss of a step (from 0), or why the client ends here."""
         self.losses.append(loss)
-        if not torch.isfinite(torch.tensor(loss)):
+        if not math.isfinite(loss):
             self.error = diverged(loss, step, self.steps, self.member.config)
             return
         try:

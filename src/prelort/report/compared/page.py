@@ -13,7 +13,7 @@ from prelort.report.compared.spread import spread
 from prelort.report.compared.tables import of_all, of_setting, unfinished
 from prelort.report.page import environment
 from prelort.report.tables import Block
-from prelort.report.wording import Wording, plain, wording
+from prelort.report.wording import Wording, capital, plain, wording
 
 MOST_BANDS = 3
 """With more methods their bands would cover each other."""
@@ -68,7 +68,7 @@ def _by_rank(grid: Grid, setting: str, words: Wording) -> Chart | None:
         for m in grid.methods
     ]
     base = spread(list(grid.base(setting, words.name).values()))
-    title = f"{_capital(words.name)} at each rank prefix"
+    title = f"{capital(words.name)} at each rank prefix"
     return _measured(grid, title, curves, words, base.mean if base else None, True)
 
 
@@ -76,7 +76,7 @@ def _by_round(grid: Grid, setting: str, words: Wording) -> Chart | None:
     curves = [grid.history(setting, m, words.name) for m in grid.methods]
     if not any(len(curve) > 1 for curve in curves):
         return None
-    title = f"{_capital(words.name)} by round at the highest rank"
+    title = f"{capital(words.name)} by round at the highest rank"
     return _measured(grid, title, curves, words, None, False)
 
 
@@ -136,7 +136,3 @@ def _lines(
         high = {at: means[at] + apart.get(at, 0.0) for at in means} if apart else {}
         lines.append(Series(plain(method), means, look, low, high))
     return lines
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]

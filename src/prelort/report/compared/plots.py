@@ -21,7 +21,7 @@ from prelort.report.axes import (
 from prelort.report.compared.grid import AURAC, Grid
 from prelort.report.compared.spread import CONFIDENCE, Spread, difference, spread
 from prelort.report.plots import LEGEND_COLUMNS, save
-from prelort.report.wording import Wording, plain, wording
+from prelort.report.wording import Wording, capital, plain, wording
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,10 +44,10 @@ def picture(grid: Grid, setting: str, path: Path) -> Path:
 def figure(grid: Grid, setting: str) -> Figure:
     """The first metric of a setting that has a result, 15 inches wide.
 
-    Left: at every rank prefix, mean over seeds, bars of one standard deviation (of
-    few methods). Middle: by round
-    at the highest rank, or the training loss where nothing was measured on the way. Right: the
-    difference of each method's area to the flagship's, with its interval and every pair.
+    Left: at every rank prefix, mean over seeds, with few methods bars of one standard deviation.
+    Middle: by round at the highest rank, or the training loss where nothing was measured on the
+    way. Right: the difference of each method's area to the flagship's, with its interval and every
+    pair.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -119,7 +119,7 @@ def _draw_ranks(
         rank_axis(axes, ranks)
     value_axis(axes, positive, words)
     bars = " ± s.d." if len(methods) <= MOST_BARS else ""
-    finish(axes, f"{_capital(words.name)} at each rank prefix, mean{bars}")
+    finish(axes, f"{capital(words.name)} at each rank prefix, mean{bars}")
 
 
 def _draw_rounds(
@@ -134,7 +134,7 @@ def _draw_rounds(
     if any(len(curve) > 2 for curve in measured.values()):
         values = _draw_curves(axes, measured, looks)
         value_axis(axes, values, words)
-        finish(axes, f"{_capital(words.name)} by round at the highest rank")
+        finish(axes, f"{capital(words.name)} by round at the highest rank")
     else:
         loss = wording("loss")
         losses = {m: _curve(grid.losses(setting, m), loss) for m in methods}
@@ -206,7 +206,3 @@ def _curve(found: Mapping[int, Sequence[float]], words: Wording) -> dict[int, Sp
 def _look(index: int) -> dict[str, Any]:
     """Colour and marker of a method; from the fifteenth on its line is dashed."""
     return style(index) | ({"linestyle": "--"} if index >= 2 * len(COLOURS) else {})
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]

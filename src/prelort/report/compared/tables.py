@@ -19,7 +19,15 @@ from prelort.report.compared.spread import (
 )
 from prelort.report.events import shortfall, started, totals
 from prelort.report.tables import BASE, Block, Column, best_rows, drawn, scored, written
-from prelort.report.wording import Wording, human_bytes, human_seconds, listed, plain, wording
+from prelort.report.wording import (
+    Wording,
+    capital,
+    human_bytes,
+    human_seconds,
+    listed,
+    plain,
+    wording,
+)
 
 
 def terminal(grid: Grid) -> Group:
@@ -195,7 +203,7 @@ def _over_settings(grid: Grid, words: Wording) -> Block:
     means = [list(grid.pairs_of_all(method, words.name, AURAC).values()) for method in rivals]
     texts = [difference_text(words, difference(one)) for one in means]
     columns.append(_untold("all settings", texts))
-    title = f"{_capital(words.title)}, AURAC: difference to {plain(grid.flagship)}, by setting"
+    title = f"{capital(words.title)}, AURAC: difference to {plain(grid.flagship)}, by setting"
     notes = _how(words, grid, {len(one) for one in means})
     notes.append(
         "All settings: for each seed the mean over the settings, then the interval over seeds."
@@ -240,7 +248,7 @@ def _remarks(grid: Grid, setting: str, words: Wording) -> list[str]:
     unlike = grid.unlike(setting)
     if unlike:
         notes.append(
-            f"{_capital(listed(map(plain, unlike)))} did not train on the same clients' batches "
+            f"{capital(listed(map(plain, unlike)))} did not train on the same clients' batches "
             f"as {plain(grid.flagship)}: clients failed, or an override changed that."
         )
     return notes
@@ -269,7 +277,7 @@ def _how(words: Wording, grid: Grid, counts: set[int]) -> list[str]:
 
 
 def _head(setting: str, words: Wording) -> str:
-    return f"{plain(setting)}: {words.title}" if setting else _capital(words.title)
+    return f"{plain(setting)}: {words.title}" if setting else capital(words.title)
 
 
 def _place(at: Place) -> str:
@@ -287,7 +295,3 @@ def _number(value: float | None) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' if number != 1 else ''}"
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
