@@ -7,6 +7,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -379,12 +380,12 @@ class TestSideBySide:
         assert study.base.threads is None
         given: dict[str, int | None] = {}
 
-        def run_apart(folder: Path, config: Config, *more: Any) -> str:
+        def run(apart: Any, folder: Path, config: Config, *more: Any) -> str:
             given[config.method.name] = config.threads
             return "not run"
 
         monkeypatch.setattr(os, "cpu_count", lambda: 6)
-        monkeypatch.setattr(module.running, "run_apart", run_apart)
+        monkeypatch.setattr(module.running.Apart, "run", run)
         compare(study, tmp_path / "out", Watcher(), jobs=2)
         assert given == {"prelort": 3, "zero-padding": 3}
         begun = study.cells[0]
@@ -411,6 +412,39 @@ class TestSideBySide:
         assert status["prelort"] == ("finished", "")
         assert status["dying:Dying"][0] == "failed"
         assert "killed by signal 9" in status["dying:Dying"][1]
+
+    def test_a_process_is_kept_for_the_next_cell_and_replaced_if_it_died(
+        self, tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        names = ["talking:Talking", "fedit", "talking:Dying", "prelort"]
+        text = f"[compare]\nmethods = {json.dumps(names)}\nseeds = [0]\n"
+        (tmp_path / "talking.py").write_text(
+            "import os, signal, sys\nfrom prelort.methods import PrefixMethod\n"
+            "class Talking(PrefixMethod):\n"
+            "    name = 'talking'\n    summary = paper = ''\n    default_objective = 'plain'\n"
+            "    def check(self, clients):\n"
+            "        print('heard by', 'nobody', flush=True)\n"
+            "        print('an earlier word', file=sys.stderr)\n"
+            "class Dying(Talking):\n"
+            "    def check(self, clients):\n        os.kill(os.getpid(), signal.SIGKILL)\n"
+        )
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+        study = load(write(text))
+        apart = module.running.Apart(threading.Event())
+        numbers, reasons = [], []
+        try:
+            for cell in study.cells:
+                folder = tmp_path / "out" / cell.folder
+                reasons.append(apart.run(folder, cell.config, lambda event: None))
+                assert apart._process is not None
+                numbers.append(apart._process.pid)
+        finally:
+            apart.close()
+        assert [reasons[0], reasons[3]] == ["", ""]
+        assert reasons[1].startswith(NEEDS_ONE_RANK)
+        assert reasons[2] == "its process was killed by signal 9"
+        assert numbers[0] == numbers[1] == numbers[2] != numbers[3]
 
 
 def test_all_methods_of_a_cell_train_the_same_clients_on_the_same_batches(

@@ -1,13 +1,15 @@
 """One cell: its run begun, or gone on with, in this process or in one of its own.
 
-As a program (``python -m prelort.experiment.compare.cell``) it reads one line of JSON, the folder
-and the configuration, and prints one line of JSON, the reason why it failed or none.
+As a program (``python -m prelort.experiment.compare.cell PARENT``, the number of the process that
+it ends with) it reads a line of JSON for each cell, the folder and the configuration, and answers
+with a line of JSON, the reason why the cell failed or none.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import select
 import subprocess
 import sys
 import tempfile
@@ -79,59 +81,90 @@ def reason_of(error: Exception) -> str:
     return _short(text if isinstance(error, PrelortError) else f"{type(error).__name__}: {text}")
 
 
-def run_apart(
-    folder: Path, config: Config, told: Told, stop: threading.Event, parallel: int | None = None
-) -> str:
-    """Run a cell in a process of its own, which is killed when ``stop`` is set.
+class Apart:
+    """A process of its own in which cells are run, one after the other.
 
-    As `run_here`, with ``parallel`` clients side by side at most; a process that dies is a reason
-    too. Its events are read off its log.
+    It starts with the first cell and is kept, so that libraries are imported and data are tokenised
+    once for all of them; one that died is replaced for the next cell.
     """
-    log = Log(RunFolder(folder).metrics_file)
-    order = {
-        "folder": str(folder),
-        "config": config.model_dump(mode="json"),
-        "parent": os.getpid(),
-        "parallel": parallel,
-    }
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        process = subprocess.Popen(
-            [sys.executable, "-m", __name__],
-            stdin=subprocess.PIPE,
-            stdout=out,
-            stderr=err,
-            text=True,
-            start_new_session=True,  # Ctrl-C is this process's to hear
-        )
+
+    def __init__(self, stop: threading.Event) -> None:
+        self._stop = stop
+        self._process: subprocess.Popen[str] | None = None
+        self._err: IO[str] | None = None
+
+    def run(self, folder: Path, config: Config, told: Told, parallel: int | None = None) -> str:
+        """As `run_here`, with ``parallel`` clients side by side at most.
+
+        A process that dies is a reason too. It is killed when the event given at the start is set.
+        The run's events are read off its log.
+        """
+        log = Log(RunFolder(folder).metrics_file)
+        order = {"folder": str(folder), "config": config.model_dump(mode="json")}
+        process = self._started()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert self._err is not None
+        earlier = os.fstat(self._err.fileno()).st_size
         try:
-            assert process.stdin is not None
-            process.stdin.write(json.dumps(order) + "\n")
-            process.stdin.close()
-            while process.poll() is None:
-                if stop.wait(LOOK_SECONDS):
+            process.stdin.write(json.dumps({**order, "parallel": parallel}) + "\n")
+            process.stdin.flush()
+            while not select.select([process.stdout], [], [], LOOK_SECONDS)[0]:
+                if self._stop.is_set():
+                    self.close()
                     return "stopped"
                 _tell(log, told)
-        except OSError as error:  # it has died before it could read what to do
-            process.wait()
-            return _last_words(process.returncode, out, err) or str(error)
-        finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+            answer = process.stdout.readline()
+        except OSError:  # it has died before it could read what to do
+            answer = ""
         _tell(log, told)
-        return _last_words(process.returncode, out, err)
+        if answer:
+            return str(json.loads(answer)["reason"])
+        return _last_words(process.wait(), self._err, earlier)
+
+    def close(self) -> None:
+        """End the process at once, if there is one."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+        if self._err is not None:
+            self._err.close()
+            self._err = None
+
+    def _started(self) -> subprocess.Popen[str]:
+        if self._process is not None and self._process.poll() is not None:
+            self.close()
+        if self._process is None:
+            self._err = tempfile.TemporaryFile("w+")  # noqa: SIM115 -- lives as the process
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__, str(os.getpid())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._err,
+                text=True,
+                start_new_session=True,  # Ctrl-C is this process's to hear
+            )
+        return self._process
 
 
 def main() -> None:
-    """The program: what is to be done comes in, and how it has ended goes out."""
+    """The program: for each line with what is to be done one goes out with how it has ended."""
     quiet_libraries()
-    order: dict[str, Any] = json.loads(sys.stdin.readline())
-    end_with_parent(order["parent"])
+    end_with_parent(int(sys.argv[1]))
+    # What is printed on the way, by a method of one's own for instance, is no answer.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     from prelort.experiment.stage import InProcess
 
-    stage_of = InProcess(most_threads=order["parallel"])
-    reason = run_here(Path(order["folder"]), check(order["config"]), lambda event: None, stage_of)
-    print(json.dumps({"reason": reason}), flush=True)
+    stages: dict[int | None, StageOf] = {}
+    for line in sys.stdin:
+        order: dict[str, Any] = json.loads(line)
+        parallel = order["parallel"]
+        stage_of = stages.setdefault(parallel, InProcess(most_threads=parallel))
+        config = check(order["config"])
+        reason = run_here(Path(order["folder"]), config, lambda event: None, stage_of)
+        print(json.dumps({"reason": reason}), file=answers, flush=True)
 
 
 def _tell(log: Log, told: Told) -> None:
@@ -143,13 +176,10 @@ def _tell(log: Log, told: Told) -> None:
         told(event)
 
 
-def _last_words(code: int, out: IO[str], err: IO[str]) -> str:
-    """How a process has ended, by what it printed last."""
-    out.seek(0)
-    err.seek(0)
-    said, complained = out.read().splitlines(), err.read().strip().splitlines()
-    if code == 0 and said:
-        return str(json.loads(said[-1])["reason"])
+def _last_words(code: int, err: IO[str], earlier: int) -> str:
+    """How a process has ended, by what it wrote last after so many bytes of other cells' errors."""
+    err.seek(earlier)
+    complained = err.read().strip().splitlines()
     last = f": {complained[-1]}" if complained else ""
     if code < 0:
         return _short(f"its process was killed by signal {-code}{last}")

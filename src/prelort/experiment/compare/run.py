@@ -12,6 +12,7 @@ are, one that was killed goes on from its last checkpoint, one that failed is tr
 from __future__ import annotations
 
 import os
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -121,9 +122,13 @@ def _side_by_side(
     ended: Callable[[Cell, str], None],
     jobs: int,
 ) -> None:
-    """Each thread waits for one process at a time; results are written by this one."""
+    """Each thread has a process that runs its cells; results are written by this one."""
     stop = threading.Event()
     threads = max(1, (os.cpu_count() or 1) // jobs)
+    free: queue.SimpleQueue[running.Apart] = queue.SimpleQueue()
+    processes = [running.Apart(stop) for _ in range(jobs)]
+    for process in processes:
+        free.put(process)
 
     def work(cell: Cell) -> str:
         folder, config = out / cell.folder, cell.config
@@ -132,7 +137,11 @@ def _side_by_side(
         watcher.began(cell.name)
         config = running.configuration_of(folder, config)
         parallel = max(1, threads // (config.threads or threads))
-        return running.run_apart(folder, config, _teller(watcher, cell), stop, parallel)
+        process = free.get()
+        try:
+            return process.run(folder, config, _teller(watcher, cell), parallel)
+        finally:
+            free.put(process)
 
     with ThreadPoolExecutor(jobs) as pool:
         futures = {pool.submit(work, cell): cell for cell in cells}
@@ -143,6 +152,9 @@ def _side_by_side(
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+        finally:
+            for process in processes:
+                process.close()
 
 
 def _teller(watcher: Watcher, cell: Cell) -> Callable[[Event], None]:

