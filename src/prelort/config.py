@@ -215,6 +215,9 @@ class MethodConfig(Section):
     objective: Literal["plain", "mean", "example", "step", "full+one"] | None = Field(
         None, description="how prefixes are trained (PreLort); default: the method's own"
     )
+    truncations: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
+        None, description="ranks that nested training cuts to; default: the clients' rank levels"
+    )
     full_share: Annotated[float, Field(ge=0.0, le=1.0)] | None = Field(
         None, description="weight of the client's full rank; the rest is shared by its prefixes"
     )
@@ -278,7 +281,7 @@ class EvaluationConfig(Section):
         0, description="measure every so many rounds; 0: before the first and after the last"
     )
     prefixes: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
-        None, description="ranks to measure at; default: the clients' rank levels"
+        None, description="ranks to measure at; default: the clients' rank levels, method.truncations"
     )
     on: Literal["test", "validation"] = Field(
         "test", description="validation: the rows held out by data.validation_fraction"

@@ -75,6 +75,10 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["evaluation.prefixes=[2, 16]"],
         ["evaluation.prefixes: 16 is above the global adapter's rank 8"],
     ),
+    "truncation above the global rank": (
+        ["method.truncations=[2, 32]"],
+        ["method.truncations: 32 is above the global adapter's rank 8"],
+    ),
     "FedIT with mixed ranks": (
         ["method.name=fedit"],
         ["'fedit' needs one rank", "[2, 4, 8]", "'prelort'"],

@@ -66,6 +66,16 @@ def test_the_full_share_can_be_chosen():
     assert configured(config, 8, LEVELS).weights == (0.125, 0.125, 0.75)
 
 
+def test_the_truncations_can_be_others_than_the_ranks_of_the_clients():
+    config = MethodConfig(objective="mean", truncations=(16, 4), level_weights={"4": 3, "8": 1})
+    with pytest.raises(ConfigError, match=r"'8' is not a rank level: the levels are 16, 4"):
+        configured(config, 8, [8])
+    config = MethodConfig(objective="mean", truncations=(16, 4))
+    assert configured(config, 8, [8]).levels == (4, 8)  # its own rank is always one
+    assert configured(config, 2, [2]).levels == (2,)
+    assert configured(config, 16, [2, 16]).levels == (4, 16)
+
+
 @pytest.mark.parametrize("key", ["3", "32", "two", "-2", "2.0", "²", ""])
 def test_a_weight_for_what_is_no_level_is_an_error(key):
     config = MethodConfig(objective="mean", level_weights={"2": 1.0, key: 1.0})

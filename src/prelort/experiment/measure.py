@@ -141,7 +141,7 @@ def readouts(
     Where the method keeps more than the highest level holds, that whole is one of them.
     """
     whole = method.readout(state)
-    wanted = tuple(sorted(set(config.evaluation.prefixes or levels)))
+    wanted = _wanted(config, levels)
     found = {rank: method.readout(state, min(rank, whole.rank)) for rank in wanted}
     if config.evaluation.prefixes is None and whole.rank > wanted[-1]:
         found[whole.rank] = whole
@@ -150,9 +150,13 @@ def readouts(
 
 def prefixes(config: Config, levels: Sequence[int], rank: int) -> tuple[int, ...]:
     """The ranks to measure at. Raises `ConfigError` for one above the global adapter's."""
-    wanted = tuple(sorted(set(config.evaluation.prefixes or levels)))
+    wanted = _wanted(config, levels)
     if wanted[-1] > rank:
-        raise ConfigError(
-            f"evaluation.prefixes: {wanted[-1]} is above the global adapter's rank {rank}"
-        )
+        key = "evaluation.prefixes" if config.evaluation.prefixes else "method.truncations"
+        raise ConfigError(f"{key}: {wanted[-1]} is above the global adapter's rank {rank}")
     return wanted
+
+
+def _wanted(config: Config, levels: Sequence[int]) -> tuple[int, ...]:
+    trained = {*levels, *(config.method.truncations or ())}
+    return tuple(sorted(set(config.evaluation.prefixes or trained)))

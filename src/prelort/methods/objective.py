@@ -122,13 +122,14 @@ def configured(
     Raises `ConfigError` for weights of what is no rank level, or that leave nothing to train.
     """
     kind = config.objective or default
+    levels = config.truncations or levels
     share = config.full_share if config.full_share is not None else FULL_SHARE.get(kind)
     weights: dict[int, float] | None = None
     if config.level_weights is not None:
         for key in config.level_weights:
             if not key.isdecimal() or int(key) not in levels:
                 raise ConfigError(
-                    f"method.level_weights: {key!r} is not a rank level: the clients' ranks are "
+                    f"method.level_weights: {key!r} is not a rank level: the levels are "
                     f"{', '.join(map(str, levels))}"
                 )
         weights = {int(key): weight for key, weight in config.level_weights.items()}

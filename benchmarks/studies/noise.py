@@ -1,0 +1,97 @@
+"""The noise of each round, method by method: what a study's runs have told (docs/diagnostics.md).
+
+    python benchmarks/studies/noise.py [runs/studies/claim-python]
+
+Initialization noise: how far from the global function clients begin, relative to it. Aggregation
+noise: how far the new global function is from the weighted mean of what the clients trained. Means
+over the seeds at the second round (in the first there is no global function yet), in the middle and
+at the end. Printed, and drawn by round to benchmarks/results/studies/noise.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from prelort.experiment.folder import RunFolder
+from prelort.report import events
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import RESULTS, report
+
+KINDS = ("initialization_noise", "aggregation_noise")
+DRAWN = ("prelort", "prelort-sorted", "zero-padding", "hetlora", "replication", "flexlora",
+         "flora", "fed-plora", "fedex-lora", "ffa-lora")  # fmt: skip
+Noise = dict[int, list[float]]
+"""Round -> the values of the seeds."""
+
+
+def read(cells: Path) -> dict[str, dict[str, Noise]]:
+    """Method -> kind of noise -> its values."""
+    found: dict[str, dict[str, Noise]] = {}
+    for method in sorted(path for path in cells.iterdir() if path.is_dir()):
+        kinds: dict[str, Noise] = {kind: {} for kind in KINDS}
+        for run in sorted(method.glob("seed-*")):
+            for event in events.read(RunFolder(run).metrics_file):
+                told = event.get("diagnostics")
+                if event["event"] != "aggregated" or not told:
+                    continue
+                for kind in KINDS:
+                    value = told.get(kind)
+                    value = value["mean"] if isinstance(value, dict) else value
+                    if value is not None:
+                        kinds[kind].setdefault(int(event["round"]), []).append(float(value))
+        found[method.name] = kinds
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("study", type=Path, nargs="?", default=Path("runs/studies/claim-python"))
+    arguments = parser.parse_args()
+    (cells,) = (path for path in [arguments.study / "cells"] if path.is_dir())
+    inner = [path for path in cells.iterdir() if path.is_dir()]
+    if len(inner) == 1 and not list(inner[0].glob("seed-*")):
+        cells = inner[0]  # the one setting's folder
+    found = read(cells)
+    rows: list[dict[str, Any]] = []
+    for method, kinds in found.items():
+        row: dict[str, Any] = {"method": method}
+        last = max(kinds["aggregation_noise"], default=2)
+        for kind in KINDS:
+            for at in (2, last // 2, last):
+                values = kinds[kind].get(at)
+                label = f"{kind.split('_')[0]}, round {at}"
+                row[label] = round(statistics.mean(values), 4) if values else "-"
+        rows.append(row)
+    facts = {"command": f"python benchmarks/studies/noise.py {arguments.study.name}"}
+    report("studies_noise", "noise relative to the global function's norm", rows, facts)
+    draw({name: kinds for name, kinds in found.items() if name in DRAWN})
+
+
+def draw(found: dict[str, dict[str, Noise]]) -> None:
+    """Both kinds by round."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    styles = ["-", "--", "-.", ":"]
+    for axis, kind in zip(axes, KINDS, strict=True):
+        for index, (method, kinds) in enumerate(found.items()):
+            rounds = sorted(r for r in kinds[kind] if r > 1)
+            means = [statistics.mean(kinds[kind][r]) for r in rounds]
+            axis.plot(rounds, means, styles[index // 5 % 4], color=f"C{index}", label=method)
+        axis.set(xlabel="round", title=kind.replace("_", " "), ylim=(0, None))
+        axis.grid(alpha=0.3)
+    axes[1].legend(fontsize=8, ncols=2)
+    (RESULTS / "studies").mkdir(exist_ok=True)
+    figure.savefig(RESULTS / "studies" / "noise.png", dpi=120)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Run studies and keep their results in benchmarks/results/studies.
+
+    python benchmarks/studies/prepare.py --data FOLDER --weights FOLDER
+    python benchmarks/studies/run.py [claim-python ...] [--jobs 2] [--keep-only]
+
+Without a name all studies run, in the order of `ORDER`. Each is one `prelort compare`, which can be
+stopped and goes on from where it was. --keep-only copies what there is and runs nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+from pathlib import Path
+
+HERE = Path(__file__).parent
+RESULTS = HERE.parent / "results" / "studies"
+ORDER = (
+    "claim-python", "claim-trec", "claim-e2e", "cut-python", "ablation-python", "byun-lee-share",
+    "byun-lee-allocation", "tasks-superni", "settings-trec", "settings-e2e",
+)  # fmt: skip
+KEPT = ("results.md", "*.csv", "*.png", "study.toml")
+"""What is kept of a study's folder: all but the runs themselves and the page."""
+
+
+def keep(folder: Path, name: str) -> None:
+    """Copy a study's tables and pictures, in place of what was kept before."""
+    target = RESULTS / name
+    if target.exists():
+        shutil.rmtree(target)
+    target.mkdir(parents=True)
+    for pattern in KEPT:
+        for path in sorted(folder.glob(pattern)):
+            shutil.copy(path, target / path.name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(ORDER)}")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("runs/studies"))
+    parser.add_argument("--keep-only", action="store_true")
+    arguments = parser.parse_args()
+    unknown = [name for name in arguments.names if name not in ORDER]
+    if unknown:
+        parser.error(f"{unknown[0]!r} is no study: choose of {', '.join(ORDER)}")
+    failed = []
+    for name in arguments.names or ORDER:
+        folder = arguments.out / name
+        if not arguments.keep_only:
+            command = ["prelort", "compare", str(HERE / f"{name}.toml"), "--out", str(folder)]
+            done = subprocess.run([*command, "--jobs", str(arguments.jobs)], check=False)
+            if done.returncode != 0:
+                failed.append(name)
+        if (folder / "results.md").exists():
+            keep(folder, name)
+    if failed:
+        raise SystemExit(f"not all cells of {', '.join(failed)} have a result")
+
+
+if __name__ == "__main__":
+    main()
