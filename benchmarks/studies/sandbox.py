@@ -1,13 +1,14 @@
 """Run untrusted Python: no network, little memory, little time, and nothing of this process.
 
 A program runs in its own user, network and process namespaces (Linux, `unshare` of util-linux), in
-an empty folder, with limits on CPU seconds, memory, written files and processes. It can still read
-what this user can read. It counts as passed only if it has run to its end: a word that it cannot
-know is printed after its last line.
+an empty folder, with limits on CPU seconds, memory, written files and processes; root becomes
+`nobody`, for whom alone the kernel counts processes. It can still read what its user can read. It
+counts as passed only if it has run to its end: a drawn word is printed after its last line.
 """
 
 from __future__ import annotations
 
+import os
 import resource
 import secrets
 import shutil
@@ -15,31 +16,37 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 Outcome = Literal["passed", "failed", "timed out"]
 
 UNSHARE = ("unshare", "--user", "--map-root-user", "--net", "--pid", "--fork", "--kill-child")
 MOST_FILE_BYTES = 1 << 20
 MOST_PROCESSES = 64
+NOBODY = 65534
+PYTHONS = (os.path.realpath(sys.executable), "/usr/local/bin/python3", "/usr/bin/python3")
+"""The interpreter behind this environment, or the system's where that one is root's alone."""
 
 
-def available() -> str:
-    """Why programs cannot be run apart on this machine; empty if they can."""
+def interpreter() -> str:
+    """A Python that can be run apart. Raises RuntimeError with the reason if there is none."""
     if shutil.which("unshare") is None:
-        return "there is no `unshare` (util-linux)"
-    done = subprocess.run([*UNSHARE, "true"], check=False, capture_output=True, text=True)
-    return done.stderr.strip() if done.returncode else ""
+        raise RuntimeError("untrusted code is not run here: there is no `unshare` (util-linux)")
+    reasons = []
+    for python in filter(os.path.exists, PYTHONS):
+        command = [*UNSHARE, python, "-I", "-c", ""]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, **_user())
+        if done.returncode == 0:
+            return python
+        reasons.append(done.stderr.strip())
+    raise RuntimeError(f"untrusted code is not run here: {'; '.join(reasons)}")
 
 
-def run(program: str, *, seconds: float = 5.0, memory: int = 512 << 20) -> Outcome:
+def run(program: str, python: str, *, seconds: float = 5.0, memory: int = 512 << 20) -> Outcome:
     """Whether ``program`` runs to its end within ``seconds`` and ``memory`` bytes.
 
-    Raises RuntimeError where it cannot be run apart: it is never run without.
+    ``python``: what `interpreter` has found.
     """
-    reason = available()
-    if reason:
-        raise RuntimeError(f"untrusted code is not run here: {reason}")
     word = secrets.token_hex(16)
 
     def limit() -> None:
@@ -55,21 +62,29 @@ def run(program: str, *, seconds: float = 5.0, memory: int = 512 << 20) -> Outco
 
     with tempfile.TemporaryDirectory() as folder:
         path, said = Path(folder) / "program.py", Path(folder) / "said"
+        if os.getuid() == 0:
+            os.chown(folder, NOBODY, NOBODY)
         path.write_text(f"{program}\n\nprint({word!r})\n", encoding="utf-8")
         with said.open("wb") as out:
             try:
                 subprocess.run(
-                    [*UNSHARE, sys.executable, "-I", "-B", str(path)],
+                    [*UNSHARE, python, "-I", "-B", str(path)],
                     cwd=folder,
                     env={},
                     stdin=subprocess.DEVNULL,
                     stdout=out,
                     stderr=subprocess.DEVNULL,
                     timeout=seconds,
-                    preexec_fn=limit,  # noqa: PLW1509 -- this process has no other threads here
+                    preexec_fn=limit,
                     check=False,
+                    **_user(),
                 )
             except subprocess.TimeoutExpired:
                 return "timed out"
         last = said.read_text(encoding="utf-8", errors="replace").rstrip("\n").rsplit("\n", 1)[-1]
     return "passed" if last == word else "failed"
+
+
+def _user() -> dict[str, Any]:
+    """Arguments of `subprocess.run`: who a program runs as."""
+    return {"user": NOBODY, "group": NOBODY, "extra_groups": []} if os.getuid() == 0 else {}

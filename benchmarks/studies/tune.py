@@ -108,18 +108,20 @@ def main() -> None:
     values = tomllib.loads(arguments.study.read_text())
     metric, methods = metric_of(values), list(values["compare"]["methods"])
     found: dict[str, dict[float, float]] = {method: {} for method in methods}
-    factors, open_ones = list(FACTORS), methods
-    while open_ones and factors:
-        curves = run(
-            values, factors, open_ones, arguments.out / arguments.study.stem, arguments.jobs
-        )
-        for method in open_ones:
-            for factor in factors:  # a rate at which a run fails is as bad as can be
-                curve = curves.get((method, factor))
-                found[method][factor] = value_of(method, curve, metric) if curve else -math.inf
-        outer = {method: beyond(found[method]) for method in open_ones}
-        open_ones = [method for method, factor in outer.items() if factor is not None]
-        factors = sorted({factor for factor in outer.values() if factor is not None})
+    asked = [(list(FACTORS), methods)]
+    while asked:
+        for factors, some in asked:
+            out = arguments.out / arguments.study.stem
+            curves = run(values, factors, some, out, arguments.jobs)
+            for method in some:
+                for factor in factors:  # a rate at which a run fails is as bad as can be
+                    curve = curves.get((method, factor))
+                    found[method][factor] = value_of(method, curve, metric) if curve else -math.inf
+        outer = {method: beyond(found[method]) for method in methods}
+        asked = [
+            ([factor], [method for method in methods if outer[method] == factor])
+            for factor in sorted({factor for factor in outer.values() if factor is not None})
+        ]
     rate = values["training"]["learning_rate"]
     rows = []
     for method in methods:
