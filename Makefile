@@ -9,11 +9,11 @@ BIN := .venv/bin
 TORCH ?= torch==2.13.0
 OUT ?= runs/quickstart
 
-.PHONY: help install quickstart federation test chaos lint types format docs bench clean
+.PHONY: help install quickstart federation test chaos lint types format docs bench evidence-small clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 install: $(BIN)/.installed ## make .venv and install the package with its tools
 
@@ -60,6 +60,9 @@ bench: install ## a short version of the benchmarks, results in benchmarks/resul
 		echo "benchmarks/$$name.py --short"; \
 		$(BIN)/python benchmarks/$$name.py --short || exit 1; \
 	done
+
+evidence-small: install ## all methods x 3 seeds on the embedded model, as in docs/results: about 10 minutes
+	$(BIN)/prelort compare benchmarks/studies/claim-python.toml --out runs/evidence-small --jobs 2
 
 clean: ## remove the environment and what was built
 	rm -rf .venv site dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,6 +1,6 @@
 """Run untrusted Python: no network, little memory, little time, and nothing of this process.
 
-A program runs in its own user, network and process namespaces (Linux, `unshare` of util-linux), in
+A program runs in its own user, network and process namespaces (`unshare` of Linux' util-linux), in
 an empty folder, with limits on CPU seconds, memory, written files and processes; root becomes
 `nobody`, for whom alone the kernel counts processes. It can still read what its user can read. It
 counts as passed only if it has run to its end: a drawn word is printed after its last line.
@@ -22,7 +22,8 @@ Outcome = Literal["passed", "failed", "timed out"]
 
 UNSHARE = ("unshare", "--user", "--map-root-user", "--net", "--pid", "--fork", "--kill-child")
 MOST_FILE_BYTES = 1 << 20
-MOST_PROCESSES = 64
+# Set within the namespace: before, the limit would count all that this user runs.
+FEW = ("prlimit", "--nproc=64")
 NOBODY = 65534
 PYTHONS = (os.path.realpath(sys.executable), "/usr/local/bin/python3", "/usr/bin/python3")
 """The interpreter behind this environment, or the system's where that one is root's alone."""
@@ -34,7 +35,7 @@ def interpreter() -> str:
         raise RuntimeError("untrusted code is not run here: there is no `unshare` (util-linux)")
     reasons = []
     for python in filter(os.path.exists, PYTHONS):
-        command = [*UNSHARE, python, "-I", "-c", ""]
+        command = [*UNSHARE, *FEW, python, "-I", "-c", ""]
         done = subprocess.run(command, check=False, capture_output=True, text=True, **_user())
         if done.returncode == 0:
             return python
@@ -54,7 +55,6 @@ def run(program: str, python: str, *, seconds: float = 5.0, memory: int = 512 <<
             resource.RLIMIT_CPU: int(seconds) + 1,
             resource.RLIMIT_AS: memory,
             resource.RLIMIT_FSIZE: MOST_FILE_BYTES,
-            resource.RLIMIT_NPROC: MOST_PROCESSES,
             resource.RLIMIT_CORE: 0,
         }
         for kind, most in limits.items():
@@ -68,7 +68,7 @@ def run(program: str, python: str, *, seconds: float = 5.0, memory: int = 512 <<
         with said.open("wb") as out:
             try:
                 subprocess.run(
-                    [*UNSHARE, python, "-I", "-B", str(path)],
+                    [*UNSHARE, *FEW, python, "-I", "-B", str(path)],
                     cwd=folder,
                     env={},
                     stdin=subprocess.DEVNULL,

@@ -1,0 +1,270 @@
+"""The studies' own code: data, rates, tables, and the sandbox that runs generated programs."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prelort.experiment.compare.study import load
+
+ROOT = Path(__file__).parents[2]
+STUDIES = ROOT / "benchmarks" / "studies"
+sys.path.insert(0, str(STUDIES))
+
+import prepare  # noqa: E402
+import run  # noqa: E402
+import sandbox  # noqa: E402
+import tables  # noqa: E402
+import tune  # noqa: E402
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+class TestConfigurations:
+    @pytest.mark.parametrize("name", run.ORDER)
+    def test_each_study_is_one_and_names_no_place_on_a_machine(self, name: str) -> None:
+        study = load(STUDIES / f"{name}.toml")
+        assert len(study.compare.seeds) >= 3
+        for path in (study.base.data.source, study.base.data.test, study.base.model.name):
+            assert path in (None, "embedded") or str(path).startswith("runs/studies/")
+
+    def test_all_studies_are_run(self) -> None:
+        studies = {path.stem for path in STUDIES.glob("*.toml") if "[compare]" in path.read_text()}
+        assert studies == set(run.ORDER)
+
+
+class TestPrepare:
+    @pytest.fixture
+    def data(self, tmp_path: Path) -> Path:
+        data = tmp_path / "data"
+        files = {
+            "trec/TREC.train.all": '0 How did serfdom develop ?\n3 Who, "exactly", was Galileo ?\n',
+            "trec/TREC.test.all": "1 What is caf\xe9 ?\n",
+            "e2e/valid.txt": (
+                "name : Alimentum | food : Chinese||It is Chinese .\nname : The Eagle||A pub .\n"
+            ),
+            "superni/task1_a/train.json": json.dumps(
+                {
+                    "Definition": ["Say it."],
+                    "Instances": [{"input": "x", "output": ["y", "z"]}],
+                }
+            ),
+            "superni/task2_b/train.json": json.dumps(
+                {"Definition": "Do it.", "Instances": [{"input": "u", "output": "v"}]}
+            ),
+            "mbpp/mbpp.jsonl": "\n".join(
+                json.dumps(
+                    {
+                        "task_id": number,
+                        "text": "Add.",
+                        "code": "def f():\r\n  return 1",
+                        "test_list": ["assert f() == 1"],
+                        "test_setup_code": "import math",
+                    }
+                )
+                for number in (1, 11, 510, 511, 601, 974)
+            ),
+            "ag_news/train.jsonl": "\n".join(
+                json.dumps({"text": f"{label} {number}", "label": label})
+                for label in ("World", "Sports", "Business", "Science")
+                for number in range(1000)
+            ),
+        }
+        for name, text in files.items():
+            path = data / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(text.encode("latin-1" if "trec" in name else "utf-8"))
+        (data / "humaneval").mkdir()
+        with gzip.open(data / "humaneval" / "HumanEval.jsonl.gz", "wt") as file:
+            problem = {
+                "prompt": "def f():\n",
+                "canonical_solution": "    return 1",
+                "test": "def check(f):\n    assert f() == 1",
+                "entry_point": "f",
+            }
+            file.write(json.dumps(problem) + "\n")
+        return data
+
+    def test_each_format_becomes_rows(self, data: Path, tmp_path: Path) -> None:
+        prepare.prepare(data, tmp_path / "weights", tmp_path / "out")
+        made = tmp_path / "out" / "data"
+        assert (made / "trec" / "train.csv").read_text(encoding="utf-8") == (
+            'text,label\nHow did serfdom develop ?,0\n"Who, ""exactly"", was Galileo ?",3\n'
+        )
+        assert "café" in (made / "trec" / "test.csv").read_text(encoding="utf-8")
+        assert [row["food"] for row in rows_of(made / "e2e" / "train.jsonl")] == ["Chinese", "none"]
+        assert rows_of(made / "superni" / "train.jsonl") == [
+            {"task": "task1_a", "definition": "Say it.", "input": "x", "output": "y"},
+            {"task": "task2_b", "definition": "Do it.", "input": "u", "output": "v"},
+        ]
+        assert [len(rows_of(made / "mbpp" / f"{part}.jsonl")) for part in ("test", "train")] == [
+            2,
+            2,
+        ]
+        assert "\r" not in rows_of(made / "mbpp" / "test.jsonl")[0]["code"]
+
+    def test_news_are_dealt_once_each_and_ten_clients_are_balanced(
+        self, data: Path, tmp_path: Path
+    ) -> None:
+        prepare.prepare(data, tmp_path / "weights", tmp_path / "out")
+        rows = rows_of(tmp_path / "out" / "data" / "ag_news" / "clients.jsonl")
+        assert len(rows) == len({row["text"] for row in rows}) == 100 * 35
+        most = {}
+        for client in sorted({row["client"] for row in rows}):
+            labels = [row["label"] for row in rows if row["client"] == client]
+            assert len(labels) == 35
+            most[client] = max(labels.count(label) for label in set(labels)) / 35
+        shares = list(most.values())
+        assert max(shares[:10]) < 0.5 < sum(shares[10:]) / 90
+
+    def test_solutions_of_both_benchmarks_pass_their_tests(
+        self, data: Path, tmp_path: Path, python: str
+    ) -> None:
+        prepare.prepare(data, tmp_path / "weights", tmp_path / "out")
+        made = tmp_path / "out" / "data"
+        mbpp = rows_of(made / "mbpp" / "test.jsonl")[0]
+        assert sandbox.run(f"{mbpp['code']}\n\n{mbpp['tests']}", python) == "passed"
+        human = rows_of(made / "humaneval" / "test.jsonl")[0]
+        assert sandbox.run(human["prompt"] + human["code"] + "\n" + human["tests"], python) == (
+            "passed"
+        )
+
+
+@pytest.fixture(scope="session")
+def python() -> str:
+    try:
+        return str(sandbox.interpreter())
+    except RuntimeError as error:
+        pytest.skip(str(error))
+
+
+class TestSandbox:
+    @pytest.mark.parametrize(
+        "program",
+        [
+            "assert 1 + 1 == 3",
+            "def f(:",
+            "import sys; sys.exit(0)",
+            "import os; os._exit(0)",
+            "x = [0] * 10**9",
+            "open('x', 'w').write('a' * 10**7)",
+            "open('/etc/prelort-was-here', 'w')",
+            "print('a' * 10**8)",
+            "import socket; socket.create_connection(('127.0.0.1', 9), 1)",
+            "import socket; socket.getaddrinfo('example.com', 80)",
+            # Bounded on purpose: where the limit does not hold this must not harm the machine.
+            "import os, time\nfor _ in range(150):\n"
+            "    if os.fork() == 0:\n        time.sleep(1); os._exit(0)",
+        ],
+    )
+    def test_what_goes_beyond_the_limits_or_fails_does_not_pass(
+        self, program: str, python: str
+    ) -> None:
+        assert sandbox.run(program, python) == "failed"
+
+    def test_what_runs_to_its_end_passes(self, python: str) -> None:
+        assert sandbox.run("assert sum(range(10)) == 45\nprint('text')", python) == "passed"
+
+    def test_network_can_be_reached_from_here_or_the_test_above_shows_nothing(
+        self, python: str
+    ) -> None:
+        import socket
+
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+            program = f"import socket; socket.create_connection(('127.0.0.1', {port}), 2)"
+            exec(program, {})
+            assert sandbox.run(program, python) == "failed"
+
+    def test_time_is_limited_and_nothing_is_left_running(self, python: str, tmp_path: Path) -> None:
+        mark = f"mark-{tmp_path.name}"
+        program = (
+            "import subprocess, sys\n"
+            f"subprocess.Popen([sys.executable, '-c', 'while True: pass', {mark!r}])\n"
+            "while True: pass"
+        )
+        assert sandbox.run(program, python, seconds=1) == "timed out"
+        import psutil
+
+        found = [p.info["cmdline"] for p in psutil.process_iter(["cmdline"])]
+        assert not [line for line in found if line and mark in line]
+
+    def test_nothing_is_run_where_it_cannot_be_run_apart(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("PATH", "")
+        with pytest.raises(RuntimeError, match="is not run here: there is no `unshare`"):
+            sandbox.interpreter()
+
+
+class TestRates:
+    def test_the_next_rate_is_tried_while_the_best_is_an_outer_one(self) -> None:
+        assert tune.beyond({0.5: 1.0, 1.0: 3.0, 2.0: 2.0}) is None
+        assert tune.beyond({0.5: 1.0, 1.0: 2.0, 2.0: 3.0}) == 4.0
+        assert tune.beyond({0.5: 3.0, 1.0: 2.0, 2.0: 1.0}) == 0.25
+        assert tune.beyond({8.0: 2.0, 16.0: 3.0}) is None
+        assert tune.beyond({1.0: 2.0, 2.0: 3.0, 4.0: -math.inf}) is None
+
+    def test_the_study_is_run_on_validation_rows_without_its_own_rates(self) -> None:
+        values = tomllib.loads((STUDIES / "claim-python.toml").read_text())
+        changed = tune.study_of(values, [0.5, 1.0])
+        assert changed["evaluation"]["on"] == "validation"
+        assert changed["compare"]["settings"] == {
+            "rate x 0.5": ["training.learning_rate=0.004"],
+            "rate x 1": ["training.learning_rate=0.008"],
+        }
+        seeds = values["compare"]["seeds"]
+        assert not set(changed["compare"]["seeds"]) & set(seeds)
+        assert "learning_rate" not in str(changed["compare"]["overrides"])
+        assert "method.objective=plain" in str(changed["compare"]["overrides"])
+
+    def test_what_counts_is_all_ranks_but_for_the_references_their_own(self) -> None:
+        curve = {4: 10.0, 8: 20.0}
+        assert tune.value_of("prelort", curve, "perplexity") == -15.0
+        assert tune.value_of("homogeneous-min", curve, "accuracy") == 10.0
+        assert tune.value_of("homogeneous-max", curve, "accuracy") == 20.0
+
+
+class TestTables:
+    def test_every_table_in_the_documentation_is_what_was_kept(self) -> None:
+        found = 0
+        for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+            text = path.read_text(encoding="utf-8")
+            found += len(tables.BLOCK.findall(text))
+            assert tables.filled(text) == text, f"{path}: run benchmarks/studies/tables.py"
+        assert found > 0
+
+    def test_a_table_has_means_spread_difference_and_costs(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = tmp_path / "studies" / "one"
+        folder.mkdir(parents=True)
+        (folder / "summary.csv").write_text(
+            "setting,method,metric,at,seeds,mean,deviation,flagship,pairs,difference,low,high\n"
+            ",prelort,accuracy,4,3,0.5,0.01,prelort,0,,,\n"
+            ",other,accuracy,4,3,0.625,0.02,prelort,3,0.125,0.1,0.15\n"
+            ",prelort,accuracy,AURAC,3,0.5,0.01,prelort,0,,,\n"
+            ",other,accuracy,AURAC,3,0.625,0.02,prelort,3,0.125,0.1,0.15\n"
+            ",other,accuracy,96,3,0.7,0.02,prelort,0,,,\n"
+        )
+        (folder / "cells.csv").write_text(
+            "setting,method,seed,status,bytes_up,bytes_down,passes\n"
+            ",prelort,0,finished,1000000,2000000,480\n,other,0,failed,,,\n"
+        )
+        monkeypatch.setattr(tables, "RESULTS", tmp_path)
+        assert tables.study_table("one", "", "accuracy").splitlines()[2:] == [
+            "| prelort | 50.00 ± 1.00 | 50.00 ± 1.00 | – | 1 | 2 | 480 |",
+            "| other | **62.50** ± 2.00 | **62.50** ± 2.00 | +12.50 [+10.00, +15.00] | – | – | – |",
+        ]
+        assert tables.study_table("one", "", "accuracy", "other").count("\n") == 2
+        with pytest.raises(SystemExit, match="no setting 'iid'"):
+            tables.study_table("one", "iid", "accuracy")
