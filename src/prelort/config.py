@@ -281,7 +281,8 @@ class EvaluationConfig(Section):
         0, description="measure every so many rounds; 0: before the first and after the last"
     )
     prefixes: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
-        None, description="ranks to measure at; default: the clients' rank levels, method.truncations"
+        None,
+        description="ranks to measure at; default: the rank levels and method.truncations",
     )
     on: Literal["test", "validation"] = Field(
         "test", description="validation: the rows held out by data.validation_fraction"

@@ -134,6 +134,26 @@ def test_a_given_test_set_is_pooled_and_nobodys_own(write: Write) -> None:
     assert sorted(i for c in rows.clients for i in ids(c.train)) == list(range(40))
 
 
+@pytest.mark.parametrize("names", [("a", "b"), (1, 2)])
+def test_natural_clients_own_the_rows_of_a_given_test_set_that_say_so(
+    write: Write, names: tuple[Any, Any]
+) -> None:
+    train = [{"text": f"t{i}", "label": "xy"[i % 2], "who": names[i % 2]} for i in range(8)]
+    test = [{"text": f"t{i}", "label": "xy"[i % 2], "who": (*names, 9)[i % 3]} for i in range(9)]
+    values = {"partition": {"by": "column", "column": "who"}}
+    loaded = load(configured(write("train", train), data={"test": write("test", test)}, **values))
+    assert len(loaded.test) == 9  # nobody's rows count for the global adapter, too
+    for client in loaded.clients:
+        assert client.test is not None
+        assert [str(who) for who in client.test["who"][:]] == [client.name] * 3
+        assert len(client.train) == 4
+    less = {"data": {"test": write("test", test), "max_test_examples": 4}, **values}
+    drawn = load(configured(write("train", train), **less))
+    own = [text for client in drawn.clients if client.test for text in client.test["text"][:]]
+    assert set(own) <= set(drawn.test["text"][:])
+    assert len(drawn.test) == 4
+
+
 def test_the_embedded_text_comes_with_each_clients_test_rows() -> None:
     rows = load(config.check({"partition": {"min_examples": 1}}))
     assert len(rows.clients) >= 10

@@ -18,6 +18,7 @@ from prelort.data.shares import apportion
 from prelort.errors import ConfigError
 from prelort.seeds import numpy_generator
 from prelort.tasks.columns import class_names, class_order, listed, require_filled
+from prelort.tasks.columns import names as column_names
 
 
 @dataclass(frozen=True)
@@ -143,9 +144,11 @@ def _with_tests(
     if test is None:
         trains, tests = _hold_out(seed, "hold-out", config.data.test_fraction, trains, names)
     else:
+        embedded = config.data.source == EMBEDDED and config.data.test is None
+        if not embedded or config.partition.by != "column":
+            pooled = _draw(test, most, seed, "test")
+            return trains, _own_tests(config, pooled, names), pooled
         tests = _own_tests(config, test, names)
-        if not any(tests):
-            return trains, tests, _draw(test, most, seed, "test")
     tests = _draw_of_each(tests, most, seed)
     return trains, tests, concatenate_datasets([rows for rows in tests if rows is not None])
 
@@ -214,13 +217,15 @@ def _hold_out(
 
 
 def _own_tests(config: Config, test: Dataset, names: Sequence[str]) -> list[Dataset | None]:
-    """The embedded test rows by client; a test set that was given is nobody's own."""
-    given = config.data.source != EMBEDDED or config.data.test is not None
-    if given or config.partition.by != "column":
+    """The test rows of each natural client, where the test set says whose a row is."""
+    column = config.partition.column or "client"
+    if config.partition.by != "column" or column not in test.column_names:
         return [None] * len(names)
-    values = np.asarray(test[client_column(config.partition, test.column_names)][:])
-    found = [np.flatnonzero(values == name) for name in names]
-    return [test.select(indices) if len(indices) else None for indices in found]
+    of: dict[str, list[int]] = {name: [] for name in names}
+    for index, name in enumerate(column_names(test, column)):
+        if name in of:
+            of[name].append(index)
+    return [test.select(of[name]) if of[name] else None for name in names]
 
 
 def _draw(rows: Dataset, most: int | None, seed: int, purpose: str) -> Dataset:

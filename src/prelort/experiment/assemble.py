@@ -131,7 +131,8 @@ def assemble(
     if measured_there and not any(site.test for site in sites):
         raise ConfigError(
             "no client has test rows of its own to measure on: leave data.test out, so that each "
-            "holds out data.test_fraction of its rows"
+            "holds out data.test_fraction of its rows, or give it the column that natural clients "
+            "are dealt by"
         )
     test = encoded.examples(
         "drawn tests",
