@@ -244,6 +244,20 @@ def test_csv_files_read_back_are_the_events(two):
 HOSTILE = '<script>alert("x")</script>|**'
 
 
+@pytest.mark.parametrize("metric", ["macro_f1", "rouge_l"])
+def test_a_metric_whose_key_is_not_its_name_is_shown(grid_of, metric):
+    grid = grid_of({"prelort": FLAGSHIP, "zero-padding": OTHER}, metric=metric)
+    assert wording(metric).name != metric
+    rows = tables.markdown(grid, "x").splitlines()
+    assert all(
+        "–" not in row for row in rows if row.startswith(("| prelort |", "| zero-padding |"))
+    )
+    assert not any("not measured" in row for row in rows)
+    assert len(Page(page.render(grid, "x", "", {})).of("figure")) == 3
+    ranks, *_ = plots.figure(grid, "").axes
+    assert len(ranks.containers) == 2
+
+
 def test_the_page_is_whole_and_escapes_what_it_is_given(grid_of):
     extra = [Cell("", HOSTILE, 0, reason="<img src=x>")]
     grid = grid_of({"prelort": FLAGSHIP, "zero-padding": OTHER}, extra=extra)

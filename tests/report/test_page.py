@@ -50,6 +50,15 @@ def page_of(events, **more):
     return Page(render([Source("prelort", events, **more)], "first"))
 
 
+@pytest.mark.parametrize("metric", ["macro_f1", "rouge_l"])
+def test_a_metric_whose_key_is_not_its_name_has_its_curves(make_run, metric):
+    shown = [
+        len(page_of(make_run("prelort", {2: 0.4, 8: 0.5}, metric=name, every=1)).of("figure"))
+        for name in (metric, "accuracy")
+    ]
+    assert shown[0] == shown[1] > 0
+
+
 def test_of_a_run_has_its_facts_tables_and_curves(make_run):
     config = {"model": {"name": "embedded"}, "federation": {"clients_per_round": 5}}
     events = make_run("prelort", {2: 27.0, 16: 21.0}, every=1)

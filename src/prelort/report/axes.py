@@ -41,7 +41,7 @@ def style(index: int) -> dict[str, Any]:
 
 def wants_log(values: Sequence[float], words: Wording) -> bool:
     """Whether these values of a metric need a log axis."""
-    return words.name == "perplexity" and bool(values) and max(values) > LOG_SPAN * min(values)
+    return words.metric == "perplexity" and bool(values) and max(values) > LOG_SPAN * min(values)
 
 
 def has_room(values: Sequence[float], base: float, log: bool) -> bool:

@@ -188,10 +188,10 @@ def _overview(runs: Mapping[str, Sequence[Event]]) -> list[Chart]:
     for words in (wording(name) for name in metrics_of(runs)):
         finals = {name: final_evaluation(events) for name, events in runs.items()}
         lines = [
-            _series(plain(name), final.by_rank(words.name) if final else {}, words, look)
+            _series(plain(name), final.by_rank(words.metric) if final else {}, words, look)
             for look, (name, final) in enumerate(finals.items())
         ]
-        bases = [row[words.name] for row in map(base_row, runs.values()) if words.name in row]
+        bases = [row[words.metric] for row in map(base_row, runs.values()) if words.metric in row]
         if any(len(line.points) > 1 for line in lines):
             title = f"{capital(words.name)} at each rank prefix"
             charts.append(_measured(title, lines, words, bases[:1], "rank prefix in use", True))
@@ -205,7 +205,7 @@ def _best_by_round(
 ) -> Chart | None:
     lines, tops = [], set()
     for look, (name, events) in enumerate(runs.items()):
-        curves = _by_prefix(events, words.name)
+        curves = _by_prefix(events, words.metric)
         if curves:
             tops.add(max(curves))
             lines.append(_series(plain(name), curves[max(curves)], words, look))
@@ -227,11 +227,11 @@ def _metric_chart(
     events: Sequence[Event], words: Wording, looks: Mapping[int, int]
 ) -> Chart | None:
     """One line a prefix over the rounds."""
-    curves = _by_prefix(events, words.name)
+    curves = _by_prefix(events, words.metric)
     if not any(len(curve) > 1 for curve in curves.values()):
         return None  # the table says as much
     lines = [_series(f"rank {rank}", curve, words, looks[rank]) for rank, curve in curves.items()]
-    base = base_row(events).get(words.name)
+    base = base_row(events).get(words.metric)
     title = f"{capital(words.name)} by round, at each rank prefix"
     return _measured(title, lines, words, [] if base is None else [base], "round", False)
 
@@ -396,7 +396,7 @@ def _client_line(row: ClientRow, metrics: Sequence[Wording], own: Mapping[str, A
         failed=len(row.failed),
         failed_rounds=happened.ranges(row.failed),
         loss=wording("loss").show(row.last_loss),
-        own=[words.show(measured.get(words.name)) for words in metrics],
+        own=[words.show(measured.get(words.metric)) for words in metrics],
         up=human_bytes(row.bytes_up) if row.answered else "–",
         down=human_bytes(row.bytes_down),
         seconds=human_seconds(row.seconds / row.answered) if row.answered else "–",

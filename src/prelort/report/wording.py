@@ -11,8 +11,12 @@ from prelort.metrics.scores import HIGHER_IS_BETTER
 
 @dataclass(frozen=True, slots=True)
 class Wording:
-    """A metric's names and how its values are shown (shown = stored * factor)."""
+    """A metric's names and how its values are shown (shown = stored * factor).
 
+    ``metric`` is its key in results and events, ``name`` what readers call it.
+    """
+
+    metric: str
     name: str
     short: str
     higher_is_better: bool
@@ -58,7 +62,7 @@ _WORDINGS = {
 def wording(metric: str) -> Wording:
     """How to speak of a metric; one that is not known goes by its own name, higher is better."""
     name, short, factor, unit = _WORDINGS.get(metric, (metric, metric, 1.0, ""))
-    return Wording(name, short, HIGHER_IS_BETTER.get(metric, True), factor, unit)
+    return Wording(metric, name, short, HIGHER_IS_BETTER.get(metric, True), factor, unit)
 
 
 def human_bytes(count: float | None) -> str:

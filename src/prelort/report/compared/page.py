@@ -62,18 +62,18 @@ def _part(grid: Grid, setting: str) -> Part:
 
 
 def _by_rank(grid: Grid, setting: str, words: Wording) -> Chart | None:
-    ranks = grid.ranks(setting, words.name)
+    ranks = grid.ranks(setting, words.metric)
     curves = [
-        {rank: list(grid.values(setting, m, words.name, rank).values()) for rank in ranks}
+        {rank: list(grid.values(setting, m, words.metric, rank).values()) for rank in ranks}
         for m in grid.methods
     ]
-    base = spread(list(grid.base(setting, words.name).values()))
+    base = spread(list(grid.base(setting, words.metric).values()))
     title = f"{capital(words.name)} at each rank prefix"
     return _measured(grid, title, curves, words, base.mean if base else None, True)
 
 
 def _by_round(grid: Grid, setting: str, words: Wording) -> Chart | None:
-    curves = [grid.history(setting, m, words.name) for m in grid.methods]
+    curves = [grid.history(setting, m, words.metric) for m in grid.methods]
     if not any(len(curve) > 1 for curve in curves):
         return None
     title = f"{capital(words.name)} by round at the highest rank"

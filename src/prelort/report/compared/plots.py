@@ -85,10 +85,10 @@ def _draw_ranks(
     looks: Mapping[str, dict[str, Any]],
 ) -> None:
     values: list[float] = []
-    ranks = grid.ranks(setting, words.name)
+    ranks = grid.ranks(setting, words.metric)
     for index, method in enumerate(methods):
         found = {
-            rank: list(grid.values(setting, method, words.name, rank).values()) for rank in ranks
+            rank: list(grid.values(setting, method, words.metric, rank).values()) for rank in ranks
         }
         curve = _curve(found, words)
         deviations = [one.deviation or 0.0 for one in curve.values()]
@@ -106,7 +106,7 @@ def _draw_ranks(
             places, means, yerr=deviations, label=plain(method), capsize=3, **looks[method]
         )
         values += [m + sign * d for m, d in zip(means, deviations, strict=True) for sign in (-1, 1)]
-    base = spread(list(grid.base(setting, words.name).values()))
+    base = spread(list(grid.base(setting, words.metric).values()))
     positive = [value for value in values if value > 0 or not wants_log(values, words)]
     if base is not None:
         at, text = base.mean * words.factor, f"untuned base: {words.show(base.mean)}"
@@ -130,7 +130,7 @@ def _draw_rounds(
     methods: Sequence[str],
     looks: Mapping[str, dict[str, Any]],
 ) -> None:
-    measured = {m: _curve(grid.history(setting, m, words.name), words) for m in methods}
+    measured = {m: _curve(grid.history(setting, m, words.metric), words) for m in methods}
     if any(len(curve) > 2 for curve in measured.values()):
         values = _draw_curves(axes, measured, looks)
         value_axis(axes, values, words)
@@ -170,7 +170,7 @@ def _draw_differences(
     for method in rivals:
         found = [
             apart * words.factor
-            for apart in grid.pairs(setting, method, words.name, AURAC).values()
+            for apart in grid.pairs(setting, method, words.metric, AURAC).values()
             if math.isfinite(apart)
         ]
         mean = difference(found)

@@ -149,7 +149,7 @@ def _digits(value: float) -> int:
 
 
 def _of_metric(grid: Grid, setting: str, words: Wording) -> list[Block]:
-    places = grid.places(setting, words.name)
+    places = grid.places(setting, words.metric)
     blocks = [_results(grid, setting, words, places)]
     if len(grid.methods) > 1:
         blocks.append(_differences(grid, setting, words, places))
@@ -157,12 +157,12 @@ def _of_metric(grid: Grid, setting: str, words: Wording) -> list[Block]:
 
 
 def _results(grid: Grid, setting: str, words: Wording, places: Sequence[Place]) -> Block:
-    untuned = spread(list(grid.base(setting, words.name).values()))
+    untuned = spread(list(grid.base(setting, words.metric).values()))
     columns = []
     for at in places:
         found = [None if at == AT_CLIENTS else untuned]
         for method in grid.methods:
-            found.append(spread(list(grid.values(setting, method, words.name, at).values())))
+            found.append(spread(list(grid.values(setting, method, words.metric, at).values())))
         values = [None if one is None else one.mean for one in found]
         columns.append(scored(words, _place(at), values, [mean_text(words, one) for one in found]))
     fewer = _fewer(grid, setting)
@@ -185,7 +185,7 @@ def _differences(grid: Grid, setting: str, words: Wording, places: Sequence[Plac
     for at in places:
         found = []
         for method in rivals:
-            pairs = list(grid.pairs(setting, method, words.name, at).values())
+            pairs = list(grid.pairs(setting, method, words.metric, at).values())
             found.append(difference(pairs))
             counts.add(len(pairs))
         columns.append(_untold(_place(at), [difference_text(words, one) for one in found]))
@@ -197,10 +197,10 @@ def _over_settings(grid: Grid, words: Wording) -> Block:
     rivals = [method for method in grid.methods if method != grid.flagship]
     columns = []
     for setting in grid.settings:
-        pairs = [grid.pairs(setting, method, words.name, AURAC) for method in rivals]
+        pairs = [grid.pairs(setting, method, words.metric, AURAC) for method in rivals]
         texts = [difference_text(words, difference(list(one.values()))) for one in pairs]
         columns.append(_untold(plain(setting), texts))
-    means = [list(grid.pairs_of_all(method, words.name, AURAC).values()) for method in rivals]
+    means = [list(grid.pairs_of_all(method, words.metric, AURAC).values()) for method in rivals]
     texts = [difference_text(words, difference(one)) for one in means]
     columns.append(_untold("all settings", texts))
     title = f"{capital(words.title)}, AURAC: difference to {plain(grid.flagship)}, by setting"
@@ -235,12 +235,12 @@ def _costs(grid: Grid, setting: str) -> Block:
 
 def _remarks(grid: Grid, setting: str, words: Wording) -> list[str]:
     notes = []
-    ranks, shared = grid.ranks(setting, words.name), grid.shared_ranks(setting, words.name)
+    ranks, shared = grid.ranks(setting, words.metric), grid.shared_ranks(setting, words.metric)
     if shared != ranks:
         over = f"ranks {listed(shared)}" if shared else "no rank"
         notes.append(f"AURAC over {over}, because not every run was measured at every rank.")
     local = [
-        m for m in grid.methods if any(not c.curve(words.name) for c in grid.finished(setting, m))
+        m for m in grid.methods if any(not c.curve(words.metric) for c in grid.finished(setting, m))
     ]
     for method in local:
         short = next(shortfall(cell.events) for cell in grid.finished(setting, method))
