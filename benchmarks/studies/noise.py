@@ -5,7 +5,7 @@
 Initialization noise: how far from the global function clients begin, relative to it. Aggregation
 noise: how far the new global function is from the weighted mean of what the clients trained. Means
 over the seeds at the second round (in the first there is no global function yet), in the middle and
-at the end. Printed, and drawn by round to benchmarks/results/studies/noise.png.
+at the end. Printed, and drawn by round to docs/pictures/results/noise.png.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from prelort.experiment.folder import RunFolder
 from prelort.report import events
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import RESULTS, report
+from common import report
 
 KINDS = ("initialization_noise", "aggregation_noise")
 DRAWN = ("prelort", "prelort-sorted", "zero-padding", "hetlora", "replication", "flexlora",
          "flora", "fed-plora", "fedex-lora", "ffa-lora")  # fmt: skip
+PICTURE = Path(__file__).parents[2] / "docs" / "pictures" / "results" / "noise.png"
 Noise = dict[int, list[float]]
 """Round -> the values of the seeds."""
 
@@ -88,9 +89,9 @@ def draw(found: dict[str, dict[str, Noise]]) -> None:
             axis.plot(rounds, means, styles[index // 5 % 4], color=f"C{index}", label=method)
         axis.set(xlabel="round", title=kind.replace("_", " "), ylim=(0, None))
         axis.grid(alpha=0.3)
-    axes[1].legend(fontsize=8, ncols=2)
-    (RESULTS / "studies").mkdir(exist_ok=True)
-    figure.savefig(RESULTS / "studies" / "noise.png", dpi=120)
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    PICTURE.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(PICTURE, dpi=120)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ stopped and goes on from where it was. --keep-only copies what there is and runs
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -20,12 +21,16 @@ ORDER = (
     "claim-python", "claim-trec", "claim-e2e", "cut-python", "ablation-python", "byun-lee-share",
     "byun-lee-allocation", "tasks-superni", "settings-trec", "settings-e2e",
 )  # fmt: skip
-KEPT = ("results.md", "*.csv", "*.png", "study.toml")
-"""What is kept of a study's folder: all but the runs themselves and the page."""
+PICTURES = HERE.parents[1] / "docs" / "pictures" / "results"
+KEPT = ("results.md", "*.csv", "study.toml")
+"""What is kept of a study's folder besides the pictures: not the runs themselves and the page."""
 
 
 def keep(folder: Path, name: str) -> None:
-    """Copy a study's tables and pictures, in place of what was kept before."""
+    """Copy a study's tables and pictures, in place of what was kept before.
+
+    The pictures belong to the documentation, where the pages show them; here are links to them.
+    """
     target = RESULTS / name
     if target.exists():
         shutil.rmtree(target)
@@ -33,6 +38,11 @@ def keep(folder: Path, name: str) -> None:
     for pattern in KEPT:
         for path in sorted(folder.glob(pattern)):
             shutil.copy(path, target / path.name)
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    for path in sorted(folder.glob("*.png")):
+        picture = PICTURES / f"{name}-{path.name}"
+        shutil.copy(path, picture)
+        (target / path.name).symlink_to(os.path.relpath(picture, target))
 
 
 def main() -> None:
