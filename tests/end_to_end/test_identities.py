@@ -365,3 +365,36 @@ class TestExportedAdapters:
                     right += int(logits.argmax()) == example.labels
             assert total / len(test) == pytest.approx(result.metrics[rank]["loss"], rel=1e-5)
             assert right / len(test) == pytest.approx(result.metrics[rank]["accuracy"])
+
+
+def test_truncations_that_are_named_are_those_of_mixed_clients(
+    make_config: Make, tmp_path: Path
+) -> None:
+    """A client of the highest rank cannot tell whether others have the ranks it cuts to."""
+    one_of_each = make_config(
+        ranks={"mix": "8, 8, 8, 8, 2, 4", "assign": "in-order"},
+        federation={"rounds": 1, "clients_per_round": 6},
+        method={"name": "prelort", "objective": "mean"},
+    )
+    all_alike = make_config(
+        ranks={"mix": "8*1.0"},
+        federation={"rounds": 1, "clients_per_round": 6},
+        method={"name": "prelort", "objective": "mean", "truncations": [4, 2]},
+    )
+    mixed = prelort.run(one_of_each, tmp_path / "mixed")
+    alike = prelort.run(all_alike, tmp_path / "alike")
+    losses = []
+    for folder in (tmp_path / "mixed", tmp_path / "alike"):
+        replies = [e for e in events_of(folder) if e["event"] == "client_finished"]
+        losses.append({e["client"]: e["loss"] for e in replies})
+    names = [f"site-{index}" for index in range(4)]
+    assert [losses[0][name] for name in names] == [losses[1][name] for name in names]
+    assert sorted(alike.metrics) == sorted(mixed.metrics) == [2, 4, 8]
+    exported = {path.name for path in (tmp_path / "alike" / "adapters").iterdir()}
+    assert exported == {"rank-2", "rank-4", "rank-8"}
+    # Whoever has rank 8 and cuts to 2 and 4 trains what one who has the whole alone does not.
+    plain = prelort.run(
+        make_config(ranks={"mix": "8*1.0"}, federation={"rounds": 1, "clients_per_round": 6}),
+        tmp_path / "plain",
+    )
+    assert not same_bits(plain.adapter, alike.adapter)
