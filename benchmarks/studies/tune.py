@@ -1,6 +1,6 @@
 """Each method's learning rate for a study, chosen on validation rows with a seed of its own.
 
-    python benchmarks/studies/tune.py benchmarks/studies/claim-trec.toml [--jobs 2]
+    python benchmarks/studies/tune.py benchmarks/studies/claim-agnews.toml [--jobs 2]
 
 The study's own configuration is run for every method at half, once and twice its learning rate; a
 method whose best rate is an outer one is run at the next one too, until it is not. What is compared
