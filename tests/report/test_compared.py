@@ -276,6 +276,25 @@ def test_the_page_has_the_settings_and_their_differences(grid_of):
 
 
 class TestPicture:
+    def test_a_method_that_is_far_off_does_not_press_the_others_into_a_point(self, grid_of):
+        def off(by):
+            return {
+                seed: {rank: value + by for rank, value in curve.items()}
+                for seed, curve in FLAGSHIP.items()
+            }
+
+        near = {f"near {by}": off(by) for by in (-1, 1, 2)}
+        *_, apart = plots.figure(grid_of({"prelort": FLAGSHIP, **near}), "").axes
+        assert apart.get_xscale() == "linear"
+        far = {**near, "far": off(500)}
+        *_, apart = plots.figure(grid_of({"prelort": FLAGSHIP, **far}), "").axes
+        assert apart.get_xscale() == "symlog"
+        places = apart.transData.transform([[-1, 0], [1, 0], [2, 0], [500, 0]])[:, 0]
+        width = places[-1] - places[0]
+        assert places[1] - places[0] > 0.2 * width
+        ticks = [float(label.get_text()) for label in apart.get_xticklabels()]
+        assert {0, 10, 100} <= set(ticks)
+
     def test_shows_curves_and_paired_differences(self, two):
         ranks, rounds, apart = plots.figure(two, "").axes
         bars = {b.get_label(): b for b in ranks.containers}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,9 @@ MOST_BARS = 6
 
 ASIDE = 0.12
 """How far apart the first and the last method's bars of a rank stand, in powers of two."""
+
+FAR = 5.0
+"""A difference that many times the median's needs an axis that is linear in the middle only."""
 
 Curve = Mapping[int, Spread]
 """Rank or round to the mean over seeds."""
@@ -167,6 +171,7 @@ def _draw_differences(
     rivals = [method for method in methods if method != grid.flagship]
     axes.axvline(0, color=GREY, linewidth=1.2)
     shown: list[str] = []
+    means: list[float] = []
     for method in rivals:
         found = [
             apart * words.factor
@@ -178,10 +183,20 @@ def _draw_differences(
             continue
         row, colour = len(shown), looks[method]["color"]
         shown.append(method)
+        means.append(abs(mean.mean))
         if mean.low is not None and mean.high is not None:
             axes.plot([mean.low, mean.high], [row, row], color=colour, linewidth=2.4)
         axes.plot(found, [row] * len(found), "|", color=colour, markersize=9)
         axes.plot([mean.mean], [row], **looks[method] | {"linestyle": ""})
+    middle = statistics.median(means) if means else 0.0
+    if middle > 0 and max(means) > FAR * middle:
+        # A method that is far off must not press the others into a point.
+        axes.set_xscale("symlog", linthresh=middle, linscale=2)
+        low, high = axes.get_xlim()
+        powers = [10.0**k for k in range(math.ceil(math.log10(middle)), 12)]
+        ticks = [0.0, *powers, *(-power for power in powers)]
+        shown_ticks = [tick for tick in ticks if low <= tick <= high]
+        axes.set_xticks(shown_ticks, [f"{tick:g}" for tick in shown_ticks])
     axes.set_yticks(range(len(shown)), [plain(method) for method in shown])
     axes.set_ylim(len(shown) - 0.4, -0.6)
     worse, better = "worse →", "← better"
