@@ -1,7 +1,7 @@
 """pass@1 on programming problems: greedy answers of an exported adapter, run in a sandbox.
 
     prelort run benchmarks/studies/code-mbpp.toml --out runs/studies/code-mbpp
-    python benchmarks/studies/pass_at_1.py runs/studies/code-mbpp [--problems 100]
+    python benchmarks/studies/pass_at_1.py runs/studies/code-mbpp [--problems 50]
 
 The rows are the base, the adapter at each rank, and, as a check of the runner itself, the problems'
 own solutions. A problem counts if the program with all its
@@ -46,10 +46,11 @@ def answers(model: Any, tokenizer: Any, prompts: list[str], most: int) -> list[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="the folder of a finished run")
-    parser.add_argument("--problems", type=int, default=100)
+    parser.add_argument("--problems", type=int, default=50)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     arguments = parser.parse_args()
     python = interpreter()
+    torch.set_num_threads(1)  # a model this small gains nothing from more
     folder = RunFolder(arguments.run)
     config = folder.read_config()
     lines = Path(str(config.data.test)).read_text(encoding="utf-8").splitlines()
