@@ -19,7 +19,8 @@ HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "studies"
 ORDER = (
     "claim-python", "claim-agnews", "claim-e2e", "cut-python", "ablation-python", "byun-lee-share",
-    "byun-lee-allocation", "tasks-superni", "settings-python", "settings-agnews", "settings-e2e",
+    "byun-lee-allocation", "tasks-superni", "settings-python", "step-python", "settings-agnews",
+    "settings-e2e",
 )  # fmt: skip
 PICTURES = HERE.parents[1] / "docs" / "pictures" / "results"
 KEPT = ("results.md", "*.csv", "study.toml")
