@@ -27,6 +27,8 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"<!-- (study|results): (.*?) -->\n.*?<!-- end -->", re.DOTALL)
 PERCENT = {"accuracy", "macro_f1"}
+GAP = "\u00a0"
+"""A space at which no line breaks."""
 
 
 def study_table(name: str, setting: str = "", metric: str = "perplexity", only: str = "") -> str:
@@ -41,18 +43,16 @@ def study_table(name: str, setting: str = "", metric: str = "perplexity", only: 
     ranks = [r for r in dict.fromkeys(row["at"] for row in rows) if _common(r, rows)]
     scale = 100 if metric in PERCENT else 1
     best = {at: _best(at, methods, of, metric) for at in ranks}
-    lines = [_line(["", *map(_head, ranks), "difference", "up, MB", "down, MB", "passes"])]
-    lines.append("|---" + "|---:" * (len(ranks) + 4) + "|")
+    lines = [_line(["", *map(_head, ranks), "difference", "MB up / down", "passes"])]
+    lines.append("|---" + "|---:" * (len(ranks) + 3) + "|")
     for method in methods:
         cells = [_mean(of.get((method, at)), scale, method in best[at]) for at in ranks]
         own = [row for row in costs if row["method"] == method and row["status"] == "finished"]
-        spent = [_cost(own, key, unit) for key, unit in COSTS]
+        traffic = f"{_cost(own, 'bytes_up', 1e6)}{GAP}/{GAP}{_cost(own, 'bytes_down', 1e6)}"
         apart = _difference(of.get((method, ranks[-1])), scale)
-        lines.append(_line([method, *cells, apart, *spent]))
+        name = method.replace(" ", GAP)
+        lines.append(_line([name, *cells, apart, traffic, _cost(own, "passes", 1.0)]))
     return "\n".join(lines)
-
-
-COSTS = (("bytes_up", 1e6), ("bytes_down", 1e6), ("passes", 1.0))
 
 
 def results_table(name: str) -> str:
@@ -94,8 +94,10 @@ def _best(
 def _mean(row: dict[str, str] | None, scale: float, best: bool) -> str:
     if row is None or not row["mean"]:
         return "–"
-    mean = f"{scale * float(row['mean']):.2f}"
-    spread = f" ± {scale * float(row['deviation']):.2f}" if row["deviation"] else ""
+    value = scale * float(row["mean"])
+    digits = 1 if abs(value) >= 10 else 2
+    mean = f"{value:.{digits}f}"
+    spread = f"{GAP}±{GAP}{scale * float(row['deviation']):.{digits}f}" if row["deviation"] else ""
     return (f"**{mean}**" if best else mean) + spread
 
 
@@ -103,8 +105,11 @@ def _difference(row: dict[str, str] | None, scale: float) -> str:
     if row is None or not row["difference"]:
         return "–"
     mean, *interval = (scale * float(row[key]) for key in ("difference", "low", "high") if row[key])
-    shown = f" [{interval[0]:+.2f}, {interval[1]:+.2f}]" if interval else ""
-    return f"{mean:+.2f}{shown}"
+    digits = 1 if abs(mean) >= 10 else 2
+    shown = ""
+    if interval:
+        shown = f"{GAP}[{interval[0]:+.{digits}f},{GAP}{interval[1]:+.{digits}f}]"
+    return f"{mean:+.{digits}f}{shown}"
 
 
 def _cost(rows: list[dict[str, str]], key: str, unit: float) -> str:
