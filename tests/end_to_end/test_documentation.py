@@ -77,7 +77,7 @@ def test_configuration_printed_is_the_embedded_default(capsys: pytest.CaptureFix
 def test_every_method_and_target_that_the_documentation_names_exists() -> None:
     makefile = (ROOT / "Makefile").read_text()
     readme = (ROOT / "README.md").read_text()
-    for target in re.findall(r"^    make (\w+)", readme, re.MULTILINE):
+    for target in re.findall(r"^    make ([\w-]+)", readme, re.MULTILINE):
         assert f"\n{target}:" in makefile
     from prelort.methods import REGISTRY
 

@@ -141,9 +141,13 @@ def test_a_site_gets_the_rows_that_its_part_in_the_run_needs(
 
 
 def test_measuring_at_clients_without_rows_of_their_own_is_refused(
-    make_config: Make, text_file: Path
+    make_config: Make, text_file: Path, tmp_path: Path
 ) -> None:
-    config = make_config(data={"test": str(text_file)}, evaluation={"at_clients": True})
+    given = make_config(data={"test": str(text_file)}, evaluation={"at_clients": True})
+    assert all(site.test for site in assemble(given).sites)  # its rows say whose they are
+    nameless = tmp_path / "test.txt"
+    nameless.write_text("\n".join(["a sentence of nobody"] * 4))
+    config = make_config(data={"test": str(nameless)}, evaluation={"at_clients": True})
     with pytest.raises(ConfigError, match="no client has test rows of its own to measure on"):
         assemble(config)
 

@@ -176,6 +176,8 @@ def test_an_interruption_ends_the_training_under_way(
         return real(*arguments, **more)
 
     monkeypatch.setattr(site, "train", noticed)
+    # A shell's background job ignores SIGINT, and Python then leaves it so.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def interrupt(event: dict[str, object]) -> None:
         if event["event"] == "round_started":
@@ -186,8 +188,11 @@ def test_an_interruption_ends_the_training_under_way(
         os.kill(os.getpid(), signal.SIGINT)
 
     started = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        prelort.run(config, tmp_path / "run", stage_of=InProcess(2), listeners=[interrupt])
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            prelort.run(config, tmp_path / "run", stage_of=InProcess(2), listeners=[interrupt])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert time.monotonic() - started < 60
     assert not [t for t in threading.enumerate() if t.name.startswith("client")]
 
