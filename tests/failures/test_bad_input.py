@@ -79,6 +79,10 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
         ["method.truncations=[2, 32]"],
         ["method.truncations: 32 is above the global adapter's rank 8"],
     ),
+    "truncation above the global rank that is not measured": (
+        ["method.truncations=[2, 32]", "evaluation.prefixes=[2]"],
+        ["method.truncations: 32 is above the global adapter's rank 8"],
+    ),
     "FedIT with mixed ranks": (
         ["method.name=fedit"],
         ["'fedit' needs one rank", "[2, 4, 8]", "'prelort'"],

@@ -144,6 +144,7 @@ def _with_tests(
     if test is None:
         trains, tests = _hold_out(seed, "hold-out", config.data.test_fraction, trains, names)
     else:
+        # The embedded test rows are those of all packages: of them only the clients' own count.
         embedded = config.data.source == EMBEDDED and config.data.test is None
         if not embedded or config.partition.by != "column":
             pooled = _draw(test, most, seed, "test")

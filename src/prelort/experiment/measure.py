@@ -150,11 +150,14 @@ def readouts(
 
 def prefixes(config: Config, levels: Sequence[int], rank: int) -> tuple[int, ...]:
     """The ranks to measure at. Raises `ConfigError` for one above the global adapter's."""
-    wanted = _wanted(config, levels)
-    if wanted[-1] > rank:
-        key = "evaluation.prefixes" if config.evaluation.prefixes else "method.truncations"
-        raise ConfigError(f"{key}: {wanted[-1]} is above the global adapter's rank {rank}")
-    return wanted
+    for key, ranks in (
+        ("evaluation.prefixes", config.evaluation.prefixes),
+        ("method.truncations", config.method.truncations),
+    ):
+        highest = max(ranks or (0,))
+        if highest > rank:
+            raise ConfigError(f"{key}: {highest} is above the global adapter's rank {rank}")
+    return _wanted(config, levels)
 
 
 def _wanted(config: Config, levels: Sequence[int]) -> tuple[int, ...]:

@@ -197,6 +197,7 @@ def _draw_differences(
         ticks = [0.0, *powers, *(-power for power in powers)]
         shown_ticks = [tick for tick in ticks if low <= tick <= high]
         axes.set_xticks(shown_ticks, [f"{tick:g}" for tick in shown_ticks])
+        axes.minorticks_off()
     axes.set_yticks(range(len(shown)), [plain(method) for method in shown])
     axes.set_ylim(len(shown) - 0.4, -0.6)
     worse, better = "worse →", "← better"
