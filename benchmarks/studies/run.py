@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "studies"
 ORDER = (
     "claim-python", "claim-agnews", "claim-e2e", "cut-python", "ablation-python", "byun-lee-share",
-    "byun-lee-allocation", "tasks-superni", "settings-python", "step-python", "settings-agnews",
+    "byun-lee-allocation", "tasks-superni", "settings-python", "sorted-python", "settings-agnews",
     "settings-e2e",
 )  # fmt: skip
 PICTURES = HERE.parents[1] / "docs" / "pictures" / "results"

@@ -85,6 +85,8 @@ def test_inner_product_norm_and_distance_equal_the_dense_ones(data, rule, seed):
     assert algebra.inner(x, y) == pytest.approx(inner, rel=1e-10, abs=1e-12 * size)
     assert algebra.norm(x) == pytest.approx(dense_norm(dx), rel=1e-10)
     assert algebra.distance(x, y) == pytest.approx(dense_norm(difference), rel=1e-10)
+    squared = algebra.squared_distance(x, y)
+    assert squared == pytest.approx(dense_norm(difference) ** 2, rel=1e-9)
 
 
 @quick

@@ -182,29 +182,47 @@ def partitioned_product(
 def stepped_product(
     previous: LoraAdapter,
     updates: Sequence[Update],
+    levels: Sequence[int],
     weighting: str,
     step: float,
     unchanged: float = 0.0,
 ) -> dict:
-    """Sorted PreLort: every slot's product plus its step times the mean change of its holders.
+    """Sorted PreLort: every segment's product plus its step times the mean change of its holders.
 
-    The step is ``m ** step``, m = N^2 / sum w_k^2 the number of holders counted by weight, times
-    the share of the weight that holds the slot to the power ``unchanged``.
+    The step is ``ratio ** step`` times the share of the weight that holds the segment to the power
+    ``unchanged``. The ratio is that of the holders' mean squared change to the square of the mean
+    change, over all layers; between 1 and N^2 / sum w_k^2, the number of holders by weight.
     """
-    weights, result = weights_of(updates, weighting), {}
-    for name, factors in previous.layers.items():
-        total = torch.zeros(factors.B.shape[0], factors.A.shape[1], dtype=torch.float64)
-        for j in range(factors.rank):
-            old = product(previous, name, j, j + 1)
-            holders = [k for k, u in enumerate(updates) if u.adapter.layers[name].rank > j]
-            share = sum(weights[k] for k in holders)
-            change = torch.zeros_like(old)
-            for k in holders:
-                change += weights[k] / share * (product(updates[k].adapter, name, j, j + 1) - old)
-            hands = share**2 / sum(weights[k] ** 2 for k in holders) if holders else 1.0
-            total += old + hands**step * (share / sum(weights)) ** unchanged * change
-        result[name] = total
+    weights = weights_of(updates, weighting)
+    ends = sorted({*levels, *(update.adapter.rank for update in updates), previous.rank})
+    result = {name: torch.zeros_like(product(previous, name)) for name in previous.layers}
+    for low, high in itertools.pairwise([0, *ends]):
+        holders = [k for k, update in enumerate(updates) if update.adapter.rank >= high]
+        share = sum(weights[k] for k in holders)
+        names = [name for name, factors in previous.layers.items() if factors.rank > low]
+        old = {name: product(previous, name, low, high) for name in names}
+        changes = {
+            k: {name: product(updates[k].adapter, name, low, high) - old[name] for name in names}
+            for k in holders
+        }
+        mean = {
+            name: sum((weights[k] / share * changes[k][name] for k in holders), 0 * old[name])
+            for name in names
+        }
+        eta = 1.0
+        if holders:
+            hands = share**2 / sum(weights[k] ** 2 for k in holders)
+            lengths = sum(weights[k] / share * squared_length(changes[k]) for k in holders)
+            ratio = min(lengths / squared_length(mean), hands)
+            eta = max(ratio, 1.0) ** step * (share / sum(weights)) ** unchanged
+        for name in names:
+            result[name] += old[name] + eta * mean[name]
     return result
+
+
+def squared_length(matrices: Mapping[str, torch.Tensor]) -> float:
+    """The squared Frobenius norm over all layers."""
+    return sum(float(matrix.square().sum()) for matrix in matrices.values())
 
 
 def best_of_rank(matrix: torch.Tensor, rank: int) -> torch.Tensor:

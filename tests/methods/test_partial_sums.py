@@ -269,19 +269,29 @@ def test_segments_are_compressed_without_loss_when_they_outgrow_a_layer(name):
         expected = partitioned_product(start.adapter, updates, [2, 5, 8], "examples")
     else:
         options = method.options
-        expected = stepped_product(start.adapter, updates, "examples", options.step)
+        expected = stepped_product(start.adapter, updates, [2, 5, 8], "examples", options.step)
     assert_near(found, expected)
 
 
 def test_a_reply_between_two_levels_divides_a_segment():
     drawn = replies([(8, 2), (3, 5), (6, 1)], 4)
-    sums = SegmentSums([2], 8)
+    before = random_adapter(8, 9)
+    sums = SegmentSums([2], 8, before)
     for update in drawn:
         sums.add(update.adapter, float(update.examples))
     ends = [(segment.low, segment.high) for segment in sums.segments]
     assert ends == [(0, 2), (2, 3), (3, 6), (6, 8)]
     assert [segment.products.total for segment in sums.segments] == [8, 8, 3, 2]
     assert [segment.squares for segment in sums.segments] == [30, 30, 5, 4]
+    for segment in sums.segments:
+        old = dense(between(before, segment.low, segment.high))
+        moved = sum(
+            u.examples * float((matrix - old[name]).square().sum())
+            for u in drawn
+            if u.adapter.rank >= segment.high
+            for name, matrix in dense(between(u.adapter, segment.low, segment.high)).items()
+        )
+        assert segment.moved == pytest.approx(moved, rel=1e-5)
     means = [segment.products.mean() for segment in sums.segments]
     for name, matrix in dense(summed(means)).items():
         expected = 0.0

@@ -444,15 +444,15 @@ def test_raflora_averages_each_partition_over_its_holders(ranks, own, rule, weig
     "weights, options",
     [
         ("examples", {"step": 0.0}),
-        ("uniform", {"step": 0.4}),
+        ("uniform", {}),
         ("examples", {"step": 0.2, "unchanged": 0.5}),
         ("examples", {"step": 0.5, "momentum": 0.6}),
         ("uniform", {"step": 0.2, "averaging": 0.3}),
-        ("examples", {"momentum": 0.5, "averaging": 0.5, "unchanged": 1.0}),
+        ("examples", {"momentum": 0.5, "averaging": 0.5, "unchanged": 1.0, "step": 0.3}),
     ],
     ids=str,
 )
-def test_prelort_sorted_moves_each_slot_by_the_mean_change_of_its_holders(
+def test_prelort_sorted_moves_each_segment_by_the_mean_change_of_its_holders(
     weights, options, own, rule
 ):
     """Three rounds; in all but the first there are slots that nobody holds."""
@@ -463,7 +463,7 @@ def test_prelort_sorted_moves_each_slot_by_the_mean_change_of_its_holders(
     for number, ranks in enumerate([RANKS, [5, 2], [2, 5, 5]]):
         updates = replies(method, state, clients_of(ranks), seed=10 * number)
         after = aggregate(method, state, updates)
-        expected = stepped_product(state.adapter, updates, weights, step, unchanged)
+        expected = stepped_product(state.adapter, updates, LEVELS, weights, step, unchanged)
         if momentum:
             before = dense(state.adapter)
             change = {n: matrix - before[n] for n, matrix in expected.items()}

@@ -5,24 +5,31 @@ take part have made of it. Here the server works on products, on changes, and so
 
     Delta W  <-  Delta W + sum_j eta_j sum_{k: r_k >= j} (w_k / N_j) (P_kj - P_j)
 
-    N_j = sum_{k: r_k >= j} w_k,   m_j = N_j^2 / sum_{k: r_k >= j} w_k^2,   eta_j = m_j ** step
+    N_j = sum_{k: r_k >= j} w_k,   m_j = N_j^2 / sum_{k: r_k >= j} w_k^2
 
 with P_j = s B_j A_j the product of slot j as it was broadcast and P_kj as client k returned it. A
-slot that a client lacks is no change there. The mean of m independent changes is shorter than each
-of them, so a slot's step grows with the number m_j of clients (counted by weight) that share it:
-the prefix, in many hands, moves on quickly, the tail of a single client is not extrapolated. The
-sum is a stack of factors; its SVD at the global rank becomes the new adapter, the singular values
-split evenly. So the slots are sorted by strength after every round, whoever trained them, and any
-prefix is the best approximation of its rank.
+slot that a client lacks is no change there. The sum is a stack of factors; its SVD at the global
+rank becomes the new adapter, the singular values split evenly. So the slots are sorted by strength
+after every round, whoever trained them, and any prefix is the best approximation of its rank.
 
 Clients of a lower rank train at a higher rate, (R / r) ** 0.4 times the highest rank's
 (`training.rank_exponent`): with one scale for all ranks, fewer slots move the function less.
 
-With ``step = 0``, one rate for all and a holder of every slot this is raFLoRA (arXiv 2602.13486).
-The other options span the family that was tried, each off by default since none of them helped:
-``unchanged`` (a missing vote counts as 'no change': eta_j times N_j's share of the weight to this
-power), ``momentum`` of the server, ``averaging`` over rounds, and ``presence`` (the share of rounds
-in which a client trains its prefix with the slots above it folded into its base).
+With one rate for all and a holder of every slot this is raFLoRA (arXiv 2602.13486): ours is the
+rate by rank. The options span the family that was tried, each off by default since none of them
+helped. ``step``: the mean of several changes is shorter than each of them, the more the less they
+agree, and the step eta_j of a segment can make up for that. With D_k the changes of its holders and
+D their mean,
+
+    eta = min( mean_k |D_k|^2 / |D|^2 , m ) ** step
+
+is 1 where all agree, and where one client holds a segment alone; step = 1/2 gives the mean change
+the length of a single one (their root mean square), a step between goes part of the way. FedExP
+(arXiv 2301.09604) extrapolates by the same ratio. m, the number of holders by weight, is what
+unrelated changes give: those against each other are not stretched further. ``unchanged``: a
+missing vote counts as 'no change' (eta_j times N_j's share of the weight to this power).
+``momentum`` of the server, ``averaging`` over rounds, and ``presence`` (the share of rounds in
+which a client trains its prefix with the slots above it folded into its base).
 """
 
 from __future__ import annotations
@@ -36,7 +43,7 @@ from pydantic import Field
 from torch import Tensor
 
 from prelort.adapters import LoraAdapter
-from prelort.adapters.algebra import best_approximation, concatenate
+from prelort.adapters.algebra import best_approximation, concatenate, squared_distance
 from prelort.config import Section
 from prelort.methods.flexlora import cut
 from prelort.methods.interface import Broadcast, Client, ServerState, Update
@@ -64,7 +71,7 @@ VELOCITY, AVERAGE = "velocity", "average"
 class SortedOptions(Section):
     """``[method.options.prelort-sorted]``."""
 
-    step: Annotated[float, Field(ge=0.0, le=0.5)] = 0.4
+    step: Annotated[float, Field(ge=0.0, le=0.5)] = 0.0
     unchanged: Share = 0.0
     momentum: Decay = 0.0
     averaging: Decay = 0.0
@@ -117,7 +124,8 @@ class Changes:
         self.weight = weight
         self.options = options
         self.seed = seed
-        self.sums = SegmentSums(levels, state.adapter.rank)
+        before = state.adapter if options.step > 0 else None
+        self.sums = SegmentSums(levels, state.adapter.rank, before)
 
     def add(self, update: Update) -> None:
         """Fold in a reply's product, segment by segment."""
@@ -150,17 +158,20 @@ class Changes:
             if mean is None:
                 parts.append(before)
                 continue
-            eta = step(segment, self.sums.total, self.options)
+            eta = stretch(segment, mean, self.options.step)
+            eta *= (segment.products.total / self.sums.total) ** self.options.unchanged
             parts += [before.scaled(1 - eta), mean.scaled(eta)]
             extras = mean.extras or extras
         return summed(parts), extras
 
 
-def step(segment: Segment, total: float, options: SortedOptions) -> float:
-    """The eta of a segment that somebody holds; ``total`` is the weight of all replies."""
-    held = segment.products.total
-    hands = held**2 / segment.squares
-    return float(hands**options.step * (held / total) ** options.unchanged)
+def stretch(segment: Segment, mean: LoraAdapter, step: float) -> float:
+    """How many times its mean change a segment moves that somebody holds; 1 where nothing moved."""
+    if segment.before is None:
+        return 1.0
+    held, moved = segment.products.total, squared_distance(mean, segment.before)
+    ratio = min(segment.moved / held / moved, held**2 / segment.squares) if moved > 0 else 1.0
+    return float(max(ratio, 1.0) ** step)
 
 
 def _with_momentum(

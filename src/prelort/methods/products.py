@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from prelort.adapters import Factors, LoraAdapter, ScaleRule
-from prelort.adapters.algebra import compressed, concatenate
+from prelort.adapters.algebra import compressed, concatenate, squared_distance
 from prelort.errors import AdapterError
 from prelort.methods.interface import Broadcast, Client, ServerState
 from prelort.methods.prefix import PrefixMethod
@@ -87,12 +87,25 @@ class ProductSum:
 
 @dataclass
 class Segment:
-    """Slots low + 1 to high: the products of those who hold them, the sum of squared weights."""
+    """Slots low + 1 to high: the products of those who hold them.
+
+    Besides, the sum of the squared weights, and that of the weighted squared distances of the
+    products from ``before``, where it is known.
+    """
 
     low: int
     high: int
+    before: LoraAdapter | None = None
     products: ProductSum = field(default_factory=ProductSum)
     squares: float = 0.0
+    moved: float = 0.0
+
+    def add(self, part: LoraAdapter, weight: float) -> None:
+        """Fold in a holder's product of these slots."""
+        self.products.add(part, weight)
+        self.squares += weight**2
+        if self.before is not None:
+            self.moved += weight * squared_distance(part, self.before)
 
 
 class SegmentSums:
@@ -100,12 +113,18 @@ class SegmentSums:
 
     So the weight of a segment is one number, and no reply has to be kept until it is known. The
     configured ``levels`` cut the slots up to ``rank`` into segments; a reply of another rank
-    divides one. Extras are those of the first segment, which everyone holds.
+    divides one. Extras are those of the first segment, which everyone holds. With ``before``, the
+    adapter that was broadcast, segments also sum how far the replies have moved.
     """
 
-    def __init__(self, levels: Sequence[int], rank: int) -> None:
+    def __init__(self, levels: Sequence[int], rank: int, before: LoraAdapter | None = None) -> None:
         cuts = [0, *sorted({level for level in levels if level < rank}), rank]
-        self.segments = [Segment(low, high) for low, high in itertools.pairwise(cuts)]
+        self.before = None if before is None else before.to(torch.float32)
+        self.segments = [self._segment(low, high) for low, high in itertools.pairwise(cuts)]
+
+    def _segment(self, low: int, high: int) -> Segment:
+        before = self.before
+        return Segment(low, high, None if before is None else between(before, low, high))
 
     @property
     def total(self) -> float:
@@ -123,8 +142,7 @@ class SegmentSums:
         self._cut(adapter.rank)
         for segment in self.segments:
             if segment.high <= adapter.rank:
-                segment.products.add(between(adapter, segment.low, segment.high), weight)
-                segment.squares += weight**2
+                segment.add(between(adapter, segment.low, segment.high), weight)
 
     def _cut(self, rank: int) -> None:
         """Make this rank the end of a segment."""
@@ -136,11 +154,10 @@ class SegmentSums:
                         f"{whole.low + 1} to {whole.high}, which are summed already"
                     )
                 width = rank - whole.low
-                halves = Segment(whole.low, rank), Segment(rank, whole.high)
+                halves = self._segment(whole.low, rank), self._segment(rank, whole.high)
                 for part, weight in zip(whole.products.parts, whole.products.weights, strict=True):
                     for half, ends in zip(halves, ((0, width), (width, part.rank)), strict=True):
-                        half.products.add(between(part, *ends), weight)
-                        half.squares += weight**2
+                        half.add(between(part, *ends), weight)
                 self.segments[place : place + 1] = halves
 
 

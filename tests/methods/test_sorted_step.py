@@ -1,0 +1,88 @@
+"""The step of prelort-sorted: how far the mean change is stretched."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rounds import aggregate
+
+from prelort.adapters import Factors, LoraAdapter, ScaleRule
+from prelort.adapters.algebra import distance, norm
+from prelort.config import MethodConfig
+from prelort.methods import Client, ServerState, Update, build
+from random_adapters import random_adapter
+
+SIZE = 12
+SCALE = ScaleRule("constant", 1.0)
+
+
+def one(direction, length, rank=4):
+    """An adapter whose product is ``length`` at one place of the diagonal."""
+    a, b = torch.zeros(rank, SIZE), torch.zeros(SIZE, rank)
+    a[0, direction] = b[direction, 0] = 1.0
+    return LoraAdapter({"layer": Factors(a, b * length)}, SCALE)
+
+
+def after(start, adapters, examples=None, **options):
+    """The server's adapter after these replies, and the change that it is."""
+    method = build(MethodConfig(name="prelort-sorted", options={"prelort-sorted": options}), [4], 0)
+    counts = examples or [1] * len(adapters)
+    updates = [
+        Update(Client(f"k{i}", adapter.rank, count), adapter, count)
+        for i, (adapter, count) in enumerate(zip(adapters, counts, strict=True))
+    ]
+    return aggregate(method, ServerState(start), updates).adapter
+
+
+@pytest.mark.parametrize("many", [1, 2, 7])
+def test_a_change_on_which_all_agree_is_not_stretched(many):
+    shape = {"layer": (SIZE, SIZE)}
+    start = random_adapter(4, 1, scale=SCALE, dimensions=shape, extras=False)
+    moved = random_adapter(4, 2, scale=SCALE, dimensions=shape, extras=False)
+    found = after(start, [moved] * many, step=0.5)
+    assert distance(found, moved) < 1e-5 * norm(moved)
+
+
+@pytest.mark.parametrize("many", [2, 3, 4])
+@pytest.mark.parametrize("step, power", [(None, 0.0), (0.5, 0.5), (0.4, 0.4), (0.0, 0.0)])
+def test_the_mean_of_unrelated_changes_gets_the_length_of_one(many, step, power):
+    """Its own is 1 / sqrt(m) of that; with a smaller step it gets a part of it."""
+    start = one(0, 0.0)
+    options = {} if step is None else {"step": step}
+    found = after(start, [one(1 + k, 2.0) for k in range(many)], **options)
+    assert norm(found) == pytest.approx(2.0 / math.sqrt(many) * many**power, rel=1e-5)
+
+
+def test_changes_against_each_other_are_stretched_no_further_than_unrelated_ones():
+    """Two clients cancel each other but for 1 % of their change: 100 times the mean is too far."""
+    start = one(0, 0.0)
+    found = after(start, [one(1, 2.0), one(1, -1.96)], step=0.5)
+    assert norm(found) == pytest.approx(0.02 * math.sqrt(2), rel=1e-4)
+
+
+def test_hands_are_counted_by_weight():
+    """One client that outweighs the others counts for little more than one."""
+    found = after(one(0, 0.0), [one(1, 1.0), one(1, -0.9)], examples=[9, 1], step=0.5)
+    assert norm(found) == pytest.approx(0.81 * math.sqrt(100 / 82), rel=1e-5)
+
+
+def test_replies_that_changed_nothing_leave_all_as_it_was():
+    start = one(0, 3.0)
+    assert distance(after(start, [start, start], step=0.5), start) < 1e-6
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    lengths=st.lists(st.floats(-3, 3), min_size=1, max_size=6),
+    places=st.lists(st.integers(1, 3), min_size=6, max_size=6),
+)
+def test_the_step_is_never_longer_than_the_clients_own(lengths, places):
+    """Nor shorter than the mean of their changes."""
+    start = one(0, 1.0)
+    adapters = [one(place, length) for place, length in zip(places, lengths, strict=False)]
+    own = math.sqrt(sum(distance(adapter, start) ** 2 for adapter in adapters) / len(adapters))
+    plain = distance(after(start, adapters, step=0.0), start)
+    moved = distance(after(start, adapters, step=0.5), start)
+    assert plain * (1 - 1e-4) - 1e-5 <= moved <= own * (1 + 1e-4) + 1e-5
