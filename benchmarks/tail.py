@@ -54,7 +54,7 @@ SORTED = "method.options.prelort-sorted"
 FAMILY = {
     "as it is": [],
     "one rate for all": ["training.rank_exponent=0"],
-    "step=0": [f"{SORTED}.step=0"],
+    "step=0.25": [f"{SORTED}.step=0.25"],
     "step=0.5": [f"{SORTED}.step=0.5"],
     "unchanged=1": [f"{SORTED}.unchanged=1"],
     "momentum=0.5": [f"{SORTED}.momentum=0.5"],

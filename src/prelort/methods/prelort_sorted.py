@@ -3,9 +3,9 @@
 Averaging slots lets a tail segment become whatever the one or two clients who hold it and happen to
 take part have made of it. Here the server works on products, on changes, and sorts:
 
-    Delta W  <-  Delta W + sum_j eta_j sum_{k: r_k >= j} (w_k / N_j) (P_kj - P_j)
+    Delta W  <-  Delta W + sum_j sum_{k: r_k >= j} (w_k / N_j) (P_kj - P_j)
 
-    N_j = sum_{k: r_k >= j} w_k,   m_j = N_j^2 / sum_{k: r_k >= j} w_k^2
+    N_j = sum_{k: r_k >= j} w_k
 
 with P_j = s B_j A_j the product of slot j as it was broadcast and P_kj as client k returned it. A
 slot that a client lacks is no change there. The sum is a stack of factors; its SVD at the global
@@ -18,18 +18,18 @@ Clients of a lower rank train at a higher rate, (R / r) ** 0.4 times the highest
 With one rate for all and a holder of every slot this is raFLoRA (arXiv 2602.13486): ours is the
 rate by rank. The options span the family that was tried, each off by default since none of them
 helped. ``step``: the mean of several changes is shorter than each of them, the more the less they
-agree, and the step eta_j of a segment can make up for that. With D_k the changes of its holders and
-D their mean,
+agree, and a step of a segment beyond its mean D can make up for that. With D_k the changes of its
+holders, weighted as above,
 
-    eta = min( mean_k |D_k|^2 / |D|^2 , m ) ** step
+    eta = min( mean_k |D_k|^2 / |D|^2 , m ) ** step,   m = N^2 / sum_k w_k^2
 
 is 1 where all agree, and where one client holds a segment alone; step = 1/2 gives the mean change
 the length of a single one (their root mean square), a step between goes part of the way. FedExP
-(arXiv 2301.09604) extrapolates by the same ratio. m, the number of holders by weight, is what
+(arXiv 2301.09604) extrapolates by half that ratio. m, the number of holders by weight, is what
 unrelated changes give: those against each other are not stretched further. ``unchanged``: a
-missing vote counts as 'no change' (eta_j times N_j's share of the weight to this power).
-``momentum`` of the server, ``averaging`` over rounds, and ``presence`` (the share of rounds in
-which a client trains its prefix with the slots above it folded into its base).
+missing vote counts as 'no change' (a slot's change times N_j's share of all weight to this
+power). ``momentum`` of the server, ``averaging`` over rounds, and ``presence`` (the share of rounds
+in which a client trains its prefix with the slots above it folded into its base).
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class PreLortSorted(ProductMethod):
         return Broadcast(rescaled(whole, client.rank), frozen=frozen)
 
     def aggregator(self, state: ServerState) -> Changes:
-        """The mean change of each slot, with its step, sorted into the new adapter."""
+        """The mean change of each slot, sorted into the new adapter."""
         weight = weighting(self.config.weights)
         return Changes(state, weight, self.levels, self.options, self.seed)
 
@@ -110,7 +110,7 @@ class PreLortSorted(ProductMethod):
 
 
 class Changes:
-    """The sum of each segment's products; its step is taken when its holders are known."""
+    """The sum of each segment's products; what becomes of it hangs on who holds it."""
 
     def __init__(
         self,
@@ -146,9 +146,10 @@ class Changes:
         return ServerState(adapter, state.round + 1, memory)
 
     def _moved(self) -> tuple[LoraAdapter, Mapping[str, Tensor]]:
-        """The stack whose product is the old product with every slot's step taken; the extras.
+        """The stack whose product is the old product with every slot's change; the extras.
 
-        A slot keeps ``1 - eta`` of its old product and takes ``eta`` times its holders' mean.
+        A slot takes ``eta`` times its holders' mean and keeps ``1 - eta`` of its old product, which
+        is nothing by default: then it is left out, since slots of zeros make the SVD slow.
         """
         old, parts = self.state.adapter, []
         extras: Mapping[str, Tensor] = {}
@@ -160,7 +161,7 @@ class Changes:
                 continue
             eta = stretch(segment, mean, self.options.step)
             eta *= (segment.products.total / self.sums.total) ** self.options.unchanged
-            parts += [before.scaled(1 - eta), mean.scaled(eta)]
+            parts += [mean] if eta == 1 else [before.scaled(1 - eta), mean.scaled(eta)]
             extras = mean.extras or extras
         return summed(parts), extras
 

@@ -1,0 +1,69 @@
+"""Which clients does allocation by loss raise to the high rank? What byun-lee-allocation has told.
+
+    python benchmarks/studies/raised.py [runs/studies/byun-lee-allocation]
+        [--rows runs/studies/data/ag_news/clients.jsonl]
+
+For each seed: how many clients were raised, how many of them are among the ten of balanced topics,
+and the share that the commonest topic has of a client's rows, on average, among the raised, the
+balanced ten, and all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from prelort.experiment.folder import RunFolder
+from prelort.report import events
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import report
+
+BALANCED = {f"c{number:02}" for number in range(10)}
+"""As `prepare.py` deals them."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    study = Path("runs/studies/byun-lee-allocation")
+    parser.add_argument("study", type=Path, nargs="?", default=study)
+    parser.add_argument(
+        "--rows", type=Path, default=Path("runs/studies/data/ag_news/clients.jsonl")
+    )
+    arguments = parser.parse_args()
+    topics: dict[str, Counter[str]] = {}
+    for line in arguments.rows.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        topics.setdefault(row["client"], Counter())[row["label"]] += 1
+    rows = []
+    for run in sorted((arguments.study / "cells" / "by-loss").glob("seed-*")):
+        told = events.settled(events.read(RunFolder(run).metrics_file))
+        raised = [event["client"] for event in told if event["event"] == "rank_changed"]
+        row = {
+            "seed": run.name.removeprefix("seed-"),
+            "raised": len(raised),
+            "of them balanced": len(BALANCED & set(raised)),
+            "commonest topic of the raised, %": commonest(topics, raised),
+            "of the balanced": commonest(topics, BALANCED),
+            "of all": commonest(topics, topics),
+        }
+        rows.append(row)
+    if not rows:
+        raise SystemExit(f"{str(arguments.study)!r} has no cells of 'by loss': run it first")
+    facts = {"command": f"python benchmarks/studies/raised.py {arguments.study}"}
+    report("studies_raised", "who is raised by loss", rows, facts)
+
+
+def commonest(topics: dict[str, Counter[str]], clients: Iterable[str]) -> str:
+    """The mean share of a client's commonest topic."""
+    shares = [max(topics[name].values()) / topics[name].total() for name in clients]
+    return f"{100 * statistics.mean(shares):.0f}"
+
+
+if __name__ == "__main__":
+    main()
