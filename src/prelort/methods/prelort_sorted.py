@@ -172,7 +172,7 @@ def stretch(segment: Segment, mean: LoraAdapter, step: float) -> float:
         return 1.0
     held, moved = segment.products.total, squared_distance(mean, segment.before)
     ratio = min(segment.moved / held / moved, held**2 / segment.squares) if moved > 0 else 1.0
-    return float(max(ratio, 1.0) ** step)
+    return float(ratio**step)
 
 
 def _with_momentum(
