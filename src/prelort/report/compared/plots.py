@@ -193,8 +193,11 @@ def _draw_differences(
         # A method that is far off must not press the others into a point.
         axes.set_xscale("symlog", linthresh=middle, linscale=2)
         low, high = axes.get_xlim()
-        powers = [10.0**k for k in range(math.ceil(math.log10(middle)), 12)]
-        ticks = [0.0, *powers, *(-power for power in powers)]
+        powers = [10.0**k for k in range(math.floor(math.log10(middle)), 12)]
+        near = [step * power for power in powers for step in (1, 2, 5)]
+        sizes = [size for size in near if middle / 2 <= size <= 2 * middle]
+        sizes += [power for power in powers if power > 2 * middle]
+        ticks = [0.0, *sizes, *(-size for size in sizes)]
         shown_ticks = [tick for tick in ticks if low <= tick <= high]
         axes.set_xticks(shown_ticks, [f"{tick:g}" for tick in shown_ticks])
         axes.minorticks_off()
@@ -206,7 +209,7 @@ def _draw_differences(
     sides = f"{better}   {worse}" if not words.higher_is_better else f"{worse}   {better}"
     unit = f" ({words.unit})" if words.unit else ""
     axes.set_xlabel(f"{sides} than {plain(grid.flagship)}{unit}")
-    finish(axes, f"AURAC less {plain(grid.flagship)}'s, {CONFIDENCE:.0%} interval")
+    finish(axes, f"Difference in AURAC, {CONFIDENCE:.0%} interval")
 
 
 def _curve(found: Mapping[int, Sequence[float]], words: Wording) -> dict[int, Spread]:
