@@ -36,6 +36,16 @@ def read(cells: Path, metric: str) -> Found:
     return found
 
 
+def table(found: Found) -> list[dict[str, Any]]:
+    """A row for each task, and one for their mean."""
+    methods = sorted({method for values in found.values() for method in values})
+    rows: list[dict[str, Any]] = []
+    for task, values in sorted(found.items()):
+        rows.append({"task": task, **{m: _text(values.get(m, [])) for m in methods}})
+    means = {m: [statistics.mean(seed) for seed in _by_seed(found, m)] for m in methods}
+    return [*rows, {"task": "mean of the tasks", **{m: _text(means[m]) for m in methods}}]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", type=Path, nargs="?", default=Path("runs/studies/tasks-superni"))
@@ -44,14 +54,8 @@ def main() -> None:
     found = read(arguments.study / "cells", arguments.metric)
     if not found:
         raise SystemExit(f"no client measured {arguments.metric!r} in {str(arguments.study)!r}")
-    methods = sorted({method for values in found.values() for method in values})
-    rows: list[dict[str, Any]] = []
-    for task, values in sorted(found.items()):
-        rows.append({"task": task, **{m: _text(values.get(m, [])) for m in methods}})
-    means = {m: [statistics.mean(v) for v in _by_seed(found, m)] for m in methods}
-    rows.append({"task": "mean of the tasks", **{m: _text(means[m]) for m in methods}})
     facts = {"command": f"python benchmarks/studies/by_task.py {arguments.study}"}
-    report("studies_tasks", f"{arguments.metric} of each client's task", rows, facts)
+    report("studies_tasks", f"{arguments.metric} of each client's task", table(found), facts)
 
 
 def _by_seed(found: Found, method: str) -> list[tuple[float, ...]]:

@@ -15,8 +15,9 @@ import json
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from pathlib import Path
+from typing import Any
 
 from prelort.experiment.folder import RunFolder
 from prelort.report import events
@@ -28,6 +29,28 @@ BALANCED = {f"c{number:02}" for number in range(10)}
 """As `prepare.py` deals them."""
 
 
+def table(study: Path, rows: Path, balanced: Set[str] = BALANCED) -> list[dict[str, Any]]:
+    """A row for each seed."""
+    topics: dict[str, Counter[str]] = {}
+    for line in rows.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        topics.setdefault(row["client"], Counter())[row["label"]] += 1
+    found = []
+    for run in sorted((study / "cells" / "by-loss").glob("seed-*")):
+        told = events.settled(events.read(RunFolder(run).metrics_file))
+        raised = [event["client"] for event in told if event["event"] == "rank_changed"]
+        row = {
+            "seed": run.name.removeprefix("seed-"),
+            "raised": len(raised),
+            "of them balanced": len(balanced & set(raised)),
+            "commonest topic of the raised, %": commonest(topics, raised),
+            "of the balanced": commonest(topics, balanced),
+            "of all": commonest(topics, topics),
+        }
+        found.append(row)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     study = Path("runs/studies/byun-lee-allocation")
@@ -36,23 +59,7 @@ def main() -> None:
         "--rows", type=Path, default=Path("runs/studies/data/ag_news/clients.jsonl")
     )
     arguments = parser.parse_args()
-    topics: dict[str, Counter[str]] = {}
-    for line in arguments.rows.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        topics.setdefault(row["client"], Counter())[row["label"]] += 1
-    rows = []
-    for run in sorted((arguments.study / "cells" / "by-loss").glob("seed-*")):
-        told = events.settled(events.read(RunFolder(run).metrics_file))
-        raised = [event["client"] for event in told if event["event"] == "rank_changed"]
-        row = {
-            "seed": run.name.removeprefix("seed-"),
-            "raised": len(raised),
-            "of them balanced": len(BALANCED & set(raised)),
-            "commonest topic of the raised, %": commonest(topics, raised),
-            "of the balanced": commonest(topics, BALANCED),
-            "of all": commonest(topics, topics),
-        }
-        rows.append(row)
+    rows = table(arguments.study, arguments.rows)
     if not rows:
         raise SystemExit(f"{str(arguments.study)!r} has no cells of 'by loss': run it first")
     facts = {"command": f"python benchmarks/studies/raised.py {arguments.study}"}

@@ -41,6 +41,7 @@ def study_table(name: str, setting: str = "", metric: str = "perplexity", only: 
     of = {(row["method"], row["at"]): row for row in rows}
     # A rank that few methods were measured at (the size of FLoRA's stack) has no column.
     ranks = [r for r in dict.fromkeys(row["at"] for row in rows) if _common(r, rows)]
+    compared = "AURAC" if "AURAC" in ranks else ranks[-1]
     scale = 100 if metric in PERCENT else 1
     best = {at: _best(at, methods, of, metric) for at in ranks}
     lines = [_line(["", *map(_head, ranks), "difference", "MB up / down", "passes"])]
@@ -49,7 +50,7 @@ def study_table(name: str, setting: str = "", metric: str = "perplexity", only: 
         cells = [_mean(of.get((method, at)), scale, method in best[at]) for at in ranks]
         own = [row for row in costs if row["method"] == method and row["status"] == "finished"]
         traffic = f"{_cost(own, 'bytes_up', 1e6)}{GAP}/{GAP}{_cost(own, 'bytes_down', 1e6)}"
-        apart = _difference(of.get((method, ranks[-1])), scale)
+        apart = _difference(of.get((method, compared)), scale)
         name = method.replace(" ", GAP)
         lines.append(_line([name, *cells, apart, traffic, _cost(own, "passes", 1.0)]))
     return "\n".join(lines)

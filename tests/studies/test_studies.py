@@ -19,7 +19,9 @@ ROOT = Path(__file__).parents[2]
 STUDIES = ROOT / "benchmarks" / "studies"
 sys.path.insert(0, str(STUDIES))
 
+import by_task  # noqa: E402
 import prepare  # noqa: E402
+import raised  # noqa: E402
 import run  # noqa: E402
 import sandbox  # noqa: E402
 import tables  # noqa: E402
@@ -242,6 +244,53 @@ class TestRates:
         assert tune.value_of("homogeneous-max", curve, "accuracy") == 20.0
 
 
+class TestReadFromRuns:
+    @staticmethod
+    def told(folder: Path, *events: dict[str, Any]) -> None:
+        folder.mkdir(parents=True)
+        lines = [json.dumps(event) + "\n" for event in events]
+        (folder / "metrics.jsonl").write_text("".join(lines))
+
+    def test_a_metric_task_by_task_is_what_the_clients_measured_last(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def measured(round_: int, **values: float) -> dict[str, Any]:
+            clients = {
+                task: {"rank": 4, "examples": 2, "metrics": {"rouge_l": value}}
+                for task, value in values.items()
+            }
+            return {"event": "evaluated_at_clients", "round": round_, "clients": clients}
+
+        cells = tmp_path / "cells"
+        for seed, values in enumerate([(10.0, 1.0), (20.0, 3.0)]):
+            folder = cells / "prelort" / f"seed-{seed}"
+            self.told(folder, measured(1, a=99.0, b=99.0), measured(2, a=values[0], b=values[1]))
+        self.told(cells / "zero-padding" / "seed-0", measured(2, a=5.0, b=7.0))
+        found = by_task.read(cells, "rouge_l")
+        assert found == {
+            "a": {"prelort": [10.0, 20.0], "zero-padding": [5.0]},
+            "b": {"prelort": [1.0, 3.0], "zero-padding": [7.0]},
+        }
+        assert by_task.read(cells, "accuracy") == {}
+        rows = by_task.table(found)
+        assert rows[0] == {"task": "a", "prelort": "15.0 (7.1)", "zero-padding": "5.0"}
+        assert rows[-1]["prelort"] == "8.5 (4.2)"
+
+    def test_who_was_raised(self, tmp_path: Path) -> None:
+        rows = tmp_path / "clients.jsonl"
+        labels = {"c00": "wxyz", "c01": "wwxy", "c10": "wwww", "c11": "wwwx"}
+        lines = [
+            json.dumps({"client": name, "label": label}) + "\n"
+            for name, own in labels.items()
+            for label in own
+        ]
+        rows.write_text("".join(lines))
+        changed = [{"event": "rank_changed", "round": 1, "client": c} for c in ("c10", "c01")]
+        self.told(tmp_path / "cells" / "by-loss" / "seed-3", *changed)
+        (row,) = raised.table(tmp_path, rows, balanced={"c00", "c01"})
+        assert list(row.values()) == ["3", 2, 1, "75", "38", "62"]
+
+
 class TestTables:
     def test_every_table_in_the_documentation_is_what_was_kept(self) -> None:
         found = 0
@@ -263,6 +312,8 @@ class TestTables:
             ",prelort,accuracy,AURAC,3,0.5,0.01,prelort,0,,,\n"
             ",other,accuracy,AURAC,3,0.625,0.02,prelort,3,0.125,0.1,0.15\n"
             ",other,accuracy,96,3,0.7,0.02,prelort,0,,,\n"
+            ",prelort,accuracy,at clients,3,0.4,0.01,prelort,0,,,\n"
+            ",other,accuracy,at clients,3,0.2,0.01,prelort,3,-0.2,-0.3,-0.1\n"
         )
         (folder / "cells.csv").write_text(
             "setting,method,seed,status,bytes_up,bytes_down,passes\n"
@@ -270,9 +321,10 @@ class TestTables:
         )
         monkeypatch.setattr(tables, "RESULTS", tmp_path)
         found = tables.study_table("one", "", "accuracy").replace(tables.GAP, " ")
+        difference = "+12.5 [+10.0, +15.0]"
         assert found.splitlines()[2:] == [
-            "| prelort | 50.0 ± 1.0 | 50.0 ± 1.0 | – | 1 / 2 | 480 |",
-            "| other | **62.5** ± 2.0 | **62.5** ± 2.0 | +12.5 [+10.0, +15.0] | – / – | – |",
+            "| prelort | 50.0 ± 1.0 | 50.0 ± 1.0 | **40.0** ± 1.0 | – | 1 / 2 | 480 |",
+            f"| other | **62.5** ± 2.0 | **62.5** ± 2.0 | 20.0 ± 1.0 | {difference} | – / – | – |",
         ]
         assert tables.study_table("one", "", "accuracy", "other").count("\n") == 2
         with pytest.raises(SystemExit, match="no setting 'iid'"):
