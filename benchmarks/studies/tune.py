@@ -1,6 +1,6 @@
 """Each method's learning rate for a study, chosen on validation rows with a seed of its own.
 
-    python benchmarks/studies/tune.py benchmarks/studies/claim-agnews.toml [--jobs 2]
+    python benchmarks/studies/tune.py benchmarks/studies/claim-agnews.toml [--method M ...]
 
 The study's own configuration is run for every method at half, once and twice its learning rate; a
 method whose best rate is an outer one is run at the next one too, until it is not. What is compared
@@ -102,11 +102,15 @@ def value_of(method: str, curve: dict[int, float], metric: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", type=Path)
+    parser.add_argument("--method", action="append", help="only this one; again for more")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/studies/tuning"))
     arguments = parser.parse_args()
     values = tomllib.loads(arguments.study.read_text())
-    metric, methods = metric_of(values), list(values["compare"]["methods"])
+    metric, methods = metric_of(values), arguments.method or list(values["compare"]["methods"])
+    unknown = [method for method in methods if method not in values["compare"]["methods"]]
+    if unknown:
+        parser.error(f"{unknown[0]!r} is no row of {arguments.study}")
     found: dict[str, dict[float, float]] = {method: {} for method in methods}
     asked = [(list(FACTORS), methods)]
     while asked:
