@@ -48,6 +48,7 @@ def test_the_servers_app_is_killed(tmp_path: Path, undisturbed: dict[str, bytes]
         assert_told_once(federation)
 
 
+@pytest.mark.chaos
 def test_the_superlink_is_killed(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     with Federation(tmp_path, CHANGES).start(2) as federation:
         stream = federation.start_run()

@@ -21,6 +21,7 @@ def begun(federation: Federation, site: str, trainings: int) -> bool:
     return log.is_file() and log.read_text().count("train: begun") >= trainings
 
 
+@pytest.mark.chaos
 def test_a_killed_trainer_is_replaced_and_nothing_is_lost(tmp_path: Path) -> None:
     changes = {
         "partition": {"clients": 2},
