@@ -41,7 +41,8 @@ def table(found: Found) -> list[dict[str, Any]]:
     methods = sorted({method for values in found.values() for method in values})
     rows: list[dict[str, Any]] = []
     for task, values in sorted(found.items()):
-        rows.append({"task": task.replace("_", " "), **{m: _text(values.get(m, [])) for m in methods}})
+        told = {method: _text(values.get(method, [])) for method in methods}
+        rows.append({"task": task.replace("_", " "), **told})
     means = {m: [statistics.mean(seed) for seed in _by_seed(found, m)] for m in methods}
     return [*rows, {"task": "mean of the tasks", **{m: _text(means[m]) for m in methods}}]
 
