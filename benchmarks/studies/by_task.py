@@ -29,7 +29,10 @@ def read(cells: Path, metric: str) -> Found:
     found: Found = {}
     for method in sorted(path for path in cells.iterdir() if path.is_dir()):
         for run in sorted(method.glob("seed-*")):
-            for task, one in events.at_clients(events.read(RunFolder(run).metrics_file)).items():
+            told = events.read(RunFolder(run).metrics_file)
+            if not events.is_finished(told):
+                continue
+            for task, one in events.at_clients(told).items():
                 if metric in one.metrics:
                     values = found.setdefault(task, {}).setdefault(method.name, [])
                     values.append(one.metrics[metric])

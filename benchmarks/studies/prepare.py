@@ -104,6 +104,11 @@ def _superni(source: Path, part: str, target: Path) -> None:
     _write(target, rows())
 
 
+def client(number: int) -> str:
+    """The name of one of the 100 clients that hold AG News' rows."""
+    return f"c{number:02}"
+
+
 def _dealt(source: Path, target: Path) -> None:
     """AG News' rows dealt to 100 clients of 35, the first ten of nearly even topics.
 
@@ -122,8 +127,8 @@ def _dealt(source: Path, target: Path) -> None:
         generator.shuffle(pools[name])
 
     def rows() -> Iterable[dict[str, str]]:
-        for client in range(CLIENTS):
-            alpha = 100.0 if client < BALANCED else 0.3
+        for number in range(CLIENTS):
+            alpha = 100.0 if number < BALANCED else 0.3
             wanted = generator.dirichlet([alpha] * len(names))
             for _ in range(ROWS):
                 left = np.array(
@@ -132,7 +137,7 @@ def _dealt(source: Path, target: Path) -> None:
                 if left.sum() == 0:  # of the client's topics nothing is left
                     left = np.array([float(len(pools[name])) for name in names])
                 label = names[generator.choice(len(names), p=left / left.sum())]
-                yield {"client": f"c{client:02}", "text": pools[label].pop(), "label": label}
+                yield {"client": client(number), "text": pools[label].pop(), "label": label}
 
     _write(target, rows())
 

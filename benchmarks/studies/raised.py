@@ -23,10 +23,10 @@ from prelort.experiment.folder import RunFolder
 from prelort.report import events
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import prepare
 from common import report
 
-BALANCED = {f"c{number:02}" for number in range(10)}
-"""As `prepare.py` deals them."""
+BALANCED = {prepare.client(number) for number in range(prepare.BALANCED)}
 
 
 def table(study: Path, rows: Path, balanced: Set[str] = BALANCED) -> list[dict[str, Any]]:

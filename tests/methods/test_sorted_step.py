@@ -18,15 +18,15 @@ SIZE = 12
 SCALE = ScaleRule("constant", 1.0)
 
 
-def one(direction, length, rank=4):
-    """An adapter whose product is ``length`` at one place of the diagonal."""
-    a, b = torch.zeros(rank, SIZE), torch.zeros(SIZE, rank)
+def one(direction, length):
+    """An adapter of rank 4 whose product is ``length`` at one place of the diagonal."""
+    a, b = torch.zeros(4, SIZE), torch.zeros(SIZE, 4)
     a[0, direction] = b[direction, 0] = 1.0
     return LoraAdapter({"layer": Factors(a, b * length)}, SCALE)
 
 
 def after(start, adapters, examples=None, **options):
-    """The server's adapter after these replies, and the change that it is."""
+    """The server's adapter after these replies."""
     method = build(MethodConfig(name="prelort-sorted", options={"prelort-sorted": options}), [4], 0)
     counts = examples or [1] * len(adapters)
     updates = [
@@ -47,8 +47,8 @@ def test_a_change_on_which_all_agree_is_not_stretched(many):
 
 @pytest.mark.parametrize("many", [2, 3, 4])
 @pytest.mark.parametrize("step, power", [(None, 0.0), (0.5, 0.5), (0.4, 0.4), (0.0, 0.0)])
-def test_the_mean_of_unrelated_changes_gets_the_length_of_one(many, step, power):
-    """Its own is 1 / sqrt(m) of that; with a smaller step it gets a part of it."""
+def test_the_mean_of_unrelated_changes_is_stretched_towards_the_length_of_one(many, step, power):
+    """From 1 / sqrt(m) of it, with a step of 1/2 all the way; by default not at all."""
     start = one(0, 0.0)
     options = {} if step is None else {"step": step}
     found = after(start, [one(1 + k, 2.0) for k in range(many)], **options)

@@ -251,9 +251,7 @@ class TestReadFromRuns:
         lines = [json.dumps(event) + "\n" for event in events]
         (folder / "metrics.jsonl").write_text("".join(lines))
 
-    def test_a_metric_task_by_task_is_what_the_clients_measured_last(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_metric_task_by_task_is_what_the_clients_measured_last(self, tmp_path: Path) -> None:
         def measured(round_: int, **values: float) -> dict[str, Any]:
             clients = {
                 task: {"rank": 4, "examples": 2, "metrics": {"rouge_l": value}}
@@ -261,11 +259,13 @@ class TestReadFromRuns:
             }
             return {"event": "evaluated_at_clients", "round": round_, "clients": clients}
 
-        cells = tmp_path / "cells"
+        cells, end = tmp_path / "cells", {"event": "run_finished"}
         for seed, values in enumerate([(10.0, 1.0), (20.0, 3.0)]):
             folder = cells / "prelort" / f"seed-{seed}"
-            self.told(folder, measured(1, a=99.0, b=99.0), measured(2, a=values[0], b=values[1]))
-        self.told(cells / "zero-padding" / "seed-0", measured(2, a=5.0, b=7.0))
+            last = measured(2, a=values[0], b=values[1])
+            self.told(folder, measured(1, a=99.0, b=99.0), last, end)
+        self.told(cells / "zero-padding" / "seed-0", measured(2, a=5.0, b=7.0), end)
+        self.told(cells / "zero-padding" / "seed-1", measured(1, a=99.0, b=99.0))
         found = by_task.read(cells, "rouge_l")
         assert found == {
             "a": {"prelort": [10.0, 20.0], "zero-padding": [5.0]},

@@ -110,7 +110,7 @@ class PreLortSorted(ProductMethod):
 
 
 class Changes:
-    """The sum of each segment's products; what becomes of it hangs on who holds it."""
+    """The sum of each segment's products; a change is scaled when its holders are known."""
 
     def __init__(
         self,
@@ -167,7 +167,10 @@ class Changes:
 
 
 def stretch(segment: Segment, mean: LoraAdapter, step: float) -> float:
-    """How many times its mean change a segment moves that somebody holds; 1 where nothing moved."""
+    """Eta: how many times its mean change a segment moves that somebody holds.
+
+    After FedExP (arXiv 2301.09604); 1 where nothing has moved, or ``before`` is not known.
+    """
     if segment.before is None:
         return 1.0
     held, moved = segment.products.total, squared_distance(mean, segment.before)
