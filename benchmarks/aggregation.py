@@ -209,7 +209,7 @@ def ours(
             round_.add(one)
         after = round_.result()
         seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds), method_of(name, size).readout(after)
+    return statistics.median(seconds), method_of(name, size).global_adapter(after)
 
 
 def mean_product(updates: Sequence[Update], segments: Sequence[int]) -> torch.Tensor:

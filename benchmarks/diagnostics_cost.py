@@ -22,9 +22,9 @@ from common import machine, paired, ratio, report
 from prelort import methods
 from prelort.adapters import Factors, LoraAdapter, ScaleRule
 from prelort.config import MethodConfig
-from prelort.methods.diagnostics import Collector, sampled
+from prelort.diagnostics.collector import Collector, sampled
+from prelort.methods.averaging import by_examples
 from prelort.methods.interface import Broadcast, Client, Method, ServerState, Update
-from prelort.methods.slot_mean import by_examples
 
 GOAL = 1.1
 RANKS = (4, 4, 4, 4, 8, 8, 8, 16, 16, 16)

@@ -25,8 +25,8 @@ from prelort.adapters.initial import draw_a
 from prelort.config import check
 from prelort.federation import wire
 from prelort.federation.client_app import Kind, client_app
+from prelort.federation.client_manager import AdapterSpec
 from prelort.federation.content import blob_in, content_of
-from prelort.federation.exchange import Engine, exchange
 from prelort.federation.flower import (
     ClientApp,
     Context,
@@ -38,24 +38,24 @@ from prelort.federation.flower import (
     simulate,
 )
 from prelort.federation.in_process import RUN_ID, InProcessGrid
-from prelort.federation.registry import Agreement
 from prelort.federation.server import ServerPlan, serve
+from prelort.federation.transport import Engine, exchange
 from prelort.methods.interface import ServerState
 
 LAYERS, WIDTH, RANK = 16, 2048, 16
 SCALE = ScaleRule("constant", 2.0)
 
 
-def agreement() -> Agreement:
+def spec() -> AdapterSpec:
     """What server and clients agree on: shapes with no model behind them."""
     layers = {f"layers.{index}": (WIDTH, WIDTH, RANK) for index in range(LAYERS)}
-    return Agreement("none", AdapterSchema(layers, {}), SCALE)
+    return AdapterSpec("none", AdapterSchema(layers, {}), SCALE)
 
 
 def initial() -> LoraAdapter:
     """A as it is drawn, B of numbers as after some rounds."""
     layers = {}
-    for name, (d_in, d_out, rank) in agreement().schema.layers.items():
+    for name, (d_in, d_out, rank) in spec().schema.layers.items():
         b = draw_a(1, name, rank, d_out).T.contiguous()
         layers[name] = Factors(draw_a(0, name, rank, d_in), b)
     return LoraAdapter(layers, SCALE)
@@ -66,9 +66,9 @@ def idle_app() -> ClientApp:
 
     def respond(kind: Kind, content: RecordDict, context: Context) -> RecordDict:
         name = f"client-{int(context.node_config['partition-id']):04d}"
-        facts = agreement().header(RANK).model_dump()
+        facts = spec().header(RANK).model_dump()
         if kind != "train":
-            return wire.pack(wire.Introduction(**facts, client=name, examples=1, most=RANK))
+            return wire.pack(wire.ClientProperties(**facts, client=name, examples=1, most=RANK))
         request = wire.header(content, wire.TrainRequest)
         head = wire.TrainReply(
             **facts,
@@ -90,7 +90,7 @@ def messages(engine: str, clients: int, number: int) -> list[float]:
     """Seconds of each exchange with all clients but the first."""
     seconds: list[float] = []
     request = wire.TrainRequest(
-        **agreement().header(RANK).model_dump(),
+        **spec().header(RANK).model_dump(),
         dtype="float32",
         round=0,
         rounds=number,
@@ -130,7 +130,7 @@ def rounds(engine: str, clients: int, number: int) -> list[float]:
             }
         ),
         state=ServerState(initial()),
-        agreement=agreement(),
+        spec=spec(),
         emit=found.append,
         before_rounds=lambda now: None,
         after_round=lambda now: None,

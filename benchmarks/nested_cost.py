@@ -27,8 +27,8 @@ from prelort.methods.objective import FULL_SHARE, Objective, nested
 from prelort.models.base import load_model
 from prelort.models.lora import attach, initial_adapter, install
 from prelort.tasks.interface import Example
+from prelort.training.batched import Member, train_batched
 from prelort.training.local import Assignment, train
-from prelort.training.together import Member, train_together
 from prelort.training.truncation import Truncation
 
 LEVELS = (2, 4, 8, 16)
@@ -84,7 +84,7 @@ class Bench:
         task, work = tasks.get("causal-lm"), Assignment("client", 0, 1, 0, objective(name))
         if way == "at once":
             member = Member(self.adapter, self.examples, self.settings, work)
-            train_together(self.model, self.truncation, task, [member], 0, at_once=True)
+            train_batched(self.model, self.truncation, task, [member], 0, at_once=True)
             return
         train(
             self.model,
@@ -94,7 +94,7 @@ class Bench:
             self.settings,
             work,
             0,
-            lean=way != "by PEFT",
+            fused=way != "by PEFT",
         )
 
 

@@ -19,9 +19,9 @@ import torch
 from common import RESULTS, machine, report
 
 from prelort.adapters import AdapterSchema, Factors, LoraAdapter, ScaleRule
+from prelort.aggregation.rankwise_mean import RankwiseMean
 from prelort.federation import wire
-from prelort.federation.registry import Agreement
-from prelort.methods.slot_mean import SlotMean
+from prelort.federation.client_manager import AdapterSpec
 
 BLOCKS, WIDTH, KEYS, INNER = 80, 8192, 1024, 28672
 """Llama-2-70B: 64 heads of 128, 8 of them for keys and values."""
@@ -50,7 +50,7 @@ def adding_rate(repeats: int) -> float:
     factors = {n: Factors(torch.randn(rank, WIDTH), torch.randn(WIDTH, rank)) for n in layers}
     adapter = LoraAdapter(factors, scale)
     head = wire.TrainReply(
-        **Agreement("none", schema, scale).header(rank).model_dump(),
+        **AdapterSpec("none", schema, scale).header(rank).model_dump(),
         dtype="float32",
         change=False,
         client="one",
@@ -60,7 +60,7 @@ def adding_rate(repeats: int) -> float:
         loss=0.0,
         seconds=0.0,
     )
-    content, mean = wire.pack(head, adapter), SlotMean(adapter)
+    content, mean = wire.pack(head, adapter), RankwiseMean(adapter)
     seconds = []
     for _ in range(repeats + 1):
         started = time.perf_counter()

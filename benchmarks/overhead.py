@@ -21,11 +21,11 @@ from prelort.config import load
 from prelort.experiment import checkpoint
 from prelort.experiment.assemble import Assembly, assemble
 from prelort.experiment.checkpoint import Checkpoint
-from prelort.federation.exchange import Engine
+from prelort.federation.client import make_client_app
 from prelort.federation.in_process import InProcessGrid
 from prelort.federation.sampling import sample
 from prelort.federation.server import ServerPlan, Standing, serve
-from prelort.federation.site import make_client_app
+from prelort.federation.transport import Engine
 from prelort.methods.interface import Client, ServerState
 from prelort.models.lora import install
 from prelort.training.local import Assignment, train
@@ -44,7 +44,7 @@ def federated(assembly: Assembly) -> float:
         plan = ServerPlan(
             config=assembly.config,
             state=ServerState(assembly.initial),
-            agreement=assembly.workspace.agreement,
+            spec=assembly.runtime.spec,
             emit=lambda event: None,
             before_rounds=lambda now: None,
             after_round=save,
@@ -57,7 +57,7 @@ def federated(assembly: Assembly) -> float:
 
 def bare(assembly: Assembly) -> float:
     """Seconds of the same clients' local training alone, one after the other."""
-    config, work = assembly.config, assembly.workspace
+    config, work = assembly.config, assembly.runtime
     levels = sorted({site.rank for site in assembly.sites})
     method = methods.build(config.method, levels, config.seed)
     by_name = sorted(assembly.sites, key=lambda site: site.name)

@@ -33,7 +33,7 @@ TEST_LINES = 64
 
 def child(folder: str, clients: int, per_round: str, rounds: int) -> None:
     """Print what one run took as JSON; memory in bytes."""
-    from prelort.quiet import quiet_libraries
+    from prelort.library_logging import quiet_libraries
 
     quiet_libraries()
     import warnings

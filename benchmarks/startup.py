@@ -39,7 +39,7 @@ class _Begun(BaseException):
 
 def child(born: float, overrides: list[str]) -> None:
     """Print the seconds of each part of a run's beginning as JSON. ``born``: `time.time`."""
-    from prelort.quiet import quiet_libraries
+    from prelort.library_logging import quiet_libraries
 
     quiet_libraries()
     spent: dict[str, float] = {}

@@ -35,14 +35,14 @@ from prelort import tasks
 from prelort.adapters import AdapterSchema, ScaleRule
 from prelort.config import LoraSettings, ModelConfig, TrainingConfig
 from prelort.experiment.workers import replica
-from prelort.federation.registry import Agreement
-from prelort.federation.site import Workspace
+from prelort.federation.client import ClientRuntime
+from prelort.federation.client_manager import AdapterSpec
 from prelort.methods.objective import plain
 from prelort.models.base import load_model
 from prelort.models.lora import attach, extract, initial_adapter, install
 from prelort.tasks.interface import Example
+from prelort.training.batched import Member, train_batched
 from prelort.training.local import Assignment, train
-from prelort.training.together import Member, train_together
 from prelort.training.truncation import Truncation
 
 RANKS = (2, 4, 8, 16)
@@ -91,8 +91,8 @@ class Bench:
         wrapped = attach(base, self.lora, RANKS[-1], self.task.kind)
         self.start = initial_adapter(wrapped, RULE, seed=0)
         truncation = Truncation(wrapped, RULE)
-        agreement = Agreement("base", AdapterSchema.of(self.start), RULE)
-        self.work = Workspace(wrapped, truncation, self.task, 0, agreement)
+        spec = AdapterSpec("base", AdapterSchema.of(self.start), RULE)
+        self.work = ClientRuntime(wrapped, truncation, self.task, 0, spec)
         self.plain_base = load_model(config, self.task.kind, labels, pad_id=0)
         switch_off_dropout(self.plain_base)
         self.targets = sorted({name.split(".")[-1] for name in self.start.layers})
@@ -127,7 +127,7 @@ class Bench:
         for member in members:
             self.alone(self.work, member)
 
-    def alone(self, work: Workspace, member: Member) -> None:
+    def alone(self, work: ClientRuntime, member: Member) -> None:
         """One client."""
         install(work.model, member.adapter)
         train(
@@ -156,7 +156,7 @@ class Bench:
     def one_batch(self, members: Sequence[Member]) -> None:
         """All clients in one pass."""
         work = self.work
-        for found in train_together(work.model, work.truncation, work.task, members, 0):
+        for found in train_batched(work.model, work.truncation, work.task, members, 0):
             if isinstance(found, Exception):
                 raise found
 
@@ -231,7 +231,7 @@ def measured(bench: Bench, count: int, repeats: int, device: str) -> list[dict[s
     best = min(ofpeft, key=ofpeft.__getitem__)
     rows = []
     for name in sides:
-        gain = {key: 1 / value for key, value in ratio(taken, name, best).items()}
+        scale_multiplier = {key: 1 / value for key, value in ratio(taken, name, best).items()}
         rows.append(
             {
                 "case": bench.case.name,
@@ -240,9 +240,9 @@ def measured(bench: Bench, count: int, repeats: int, device: str) -> list[dict[s
                 "ms a step and client": 1000
                 * sorted(taken[name])[len(taken[name]) // 2]
                 / (STEPS * count),
-                "x best peft": gain["median"],
-                "min": gain["max"],
-                "max": gain["min"],
+                "x best peft": scale_multiplier["median"],
+                "min": scale_multiplier["max"],
+                "max": scale_multiplier["min"],
             }
         )
     return rows

@@ -19,10 +19,10 @@ from prelort.adapters.initial import draw_a
 from prelort.config import check
 from prelort.federation import wire
 from prelort.federation.client_app import Kind, client_app
+from prelort.federation.client_manager import AdapterSpec
 from prelort.federation.encoding import carries_change, change_of
-from prelort.federation.exchange import Engine
 from prelort.federation.flower import Context, Grid, RecordDict, ServerApp
-from prelort.federation.registry import Agreement
+from prelort.federation.transport import Engine
 
 BLOCKS, WIDTH, INNER, RANK = 32, 4096, 11008, 64
 ATTENTION = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (WIDTH, WIDTH))
@@ -39,20 +39,20 @@ TIMEOUT = 900.0
 torch.set_num_threads(1)
 
 
-def agreement_of(case: str) -> Agreement:
+def agreement_of(case: str) -> AdapterSpec:
     """The shapes of the case's adapter at rank 64."""
     layers = {
         f"layers.{block}.{name}": (d_in, d_out, RANK)
         for block in range(BLOCKS)
         for name, (d_in, d_out) in CASES[case].items()
     }
-    return Agreement("synthetic", AdapterSchema(layers, {}), SCALE)
+    return AdapterSpec("synthetic", AdapterSchema(layers, {}), SCALE)
 
 
-def initial(agreement: Agreement) -> LoraAdapter:
+def initial(spec: AdapterSpec) -> LoraAdapter:
     """A as it is drawn, B of numbers as after some rounds."""
     layers = {}
-    for name, (d_in, d_out, rank) in agreement.schema.layers.items():
+    for name, (d_in, d_out, rank) in spec.schema.layers.items():
         b = draw_a(1, name, rank, d_out).T.contiguous()
         layers[name] = Factors(draw_a(0, name, rank, d_in), b)
     return LoraAdapter(layers, SCALE)
@@ -61,16 +61,16 @@ def initial(agreement: Agreement) -> LoraAdapter:
 def respond(kind: Kind, content: RecordDict, context: Context) -> RecordDict:
     """A client's answer: the checks and the wire of a real one, and noise for training."""
     started = time.perf_counter()
-    agreement = agreement_of(str(context.run_config["case"]))
+    spec = agreement_of(str(context.run_config["case"]))
     number, rank = int(context.node_config["partition-id"]), int(context.node_config["rank"])
     name = f"site-{number}"
     if kind != "train":
-        facts = agreement.header(rank).model_dump()
-        return wire.pack(wire.Introduction(**facts, client=name, examples=10, most=rank))
+        facts = spec.header(rank).model_dump()
+        return wire.pack(wire.ClientProperties(**facts, client=name, examples=10, most=rank))
     request = wire.header(content, wire.TrainRequest)
-    agreement.check(request)
+    spec.check(request)
     received, _ = wire.adapter(content, request)
-    wire.check_adapter(received, agreement.schema, request.rank, float("inf"))
+    wire.check_adapter(received, spec.schema, request.rank, float("inf"))
     generator = torch.Generator().manual_seed(number)
     noisy = {
         name: tensor.float() + 1e-3 * torch.rand(tensor.shape, generator=generator)
@@ -78,7 +78,7 @@ def respond(kind: Kind, content: RecordDict, context: Context) -> RecordDict:
     }
     answer = LoraAdapter.from_tensors(noisy, SCALE)
     head = wire.TrainReply(
-        **agreement.header(request.rank).model_dump(),
+        **spec.header(request.rank).model_dump(),
         dtype=request.dtype,
         change=carries_change(request.dtype),
         client=name,
@@ -102,7 +102,7 @@ def main(grid: Grid, context: Context) -> None:
     from prelort.methods.interface import ServerState
 
     asked: dict[str, Any] = dict(context.run_config)
-    agreement = agreement_of(str(asked["case"]))
+    spec = agreement_of(str(asked["case"]))
     nodes = int(asked["nodes"])
     config = check(
         {
@@ -119,7 +119,7 @@ def main(grid: Grid, context: Context) -> None:
             },
         }
     )
-    state = ServerState(initial(agreement))
+    state = ServerState(initial(spec))
     found: dict[str, Any] = {
         "parameters": state.adapter.num_parameters,
         "before": psutil.Process().memory_info().rss,
@@ -128,7 +128,7 @@ def main(grid: Grid, context: Context) -> None:
     plan = ServerPlan(
         config=config,
         state=state,
-        agreement=agreement,
+        spec=spec,
         emit=found["events"].append,
         before_rounds=lambda now: None,
         after_round=lambda now: None,

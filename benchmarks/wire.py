@@ -28,10 +28,10 @@ from prelort.config import load
 from prelort.experiment.assemble import assemble
 from prelort.experiment.deterministic import deterministic
 from prelort.experiment.run import run
-from prelort.federation.exchange import Engine
+from prelort.federation.client import make_client_app
 from prelort.federation.in_process import InProcessGrid
 from prelort.federation.server import ServerPlan, Standing, serve
-from prelort.federation.site import make_client_app
+from prelort.federation.transport import Engine
 from prelort.methods import REGISTRY
 from prelort.methods.interface import ServerState
 from prelort.models.base import location
@@ -140,7 +140,7 @@ def counted(method: str, dtype: str) -> tuple[list[Mapping[str, Any]], list[Serv
         plan = ServerPlan(
             config=config,
             state=states[0],
-            agreement=assembly.workspace.agreement,
+            spec=assembly.runtime.spec,
             emit=events.append,
             before_rounds=lambda now: None,
             after_round=after,
@@ -254,7 +254,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from prelort.quiet import quiet_libraries
+    from prelort.library_logging import quiet_libraries
 
     quiet_libraries()
     main()

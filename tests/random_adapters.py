@@ -27,7 +27,7 @@ def random_adapter(
     scale: ScaleRule | None = None,
     dtype: torch.dtype = torch.float32,
     dimensions: Mapping[str, tuple[int, int]] = DIMENSIONS,
-    extras: bool = True,
+    modules_to_save: bool = True,
 ) -> LoraAdapter:
     """An adapter of normal numbers: one rank for all layers, or one for each."""
     generator = torch.Generator().manual_seed(seed)
@@ -37,7 +37,11 @@ def random_adapter(
         a = torch.randn(layer_rank, d_in, generator=generator).to(dtype)
         b = torch.randn(d_out, layer_rank, generator=generator).to(dtype)
         layers[name] = Factors(a, b)
-    head = {"score.weight": torch.randn(2, 3, generator=generator).to(dtype)} if extras else {}
+    head = (
+        {"score.weight": torch.randn(2, 3, generator=generator).to(dtype)}
+        if modules_to_save
+        else {}
+    )
     return LoraAdapter(layers, scale or ScaleRule(), head)
 
 

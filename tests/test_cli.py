@@ -18,6 +18,7 @@ from prelort import cli
 from prelort import config as configuration
 from prelort.cli.screen import from_library
 from prelort.config import Config, check, load, to_toml
+from prelort.federation import client as client_module
 
 COMMANDS = (
     "run",
@@ -213,14 +214,13 @@ class TestRun:
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        from prelort.federation import site
 
         def interrupted(*arguments: Any) -> None:
             raise KeyboardInterrupt
 
         out = tmp_path / "run"
         with monkeypatch.context() as patch:
-            patch.setattr(site, "train", interrupted)
+            patch.setattr(client_module, "train", interrupted)
             outcome = command_line("run", config_file, "-o", out)
         assert outcome.code == 130
         assert outcome.err.strip() == f"stopped; go on with: prelort run --resume {out}"

@@ -89,7 +89,7 @@ def test_ctrl_c_says_how_to_go_on(
         (["--method", "prelorr"], "unknown method 'prelorr': did you mean 'prelort'?"),
         (["--set", "compare.seeds=[]"], "compare.seeds = [] is not allowed: name at least one"),
         (["--set", "federation.rounds=0"], "federation.rounds = 0 is not allowed"),
-        (["--flagship", "fedit"], "compare.flagship = 'fedit' is not compared"),
+        (["--reference", "fedit"], "compare.reference = 'fedit' is not compared"),
     ],
 )
 def test_what_is_wrong_is_one_sentence_and_leaves_nothing(

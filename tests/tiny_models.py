@@ -45,7 +45,7 @@ def trained_adapter(model: PeftModel, scale: ScaleRule | None = None, seed: int 
         return 0.3 * torch.randn(tensor.shape, generator=generator)
 
     layers = {n: Factors(noise(f.A), noise(f.B)) for n, f in now.layers.items()}
-    return LoraAdapter(layers, now.scale, {n: t + noise(t) for n, t in now.extras.items()})
+    return LoraAdapter(layers, now.scale, {n: t + noise(t) for n, t in now.modules_to_save.items()})
 
 
 def token_batch(rows: int = 3, length: int = 6, seed: int = 0) -> dict[str, Tensor]:

@@ -49,7 +49,7 @@ def trained(assembly: Assembly, config: Config, state: ServerState) -> list[Upda
     low = [site for site in assembly.sites if site.rank == LOW]
     order = torch.randperm(len(low), generator=torch.Generator().manual_seed(config.seed))
     sites += [low[index] for index in order[:9].tolist()]
-    work, updates = assembly.workspace, []
+    work, updates = assembly.runtime, []
     for site in sites:
         client = Client(site.name, site.rank, len(site.examples))
         method = methods.build(config.method, (LOW, HIGH), config.seed)
@@ -65,7 +65,7 @@ def trained(assembly: Assembly, config: Config, state: ServerState) -> list[Upda
             assignment,
             work.pad_id,
         )
-        updates.append(Update(client, extract(work.model, work.agreement.scale), client.examples))
+        updates.append(Update(client, extract(work.model, work.spec.scale), client.examples))
     return updates
 
 
@@ -79,7 +79,7 @@ def one_seed(seed: int) -> dict[str, float]:
     state = ServerState(assembly.initial, levels=(LOW, HIGH))
 
     def accuracy(adapter: Any) -> float:
-        found = measure(config, [assembly.workspace], assembly.test, {HIGH: adapter})
+        found = measure(config, [assembly.runtime], assembly.test, {HIGH: adapter})
         return 100 * found[HIGH]["accuracy"]
 
     updates = trained(assembly, config, state)
@@ -92,9 +92,11 @@ def one_seed(seed: int) -> dict[str, float]:
         aggregator = method.aggregator(state)
         for update in updates:
             aggregator.add(update)
-        adapter = method.readout(aggregator.result())
+        adapter = method.global_adapter(aggregator.result())
         rows[f"after {name}"] = accuracy(adapter)
-        rows[f"after {name}, own head"] = accuracy(replace(adapter, extras=high.extras))
+        rows[f"after {name}, own head"] = accuracy(
+            replace(adapter, modules_to_save=high.modules_to_save)
+        )
     return rows
 
 

@@ -32,7 +32,7 @@ GAP = "\u00a0"
 
 
 def study_table(name: str, setting: str = "", metric: str = "perplexity", only: str = "") -> str:
-    """Means and spread at each rank and over all, the difference to the flagship, the costs."""
+    """Means and spread at each rank and over all, the difference to the reference, the costs."""
     rows = _read(RESULTS / "studies" / name / "summary.csv", setting)
     rows = [row for row in rows if row["metric"] == metric]
     costs = _read(RESULTS / "studies" / name / "cells.csv", setting)

@@ -31,7 +31,9 @@ def test_a_prefix_holds_the_first_slots_and_the_same_rule(rank, rule, seed):
     for name, factors in prefix.layers.items():
         assert torch.equal(factors.A, adapter.layers[name].A[:rank])
         assert torch.equal(factors.B, adapter.layers[name].B[:, :rank])
-    assert torch.equal(prefix.extras["score.weight"], adapter.extras["score.weight"])
+    assert torch.equal(
+        prefix.modules_to_save["score.weight"], adapter.modules_to_save["score.weight"]
+    )
 
 
 def test_a_prefix_is_a_view_and_not_a_copy():
@@ -92,7 +94,7 @@ def test_tensors_and_back_is_the_same_adapter(first, second, rule, seed):
     assert same_bits(again, adapter)
     assert again.scale == rule
     assert again.layers.keys() == adapter.layers.keys()
-    assert again.extras.keys() == adapter.extras.keys()
+    assert again.modules_to_save.keys() == adapter.modules_to_save.keys()
 
 
 @pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
@@ -138,7 +140,7 @@ def test_a_schema_accepts_the_prefixes_of_its_adapter(rank, seed):
 
 def test_a_schema_names_a_missing_layer():
     adapter = random_adapter(4)
-    less = LoraAdapter({"wide": adapter.layers["wide"]}, adapter.scale, adapter.extras)
+    less = LoraAdapter({"wide": adapter.layers["wide"]}, adapter.scale, adapter.modules_to_save)
     with pytest.raises(AdapterError, match=r"'tall\.lora_A\.weight' is missing"):
         AdapterSchema.of(adapter).check(less, 4)
 
@@ -179,4 +181,4 @@ def test_the_digest_tells_layers_and_shapes_apart_but_not_ranks():
     assert AdapterSchema.of(random_adapter(4, dimensions=other)).digest() != digest
     renamed = {"wide": (7, 4), "long": (3, 6)}
     assert AdapterSchema.of(random_adapter(4, dimensions=renamed)).digest() != digest
-    assert AdapterSchema.of(random_adapter(4, extras=False)).digest() != digest
+    assert AdapterSchema.of(random_adapter(4, modules_to_save=False)).digest() != digest

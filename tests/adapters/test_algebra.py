@@ -44,8 +44,10 @@ def test_concatenation_is_the_weighted_sum_of_products(data, rule, seed, count):
         expected = sum(w * dense(part)[name] for w, part in zip(weights, parts, strict=True))
         torch.testing.assert_close(dense(stacked)[name], expected, rtol=1e-10, atol=1e-10)
         assert stacked.layers[name].rank == sum(part.layers[name].rank for part in parts)
-    expected = sum(w * p.extras["score.weight"] for w, p in zip(weights, parts, strict=True))
-    torch.testing.assert_close(stacked.extras["score.weight"], expected)
+    expected = sum(
+        w * p.modules_to_save["score.weight"] for w, p in zip(weights, parts, strict=True)
+    )
+    torch.testing.assert_close(stacked.modules_to_save["score.weight"], expected)
 
 
 def test_concatenation_of_different_rules_keeps_each_product():
@@ -71,7 +73,7 @@ def test_adapters_of_different_layers_are_refused_by_name():
     with pytest.raises(AdapterError, match="layer 'tall'"):
         algebra.inner(random_adapter(2), other)
     with pytest.raises(AdapterError, match=r"tensor 'score\.weight'"):
-        algebra.concatenate([random_adapter(2), random_adapter(2, extras=False)], [1, 1])
+        algebra.concatenate([random_adapter(2), random_adapter(2, modules_to_save=False)], [1, 1])
 
 
 @quick
@@ -102,8 +104,8 @@ def test_difference_is_the_difference_of_the_products(data, rule, seed):
 @quick
 @given(rule=scale_rules, rank=ranks, seed=seeds, power=st.integers(4, 12))
 def test_tiny_distances_do_not_drown_in_cancellation(rule, rank, seed, power):
-    x = random_adapter(rank, seed, scale=rule, dtype=torch.float64, extras=False)
-    step = random_adapter(rank, seed + 1, scale=rule, dtype=torch.float64, extras=False)
+    x = random_adapter(rank, seed, scale=rule, dtype=torch.float64, modules_to_save=False)
+    step = random_adapter(rank, seed + 1, scale=rule, dtype=torch.float64, modules_to_save=False)
     layers = {n: Factors(f.A, f.B + 10.0**-power * step.layers[n].B) for n, f in x.layers.items()}
     y = LoraAdapter(layers, rule)
     expected = dense_norm({n: dense(x)[n] - dense(y)[n] for n in DIMENSIONS})
@@ -114,7 +116,7 @@ def test_tiny_distances_do_not_drown_in_cancellation(rule, rank, seed, power):
 
 
 def test_the_naive_expansion_would_have_lost_that_distance():
-    x = random_adapter(4, dtype=torch.float64, extras=False)
+    x = random_adapter(4, dtype=torch.float64, modules_to_save=False)
     layers = {n: Factors(f.A, f.B * (1 + 1e-11)) for n, f in x.layers.items()}
     y = LoraAdapter(layers, x.scale)
     naive = algebra.inner(x, x) - 2 * algebra.inner(x, y) + algebra.inner(y, y)
@@ -124,7 +126,7 @@ def test_the_naive_expansion_would_have_lost_that_distance():
 
 
 def test_an_adapter_has_no_distance_to_itself_in_other_coordinates():
-    x = random_adapter(3, dtype=torch.float64, extras=False)
+    x = random_adapter(3, dtype=torch.float64, modules_to_save=False)
     mix = torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     layers = {n: Factors(torch.linalg.solve(mix, f.A), f.B @ mix) for n, f in x.layers.items()}
     assert algebra.distance(x, LoraAdapter(layers, x.scale)) < 1e-12 * algebra.norm(x)
@@ -144,7 +146,7 @@ def test_the_best_approximation_is_the_truncated_svd(rule, own, rank, seed):
         assert float(error) == pytest.approx(float(s[kept:].norm()), abs=1e-8)
         assert best.layers[name].rank == min(rank, adapter.layers[name].rank, *DIMENSIONS[name])
     assert best.scale == rule
-    assert best.extras is adapter.extras
+    assert best.modules_to_save is adapter.modules_to_save
 
 
 @quick

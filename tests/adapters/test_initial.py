@@ -64,7 +64,7 @@ def test_fresh_has_the_shapes_the_drawn_a_zero_b_and_the_extras_as_they_are(rank
     like = random_adapter(rank)
     found = fresh(like, 11)
     assert found.scale == like.scale
-    assert found.extras is like.extras
+    assert found.modules_to_save is like.modules_to_save
     for name, factors in like.layers.items():
         made = found.layers[name]
         assert torch.equal(made.A, draw_a(11, name, factors.rank, factors.A.shape[1]))
@@ -75,19 +75,20 @@ def test_fresh_has_the_shapes_the_drawn_a_zero_b_and_the_extras_as_they_are(rank
 
 def test_fresh_looks_at_shapes_only():
     assert same_bits(
-        fresh(random_adapter(4, 0, extras=False), 1), fresh(random_adapter(4, 9, extras=False), 1)
+        fresh(random_adapter(4, 0, modules_to_save=False), 1),
+        fresh(random_adapter(4, 9, modules_to_save=False), 1),
     )
 
 
 # Filling up
 
 
-def with_dead_slots(adapter, slots):
+def with_dead_slots(adapter, dimensions):
     """The adapter in which both factors of these slots are zero."""
     layers = {}
     for name, factors in adapter.layers.items():
         a, b = factors.A.clone(), factors.B.clone()
-        a[slots], b[:, slots] = 0.0, 0.0
+        a[dimensions], b[:, dimensions] = 0.0, 0.0
         layers[name] = Factors(a, b)
     return replace(adapter, layers=layers)
 
@@ -109,20 +110,20 @@ def test_filled_keeps_the_old_slots_and_draws_the_new_ones(own, more, seed):
         assert torch.equal(factors.B[:, : old.rank], old.B)
         assert torch.equal(factors.A[old.rank :], drawn[old.rank :])
         assert not factors.B[:, old.rank :].any()
-    assert found.extras is adapter.extras
+    assert found.modules_to_save is adapter.modules_to_save
 
 
 @quick
 @given(dead=st.sets(st.integers(0, 3)), seed=seeds)
 def test_filled_draws_the_slots_that_could_never_learn_and_no_others(dead, seed):
-    slots = torch.tensor(sorted(dead), dtype=torch.int64)
-    adapter = with_dead_slots(random_adapter(4, 1), slots)
+    dimensions = torch.tensor(sorted(dead), dtype=torch.int64)
+    adapter = with_dead_slots(random_adapter(4, 1), dimensions)
     found = filled(adapter, random_adapter(6), seed)
     for name, factors in found.layers.items():
         drawn = draw_a(seed, name, 6, factors.A.shape[1])
-        for slot in range(4):
-            expected = drawn[slot] if slot in dead else adapter.layers[name].A[slot]
-            assert torch.equal(factors.A[slot], expected)
+        for dimension in range(4):
+            expected = drawn[dimension] if dimension in dead else adapter.layers[name].A[dimension]
+            assert torch.equal(factors.A[dimension], expected)
 
 
 @pytest.mark.parametrize("zero", ["A", "B"])
@@ -137,8 +138,10 @@ def test_a_slot_with_one_factor_of_zeros_is_alive(zero):
 @quick
 @given(own=st.integers(1, 5), more=st.integers(0, 4), dead=st.sets(st.integers(0, 4)), seed=seeds)
 def test_filling_does_not_change_the_product(own, more, dead, seed):
-    slots = torch.tensor(sorted(slot for slot in dead if slot < own), dtype=torch.int64)
-    adapter = with_dead_slots(random_adapter(own, 3), slots)
+    dimensions = torch.tensor(
+        sorted(dimension for dimension in dead if dimension < own), dtype=torch.int64
+    )
+    adapter = with_dead_slots(random_adapter(own, 3), dimensions)
     found = filled(adapter, random_adapter(own + more), seed)
     for name, product in dense(adapter).items():
         torch.testing.assert_close(dense(found)[name], product, rtol=1e-12, atol=1e-12)

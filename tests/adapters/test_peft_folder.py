@@ -53,11 +53,15 @@ def drop_header(folder):
     own=st.tuples(ranks, ranks),
     rule=scale_rules | st.builds(ScaleRule, st.just("constant"), st.floats(1e-3, 1e3)),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
-    extras=st.booleans(),
+    modules_to_save=st.booleans(),
     seed=seeds,
 )
-def test_a_folder_gives_the_adapter_back_bit_for_bit(tmp_path, own, rule, dtype, extras, seed):
-    adapter = random_adapter(list(own), seed, scale=rule, dtype=dtype, extras=extras)
+def test_a_folder_gives_the_adapter_back_bit_for_bit(
+    tmp_path, own, rule, dtype, modules_to_save, seed
+):
+    adapter = random_adapter(
+        list(own), seed, scale=rule, dtype=dtype, modules_to_save=modules_to_save
+    )
     peft_folder.save(adapter, tmp_path, TEMPLATE)
     loaded, config = peft_folder.load(tmp_path)
     assert same_bits(loaded, adapter)
@@ -226,7 +230,7 @@ def test_modules_to_save_are_matched_as_peft_matches_them(folder, module):
     name = "base_model.model.head.score.weight"
     rewrite_config(folder, modules_to_save=[module])
     rewrite_tensors(folder, lambda t: t.update({name: t.pop("base_model.model.score.weight")}))
-    assert list(peft_folder.load(folder)[0].extras) == ["head.score.weight"]
+    assert list(peft_folder.load(folder)[0].modules_to_save) == ["head.score.weight"]
 
 
 def test_a_rank_that_contradicts_the_configuration_is_named(folder):

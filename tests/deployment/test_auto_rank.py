@@ -10,7 +10,7 @@ from prelort.config import Config, check
 from prelort.deployment import settings
 from prelort.deployment.worker import MARGIN, make_site
 from prelort.errors import ConfigError
-from prelort.federation.site import Site
+from prelort.federation.client import LocalClient
 from prelort.planning import measured, memory
 
 CONFIG = check(
@@ -23,7 +23,7 @@ CONFIG = check(
 )
 
 
-def site_of(folder: Path, **values: Any) -> Site:
+def site_of(folder: Path, **values: Any) -> LocalClient:
     (folder / "rows.jsonl").write_text('{"text": "one two three four five six seven"}\n' * 8)
     file = folder / "site.toml"
     own = {"name": "a", "rank": "auto", "data": {"source": "./rows.jsonl"}, **values}
@@ -38,7 +38,7 @@ def fitting(config: Config, rank: int) -> int:
 
 def test_it_is_the_largest_that_fits(tmp_path: Path) -> None:
     site = site_of(tmp_path, memory=f"{fitting(CONFIG, 9)} B")
-    assert (site.rank, site.most) == (9, 9)
+    assert (site.rank, site.max_rank) == (9, 9)
 
 
 def test_it_is_not_above_the_federations(tmp_path: Path) -> None:

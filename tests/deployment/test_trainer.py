@@ -11,9 +11,9 @@ import psutil
 import pytest
 import tomli_w
 
-from prelort.deployment import line, settings, warm
+from prelort.deployment import ipc, settings, trainer_client
 from prelort.deployment.client import site_app
-from prelort.deployment.line import Order, place_of
+from prelort.deployment.ipc import Order, place_of
 from prelort.deployment.worker import Worker
 from prelort.errors import PrelortError
 from prelort.federation import wire
@@ -49,7 +49,7 @@ def site(tmp_path: Path) -> Iterator[Path]:
     file = tmp_path / "site.toml"
     write(file)
     yield file
-    warm.stop(file, seconds=1.0)
+    trainer_client.stop(file, seconds=1.0)
 
 
 def write(file: Path, **trainer: Any) -> None:
@@ -60,20 +60,20 @@ def query(federation: Path, *overrides: str) -> Order:
     return Order("query", str(federation), overrides, "{}")
 
 
-def ask(site: Path, order: Order) -> line.Reply:
-    return warm.ask(site, settings.read(site), order)
+def ask(site: Path, order: Order) -> ipc.Reply:
+    return trainer_client.ask(site, settings.read(site), order)
 
 
 def pid_of(site: Path) -> int:
     return int(place_of(site).socket.with_suffix(".pid").read_text())
 
 
-def intro_in(reply: line.Reply) -> wire.Introduction:
-    return wire.header(content_of(reply.text), wire.Introduction)
+def intro_in(reply: ipc.Reply) -> wire.ClientProperties:
+    return wire.header(content_of(reply.text), wire.ClientProperties)
 
 
 def test_one_process_answers_all_one_after_the_other(site: Path, federation: Path) -> None:
-    replies: list[line.Reply] = []
+    replies: list[ipc.Reply] = []
     asking = [
         threading.Thread(target=lambda: replies.append(ask(site, query(federation))))
         for _ in range(3)
@@ -98,7 +98,7 @@ def test_one_process_answers_all_one_after_the_other(site: Path, federation: Pat
     assert intro_in(ask(site, query(federation))).rank == 4
     assert pid_of(site) != first
     last = psutil.Process(pid_of(site))
-    warm.stop(site)
+    trainer_client.stop(site)
     last.wait(10)
 
 
@@ -176,7 +176,7 @@ def test_without_a_warm_trainer_the_app_answers_itself(site: Path, federation: P
     context = Context(1, 1, {"site": str(site)}, RecordDict(), {"set": "ranks.mix='3, 6'"})
     message = Message(content_of("{}"), dst_node_id=7, message_type="query")
     reply = site_app(federation)(message, context)
-    assert wire.header(reply.content, wire.Introduction).rank == 6
+    assert wire.header(reply.content, wire.ClientProperties).rank == 6
     assert not place_of(site).socket.exists()
 
 
@@ -204,8 +204,8 @@ def test_the_line_carries_what_was_sent_and_nothing_is_pickled() -> None:
     blob = os.urandom(1 << 16)
     # Smaller than a pipe's buffer, or both ends would have to work at once.
     order = Order("train", "f.toml", ("a=1",), '{"x": "ü"}', blob[:30_000])
-    line.send(one, order)
-    assert line.receive_order(other) == order
-    for reply in (line.Reply("{}", b""), line.Reply(refused="why"), line.Reply("{}")):
-        line.send(other, reply)
-        assert line.receive_reply(one) == reply
+    ipc.send(one, order)
+    assert ipc.receive_order(other) == order
+    for reply in (ipc.Reply("{}", b""), ipc.Reply(refused="why"), ipc.Reply("{}")):
+        ipc.send(other, reply)
+        assert ipc.receive_reply(one) == reply

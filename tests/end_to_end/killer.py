@@ -21,7 +21,6 @@ import transformers.models.llama.modeling_llama  # noqa: F401  imported before t
 import prelort
 from prelort import cli
 from prelort.experiment import checkpoint, folder, run
-from prelort.federation import site
 
 
 def die() -> None:
@@ -92,7 +91,7 @@ def prepare(how: dict[str, Any]) -> list[Callable[[dict[str, Any]], None]]:
         case "event":
             return [at_event(how["name"], how["round"], how.get("count", 1))]
         case "training":
-            before_call(site, "extract", how["count"], lambda *_: True)
+            before_call(client_module, "extract", how["count"], lambda *_: True)
         case "rename":
             ends = how["ends"]
             before_call(os, "replace", 1, lambda source, target: str(target).endswith(ends))

@@ -23,7 +23,6 @@ from prelort.config import Config
 from prelort.data import federated
 from prelort.experiment import checkpoint, stage
 from prelort.experiment.run import RunResult
-from prelort.federation import site
 from prelort.federation.personal import PersonalStore
 from prelort.methods import REGISTRY, build, trait
 from prelort.models.lora import trainable
@@ -211,7 +210,7 @@ def test_plain_peft_gives_at_a_client_what_it_measured(
     own = PersonalStore(result.path / "personal")
     folders = {}
     for client, facts in event["clients"].items():
-        adapter = method.readout(state, None if name in WHOLE else facts["rank"])
+        adapter = method.global_adapter(state, None if name in WHOLE else facts["rank"])
         if name in PERSONAL:
             tensors = adapter.tensors()
             for key, kept in own.load(client, before=2).items():
@@ -321,7 +320,7 @@ def test_a_run_in_int8_is_resumed_to_the_same_bits(
 
 def poison_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """The training of the first client that trains ends in a number that is none."""
-    real, calls = site.train, []
+    real, calls = client_module.train, []
 
     def train(model: Any, *rest: Any) -> Any:
         result = real(model, *rest)
@@ -331,7 +330,7 @@ def poison_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
             factors[0].data[0, 0] = math.nan
         return result
 
-    monkeypatch.setattr(site, "train", train)
+    monkeypatch.setattr(client_module, "train", train)
 
 
 @every
@@ -388,9 +387,11 @@ def test_a_classifier_and_its_head(
     result = prelort.run(config, tmp_path / "run")
 
     before = load_file(result.path / "checkpoints" / "00000" / "state.safetensors")
-    heads = {key: before[f"adapter:{key}"] for key in result.adapter.extras}
+    heads = {key: before[f"adapter:{key}"] for key in result.adapter.modules_to_save}
     assert heads
-    moved = [not torch.equal(result.adapter.extras[key], head) for key, head in heads.items()]
+    moved = [
+        not torch.equal(result.adapter.modules_to_save[key], head) for key, head in heads.items()
+    ]
     if name in PERSONAL:
         assert not any(moved)
         kept = [load_file(path) for path in (result.path / "personal").rglob("*.safetensors")]
@@ -409,4 +410,4 @@ def test_a_classifier_and_its_head(
         for key in heads:
             module, _, attribute = key.rpartition(".")
             found = state[f"base_model.model.{module}.modules_to_save.default.{attribute}"]
-            assert torch.equal(found, result.adapter.extras[key])
+            assert torch.equal(found, result.adapter.modules_to_save[key])

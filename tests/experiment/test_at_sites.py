@@ -15,9 +15,9 @@ from prelort.errors import ConfigError
 from prelort.experiment.assemble import assemble
 from prelort.experiment.at_sites import at_sites, own_site
 from prelort.experiment.run import run
+from prelort.federation.client import LocalClient, make_client_app
 from prelort.federation.flower import identify_process
 from prelort.federation.in_process import InProcessGrid
-from prelort.federation.site import Site, make_client_app
 from run_files import adapters_of
 
 RANKS = {"clinic-a": 2, "clinic-b": 8, "clinic-c": 4}
@@ -63,11 +63,11 @@ def with_source(config: Config, file: Path) -> Config:
     return config.model_copy(update={"data": data})
 
 
-def sites_of(config: Config, files: dict[str, Path]) -> list[Site]:
+def sites_of(config: Config, files: dict[str, Path]) -> list[LocalClient]:
     return [own_site(with_source(config, files[name]), name, RANKS[name]) for name in RANKS]
 
 
-def run_at(sites: Sequence[Site], config: Config, path: Path) -> list[dict[str, Any]]:
+def run_at(sites: Sequence[LocalClient], config: Config, path: Path) -> list[dict[str, Any]]:
     app = make_client_app(lambda context: sites[int(context.node_config["partition-id"])])
     grid = InProcessGrid(app, [{"partition-id": index} for index in range(len(sites))])
     run(config, path, stage_of=lambda config, folder: at_sites(config, grid))
@@ -131,7 +131,7 @@ def test_what_the_server_makes_without_weights_is_what_it_makes_with_them(
     identify_process(1)
     stage = at_sites(config, InProcessGrid(lambda message, context: message, []))
     with_weights = assemble(with_source(config, files["all"]))
-    assert stage.agreement == with_weights.workspace.agreement
+    assert stage.spec == with_weights.runtime.spec
     expected = with_weights.initial.tensors()
     for name, tensor in stage.initial.tensors().items():
         assert (tensor == expected[name]).all()
@@ -181,5 +181,5 @@ def test_data_at_sites_cannot_be_run_in_one_process(tmp_path: Path) -> None:
 def test_by_loss_all_sites_begin_low(files: dict[str, Path]) -> None:
     config = config_of(ranks={"allocation": "by-loss"}, data={"validation_fraction": 0.2})
     site = sites_of(config, files)[1]
-    assert (site.rank, site.most) == (2, 8)
+    assert (site.rank, site.max_rank) == (2, 8)
     assert site.validation

@@ -163,7 +163,7 @@ class TestTheResults:
         assert float(row["deviation"]) == pytest.approx(statistics.stdev(own))
         assert float(row["difference"]) == pytest.approx(statistics.mean(apart))
         assert (float(row["low"]), float(row["high"])) == pytest.approx((min(apart), max(apart)))
-        assert (row["seeds"], row["pairs"], row["flagship"]) == ("2", "2", "prelort")
+        assert (row["seeds"], row["pairs"], row["reference"]) == ("2", "2", "prelort")
 
     def test_costs_are_counted(self, finished: tuple[Study, Path, Grid, Watcher]) -> None:
         study, out, _, _ = finished

@@ -46,7 +46,7 @@ def test_a_cell_for_each_setting_method_and_seed(tmp_path: Path) -> None:
     assert (first.config.seed, first.config.partition.alpha) == (3, 0.1)
     assert last.folder == Path("cells/iid/segment-wise-only/seed-1")
     assert (last.config.method.name, last.config.method.objective) == ("prelort", "plain")
-    assert study.flagship == "prelort"
+    assert study.reference == "prelort"
 
 
 def test_the_setting_changes_the_file_and_the_methods_own_change_the_setting(
@@ -76,13 +76,13 @@ def test_without_a_file_it_is_the_embedded_default() -> None:
     study = load(names=["zero-padding", "hetlora"], seeds=[4])
     assert [cell.config.seed for cell in study.cells] == [4, 4]
     assert study.cells[1].folder == Path("cells/hetlora/seed-4")
-    assert study.flagship == "zero-padding"  # prelort is not there
+    assert study.reference == "zero-padding"  # prelort is not there
     default = load_config(None, ["seed=4", "method.name=zero-padding"])
     assert study.cells[0].config == default
 
 
 def test_options_replace_what_the_file_says(tmp_path: Path) -> None:
-    study = study_of(tmp_path, STUDY, names=["zero-padding"], seeds=[0], flagship="zero-padding")
+    study = study_of(tmp_path, STUDY, names=["zero-padding"], seeds=[0], reference="zero-padding")
     assert [(c.method, c.seed) for c in study.cells] == [("zero-padding", 0)] * 2
     assert study.cells[0].config.training.learning_rate == 2e-3
 
@@ -94,7 +94,7 @@ def test_the_resolved_study_is_a_file_that_means_the_same(
     study = study_of(tmp_path, STUDY, "federation.rounds=6", **options)
     again = study_of(tmp_path, study.to_toml())
     assert again.cells == study.cells
-    assert again.flagship == study.flagship
+    assert again.reference == study.reference
 
 
 SMALL = '[compare]\nmethods = ["prelort"]\nseeds = [0]\n'
@@ -116,7 +116,10 @@ OVERRIDES = "[compare.overrides]\n"
         ("[compare]\nseeds = [-1]", "compare.seeds = -1 is not allowed: "),
         ('[compare]\nseeds = "0"', 'compare.seeds = "0" is not allowed: '),
         ("compare = 3", "compare = 3 is not allowed: it is a section"),
-        ('[compare]\nflagship = "hetlora"', "compare.flagship = 'hetlora' is not compared: choose"),
+        (
+            '[compare]\nreference = "hetlora"',
+            "compare.reference = 'hetlora' is not compared: choose",
+        ),
         ('[compare]\nmetric = "accuracy"', "compare.metric = 'accuracy' is not measured: task 'ca"),
         ('[compare]\nmetric = "bleu"', 'compare.metric = "bleu" is not allowed: '),
         (SMALL + SETTINGS + 'x = ["federation.round=2"]', "unknown key 'federation.round'"),

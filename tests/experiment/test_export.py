@@ -40,7 +40,7 @@ def test_a_classifier_is_exported_with_its_head_and_its_class_names(
     adapter = export_run(tmp_path / "run", tmp_path / "adapter", 8, merge=False)
     name = "base_model.model.classifier.weight"
     exported = load_file(adapter / "adapter_model.safetensors")[name]
-    assert exported.equal(result.adapter.extras["classifier.weight"])
+    assert exported.equal(result.adapter.modules_to_save["classifier.weight"])
 
     merged_path = export_run(tmp_path / "run", tmp_path / "merged", 8, merge=True)
     merged = AutoModelForSequenceClassification.from_pretrained(merged_path).eval()

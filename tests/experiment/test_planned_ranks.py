@@ -33,7 +33,7 @@ def planned(config: Config) -> tuple[list[int], list[int], Allocation]:
 
 
 def encoded(assembly: Assembly, rows: Any) -> list[Example]:
-    task = assembly.workspace.task
+    task = assembly.runtime.task
     return task.encode(rows, assembly.tokenizer, assembly.config.data, assembly.rows.labels)
 
 
@@ -51,17 +51,17 @@ def same_bits(one: LoraAdapter, other: LoraAdapter) -> bool:
 
 
 def test_without_a_plan_each_client_keeps_its_rank(make_config: Make) -> None:
-    offered, most, allocation = planned(make_config())
-    assert offered == most == [2, 2, 4, 4, 8, 8]
+    offered, max_rank, allocation = planned(make_config())
+    assert offered == max_rank == [2, 2, 4, 4, 8, 8]
     assert allocation == Allocation()
 
 
 def test_a_schedule_is_assigned_as_the_mix_is(make_config: Make) -> None:
     schedule = {"3": "8, 2, 4, 4, 2, 8", "5": "2*1"}
     ranks = {"mix": "2, 2, 4, 4, 8, 8", "assign": "in-order", "schedule": schedule}
-    offered, most, allocation = planned(make_config(ranks=ranks))
+    offered, max_rank, allocation = planned(make_config(ranks=ranks))
     assert offered == [2, 2, 4, 4, 8, 8]
-    assert most == [8, 2, 4, 4, 8, 8]
+    assert max_rank == [8, 2, 4, 4, 8, 8]
     assert allocation.schedule == {
         3: dict(zip(SIX, [8, 2, 4, 4, 2, 8], strict=True)),
         5: dict.fromkeys(SIX, 2),
@@ -72,25 +72,25 @@ def test_a_schedule_is_assigned_as_the_mix_is(make_config: Make) -> None:
 def test_drawn_by_the_seed_a_later_mix_meets_the_same_clients(make_config: Make) -> None:
     """Who had the low rank of the first mix has that of the second."""
     ranks = {"mix": "2*0.5, 4*0.5", "assign": "random", "schedule": {"2": "8*0.5, 16*0.5"}}
-    offered, most, allocation = planned(make_config(ranks=ranks, seed=3))
+    offered, max_rank, allocation = planned(make_config(ranks=ranks, seed=3))
     assert [allocation.schedule[2][name] for name in SIX] == [{2: 8, 4: 16}[r] for r in offered]
-    assert most == [allocation.schedule[2][name] for name in SIX]
+    assert max_rank == [allocation.schedule[2][name] for name in SIX]
     assert len(set(offered)) == 2
 
 
 def test_by_loss_everyone_begins_at_the_lowest_and_may_get_the_highest(make_config: Make) -> None:
     ranks = {"mix": "2, 2, 4, 4, 8, 8", "allocation": "by-loss", "high_share": 0.3}
-    offered, most, allocation = planned(make_config(ranks=ranks, data=TUNING))
+    offered, max_rank, allocation = planned(make_config(ranks=ranks, data=TUNING))
     assert offered == [2] * 6
-    assert most == [8] * 6
+    assert max_rank == [8] * 6
     assert allocation == Allocation(by_loss=ByLoss(8, 0.3))
 
 
 def test_a_reference_that_ignores_ranks_may_use_the_highest_everywhere(make_config: Make) -> None:
     method = {"name": "homogeneous-max"}
-    offered, most, _ = planned(make_config(method=method))
+    offered, max_rank, _ = planned(make_config(method=method))
     assert offered == [2, 2, 4, 4, 8, 8]
-    assert most == [8] * 6
+    assert max_rank == [8] * 6
     schedule = {"schedule": {"2": "2*0.5, 16*0.5"}}
     assert planned(make_config(method=method, ranks=schedule))[1] == [16] * 6
 
@@ -120,7 +120,7 @@ def test_the_global_adapter_has_the_highest_rank_of_the_plan(make_config: Make) 
     assembly = assemble(make_config(ranks={"mix": "2*1", "schedule": {"3": "4*0.5, 16*0.5"}}))
     assert assembly.initial.rank == 16
     assert [site.rank for site in assembly.sites] == [2] * 6
-    assert {site.most for site in assembly.sites} == {4, 16}
+    assert {site.max_rank for site in assembly.sites} == {4, 16}
 
 
 @pytest.mark.parametrize("by_loss", [True, False])

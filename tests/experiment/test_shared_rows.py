@@ -40,7 +40,7 @@ def test_the_second_method_tokenises_nothing(
     assert second.rows is first.rows
     assert [site.examples for site in second.sites] == [site.examples for site in first.sites]
     assert second.test == first.test
-    assert second.workspace.model is not first.workspace.model
+    assert second.runtime.model is not first.runtime.model
 
 
 def test_what_only_one_method_needs_is_added(

@@ -23,7 +23,8 @@ from prelort.experiment.measure import measure
 from prelort.experiment.run import RunResult
 from prelort.experiment.stage import InProcess, clients_together
 from prelort.experiment.workers import default_threads, replica
-from prelort.federation import site, together
+from prelort.federation import batched
+from prelort.federation import client as client_module
 from prelort.methods import REGISTRY, trait
 from prelort.models.lora import install
 from prelort.training.local import draws
@@ -72,8 +73,8 @@ def test_in_one_batch_the_results_are_the_same_but_for_rounding(
     found = run(make_config(**changes, federation={"together": 2}), tmp_path / "together")
     if not trait(REGISTRY[method], "personal"):
         # As products: what an SVD makes of nearly nothing may turn its sign.
-        first, second = (replace(r.adapter, extras={}) for r in (alone, found))
-        start = replace(assemble(make_config(**changes)).initial, extras={})
+        first, second = (replace(r.adapter, modules_to_save={}) for r in (alone, found))
+        start = replace(assemble(make_config(**changes)).initial, modules_to_save={})
         assert algebra.distance(second, first) < 1e-4 * algebra.distance(first, start)
     for mine, theirs in zip(
         events(found, "client_finished"), events(alone, "client_finished"), strict=True
@@ -98,7 +99,7 @@ def test_clients_really_train_together_unless_something_is_folded(
     make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
-    real = together.train_together
+    real = batched.train_batched
 
     def counting(model, truncation, task, members, pad_id, **more):  # type: ignore[no-untyped-def]
         sizes.append(len(members))
@@ -117,7 +118,7 @@ def test_clients_really_train_together_unless_something_is_folded(
 def test_where_memory_does_not_suffice_the_group_is_halved(
     make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, sizes = together.train_together, []
+    real, sizes = batched.train_batched, []
 
     def small(model, truncation, task, members, pad_id, **more):  # type: ignore[no-untyped-def]
         sizes.append(len(members))
@@ -148,14 +149,14 @@ def test_what_breaks_together_is_done_one_by_one(
 def test_a_client_that_fails_in_a_thread_is_left_out(
     make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = site.train
+    real = client_module.train
 
     def failing(model, truncation, task, examples, config, work, pad_id):  # type: ignore[no-untyped-def]
         if work.client == "site-1":
             raise ValueError("broken disk")
         return real(model, truncation, task, examples, config, work, pad_id)
 
-    monkeypatch.setattr(site, "train", failing)
+    monkeypatch.setattr(client_module, "train", failing)
     config = make_config(federation={"clients_per_round": 6, "rounds": 1})
     found = run(config, tmp_path / "run", threads=2)
     (failed,) = events(found, "client_failed")
@@ -169,13 +170,13 @@ def test_an_interruption_ends_the_training_under_way(
     """Threads do not hear of Ctrl-C: they are told, and none is left behind."""
     config = make_config(training={"local_steps": 100_000})
     entered = threading.Event()
-    real = site.train
+    real = client_module.train
 
     def noticed(*arguments, **more):  # type: ignore[no-untyped-def]
         entered.set()
         return real(*arguments, **more)
 
-    monkeypatch.setattr(site, "train", noticed)
+    monkeypatch.setattr(client_module, "train", noticed)
     # A shell's background job ignores SIGINT, and Python then leaves it so.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -203,7 +204,7 @@ def assembly(make_config: Make) -> Assembly:
 
 
 def test_a_replica_shares_the_bases_weights_and_nothing_else(assembly: Assembly) -> None:
-    work = assembly.workspace
+    work = assembly.runtime
     other = replica(work)
     install(work.model, assembly.initial)
     install(other.model, assembly.initial.prefix(2))
@@ -223,7 +224,7 @@ def test_a_replica_shares_the_bases_weights_and_nothing_else(assembly: Assembly)
 
 def test_default_threads(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 8)
-    model = assemble(make_config()).workspace.model
+    model = assemble(make_config()).runtime.model
     assert default_threads(make_config(threads=1), model) == 1  # 4 x 32 tokens of 32 numbers
     large = {"training": {"batch_size": 32}}
     make_config = partial(make_config, **large)
@@ -238,7 +239,7 @@ def test_default_threads(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> 
         assert default_threads(make_config(threads=1), model) == 1
     finally:
         model.config.attention_dropout = 0.0
-    dropping = assemble(make_config(lora={"dropout": 0.1})).workspace.model
+    dropping = assemble(make_config(lora={"dropout": 0.1})).runtime.model
     assert default_threads(make_config(threads=1), dropping) == 1
 
 
@@ -263,16 +264,16 @@ def test_all_ranks_in_one_pass_measure_what_each_does_alone(
     for factors in made.initial.layers.values():
         factors.B.copy_(0.2 * torch.randn(factors.B.shape, generator=generator))
     adapters = {rank: made.initial.prefix(max(rank, 1)) for rank in (0, 2, 4, 8)}
-    alone = measure(config, [made.workspace], made.test, adapters, at_once=1)
+    alone = measure(config, [made.runtime], made.test, adapters, at_once=1)
     told: list[tuple[int, int]] = []
     for at_once in (2, 3, 8):
         found = measure(
-            config, [made.workspace], made.test, adapters,
+            config, [made.runtime], made.test, adapters,
             lambda done, total: told.append((done, total)), at_once=at_once,
         )  # fmt: skip
         for rank in adapters:
             assert found[rank] == pytest.approx(alone[rank], rel=1e-5)
         assert told[-1][0] == told[-1][1]
     assert len({round(values["loss"], 6) for values in alone.values()}) == 4
-    beside = [made.workspace, replica(made.workspace), replica(made.workspace)]
+    beside = [made.runtime, replica(made.runtime), replica(made.runtime)]
     assert measure(config, beside, made.test, adapters, at_once=1) == alone

@@ -17,7 +17,7 @@ from command_line import CommandLine
 from prelort.config import Config
 from prelort.errors import CheckpointError, ConfigError, QuorumError
 from prelort.experiment.folder import RunFolder
-from prelort.federation import site
+from prelort.federation import client as client_module
 
 Make = Callable[..., Config]
 
@@ -242,7 +242,7 @@ class TestClientsThatFail:
     @pytest.fixture
     def failing(self, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         """``failing(names, index)``: these clients raise in the round of this index."""
-        real = site.train
+        real = client_module.train
 
         def fail(names: set[str], index: int) -> None:
             def train(model: Any, truncation: Any, task: Any, examples: Any, *rest: Any) -> Any:
@@ -251,7 +251,7 @@ class TestClientsThatFail:
                     raise MemoryError("CUDA out of memory, say")
                 return real(model, truncation, task, examples, *rest)
 
-            monkeypatch.setattr(site, "train", train)
+            monkeypatch.setattr(client_module, "train", train)
 
         return fail
 

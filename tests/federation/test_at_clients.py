@@ -5,6 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+
+from prelort import methods
+from prelort.adapters import LoraAdapter
+from prelort.config import Config, MethodConfig, check
+from prelort.federation import wire
+from prelort.federation.flower import Context, Error, Message, MessageType, RecordDict
+from prelort.federation.strategy import AdapterStrategy
+from prelort.federation.transport import Engine
+from prelort.methods import Broadcast, Client, PrefixMethod, ServerState
 from small_federation import (
     AGREEMENT,
     clients_of,
@@ -13,15 +22,6 @@ from small_federation import (
     run_rounds,
     small_client_app,
 )
-
-from prelort import methods
-from prelort.adapters import LoraAdapter
-from prelort.config import Config, MethodConfig, check
-from prelort.federation import wire
-from prelort.federation.exchange import Engine
-from prelort.federation.flower import Context, Error, Message, MessageType, RecordDict
-from prelort.federation.strategy import AdapterStrategy
-from prelort.methods import Broadcast, Client, PrefixMethod, ServerState
 
 CLIENTS = clients_of([2, 4, 8, 4])
 Answering = Callable[[Message, Context], Message]
@@ -189,7 +189,13 @@ class Folding(PrefixMethod):
     def broadcast(self, state: ServerState, client: Client) -> Broadcast:
         sent = super().broadcast(state, client).trainable
         frozen = LoraAdapter(sent.scaled(2.0).prefix(1).layers, sent.scale)
-        return Broadcast(sent, frozen=frozen, gain=2.5, drawn="nothing", draw_seed=state.round)
+        return Broadcast(
+            sent,
+            frozen=frozen,
+            scale_multiplier=2.5,
+            seeded_factors="nothing",
+            factor_seed=state.round,
+        )
 
 
 class Personal(PrefixMethod):
@@ -206,7 +212,7 @@ def test_they_receive_what_they_would_train_now() -> None:
     app = Measuring()
     run(strategy, app)
     for _, request, adapter, frozen in app.asked:
-        assert (request.gain, request.draw_seed) == (2.5, 1)
+        assert (request.scale_multiplier, request.factor_seed) == (2.5, 1)
         assert frozen is not None
         assert all(torch.equal(frozen.layers[n].A, f.A[:1]) for n, f in adapter.layers.items())
 

@@ -6,6 +6,17 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+
+from prelort import methods
+from prelort.config import MethodConfig
+from prelort.errors import QuorumError
+from prelort.federation import wire
+from prelort.federation.allocation import Allocation, ByLoss
+from prelort.federation.flower import Context, Message
+from prelort.federation.strategy import AdapterStrategy
+from prelort.federation.transport import Engine
+from prelort.methods.interface import Client, ServerState
+from prelort.methods.objective import Objective, TailPenalty
 from small_federation import (
     clients_of,
     in_process,
@@ -16,17 +27,6 @@ from small_federation import (
     same_bits,
     small_client_app,
 )
-
-from prelort import methods
-from prelort.config import MethodConfig
-from prelort.errors import QuorumError
-from prelort.federation import wire
-from prelort.federation.allocation import Allocation, ByLoss
-from prelort.federation.exchange import Engine
-from prelort.federation.flower import Context, Message
-from prelort.federation.strategy import AdapterStrategy
-from prelort.methods.interface import Client, ServerState
-from prelort.methods.objective import Objective, TailPenalty
 
 CLIENTS = clients_of([2, 4, 8, 4])
 Answering = Callable[[Message, Context], Message]
@@ -110,9 +110,9 @@ def test_to_offer_the_rank_that_one_has_is_no_change() -> None:
 
 @pytest.mark.parametrize("offer", [1, 3, 5, 8])
 @pytest.mark.parametrize("most", [0, 8])
-def test_an_offered_rank_is_used_from_the_next_round_on(offer: int, most: int) -> None:
+def test_an_offered_rank_is_used_from_the_next_round_on(offer: int, max_rank: int) -> None:
     """Whether smaller or larger, and whatever the client said at first that it can be raised to."""
-    strategy, events = make_strategy(CLIENTS, make_config(rounds=4), most=most)
+    strategy, events = make_strategy(CLIENTS, make_config(rounds=4), max_rank=max_rank)
     run(strategy, app_of({("site-1", 2): {"next_rank": offer}}))
 
     asked = ranks_asked(events)
@@ -223,7 +223,7 @@ SCHEDULE = {2: usual(site_0=4), 4: usual(site_0=2, site_2=2)}
 
 def test_a_schedule_is_followed() -> None:
     strategy, events = make_strategy(
-        CLIENTS, make_config(rounds=5), most=8, allocation=Allocation(SCHEDULE)
+        CLIENTS, make_config(rounds=5), max_rank=8, allocation=Allocation(SCHEDULE)
     )
     run(strategy)
     expected = {1: usual(), 2: SCHEDULE[2], 3: SCHEDULE[2], 4: SCHEDULE[4], 5: SCHEDULE[4]}
@@ -237,7 +237,7 @@ def test_a_schedule_is_followed() -> None:
 
 def test_a_schedule_counts_for_those_too_who_were_not_asked() -> None:
     config = make_config(rounds=6, clients_per_round=1)
-    strategy, events = make_strategy(CLIENTS, config, most=8, allocation=Allocation(SCHEDULE))
+    strategy, events = make_strategy(CLIENTS, config, max_rank=8, allocation=Allocation(SCHEDULE))
     run(strategy)
     for number, asked in ranks_asked(events).items():
         ((name, rank),) = asked.items()
@@ -246,7 +246,9 @@ def test_a_schedule_counts_for_those_too_who_were_not_asked() -> None:
 
 
 def test_nobody_is_raised_above_what_it_said_at_first() -> None:
-    strategy, events = make_strategy(CLIENTS, most=4, allocation=Allocation({2: usual(site_0=8)}))
+    strategy, events = make_strategy(
+        CLIENTS, max_rank=4, allocation=Allocation({2: usual(site_0=8)})
+    )
     run(strategy)
     assert ranks_asked(events)[2] == usual(site_0=4)
     assert changes(events) == [(1, "site-0", 2, 4, PLAN)]
@@ -254,7 +256,7 @@ def test_nobody_is_raised_above_what_it_said_at_first() -> None:
 
 def test_a_schedule_goes_before_an_offer() -> None:
     says = {("site-0", 1): {"next_rank": 8}, ("site-1", 1): {"next_rank": 8}}
-    strategy, events = make_strategy(CLIENTS, most=4, allocation=Allocation({2: {"site-0": 3}}))
+    strategy, events = make_strategy(CLIENTS, max_rank=4, allocation=Allocation({2: {"site-0": 3}}))
     run(strategy, app_of(says))
     assert ranks_asked(events)[2] == usual(site_0=3, site_1=8)
     assert changes(events) == [(1, "site-0", 2, 3, PLAN), (1, "site-1", 4, 8, OFFER)]
@@ -288,7 +290,7 @@ LOW = clients_of([2, 2, 2, 2])
 
 def test_the_first_round_asks_everyone_for_their_loss_and_later_ones_do_not() -> None:
     config = make_config(rounds=3, clients_per_round=2)
-    strategy, events = make_strategy(LOW, config, most=8, allocation=by_loss(0.5))
+    strategy, events = make_strategy(LOW, config, max_rank=8, allocation=by_loss(0.5))
     wanted: dict[int, list[bool]] = {}
 
     def app(message: Message, context: Context) -> Message:
@@ -305,7 +307,9 @@ def test_the_first_round_asks_everyone_for_their_loss_and_later_ones_do_not() ->
 @pytest.mark.parametrize("share, raised", [(0.25, {1}), (0.5, {1, 3}), (1.0, {0, 1, 2, 3})])
 def test_the_best_are_raised_after_the_first_round(share: float, raised: set[int]) -> None:
     says = losses(site_0=3.0, site_1=1.0, site_2=4.0, site_3=2.0)
-    strategy, events = make_strategy(LOW, make_config(rounds=3), most=8, allocation=by_loss(share))
+    strategy, events = make_strategy(
+        LOW, make_config(rounds=3), max_rank=8, allocation=by_loss(share)
+    )
     run(strategy, app_of(says))
     later = {f"site-{i}": 8 if i in raised else 2 for i in range(4)}
     assert ranks_asked(events)[1] == dict.fromkeys(later, 2)
@@ -315,7 +319,9 @@ def test_the_best_are_raised_after_the_first_round(share: float, raised: set[int
 
 def test_losses_stand_in_the_events() -> None:
     says = losses(site_0=3.0, site_2=4.0)
-    strategy, events = make_strategy(LOW, make_config(rounds=1), most=8, allocation=by_loss(0.5))
+    strategy, events = make_strategy(
+        LOW, make_config(rounds=1), max_rank=8, allocation=by_loss(0.5)
+    )
     run(strategy, app_of(says))
     told = {
         e["client"]: e.get("validation_loss") for e in events if e["event"] == "client_finished"
@@ -327,14 +333,14 @@ def test_who_has_no_loss_is_not_raised() -> None:
     """Without validation rows, with one that is no number, or with a reply that was refused."""
     says = dict(losses(site_0=9.0, site_2=math.nan, site_3=-1.0))
     says["site-3", 1] = {"validation_loss": -1.0, "base": "another"}
-    strategy, events = make_strategy(LOW, most=8, allocation=by_loss(1.0))
+    strategy, events = make_strategy(LOW, max_rank=8, allocation=by_loss(1.0))
     run(strategy, app_of(says))
     assert [e[1:4] for e in changes(events)] == [("site-0", 2, 8)]
 
 
 def test_nobody_who_cannot_be_raised_is() -> None:
     says = losses(site_0=1.0, site_1=1.0, site_2=1.0, site_3=1.0)
-    strategy, events = make_strategy(LOW, most=5, allocation=by_loss(0.25))
+    strategy, events = make_strategy(LOW, max_rank=5, allocation=by_loss(0.25))
     run(strategy, app_of(says))
     assert changes(events) == [(1, "site-0", 2, 5, PLAN)]
 
@@ -348,7 +354,7 @@ def test_going_on_from_a_state_gives_the_same_ranks_and_bits(done: int) -> None:
     plan = Allocation({2: {"site-0": 4}, 4: {"site-2": 2}})
 
     def begun() -> tuple[AdapterStrategy, list[dict[str, Any]]]:
-        return make_strategy(CLIENTS, make_config(rounds=5), most=4, allocation=plan)
+        return make_strategy(CLIENTS, make_config(rounds=5), max_rank=4, allocation=plan)
 
     states: list[ServerState] = []
     whole, events = begun()

@@ -7,6 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+
+from prelort.errors import QuorumError
+from prelort.federation import client_manager, wire
+from prelort.federation import transport as exchange_module
+from prelort.federation.client_manager import GRACE_SECONDS, RETRY_SECONDS, ClientManager
+from prelort.federation.flower import Context, Error, Message, MessageType, RecordDict
+from prelort.federation.server import ServerPlan, Standing, serve
+from prelort.federation.transport import Engine
+from prelort.methods.interface import Client
 from small_federation import (
     AGREEMENT,
     PlannedGrid,
@@ -14,15 +23,6 @@ from small_federation import (
     make_state,
     small_client_app,
 )
-
-from prelort.errors import QuorumError
-from prelort.federation import exchange as exchange_module
-from prelort.federation import registry, wire
-from prelort.federation.exchange import Engine
-from prelort.federation.flower import Context, Error, Message, MessageType, RecordDict
-from prelort.federation.registry import GRACE_SECONDS, RETRY_SECONDS, Roster
-from prelort.federation.server import ServerPlan, Standing, serve
-from prelort.methods.interface import Client
 
 
 @dataclass
@@ -67,7 +67,7 @@ class ChangingGrid(PlannedGrid):
                 facts = AGREEMENT.header(node.client.rank).model_dump()
                 facts |= {"client": node.client.name, "examples": node.client.examples}
                 facts |= {"most": node.client.rank, **node.says}
-                intro = wire.Introduction.model_construct(**facts)
+                intro = wire.ClientProperties.model_construct(**facts)
                 return Message(wire.pack(intro), reply_to=message)
             context = Context(1, 1, {"partition-id": 0}, RecordDict(), {})
             return usual(message, context)
@@ -80,7 +80,7 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ChangingGrid]:
     def make(*nodes: Node) -> ChangingGrid:
         grid = ChangingGrid(list(nodes))
         monkeypatch.setattr(exchange_module, "time", grid)
-        monkeypatch.setattr(registry, "time", grid)
+        monkeypatch.setattr(client_manager, "time", grid)
         return grid
 
     return make
@@ -101,7 +101,7 @@ class TestRoster:
     def gather(self, grid: ChangingGrid, wanted: int, patience: float = 100.0) -> Any:
         self.refused: list[tuple[str, str]] = []
         self.told: list[tuple[float, list[str]]] = []
-        roster = Roster(AGREEMENT, lambda name, why: self.refused.append((name, why)))
+        roster = ClientManager(AGREEMENT, lambda name, why: self.refused.append((name, why)))
         found = roster.gather(
             engine_of(grid, patience),
             wanted,
@@ -176,7 +176,7 @@ class TestServe:
         plan = ServerPlan(
             config=make_config(**settings),
             state=make_state(),
-            agreement=AGREEMENT,
+            spec=AGREEMENT,
             emit=self.events.append,
             before_rounds=self.standings.append,
             after_round=self.standings.append,
@@ -244,7 +244,7 @@ class TestServe:
         plan = ServerPlan(
             config=config.model_copy(update={"method": method}),
             state=make_state(2),
-            agreement=AGREEMENT,
+            spec=AGREEMENT,
             emit=events.append,
             before_rounds=lambda now: None,
             after_round=lambda now: None,

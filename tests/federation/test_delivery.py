@@ -8,6 +8,16 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+
+from prelort.adapters import Factors, LoraAdapter
+from prelort.config import FederationConfig, TrainingConfig
+from prelort.errors import UpdateRefused
+from prelort.federation import wire
+from prelort.federation.encoding import DTYPES
+from prelort.federation.flower import RecordDict
+from prelort.federation.replies import checked
+from prelort.methods import Broadcast
+from prelort.methods.objective import TailPenalty
 from small_federation import (
     AGREEMENT,
     DIMENSIONS,
@@ -22,16 +32,6 @@ from small_federation import (
     raw_content,
     same_bits,
 )
-
-from prelort.adapters import Factors, LoraAdapter
-from prelort.config import FederationConfig, TrainingConfig
-from prelort.errors import UpdateRefused
-from prelort.federation import wire
-from prelort.federation.encoding import DTYPES
-from prelort.federation.flower import RecordDict
-from prelort.federation.replies import checked
-from prelort.methods import Broadcast
-from prelort.methods.objective import TailPenalty
 
 CLIENT = clients_of([4])[0]
 ADAPTER = make_adapter(4, seed=3)
@@ -82,10 +82,10 @@ def taken(adapter: LoraAdapter, kinds: tuple[str, ...]) -> dict[str, torch.Tenso
 
 def test_every_field_of_a_request_comes_back() -> None:
     sent = request(
-        drawn="A and B",
-        draw_seed=2**62,
+        seeded_factors="A and B",
+        factor_seed=2**62,
         personal=True,
-        gain=8 / 3,
+        scale_multiplier=8 / 3,
         tail=TailPenalty(1e-3, 0.99, 2),
         trains="B",
         with_validation=True,
@@ -98,7 +98,7 @@ def test_every_field_of_a_request_comes_back() -> None:
 def test_by_default_everything_travels_and_both_factors_learn() -> None:
     plain = request()
     assert plain.missing() == ()
-    assert (plain.trains, plain.gain, plain.tail) == ("AB", 1.0, None)
+    assert (plain.trains, plain.scale_multiplier, plain.tail) == ("AB", 1.0, None)
     assert not plain.with_validation
 
 
@@ -119,8 +119,8 @@ def test_measurements_come_back_and_what_is_no_number_is_none() -> None:
 @pytest.mark.parametrize(
     "key, value",
     [
-        ("drawn", "B"),
-        ("drawn", None),
+        ("seeded_factors", "B"),
+        ("seeded_factors", None),
         ("gain", 0.0),
         ("gain", -1.0),
         ("gain", math.inf),
@@ -164,7 +164,7 @@ def test_the_kind_of_a_tensor_is_told_by_its_name() -> None:
     ],
 )
 def test_what_is_drawn_or_kept_does_not_come(drawn: str, personal: bool, kinds: set[str]) -> None:
-    assert set(request(drawn=drawn, personal=personal).missing()) == kinds
+    assert set(request(seeded_factors=drawn, personal=personal).missing()) == kinds
 
 
 @pytest.mark.parametrize(
@@ -302,8 +302,8 @@ def test_a_frozen_tensor_of_a_type_that_was_not_stated_is_refused() -> None:
 
 
 class TestCheckFrozen:
-    def check(self, layers: dict[str, Factors], **extras: torch.Tensor) -> None:
-        wire.check_frozen(LoraAdapter(layers, SCALE, extras), AGREEMENT.schema)
+    def check(self, layers: dict[str, Factors], **modules_to_save: torch.Tensor) -> None:
+        wire.check_frozen(LoraAdapter(layers, SCALE, modules_to_save), AGREEMENT.schema)
 
     def test_a_layer_that_the_model_lacks_is_refused(self) -> None:
         layers = dict(frozen(2, 2).layers)
@@ -353,7 +353,7 @@ def reply_of(adapter: LoraAdapter, without: tuple[str, ...] = (), **changes: Any
     [
         (Broadcast(SENT, trains="A"), ("B",)),
         (Broadcast(SENT, trains="B"), ("A",)),
-        (Broadcast(SENT, trains="B", drawn="A", draw_seed=3), ("A",)),
+        (Broadcast(SENT, trains="B", seeded_factors="A", factor_seed=3), ("A",)),
         (Broadcast(SENT, personal=True), ("B", "extra")),
     ],
 )

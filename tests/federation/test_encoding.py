@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_federation import make_adapter, same_bits
 from torch import Tensor
 
 from prelort.errors import UpdateRefused
@@ -22,6 +21,7 @@ from prelort.federation.encoding import (
     encode,
     with_change,
 )
+from small_federation import make_adapter, same_bits
 
 A, B, HEAD, BIAS = "q.lora_A.weight", "q.lora_B.weight", "head.weight", "head.bias"
 NUMBERS = st.floats(width=32, allow_nan=False, allow_infinity=False) | st.sampled_from(
@@ -49,7 +49,7 @@ def tensors(draw: st.DrawFn) -> dict[str, Tensor]:
     }
 
 
-def slots(name: str, tensor: Tensor) -> Tensor:
+def dimensions(name: str, tensor: Tensor) -> Tensor:
     """[slots, width], written down another way than in the module."""
     if name == BIAS:
         return tensor.reshape(1, -1)
@@ -72,8 +72,8 @@ def test_int8_is_off_by_half_a_step_of_its_slot_at_most(given: dict[str, Tensor]
         assert (found[name].shape, found[name].dtype) == (tensor.shape, torch.float32)
         if tensor.numel() == 0:
             continue
-        off = slots(name, found[name].double() - tensor.double()).abs().amax(1)
-        largest = slots(name, tensor.double()).abs().amax(1)
+        off = dimensions(name, found[name].double() - tensor.double()).abs().amax(1)
+        largest = dimensions(name, tensor.double()).abs().amax(1)
         allowed = largest / 127 / 2 * (1 + 1e-4)
         assert bool((off <= torch.maximum(allowed, torch.tensor(127 * SMALLEST_SCALE))).all())
         assert not found[name][tensor == 0].any()

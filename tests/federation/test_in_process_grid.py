@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from small_federation import in_process
 
-from prelort.federation.exchange import Engine, exchange
 from prelort.federation.flower import ConfigRecord, Context, Message, MessageType, RecordDict
 from prelort.federation.in_process import CLIENT_APP_RAISED
+from prelort.federation.transport import Engine, exchange
+from small_federation import in_process
 
 
 def echo(message: Message, context: Context) -> Message:

@@ -2,6 +2,16 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+
+from prelort.config import Config
+from prelort.errors import ConfigError, PrelortError
+from prelort.federation import wire
+from prelort.federation.allocation import Allocation, ByLoss
+from prelort.federation.client_manager import PULL_AT_ONCE, ClientManager, ConnectedClient
+from prelort.federation.flower import Context, Grid, Message, MessageType, RecordDict
+from prelort.federation.server import ServerPlan, make_server_app, serve
+from prelort.federation.transport import Engine
+from prelort.methods.interface import ServerState
 from small_federation import (
     AGREEMENT,
     clients_of,
@@ -10,16 +20,6 @@ from small_federation import (
     make_state,
     small_client_app,
 )
-
-from prelort.config import Config
-from prelort.errors import ConfigError, PrelortError
-from prelort.federation import wire
-from prelort.federation.allocation import Allocation, ByLoss
-from prelort.federation.exchange import Engine
-from prelort.federation.flower import Context, Grid, Message, MessageType, RecordDict
-from prelort.federation.registry import PULL_AT_ONCE, Participant, Roster
-from prelort.federation.server import ServerPlan, make_server_app, serve
-from prelort.methods.interface import ServerState
 
 CLIENTS = clients_of([2, 8, 4, 4])
 
@@ -41,7 +41,7 @@ def introducing(**facts_of: dict[str, Any]) -> Callable[[Message, Context], Mess
             "most": client.rank,
             **changes,
         }
-        intro = wire.Introduction.model_construct(**facts)
+        intro = wire.ClientProperties.model_construct(**facts)
         return Message(wire.pack(intro), reply_to=message)
 
     return app
@@ -49,8 +49,8 @@ def introducing(**facts_of: dict[str, Any]) -> Callable[[Message, Context], Mess
 
 def introductions(
     engine: Engine, refused: Callable[[str, str], None] = lambda *_: None
-) -> list[Participant]:
-    return Roster(AGREEMENT, refused).gather(engine, 1)
+) -> list[ConnectedClient]:
+    return ClientManager(AGREEMENT, refused).gather(engine, 1)
 
 
 def introduced(app: Callable[[Message, Context], Message]) -> tuple[list[str], dict[str, str]]:
@@ -91,7 +91,7 @@ def test_the_name_of_one_who_is_gone_is_free_again() -> None:
     grid = in_process(app, len(CLIENTS))
     engine = Engine(grid, 1, float("inf"), patience=0.0)
     refused: list[str] = []
-    roster = Roster(AGREEMENT, lambda name, reason: refused.append(reason))
+    roster = ClientManager(AGREEMENT, lambda name, reason: refused.append(reason))
     first = roster.gather(engine, 1)
     assert refused == ["a client of this name is there already"]
     roster.doubt(first[0])
@@ -107,7 +107,7 @@ def test_the_rank_that_one_can_be_raised_to_is_known_up_to_the_global_one(
     engine = Engine(in_process(app, len(CLIENTS)), 1, float("inf"))
     found = introductions(engine)
     assert [p.client for p in found] == CLIENTS
-    assert [p.most for p in found] == [2, 8, known, 4]
+    assert [p.max_rank for p in found] == [2, 8, known, 4]
 
 
 def test_the_order_is_that_of_the_names_whatever_the_nodes() -> None:
@@ -185,7 +185,7 @@ class TestServe:
         plan = ServerPlan(
             config=config,
             state=make_state(),
-            agreement=AGREEMENT,
+            spec=AGREEMENT,
             emit=events.append,
             before_rounds=lambda now: events.append({"event": "before", "is": now.levels}),
             after_round=lambda now: events.append({"event": "after", "round": now.state.round}),

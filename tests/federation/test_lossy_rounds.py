@@ -6,6 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+
+from prelort.adapters import LoraAdapter
+from prelort.config import FederationConfig
+from prelort.errors import UpdateRefused
+from prelort.federation import wire
+from prelort.federation.encoding import change_of, decode, encode
+from prelort.federation.replies import checked
+from prelort.federation.transport import Engine
+from prelort.methods import Broadcast
 from small_federation import (
     AGREEMENT,
     DIMENSIONS,
@@ -22,15 +31,6 @@ from small_federation import (
     same_bits,
     small_client_app,
 )
-
-from prelort.adapters import LoraAdapter
-from prelort.config import FederationConfig
-from prelort.errors import UpdateRefused
-from prelort.federation import wire
-from prelort.federation.encoding import change_of, decode, encode
-from prelort.federation.exchange import Engine
-from prelort.federation.replies import checked
-from prelort.methods import Broadcast
 
 CLIENTS = clients_of([4, 4, 2, 8])
 LOSSY = ["bfloat16", "float16", "int8"]
@@ -160,10 +160,10 @@ def test_absurd_changes_and_absurd_results_are_refused(dtype: str) -> None:
         tensors[name].view(-1)[largest] = value
         return LoraAdapter.from_tensors(tensors, SCALE)
 
-    most = 10 * abs(base)
-    take(head_of(dtype), of(-9.5 * base), dtype, most=most)
+    max_rank = 10 * abs(base)
+    take(head_of(dtype), of(-9.5 * base), dtype, max_rank=max_rank)
     for change in (-10.5 * base, 9.5 * base):  # the change is too large; only the sum is
         with pytest.raises(UpdateRefused, match=r"above federation\.max_abs_value"):
-            take(head_of(dtype), of(change), dtype, most=most)
+            take(head_of(dtype), of(change), dtype, max_rank=max_rank)
     with pytest.raises(UpdateRefused, match="not finite"):
         take(head_of(dtype), of(torch.inf), dtype)

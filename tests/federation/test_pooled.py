@@ -3,11 +3,11 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small_federation import AGREEMENT, make_adapter
 
 from prelort.adapters import LoraAdapter
 from prelort.federation import wire
-from prelort.federation.pooled import Pooled, together
+from prelort.federation.pooled import PooledMetrics, together
+from small_federation import AGREEMENT, make_adapter
 
 
 def reply(examples: int, weight: int) -> wire.EvaluateReply:
@@ -24,7 +24,7 @@ counts = st.integers(1, 50)
     st.lists(st.tuples(counts, counts, st.floats(0, 5), st.floats(0, 1)), min_size=1, max_size=6)
 )
 def test_it_is_as_if_all_rows_lay_in_one_place(sites: list[tuple[int, int, float, float]]) -> None:
-    pool = Pooled()
+    pool = PooledMetrics()
     for examples, weight, loss, accuracy in sites:
         metrics = {"loss": loss, "perplexity": math.exp(loss), "accuracy": accuracy}
         pool.add(reply(examples, weight), metrics)
@@ -39,14 +39,14 @@ def test_it_is_as_if_all_rows_lay_in_one_place(sites: list[tuple[int, int, float
 
 
 def test_who_has_measured_nothing_counts_nothing() -> None:
-    pool = Pooled()
+    pool = PooledMetrics()
     pool.add(reply(5, 5), {})
     pool.add(reply(5, 5), {"loss": None, "perplexity": None})
     assert (pool.metrics(), pool.examples, pool.clients) == ({}, 0, 0)
 
 
 def test_a_metric_that_only_some_could_measure_is_theirs() -> None:
-    pool = Pooled()
+    pool = PooledMetrics()
     pool.add(reply(10, 10), {"loss": 1.0, "rouge_l": 40.0})
     pool.add(reply(30, 30), {"loss": 2.0, "rouge_l": None})
     assert pool.metrics() == {"loss": 1.75, "rouge_l": 40.0}
@@ -70,4 +70,4 @@ class TestTogether:
 
 
 def with_extras_of(whole: LoraAdapter, adapter: LoraAdapter) -> LoraAdapter:
-    return LoraAdapter(adapter.layers, adapter.scale, whole.extras)
+    return LoraAdapter(adapter.layers, adapter.scale, whole.modules_to_save)

@@ -11,6 +11,15 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from prelort.adapters import AdapterSchema, ScaleRule
+from prelort.errors import QuorumError, UpdateRefused
+from prelort.federation import wire
+from prelort.federation.client_manager import AdapterSpec
+from prelort.federation.flower import Context, Error, Message, RecordDict
+from prelort.federation.replies import checked
+from prelort.federation.transport import Engine
+from prelort.methods import Broadcast
 from small_federation import (
     AGREEMENT,
     LIMITS,
@@ -29,22 +38,13 @@ from small_federation import (
     same_bits,
 )
 
-from prelort.adapters import AdapterSchema, ScaleRule
-from prelort.errors import QuorumError, UpdateRefused
-from prelort.federation import wire
-from prelort.federation.exchange import Engine
-from prelort.federation.flower import Context, Error, Message, RecordDict
-from prelort.federation.registry import Agreement
-from prelort.federation.replies import checked
-from prelort.methods import Broadcast
-
 CLIENT = clients_of([4])[0]
 ADAPTER = make_adapter(4, seed=5)
 SENT = Broadcast(make_adapter(4, seed=6))
 
 
-def take(content: RecordDict, agreement: Agreement = AGREEMENT) -> Any:
-    return checked(answer(content), CLIENT, 0, agreement, LIMITS, SENT)
+def take(content: RecordDict, spec: AdapterSpec = AGREEMENT) -> Any:
+    return checked(answer(content), CLIENT, 0, spec, LIMITS, SENT)
 
 
 def reply(**changes: Any) -> RecordDict:
@@ -86,9 +86,9 @@ def test_another_scale_rule_is_refused_with_a_message_that_says_so(
 
 
 def test_the_same_value_of_another_rule_is_another_rule() -> None:
-    agreement = dataclasses.replace(AGREEMENT, scale=ScaleRule("rslora", 2.0))
+    spec = dataclasses.replace(AGREEMENT, scale=ScaleRule("rslora", 2.0))
     with pytest.raises(UpdateRefused, match="another scale rule"):
-        take(reply(), agreement)
+        take(reply(), spec)
 
 
 def test_another_rank_is_refused() -> None:

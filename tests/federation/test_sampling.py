@@ -4,10 +4,10 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small_federation import clients_of, make_config, make_strategy
 
 from prelort.errors import ConfigError
 from prelort.federation.sampling import check_numbers, count_of, sample
+from small_federation import clients_of, make_config, make_strategy
 
 NAMES = [f"site-{i}" for i in range(20)]
 

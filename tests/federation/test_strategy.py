@@ -8,6 +8,23 @@ from typing import Any
 
 import pytest
 import torch
+
+from prelort import methods
+from prelort.adapters import LoraAdapter
+from prelort.config import MethodConfig
+from prelort.errors import QuorumError
+from prelort.federation import wire
+from prelort.federation.flower import (
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Error,
+    Message,
+    RecordDict,
+)
+from prelort.federation.strategy import AdapterStrategy
+from prelort.federation.transport import Engine
+from prelort.methods.interface import Aggregator, ServerState, Update
 from small_federation import (
     blob_of,
     clients_of,
@@ -21,23 +38,6 @@ from small_federation import (
     same_bits,
     small_client_app,
 )
-
-from prelort import methods
-from prelort.adapters import LoraAdapter
-from prelort.config import MethodConfig
-from prelort.errors import QuorumError
-from prelort.federation import wire
-from prelort.federation.exchange import Engine
-from prelort.federation.flower import (
-    ArrayRecord,
-    ConfigRecord,
-    Context,
-    Error,
-    Message,
-    RecordDict,
-)
-from prelort.federation.strategy import AdapterStrategy
-from prelort.methods.interface import Aggregator, ServerState, Update
 
 CLIENTS = clients_of([2, 4, 8, 4])
 Answering = Callable[[Message, Context], Message]
@@ -398,18 +398,18 @@ def test_replies_are_not_held_once_they_were_taken() -> None:
     clients = clients_of([8] * 12)
     usual = small_client_app(clients)
     sent: list[weakref.ref[Any]] = []
-    most = 0
+    max_rank = 0
 
     def app(message: Message, context: Context) -> Message:
-        nonlocal most
-        most = max(most, sum(ref() is not None for ref in sent))
+        nonlocal max_rank
+        max_rank = max(max_rank, sum(ref() is not None for ref in sent))
         reply = usual(message, context)
         sent.append(weakref.ref(reply.content))
         return reply
 
     strategy, _ = make_strategy(clients, make_config(rounds=1, clients_per_round=12))
     run_rounds(strategy, engine_of(app, 12), lambda state: None)
-    assert most <= 1
+    assert max_rank <= 1
 
 
 class Counting:
@@ -492,7 +492,7 @@ def test_messages_are_made_lazily_so_that_one_is_in_memory() -> None:
             yield message
             del message
 
-    from prelort.federation.exchange import exchange
+    from prelort.federation.transport import exchange
 
     messages = strategy.configure_train(1, ArrayRecord(), ConfigRecord(), grid)
     replies = exchange(Engine(grid, 1, float("inf")), watched(messages))

@@ -5,6 +5,12 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+
+from prelort.adapters import LoraAdapter
+from prelort.config import TrainingConfig
+from prelort.errors import UpdateRefused
+from prelort.federation import wire
+from prelort.federation.encoding import DTYPES
 from small_federation import (
     AGREEMENT,
     SCALE,
@@ -16,12 +22,6 @@ from small_federation import (
     raw_content,
     same_bits,
 )
-
-from prelort.adapters import LoraAdapter
-from prelort.config import TrainingConfig
-from prelort.errors import UpdateRefused
-from prelort.federation import wire
-from prelort.federation.encoding import DTYPES
 
 CLIENT = clients_of([4])[0]
 
@@ -51,7 +51,7 @@ class TestRoundTrip:
         received, _ = wire.adapter(content, wire.header(content, wire.TrainReply))
 
         assert same_bits(received, sent)
-        assert received.extras["head.weight"].dtype == kind
+        assert received.modules_to_save["head.weight"].dtype == kind
 
     def test_special_numbers_keep_their_bits(self) -> None:
         adapter = make_adapter(4)
@@ -242,9 +242,9 @@ class TestAdapter:
 
 
 class TestCheckAdapter:
-    def check(self, tensors: dict[str, torch.Tensor], most: float = 1e4) -> None:
+    def check(self, tensors: dict[str, torch.Tensor], max_rank: float = 1e4) -> None:
         adapter = LoraAdapter.from_tensors(tensors, SCALE)
-        wire.check_adapter(adapter, AGREEMENT.schema, 4, most)
+        wire.check_adapter(adapter, AGREEMENT.schema, 4, max_rank)
 
     def test_the_right_one_passes(self) -> None:
         self.check(make_adapter(4).tensors())

@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import federated_average, segment_wise, zero_padded
 
 from prelort.adapters import LoraAdapter, ScaleRule
 from prelort.config import MethodConfig
 from prelort.methods import Broadcast, Client, ServerState, Update, build
 from random_adapters import dense, random_adapter, same_bits, seeds
+from reference import federated_average, segment_wise, zero_padded
 
 quick = settings(deadline=None, max_examples=40)
 SPREAD = {"rtol": 2e-6, "atol": 2e-6}
@@ -217,9 +217,9 @@ def test_zero_padding_keeps_p_of_a_tail_and_p_squared_of_its_product(low, high):
 
 def test_extras_are_averaged_over_everyone_by_every_method():
     updates = updates_of([(2, 1), (8, 3)])
-    first, second = (u.adapter.extras["score.weight"] for u in updates)
+    first, second = (u.adapter.modules_to_save["score.weight"] for u in updates)
     for name in ("prelort", "zero-padding"):
-        head = aggregate(name, state_of(), updates).adapter.extras["score.weight"]
+        head = aggregate(name, state_of(), updates).adapter.modules_to_save["score.weight"]
         torch.testing.assert_close(head, 0.25 * first + 0.75 * second)
 
 
@@ -345,4 +345,4 @@ def test_a_broadcast_is_the_prefix_in_the_states_own_memory(name, rank):
         own = state.adapter.layers[layer]
         assert factors.A.untyped_storage().data_ptr() == own.A.untyped_storage().data_ptr()
         assert factors.B.untyped_storage().data_ptr() == own.B.untyped_storage().data_ptr()
-    assert sent.extras["score.weight"] is state.adapter.extras["score.weight"]
+    assert sent.modules_to_save["score.weight"] is state.adapter.modules_to_save["score.weight"]

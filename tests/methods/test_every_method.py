@@ -15,6 +15,26 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+
+from prelort.adapters import AdapterSchema, Factors, LoraAdapter, ScaleRule, peft_folder
+from prelort.adapters.initial import draw_a, fresh
+from prelort.config import FederationConfig, MethodConfig
+from prelort.errors import ConfigError, UpdateRefused
+from prelort.experiment import checkpoint
+from prelort.experiment.checkpoint import Checkpoint
+from prelort.federation import wire
+from prelort.federation.client_manager import AdapterSpec
+from prelort.federation.encoding import carries_change, change_of, decode, encode
+from prelort.federation.flower import (
+    Message,
+    MessageType,
+    RecordDict,
+    identify_process,
+    set_message_id,
+)
+from prelort.federation.replies import checked
+from prelort.methods import REGISTRY, Broadcast, Client, Method, ServerState, Update, build
+from random_adapters import dense, random_adapter, same_bits
 from reference import best_of_rank, mean_product, norm_weighted
 from rounds import (
     DIMENSIONS,
@@ -28,26 +48,6 @@ from rounds import (
     start,
     trained,
 )
-
-from prelort.adapters import AdapterSchema, Factors, LoraAdapter, ScaleRule, peft_folder
-from prelort.adapters.initial import draw_a, fresh
-from prelort.config import FederationConfig, MethodConfig
-from prelort.errors import ConfigError, UpdateRefused
-from prelort.experiment import checkpoint
-from prelort.experiment.checkpoint import Checkpoint
-from prelort.federation import wire
-from prelort.federation.encoding import carries_change, change_of, decode, encode
-from prelort.federation.flower import (
-    Message,
-    MessageType,
-    RecordDict,
-    identify_process,
-    set_message_id,
-)
-from prelort.federation.registry import Agreement
-from prelort.federation.replies import checked
-from prelort.methods import REGISTRY, Broadcast, Client, Method, ServerState, Update, build
-from random_adapters import dense, random_adapter, same_bits
 
 SEED = 7
 """Of the run: what clients draw by themselves is drawn from it."""
@@ -146,10 +146,12 @@ def after_rounds(
 def assert_same_function(
     method: Method, one: ServerState, other: ServerState, tolerance: float = 1e-5
 ) -> None:
-    first, second = method.readout(one), method.readout(other)
+    first, second = method.global_adapter(one), method.global_adapter(other)
     assert_near(dense(first), dense(second), tolerance)
-    for name, tensor in second.extras.items():
-        torch.testing.assert_close(first.extras[name], tensor, rtol=tolerance, atol=tolerance)
+    for name, tensor in second.modules_to_save.items():
+        torch.testing.assert_close(
+            first.modules_to_save[name], tensor, rtol=tolerance, atol=tolerance
+        )
 
 
 def assert_same_state(one: ServerState, other: ServerState) -> None:
@@ -225,10 +227,10 @@ def test_what_a_client_draws_by_itself_is_what_the_server_means(name, rounds):
         sent = method.broadcast(state, client)
         for layer, factors in sent.trainable.layers.items():
             largest, d_in = state.adapter.layers[layer].rank, factors.A.shape[1]
-            drawn = draw_a(sent.draw_seed, layer, largest, d_in)[: factors.rank]
-            if sent.drawn != "nothing":
+            drawn = draw_a(sent.factor_seed, layer, largest, d_in)[: factors.rank]
+            if sent.seeded_factors != "nothing":
                 assert torch.equal(factors.A, drawn)
-            if sent.drawn == "A and B":
+            if sent.seeded_factors == "A and B":
                 assert not factors.B.any()
 
 
@@ -241,10 +243,10 @@ def test_where_a_client_starts(name, rounds, own, rule):
         if name in NEITHER and client.rank < R:
             continue
         sent = method.broadcast(state, client)
-        expected = method.readout(state, None if name in WHOLE else client.rank)
+        expected = method.global_adapter(state, None if name in WHOLE else client.rank)
         assert_near(function_of(sent), dense(expected), 1e-6)
-        for extra, tensor in expected.extras.items():
-            assert torch.equal(sent.trainable.extras[extra], tensor)
+        for extra, tensor in expected.modules_to_save.items():
+            assert torch.equal(sent.trainable.modules_to_save[extra], tensor)
 
 
 @every_but(set(REGISTRY) - ONE_RANK_FOR_LAYERS - ONE_GAIN_FOR_LAYERS)
@@ -303,7 +305,7 @@ def test_at_equal_ranks(name, weights):
     elif name in SUMS | CUTS:
         product = mean_product(updates, weights)
         cut = {layer: best_of_rank(matrix, R) for layer, matrix in product.items()}
-        assert_near(dense(method.readout(after)), cut if name in CUTS else product)
+        assert_near(dense(method.global_adapter(after)), cut if name in CUTS else product)
     else:
         assert same_bits(
             after.adapter, aggregate(method_of("fedit", weights), state, updates).adapter
@@ -319,10 +321,10 @@ def test_one_client_is_the_identity(name, rounds, own, rule):
     sent = method.broadcast(state, client)
     reply = trained(sent, 77)
     after = aggregate(method, state, [Update(client, reply, 3)])
-    found = method.readout(after)
+    found = method.global_adapter(after)
     assert_near(dense(found), function_of(sent, reply))
-    for extra, tensor in reply.extras.items():
-        assert torch.equal(found.extras[extra], tensor)
+    for extra, tensor in reply.modules_to_save.items():
+        assert torch.equal(found.modules_to_save[extra], tensor)
 
 
 @every_but(NEITHER, KEEPS_THE_REST, ONE_RANK_FOR_ALL)
@@ -336,7 +338,7 @@ def test_one_client_of_a_low_rank(name, rank, rule):
     reply = trained(sent, 77)
     after = aggregate(method, state, [Update(client, reply, 3)])
     expected = function_of(sent, reply)
-    assert_near(dense(method.readout(after, None if name in WHOLE else rank)), expected)
+    assert_near(dense(method.global_adapter(after, None if name in WHOLE else rank)), expected)
 
 
 @every
@@ -411,7 +413,7 @@ def test_neither_the_state_nor_a_reply_is_changed(name):
     kept = [state.adapter.tensors(), dict(state.memory), *(u.adapter.tensors() for u in updates)]
     before = [{n: t.clone() for n, t in tensors.items()} for tensors in kept]
     after = aggregate(method, state, updates)
-    method.readout(after), method.readout(after, 2)
+    method.global_adapter(after), method.global_adapter(after, 2)
     for tensors, copies in zip(kept, before, strict=True):
         assert all(torch.equal(t, copies[n]) for n, t in tensors.items())
 
@@ -442,7 +444,10 @@ def test_a_rank_level_that_is_absent(name, present, rule):
         ]
         after = aggregate(method, state, updates)
         assert_sound(after, state)
-        assert_sound(ServerState(method.readout(after, 2)), ServerState(method.readout(after, 2)))
+        assert_sound(
+            ServerState(method.global_adapter(after, 2)),
+            ServerState(method.global_adapter(after, 2)),
+        )
         if name not in CUTS:
             assert_untrained_slots_stay(state, after, sent)
         state = after
@@ -515,11 +520,11 @@ def test_half_precision_replies_are_taken_in_float32(name, dtype):
 
 
 def message_of(
-    agreement: Agreement, round_index: int, sent: Broadcast, update: Update, dtype: Any
+    spec: AdapterSpec, round_index: int, sent: Broadcast, update: Update, dtype: Any
 ) -> Message:
     """A client's reply as it travels."""
     head = wire.TrainReply(
-        **agreement.header(update.adapter.rank).model_dump(),
+        **spec.header(update.adapter.rank).model_dump(),
         dtype=dtype,
         change=carries_change(dtype),
         client=update.client.name,
@@ -542,7 +547,7 @@ def message_of(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_a_reply_comes_through_the_wire_and_one_with_nan_is_left_out(name, rounds, dtype):
     method, state = after_rounds(name, rounds)
-    agreement = Agreement("base", AdapterSchema.of(state.adapter), state.adapter.scale)
+    spec = AdapterSpec("base", AdapterSchema.of(state.adapter), state.adapter.scale)
     limits, taken, refused = FederationConfig(wire_dtype=dtype), [], 0
     for k, update in enumerate(replies(method, state, served(name))):
         sent = method.broadcast(state, update.client)
@@ -556,14 +561,14 @@ def test_a_reply_comes_through_the_wire_and_one_with_nan_is_left_out(name, round
             tensors = {n: t.clone() for n, t in update.adapter.tensors().items()}
             tensors[tensor].flatten()[-1] = torch.nan
             bad = replace(update, adapter=LoraAdapter.from_tensors(tensors, sent.trainable.scale))
-            message = message_of(agreement, rounds, sent, bad, dtype)
+            message = message_of(spec, rounds, sent, bad, dtype)
             with pytest.raises(UpdateRefused, match=f"'{tensor}' holds a value that is not finite"):
-                checked(message, update.client, rounds, agreement, limits, sent)
+                checked(message, update.client, rounds, spec, limits, sent)
             refused += 1
         if poisoned:
             continue
-        message = message_of(agreement, rounds, sent, update, dtype)
-        found, _ = checked(message, update.client, rounds, agreement, limits, sent)
+        message = message_of(spec, rounds, sent, update, dtype)
+        found, _ = checked(message, update.client, rounds, spec, limits, sent)
         base = sent.trainable.prefix(update.adapter.rank).tensors()
         for n, tensor in update.adapter.tensors().items():
             if dtype != "float32" and wire.kind_of(n) not in staying:
@@ -575,7 +580,7 @@ def test_a_reply_comes_through_the_wire_and_one_with_nan_is_left_out(name, round
     assert len(taken) == 2
     after = aggregate(method, state, taken)
     assert_sound(after, state)
-    assert not same_bits(method.readout(after), method.readout(state))
+    assert not same_bits(method.global_adapter(after), method.global_adapter(state))
 
 
 # What is kept and what is left
@@ -597,7 +602,7 @@ def test_a_saved_state_goes_on_as_the_other_does(tmp_path: Path, name, rounds, r
         futures.append(aggregate(method, before, updates))
     assert_same_state(*futures)
     for rank in (None, 3):
-        assert same_bits(*(method.readout(future, rank) for future in futures))
+        assert same_bits(*(method.global_adapter(future, rank) for future in futures))
 
 
 @every
@@ -607,12 +612,12 @@ def test_readouts_have_their_rank_and_survive_a_peft_folder(tmp_path: Path, name
     method, state = after_rounds(name, rounds, rule)
     template = LoraConfig(target_modules=list(DIMENSIONS), modules_to_save=["score"])
     for rank in (None, 1, 3, 5, R):
-        found = method.readout(state, rank)
+        found = method.global_adapter(state, rank)
         assert 1 <= found.rank <= (rank or max(f.rank for f in found.layers.values()))
         assert found.scale == rule
         assert found.layers.keys() == state.adapter.layers.keys()
-        for extra, tensor in state.adapter.extras.items():
-            assert torch.equal(found.extras[extra], tensor)
+        for extra, tensor in state.adapter.modules_to_save.items():
+            assert torch.equal(found.modules_to_save[extra], tensor)
         peft_folder.save(found, tmp_path / f"rank-{rank}", template)
         loaded, _ = peft_folder.load(tmp_path / f"rank-{rank}")
         assert same_bits(loaded, found)
@@ -623,5 +628,5 @@ def test_readouts_have_their_rank_and_survive_a_peft_folder(tmp_path: Path, name
 def test_readouts_of_rising_rank_come_to_the_whole(name):
     """The rank of the whole and every rank above give the whole function."""
     method, state = after_rounds(name, 2)
-    whole = method.readout(state)
-    assert_near(dense(method.readout(state, whole.rank)), dense(whole))
+    whole = method.global_adapter(state)
+    assert_near(dense(method.global_adapter(state, whole.rank)), dense(whole))

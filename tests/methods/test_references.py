@@ -8,12 +8,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from prelort.adapters import LoraAdapter, ScaleRule
+from prelort.adapters.initial import fresh
+from prelort.config import MethodConfig
+from prelort.methods import REGISTRY, Client, ServerState, Update, build
+from prelort.methods.hetlora import by_norm
+from random_adapters import dense, random_adapter, same_bits, seeds
 from reference import (
     best_of_rank,
     by_module,
-    extras,
     federated_average,
     mean_product,
+    modules_to_save,
     norm_weighted,
     partitioned_product,
     product,
@@ -35,14 +43,6 @@ from rounds import (
     replies,
     start,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from prelort.adapters import LoraAdapter, ScaleRule
-from prelort.adapters.initial import fresh
-from prelort.config import MethodConfig
-from prelort.methods import REGISTRY, Client, ServerState, Update, build
-from prelort.methods.hetlora import by_norm
-from random_adapters import dense, random_adapter, same_bits, seeds
 
 SPREAD = {"rtol": 2e-6, "atol": 2e-6}
 """Of float32 means against float64 ones."""
@@ -70,8 +70,8 @@ def assert_close(adapter: LoraAdapter, expected: dict) -> None:
 
 def assert_extras(state: ServerState, updates, weights="examples"):
     """Of methods whose slots are compared as products."""
-    for name, tensor in extras(updates, weights_of(updates, weights)).items():
-        torch.testing.assert_close(state.adapter.extras[name].double(), tensor, **SPREAD)
+    for name, tensor in modules_to_save(updates, weights_of(updates, weights)).items():
+        torch.testing.assert_close(state.adapter.modules_to_save[name].double(), tensor, **SPREAD)
 
 
 def rounds_of(method, own, rule, *, rounds=2, state=None):
@@ -258,10 +258,10 @@ def test_homogeneous_references_are_fedit_at_that_rank(name, rank, rule, weights
     for state, updates, after in rounds_of(method, R, rule):
         assert {u.adapter.rank for u in updates} == {rank}
         expected = federated_average(updates, weights)
-        assert_close(method.readout(after), expected)
+        assert_close(method.global_adapter(after), expected)
         small = replace(state, adapter=state.adapter.prefix(rank))
         same = [replace(u, client=replace(u.client, rank=rank)) for u in updates]
-        assert same_bits(method.readout(after), aggregate(fedit, small, same).adapter)
+        assert same_bits(method.global_adapter(after), aggregate(fedit, small, same).adapter)
         for factors, old in zip(
             after.adapter.layers.values(), state.adapter.layers.values(), strict=True
         ):
@@ -302,8 +302,8 @@ def test_fedsa_lora_shares_nothing_but_a():
     assert sent.personal
     for _, _, after in rounds_of(method, R, RULES[0]):
         assert same_bits(
-            LoraAdapter({}, state.adapter.scale, after.adapter.extras),
-            LoraAdapter({}, state.adapter.scale, state.adapter.extras),
+            LoraAdapter({}, state.adapter.scale, after.adapter.modules_to_save),
+            LoraAdapter({}, state.adapter.scale, state.adapter.modules_to_save),
         )
         for name, factors in after.adapter.layers.items():
             assert torch.equal(factors.B, state.adapter.layers[name].B)
@@ -327,11 +327,11 @@ def test_flora_adds_up_the_mean_products_of_all_rounds(own, rule, weights):
     for _, updates, after in rounds_of(method, own, rule, rounds=3, state=untrained(own, rule)):
         mean = mean_product(updates, weights)
         total = mean if total is None else {n: total[n] + mean[n] for n in mean}
-        assert_near(dense(method.readout(after)), total)
+        assert_near(dense(method.global_adapter(after)), total)
         assert_extras(after, updates, weights)
         for rank in (1, 3, 8):
             cut = {name: best_of_rank(matrix, rank) for name, matrix in total.items()}
-            assert_near(dense(method.readout(after, rank)), cut)
+            assert_near(dense(method.global_adapter(after, rank)), cut)
 
 
 @rules
@@ -346,7 +346,7 @@ def test_florist_keeps_the_fewest_triples_that_hold_the_energy(energy, own, rule
         cut = {name: best_of_rank(matrix, ranks[name]) for name, matrix in mean.items()}
         first = total is None
         total = cut if first else {n: total[n] + cut[n] for n in cut}
-        whole = method.readout(after)
+        whole = method.global_adapter(after)
         assert_near(dense(whole), total)
         if first:
             assert {name: f.rank for name, f in whole.layers.items()} == ranks
@@ -358,7 +358,7 @@ def test_florist_at_full_energy_is_flora():
     results = []
     for method in (method_of("flora"), method_of("florist", energy=1.0)):
         *_, (_, _, after) = rounds_of(method, R, RULES[0], state=untrained())
-        results.append(method.readout(after))
+        results.append(method.global_adapter(after))
     assert same_bits(*results)
 
 
@@ -375,7 +375,7 @@ def test_flexlora_gives_every_rank_the_best_approximation_of_the_mean(name, own,
         for rank in (None, *range(1, R + 1)):
             ranks = {layer: min(rank or R, most) for layer, most in largest.items()}
             cut = {layer: best_of_rank(matrix, ranks[layer]) for layer, matrix in mean.items()}
-            assert_near(dense(method.readout(after, rank)), cut)
+            assert_near(dense(method.global_adapter(after, rank)), cut)
             if rank is not None:
                 sent = method.broadcast(after, Client("k", rank, 1))
                 assert_near(function_of(sent), cut)
@@ -478,7 +478,7 @@ def test_prelort_sorted_moves_each_segment_by_the_mean_change_of_its_holders(
             cut = {n: averaging * mean[n] + (1 - averaging) * matrix for n, matrix in cut.items()}
             cut = {n: best_of_rank(matrix, R) for n, matrix in cut.items()}
         state, mean = after, cut
-        assert_near(dense(method.readout(after)), mean)
+        assert_near(dense(method.global_adapter(after)), mean)
 
 
 @pytest.mark.parametrize("rule, own", [(RULES[0], R), (RULES[1], R), (RULES[0], PATTERN)], ids=str)
@@ -498,11 +498,11 @@ def test_fedex_lora_is_the_mean_of_the_clients_whole_functions(rule, own, weight
                 frozen = matrix - product(state.adapter, name, 0, rank)
                 expected[name] += weight * (own_part + frozen)
         function = {n: m / sum(weights_of(updates, weights)) for n, m in expected.items()}
-        assert_near(dense(method.readout(after)), function)
+        assert_near(dense(method.global_adapter(after)), function)
         assert_close(after.adapter, segment_wise(state.adapter, updates, weights))
         for rank in (1, 4):
             cut = {name: best_of_rank(matrix, rank) for name, matrix in function.items()}
-            assert_near(dense(method.readout(after, rank)), cut)
+            assert_near(dense(method.global_adapter(after, rank)), cut)
 
 
 @pytest.mark.parametrize("kept", [1, 3])
@@ -514,9 +514,9 @@ def test_fedex_lora_cuts_its_residual_to_the_nearest_of_a_rank(kept, rule):
     exact, near = aggregate(whole, state, updates), aggregate(cut, state, updates)
     factors = dense(exact.adapter)
     assert same_bits(exact.adapter, near.adapter)
-    for name, matrix in dense(whole.readout(exact)).items():
+    for name, matrix in dense(whole.global_adapter(exact)).items():
         expected = factors[name] + best_of_rank(matrix - factors[name], kept)
-        found = dense(cut.readout(near))
+        found = dense(cut.global_adapter(near))
         torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-4)
 
 
@@ -534,7 +534,7 @@ def test_many_replies_take_no_more_memory_and_lose_nothing(name):
     mean = mean_product(updates, "examples")
     if name == "flexlora":
         mean = {layer: best_of_rank(matrix, R) for layer, matrix in mean.items()}
-    assert_near(dense(method.readout(after)), mean)
+    assert_near(dense(method.global_adapter(after)), mean)
     assert_extras(after, updates)
 
 
@@ -644,7 +644,7 @@ def test_flexlora_hlora_flora_and_florist_agree_on_the_product(clients, rule, se
         ("florist", {"energy": 1.0}, mean),
     ):
         method = method_of(name, **options)
-        assert_near(dense(method.readout(aggregate(method, state, updates))), expected)
+        assert_near(dense(method.global_adapter(aggregate(method, state, updates))), expected)
 
 
 @identity
@@ -669,7 +669,7 @@ def test_the_residual_of_fedex_lora_is_what_segment_wise_misses(clients, rule, s
     after = aggregate(method, state, updates)
     means = aggregate(method_of("fedit", levels=[R]), state, updates).adapter
     assert same_bits(after.adapter, means)
-    assert_near(dense(method.readout(after)), mean_product(updates, "examples"))
+    assert_near(dense(method.global_adapter(after)), mean_product(updates, "examples"))
 
 
 # No dense matrix on the server
@@ -713,7 +713,7 @@ def test_the_server_never_makes_a_matrix_of_a_layers_size(name):
             state = aggregate(method, state, updates)
         with Largest() as reading:
             for rank in (None, 2, 8):
-                method.readout(state, rank)
+                method.global_adapter(state, rank)
         for part in (asking, aggregating, reading):
             assert part.numbers < side * side
         assert aggregating.numbers >= side * 2  # something was recorded

@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rounds import aggregate
 
 from prelort.adapters import Factors, LoraAdapter, ScaleRule
 from prelort.adapters.algebra import distance, norm
 from prelort.config import MethodConfig
 from prelort.methods import Client, ServerState, Update, build
 from random_adapters import random_adapter
+from rounds import aggregate
 
 SIZE = 12
 SCALE = ScaleRule("constant", 1.0)
@@ -39,8 +39,8 @@ def after(start, adapters, examples=None, **options):
 @pytest.mark.parametrize("many", [1, 2, 7])
 def test_a_change_on_which_all_agree_is_not_stretched(many):
     shape = {"layer": (SIZE, SIZE)}
-    start = random_adapter(4, 1, scale=SCALE, dimensions=shape, extras=False)
-    moved = random_adapter(4, 2, scale=SCALE, dimensions=shape, extras=False)
+    start = random_adapter(4, 1, scale=SCALE, dimensions=shape, modules_to_save=False)
+    moved = random_adapter(4, 2, scale=SCALE, dimensions=shape, modules_to_save=False)
     found = after(start, [moved] * many, step=0.5)
     assert distance(found, moved) < 1e-5 * norm(moved)
 

@@ -54,7 +54,7 @@ def by_hand(folder, parts: list[tuple[float, LoraAdapter]], batch=None) -> torch
             for name, product in dense(adapter).items():
                 layer = base.get_submodule(name)
                 layer.weight += factor * (product.T if isinstance(layer, Conv1D) else product)
-            for name, tensor in adapter.extras.items():
+            for name, tensor in adapter.modules_to_save.items():
                 base.get_parameter(name).copy_(tensor)
     return logits(base, batch)
 
@@ -69,21 +69,21 @@ def assert_narrow_or_wide(model: PeftModel, rank: int) -> None:
 @rules
 @pytest.mark.parametrize("rank", [NARROW, WIDE])
 @pytest.mark.parametrize("gain", [1.0, 2.5])
-def test_the_output_is_base_plus_adapter_plus_fold(folder, rule, rank, gain):
+def test_the_output_is_base_plus_adapter_plus_fold(folder, rule, rank, scale_multiplier):
     model = adapted(folder, 8)
     adapter, fold = trained_adapter(model, rule), fold_of(model, rank, rule)
 
-    install(model, adapter.prefix(5), frozen=fold, gain=gain)
+    install(model, adapter.prefix(5), frozen=fold, scale_multiplier=scale_multiplier)
 
     assert_narrow_or_wide(model, rank)
     found = logits(model)
-    expected = by_hand(folder, [(gain, adapter.prefix(5)), (1.0, fold)])
+    expected = by_hand(folder, [(scale_multiplier, adapter.prefix(5)), (1.0, fold)])
     torch.testing.assert_close(found.double(), expected, **CLOSE)
     # Guards the comparison: it would see the fold, the gain, or the other scale left out.
     for wrong in (
-        [(gain, adapter.prefix(5))],
-        [(gain + 0.1, adapter.prefix(5)), (1.0, fold)],
-        [(gain, adapter.prefix(5)), (0.9, fold)],
+        [(scale_multiplier, adapter.prefix(5))],
+        [(scale_multiplier + 0.1, adapter.prefix(5)), (1.0, fold)],
+        [(scale_multiplier, adapter.prefix(5)), (0.9, fold)],
     ):
         assert float((by_hand(folder, wrong) - found).abs().max()) > 1e-3
 
@@ -143,7 +143,7 @@ def test_taking_the_fold_out_gives_the_very_same_function_again(folder, rank):
     before = logits(model)
 
     for _ in range(3):
-        install(model, adapter, frozen=fold_of(model, rank, RULES[1]), gain=3.0)
+        install(model, adapter, frozen=fold_of(model, rank, RULES[1]), scale_multiplier=3.0)
         assert float((logits(model) - before).abs().max()) > 1e-2
         install(model, adapter)
         assert torch.equal(logits(model), before)
@@ -164,10 +164,10 @@ def test_the_fold_is_neither_extracted_nor_trained(folder, rank):
     install(model, adapter, frozen=fold_of(model, rank, RULES[0]))
 
     assert same_bits(extract(model, adapter.scale), adapter)
-    factors, extras = trainable(model)
+    factors, modules_to_save = trainable(model)
     assert len(factors) == 2 * len(adapter.layers)
-    assert len(extras) == len(adapter.extras)
-    learning = {id(p) for p in [*factors, *extras]}
+    assert len(modules_to_save) == len(adapter.modules_to_save)
+    learning = {id(p) for p in [*factors, *modules_to_save]}
     assert learning == {id(p) for p in model.parameters() if p.requires_grad}
 
 
@@ -180,10 +180,10 @@ def test_what_does_not_learn_has_no_gradient_and_the_rest_that_of_the_folded_bas
     adapter, fold = trained_adapter(model), fold_of(model, rank, RULES[1])
     batch = token_batch()
 
-    install(model, adapter, frozen=fold, trains=trains, gain=1.5)
+    install(model, adapter, frozen=fold, trains=trains, scale_multiplier=1.5)
     model(**batch).logits.square().sum().backward()
 
-    expected = gradients_by_hand(folder, adapter, fold, batch, gain=1.5)
+    expected = gradients_by_hand(folder, adapter, fold, batch, scale_multiplier=1.5)
     for name, layer in lora_layers(model).items():
         for factor, own in (("A", layer.lora_A), ("B", layer.lora_B)):
             gradient = own[ADAPTER].weight.grad
@@ -201,22 +201,25 @@ def test_what_does_not_learn_has_no_gradient_and_the_rest_that_of_the_folded_bas
     assert len(learning) == len(trains) * len(adapter.layers)
 
 
-def gradients_by_hand(folder, adapter, fold, batch, gain) -> dict[str, torch.Tensor]:
+def gradients_by_hand(folder, adapter, fold, batch, scale_multiplier) -> dict[str, torch.Tensor]:
     """Of the same loss: the gradient of each weight matrix, by the chain rule, in float64."""
     base = base_model(folder).double()
     with torch.no_grad():
-        for factor, part in ((gain, adapter), (1.0, fold)):
+        for factor, part in ((scale_multiplier, adapter), (1.0, fold)):
             for name, product in dense(part).items():
                 layer = base.get_submodule(name)
                 layer.weight += factor * (product.T if isinstance(layer, Conv1D) else product)
-        for name, tensor in adapter.extras.items():
+        for name, tensor in adapter.modules_to_save.items():
             base.get_parameter(name).copy_(tensor)
     weights = {name: base.get_submodule(name).weight.requires_grad_() for name in adapter.layers}
     base.eval()(**batch).logits.square().sum().backward()
     found = {}
     for name, weight in weights.items():
         whole = weight.grad.T if isinstance(base.get_submodule(name), Conv1D) else weight.grad
-        factors, scale = adapter.layers[name], gain * adapter.scale(adapter.layers[name].rank)
+        factors, scale = (
+            adapter.layers[name],
+            scale_multiplier * adapter.scale(adapter.layers[name].rank),
+        )
         found[f"{name}.A"] = scale * factors.B.double().T @ whole
         found[f"{name}.B"] = scale * whole @ factors.A.double().T
     return found
@@ -242,7 +245,7 @@ def test_dropout_is_not_of_the_fold(tiny_llama, rank):
 def test_the_gain_multiplies_the_scale_of_every_layer(folder, rule):
     model = adapted(folder, 8)
     adapter = trained_adapter(model, rule)
-    install(model, adapter.prefix(5), frozen=fold_of(model, NARROW, rule), gain=1.6)
+    install(model, adapter.prefix(5), frozen=fold_of(model, NARROW, rule), scale_multiplier=1.6)
     for layer in lora_layers(model).values():
         assert layer.scaling == {ADAPTER: rule(5) * 1.6, FROZEN: rule(NARROW)}
     install(model, adapter.prefix(5))
@@ -256,7 +259,7 @@ def test_a_truncation_cuts_the_adapter_and_leaves_the_fold(folder, rule, rank):
     model = adapted(folder, 8)
     truncation = Truncation(model, rule)
     adapter, fold = trained_adapter(model, rule), fold_of(model, rank, rule)
-    install(model, adapter, frozen=fold, gain=1.5)
+    install(model, adapter, frozen=fold, scale_multiplier=1.5)
     for cut in (2, 5):
         with truncation.at(cut):
             found = logits(model)
@@ -264,7 +267,7 @@ def test_a_truncation_cuts_the_adapter_and_leaves_the_fold(folder, rule, rank):
         torch.testing.assert_close(found.double(), expected, **CLOSE)
     with truncation.at(0):
         found = logits(model)
-    head = LoraAdapter({}, rule, adapter.extras)
+    head = LoraAdapter({}, rule, adapter.modules_to_save)
     torch.testing.assert_close(found.double(), by_hand(folder, [(1.0, fold), (1.0, head)]), **CLOSE)
     with truncation.at(torch.tensor([2, 8, 0])):
         each = logits(model)

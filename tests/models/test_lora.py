@@ -35,8 +35,10 @@ def test_layers_and_extras_have_the_base_models_own_names(folder):
     model = adapted(folder, 4)
     own = {name for name, _ in base_model(folder).named_modules()}
     assert lora_layers(model).keys() <= own
-    extras = set(extract(model, RULES[0]).extras)
-    assert extras == ({"classifier.weight", "classifier.bias"} if "bert" in folder.name else set())
+    modules_to_save = set(extract(model, RULES[0]).modules_to_save)
+    assert modules_to_save == (
+        {"classifier.weight", "classifier.bias"} if "bert" in folder.name else set()
+    )
 
 
 def test_all_linear_layers_but_the_output_are_adapted(folder):
@@ -50,11 +52,11 @@ def test_all_linear_layers_but_the_output_are_adapted(folder):
 def test_only_the_adapter_is_trainable(folder):
     model = adapted(folder, 4)
     install(model, trained_adapter(model))
-    factors, extras = trainable(model)
+    factors, modules_to_save = trainable(model)
     assert {id(p) for p in model.parameters() if p.requires_grad} == {
-        id(p) for p in factors + extras
+        id(p) for p in factors + modules_to_save
     }
-    assert len(extras) == (2 if folder.name == "bert" else 0)
+    assert len(modules_to_save) == (2 if folder.name == "bert" else 0)
 
 
 @pytest.mark.parametrize("names", ["nothing", ("nothing", "nobody"), ("q_proj", "nobody")])
@@ -107,7 +109,7 @@ def test_a_rank_pattern_bounds_its_layers(folder):
 def test_a_module_trained_in_full_is_an_extra(tiny_llama):
     model = adapted(tiny_llama, 4, modules_to_save=("lm_head",))
     adapter = trained_adapter(model)
-    assert list(adapter.extras) == ["lm_head.weight"]
+    assert list(adapter.modules_to_save) == ["lm_head.weight"]
     before = logits(model)
     install(model, adapter)
     assert not torch.allclose(logits(model), before)
@@ -239,16 +241,16 @@ def test_an_extra_that_does_not_fit_is_named_and_nothing_is_installed(tiny_bert,
     model = adapted(tiny_bert, 4)
     good = trained_adapter(model)
     install(model, good)
-    extras = dict(trained_adapter(model, seed=1).extras)
+    modules_to_save = dict(trained_adapter(model, seed=1).modules_to_save)
     if how == "missing":
-        del extras["classifier.bias"]
+        del modules_to_save["classifier.bias"]
     elif how == "surplus":
-        extras["classifier.scale"] = torch.zeros(3)
+        modules_to_save["classifier.scale"] = torch.zeros(3)
     else:
-        extras["classifier.bias"] = torch.zeros(4)
+        modules_to_save["classifier.bias"] = torch.zeros(4)
     name = "classifier.scale" if how == "surplus" else "classifier.bias"
     with pytest.raises(AdapterError, match=rf"tensor '{name}'"):
-        install(model, replace(trained_adapter(model, seed=1), extras=extras))
+        install(model, replace(trained_adapter(model, seed=1), modules_to_save=modules_to_save))
     assert same_bits(extract(model, good.scale), good)
 
 
@@ -318,8 +320,8 @@ def test_a_head_in_the_folder_is_the_head_that_is_used(tiny_bert, tmp_path):
     peft_folder.save(adapter, tmp_path, model.peft_config[ADAPTER])
     plain = PeftModel.from_pretrained(base_model(tiny_bert), tmp_path)
     head = plain.base_model.model.classifier.modules_to_save[ADAPTER]
-    assert torch.equal(head.weight, adapter.extras["classifier.weight"])
-    assert torch.equal(head.bias, adapter.extras["classifier.bias"])
+    assert torch.equal(head.weight, adapter.modules_to_save["classifier.weight"])
+    assert torch.equal(head.bias, adapter.modules_to_save["classifier.bias"])
 
 
 def test_lora_layers_that_plain_peft_put_on_embeddings_are_refused(tiny_llama, tmp_path):

@@ -80,11 +80,11 @@ def test_a_fold_beside_a_quantised_base_is_a_part_of_the_adapter(
     settings = ModelConfig(name=str(wide_llama), device="cpu", quantization=bits)
     model = attach(base.load_model(settings, "causal", pad_id=0), LoraSettings(), 64, "causal")
     model.eval()
-    rule, gain = ScaleRule("rslora", 1.0), 1.5
+    rule, scale_multiplier = ScaleRule("rslora", 1.0), 1.5
     whole = initial_adapter(model, rule, seed=0)
     for factors in whole.layers.values():
         factors.B.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
-    adapter, fold = whole.prefix(8), replace(whole.prefix(rank), extras={})
+    adapter, fold = whole.prefix(8), replace(whole.prefix(rank), modules_to_save={})
     ids = torch.arange(2, 34).view(2, 16)
 
     def output(*installed: Any, **how: Any) -> torch.Tensor:
@@ -94,12 +94,12 @@ def test_a_fold_beside_a_quantised_base_is_a_part_of_the_adapter(
 
     alone = output(adapter)  # only now are the weights in the order that this device wants
     weights = {n: p.clone() for n, p in model.named_parameters() if "lora" not in n}
-    folded = output(adapter, frozen=fold, gain=gain)
+    folded = output(adapter, frozen=fold, scale_multiplier=scale_multiplier)
     one = any(
         isinstance(layer.lora_B[FROZEN], nn.Identity) for layer in lora_layers(model).values()
     )
     assert one == (rank == 48)
-    together = output(concatenate([adapter, fold], [gain, 1.0]))
+    together = output(concatenate([adapter, fold], [scale_multiplier, 1.0]))
     # The layers' inputs differ by rounding, which moves 8 bits' outlier columns.
     tolerance = 1e-4 if bits == "4bit" else 1e-2
     torch.testing.assert_close(folded, together, atol=tolerance, rtol=0)

@@ -79,8 +79,8 @@ def test_what_is_sent_has_the_type_of_the_wire(
 
 def test_int8_has_a_scale_for_each_slot(settings: Callable[..., Config]) -> None:
     found = estimate(settings(federation={"wire_dtype": "int8"}), 4)
-    slots = 2 * 7 * (4 + 4)  # rows of A and columns of B of two blocks' linear layers
-    assert found.down == found.up == found.adapter // 4 + 4 * slots
+    dimensions = 2 * 7 * (4 + 4)  # rows of A and columns of B of two blocks' linear layers
+    assert found.down == found.up == found.adapter // 4 + 4 * dimensions
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])

@@ -31,7 +31,7 @@ def numbers(at, noise=0.5, collapse=1.0, layers=28, drift=0.4):
         ),
         "effective_rank": 1 + 6 * collapse**at,
         "energy_share": dict(zip(LEVELS, [0.7, 0.15, 0.1, 0.05], strict=True)),
-        "slot_energy": [0.5 * collapse ** (at * slot / 4) for slot in range(16)],
+        "slot_energy": [0.5 * collapse ** (at * dimension / 4) for dimension in range(16)],
         "tail_kept": dict(zip(LEVELS, [1.0, 0.9, 0.5, 0.0625], strict=True)),
     }
 
@@ -171,7 +171,7 @@ def drawn(axes):
 
 def test_the_panels(diagnosed_runs):
     figure = diagnostic_figure(diagnosed_runs)
-    noise, truncation, drift, effective, cuts, slots = figure.axes
+    noise, truncation, drift, effective, cuts, dimensions = figure.axes
     assert legend(figure) == ["prelort", "zero-padding", "flora"]
 
     prelort, *_ = drawn(noise)
@@ -193,8 +193,8 @@ def test_the_panels(diagnosed_runs):
     cut, best, *_ = drawn(cuts)
     assert list(cut.get_ydata()) == pytest.approx([0.9, 0.8, 0.6, 0.0])
     assert list(best.get_ydata()) == pytest.approx([0.63, 0.56, 0.42, 0.0])
-    assert slots.get_yscale() == "log"
-    assert list(drawn(slots)[0].get_xdata()) == list(range(1, 17))
+    assert dimensions.get_yscale() == "log"
+    assert list(drawn(dimensions)[0].get_xdata()) == list(range(1, 17))
 
 
 def test_a_run_looks_as_in_the_other_picture(diagnosed_runs):

@@ -19,8 +19,8 @@ from typing import Any, Self
 import psutil
 import tomli_w
 
-from prelort.deployment import warm
-from prelort.deployment.line import place_of
+from prelort.deployment import trainer_client
+from prelort.deployment.ipc import place_of
 from prelort.deployment.new import create
 
 BIN = Path(sys.executable).parent
@@ -142,7 +142,7 @@ class Federation:
                 kill_group(process)
         for file in self.path.glob("sites/*/site.toml"):
             resume_trainer(file)
-            warm.stop(file, seconds=0.5)
+            trainer_client.stop(file, seconds=0.5)
 
     def script(self, name: str, *arguments: str) -> str:
         """One of the scripts, to its end."""

@@ -57,10 +57,10 @@ def test_each_is_refused_with_its_reason_and_the_others_go_on(tmp_path: Path) ->
             federation.start_plain_node(name, f'how="{how}"')
         federation.start_run()
         server = federation.server_app()
-        most = 0
+        max_rank = 0
         while federation.runs[-1].poll() is None:
             with contextlib.suppress(psutil.Error):
-                most = max(most, server.memory_info().rss)
+                max_rank = max(max_rank, server.memory_info().rss)
             federation.pause(0.2)
         events = federation.events()
         refused = {e["client"]: e["reason"] for e in events if e["event"] == "client_refused"}
@@ -80,4 +80,4 @@ def test_each_is_refused_with_its_reason_and_the_others_go_on(tmp_path: Path) ->
         assert [(e["client"], e["round"]) for e in finished] == [("honest", n) for n in range(1, 6)]
         assert events[-1]["event"] == "run_finished"
         assert adapters_of(federation.folder())
-        assert 0 < most < 3 * 2**30  # what 200 MB in a reply may not make of the server
+        assert 0 < max_rank < 3 * 2**30  # what 200 MB in a reply may not make of the server

@@ -306,7 +306,7 @@ class TestTables:
         folder = tmp_path / "studies" / "one"
         folder.mkdir(parents=True)
         (folder / "summary.csv").write_text(
-            "setting,method,metric,at,seeds,mean,deviation,flagship,pairs,difference,low,high\n"
+            "setting,method,metric,at,seeds,mean,deviation,reference,pairs,difference,low,high\n"
             ",prelort,accuracy,4,3,0.5,0.01,prelort,0,,,\n"
             ",other,accuracy,4,3,0.625,0.02,prelort,3,0.125,0.1,0.15\n"
             ",prelort,accuracy,AURAC,3,0.5,0.01,prelort,0,,,\n"

@@ -35,7 +35,7 @@ class Bench:
         self.start = trained_adapter(self.model, RULE)
         self.examples = ragged_examples(folder)
 
-    def train(self, *, adapter=None, examples=None, lean=True, **changes):
+    def train(self, *, adapter=None, examples=None, fused=True, **changes):
         """The result and the trained adapter; ``changes`` of configuration and assignment."""
         own = {"client", "round_index", "rounds", "seed", "objective", "timeout"}
         work = {"client": "k", "round_index": 0, "rounds": 1, "seed": 0, "objective": plain(8)}
@@ -51,7 +51,7 @@ class Bench:
             config,
             Assignment(**work),
             pad_id=0,
-            lean=lean,
+            fused=fused,
         )
         return result, extract(self.model, RULE)
 
@@ -219,7 +219,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize("lean", [True, False])
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_one_round_is_what_plain_peft_training_does(without_dropout, settings, lean, tmp_path):
+def test_one_round_is_what_plain_peft_training_does(without_dropout, settings, fused, tmp_path):
     changes, make_optimizer, clip = SETTINGS[settings]
     steps, batch_size = 5, 5  # the last batch of an epoch is smaller
     bench = without_dropout
@@ -230,13 +230,13 @@ def test_one_round_is_what_plain_peft_training_does(without_dropout, settings, l
         batch_size=batch_size,
         shuffle=False,
         schedule="constant",
-        lean=lean,
+        fused=fused,
         **changes,
     )
     assert result.loss == pytest.approx(sum(losses) / steps, rel=1e-6)
     assert result.steps == steps
     # Adam divides by the gradient's own size, so that the rounding of a tiny one counts in full.
-    tolerance = 1e-6 if "sgd" in settings else 1e-4 if lean else 1e-5
+    tolerance = 1e-6 if "sgd" in settings else 1e-4 if fused else 1e-5
     assert_close(found, expected, tolerance)
     assert distance(found, bench.start) > 2e-3
 
@@ -381,9 +381,12 @@ def test_the_head_has_a_rate_of_its_own(bert, optimizer):
         _, adapter = bert.train(head_learning_rate=1e-9, **settings)
     assert rates[0] == pytest.approx([0.05 / 2, 1e-9 / 2])
     _, common = bert.train(**settings)
-    for name, head in adapter.extras.items():
-        assert float((head - bert.start.extras[name]).abs().max()) < 1e-7
-        assert float((common.extras[name] - bert.start.extras[name]).abs().max()) > 1e-4
+    for name, head in adapter.modules_to_save.items():
+        assert float((head - bert.start.modules_to_save[name]).abs().max()) < 1e-7
+        assert (
+            float((common.modules_to_save[name] - bert.start.modules_to_save[name]).abs().max())
+            > 1e-4
+        )
     for name, factors in adapter.layers.items():
         assert not torch.equal(factors.B, bert.start.layers[name].B)
 

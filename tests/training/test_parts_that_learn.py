@@ -47,10 +47,25 @@ class Bench:
         }
         return LoraAdapter(layers, RULE)
 
-    def train(self, adapter=None, objective=None, *, frozen=None, trains="AB", gain=1.0, **config):
+    def train(
+        self,
+        adapter=None,
+        objective=None,
+        *,
+        frozen=None,
+        trains="AB",
+        scale_multiplier=1.0,
+        **config,
+    ):
         """The result and the trained adapter."""
         defaults = {"local_steps": 3, "batch_size": 4, "learning_rate": 0.05, "optimizer": "sgd"}
-        install(self.model, adapter or self.start, frozen=frozen, trains=trains, gain=gain)
+        install(
+            self.model,
+            adapter or self.start,
+            frozen=frozen,
+            trains=trains,
+            scale_multiplier=scale_multiplier,
+        )
         result: TrainResult = train(
             self.model,
             self.truncation,
@@ -119,16 +134,16 @@ def test_the_fold_is_trained_around_and_stays_as_it_is(bench, rank):
 
 
 def test_equal_arguments_give_equal_bits_with_a_fold_too(bench):
-    first = bench.train(frozen=bench.fold(2), gain=1.5)
+    first = bench.train(frozen=bench.fold(2), scale_multiplier=1.5)
     bench.train(frozen=bench.fold(30, seed=8))
-    second = bench.train(frozen=bench.fold(2), gain=1.5)
+    second = bench.train(frozen=bench.fold(2), scale_multiplier=1.5)
     assert first[0].loss == second[0].loss
     assert same_bits(first[1], second[1])
 
 
 def test_a_round_with_a_fold_leaves_nothing_for_the_next(bench):
     plain_before = bench.train()
-    bench.train(frozen=bench.fold(30), trains="B", gain=2.0)
+    bench.train(frozen=bench.fold(30), trains="B", scale_multiplier=2.0)
     plain_after = bench.train()
     assert plain_before[0].loss == plain_after[0].loss
     assert same_bits(plain_before[1], plain_after[1])
@@ -138,14 +153,16 @@ def test_a_round_with_a_fold_leaves_nothing_for_the_next(bench):
 def test_the_loss_beside_a_fold_is_that_of_the_sum(bench, rank):
     """At rate zero, nearly: of one adapter that holds both, at one scale."""
     fold = bench.fold(rank).scaled(10)  # enough for the loss to show it
-    both = concatenate([bench.start, replace(fold, extras=bench.start.extras)], [1.5, 1.0])
-    both = replace(both, extras=bench.start.extras)
+    both = concatenate(
+        [bench.start, replace(fold, modules_to_save=bench.start.modules_to_save)], [1.5, 1.0]
+    )
+    both = replace(both, modules_to_save=bench.start.modules_to_save)
     expected = bench.train(both, plain(both.rank), learning_rate=1e-12)[0].loss
 
     def loss(**how):
         return bench.train(learning_rate=1e-12, **how)[0].loss
 
-    assert loss(frozen=fold, gain=1.5) == pytest.approx(expected, rel=5e-6)
+    assert loss(frozen=fold, scale_multiplier=1.5) == pytest.approx(expected, rel=5e-6)
     for wrong in ({"gain": 1.5}, {"frozen": fold}):
         assert loss(**wrong) != pytest.approx(expected, rel=2e-5)
 
@@ -169,9 +186,9 @@ def test_gradient_checkpointing_works_beside_a_fold(tiny_llama):
 
 def test_what_is_measured_after_training_is_the_trained_adapter_beside_the_fold(bench):
     fold = bench.fold(2)
-    _, trained = bench.train(frozen=fold, gain=1.5)
+    _, trained = bench.train(frozen=fold, scale_multiplier=1.5)
     bench.model.eval()
     there = logits(bench.model)
-    install(bench.model, trained, frozen=fold, gain=1.5)
+    install(bench.model, trained, frozen=fold, scale_multiplier=1.5)
     assert torch.equal(logits(bench.model), there)
     assert next(iter(lora_layers(bench.model).values())).scaling[ADAPTER] == RULE(4) * 1.5

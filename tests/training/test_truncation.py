@@ -44,7 +44,7 @@ def test_evaluating_under_the_mask_is_evaluating_the_installed_prefix(folder, ru
 def test_rank_zero_is_the_base_model_exactly(folder, rule):
     model, _, truncation = prepared(folder, rule)
     adapter = trained_adapter(model, rule)
-    if adapter.extras:  # the head is trained in full and not truncated
+    if adapter.modules_to_save:  # the head is trained in full and not truncated
         install(model, adapter.__class__(adapter.layers, rule, base_head(folder)))
     with truncation.at(0):
         assert torch.equal(logits(model), logits(base_model(folder)))

@@ -45,22 +45,22 @@ class Factors:
         """The first ``rank`` slots (all of them, if there are fewer), as views."""
         return Factors(self.A[:rank], self.B[:, :rank])
 
-    def take(self, slots: Tensor) -> Factors:
+    def take(self, dimensions: Tensor) -> Factors:
         """The slots of these indices (int64 [count]), in their order, as copies."""
-        return Factors(self.A[slots], self.B[:, slots])
+        return Factors(self.A[dimensions], self.B[:, dimensions])
 
 
 @dataclass(frozen=True, slots=True)
 class LoraAdapter:
     """Factors by layer name, one scale rule, and tensors trained in full (a classifier head).
 
-    Layers may have different ranks; `rank` is the largest. ``extras`` have no rank: every client
+    Layers may have different ranks; `rank` is the largest. ``modules_to_save`` have no rank: every client
     trains all of them.
     """
 
     layers: Mapping[str, Factors]
     scale: ScaleRule
-    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    modules_to_save: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -86,7 +86,9 @@ class LoraAdapter:
         """The same adapter stored in another type."""
         layers = {n: Factors(f.A.to(dtype), f.B.to(dtype)) for n, f in self.layers.items()}
         return replace(
-            self, layers=layers, extras={name: t.to(dtype) for name, t in self.extras.items()}
+            self,
+            layers=layers,
+            modules_to_save={name: t.to(dtype) for name, t in self.modules_to_save.items()},
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -95,7 +97,7 @@ class LoraAdapter:
         for name, factors in self.layers.items():
             named[f"{name}.lora_A.weight"] = factors.A
             named[f"{name}.lora_B.weight"] = factors.B
-        return named | dict(self.extras)
+        return named | dict(self.modules_to_save)
 
     @property
     def num_parameters(self) -> int:
@@ -116,31 +118,31 @@ class LoraAdapter:
                 layers[name] = Factors(a[name], b[name])
             except AdapterError as error:
                 raise AdapterError(f"layer {name!r}: {error}") from None
-        extras = {name: tensor for name, tensor in tensors.items() if ".lora_" not in name}
+        modules_to_save = {name: tensor for name, tensor in tensors.items() if ".lora_" not in name}
         strange = [name for name in tensors if ".lora_" in name and not _is_factor(name)]
         if strange:
             raise AdapterError(
                 f"tensor {strange[0]!r} is not supported: only plain LoRA factors "
                 "(lora_A.weight, lora_B.weight) and modules trained in full are"
             )
-        return cls(layers, scale, extras)
+        return cls(layers, scale, modules_to_save)
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterSchema:
     """The shapes of a federation's global adapter: what every message is checked against.
 
-    ``layers``: name -> (d_in, d_out, largest rank); ``extras``: name -> shape.
+    ``layers``: name -> (d_in, d_out, largest rank); ``modules_to_save``: name -> shape.
     """
 
     layers: Mapping[str, tuple[int, int, int]]
-    extras: Mapping[str, tuple[int, ...]]
+    modules_to_save: Mapping[str, tuple[int, ...]]
 
     @classmethod
     def of(cls, adapter: LoraAdapter) -> AdapterSchema:
         """The schema whose largest ranks are those of ``adapter``."""
         layers = {n: (f.A.shape[1], f.B.shape[0], f.rank) for n, f in adapter.layers.items()}
-        return cls(layers, {name: tuple(t.shape) for name, t in adapter.extras.items()})
+        return cls(layers, {name: tuple(t.shape) for name, t in adapter.modules_to_save.items()})
 
     @property
     def rank(self) -> int:
@@ -156,7 +158,7 @@ class AdapterSchema:
 
         Missing, surplus and mis-shaped tensors are all errors: nothing is loaded in silence.
         """
-        expected: dict[str, tuple[int, ...]] = dict(self.extras)
+        expected: dict[str, tuple[int, ...]] = dict(self.modules_to_save)
         for name, layer_rank in self.layer_ranks(rank).items():
             d_in, d_out, _ = self.layers[name]
             expected[f"{name}.lora_A.weight"] = (layer_rank, d_in)
@@ -166,7 +168,7 @@ class AdapterSchema:
     def digest(self) -> str:
         """A short hash of names and shapes, without the ranks (they differ between clients)."""
         layers = {name: dimensions[:2] for name, dimensions in self.layers.items()}
-        text = json.dumps([sorted(layers.items()), sorted(self.extras.items())])
+        text = json.dumps([sorted(layers.items()), sorted(self.modules_to_save.items())])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -38,14 +38,14 @@ def concatenate(adapters: Sequence[LoraAdapter], weights: Sequence[float]) -> Lo
             for part, adapter, weight in zip(parts, adapters, weights, strict=True)
         ]
         layers[name] = Factors(torch.cat([part.A for part in parts]), torch.cat(scaled, dim=1))
-    extras = {
+    modules_to_save = {
         name: sum(
-            (w * a.extras[name] for a, w in zip(adapters, weights, strict=True)),
-            start=torch.zeros_like(adapters[0].extras[name]),
+            (w * a.modules_to_save[name] for a, w in zip(adapters, weights, strict=True)),
+            start=torch.zeros_like(adapters[0].modules_to_save[name]),
         )
-        for name in adapters[0].extras
+        for name in adapters[0].modules_to_save
     }
-    return LoraAdapter(layers, rule, extras)
+    return LoraAdapter(layers, rule, modules_to_save)
 
 
 def inner(x: LoraAdapter, y: LoraAdapter) -> float:
@@ -116,7 +116,7 @@ def best_approximation(adapter: LoraAdapter, rank: int, split: Split = "even") -
     for name, factors in adapter.layers.items():
         triples = factored_svd(factors, lambda singular: rank)
         layers[name] = _from_svd(*triples, adapter, name, split)
-    return LoraAdapter(layers, adapter.scale, adapter.extras)
+    return LoraAdapter(layers, adapter.scale, adapter.modules_to_save)
 
 
 def compressed(adapter: LoraAdapter, energy: float = 1.0) -> LoraAdapter:
@@ -136,7 +136,7 @@ def compressed(adapter: LoraAdapter, energy: float = 1.0) -> LoraAdapter:
             return max(1, int((singular > smallest * singular.max().clamp(min=1e-300)).sum()))
 
         layers[name] = _from_svd(*factored_svd(factors, kept), adapter, name, "even")
-    return LoraAdapter(layers, adapter.scale, adapter.extras)
+    return LoraAdapter(layers, adapter.scale, adapter.modules_to_save)
 
 
 def _from_svd(
@@ -227,8 +227,8 @@ def zeros(like: LoraAdapter, scale: ScaleRule | None = None) -> LoraAdapter:
         return torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device)
 
     layers = {name: Factors(empty(f.A), empty(f.B)) for name, f in like.layers.items()}
-    extras = {name: empty(tensor) for name, tensor in like.extras.items()}
-    return LoraAdapter(layers, scale or like.scale, extras)
+    modules_to_save = {name: empty(tensor) for name, tensor in like.modules_to_save.items()}
+    return LoraAdapter(layers, scale or like.scale, modules_to_save)
 
 
 def _orthonormal(factors: Factors) -> Factors:
@@ -243,5 +243,5 @@ def same_layers(adapters: Sequence[LoraAdapter]) -> None:
     for other in adapters[1:]:
         for name in first.layers.keys() ^ other.layers.keys():
             raise AdapterError(f"layer {name!r} is in one adapter and not in another")
-        for name in first.extras.keys() ^ other.extras.keys():
+        for name in first.modules_to_save.keys() ^ other.modules_to_save.keys():
             raise AdapterError(f"tensor {name!r} is in one adapter and not in another")

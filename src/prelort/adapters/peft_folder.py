@@ -176,7 +176,7 @@ def _check_extras(adapter: LoraAdapter, config: LoraConfig) -> None:
     PEFT takes the modules whose name ends with a word of ``modules_to_save``.
     """
     modules = tuple(config.modules_to_save or ())
-    for name in adapter.extras:
+    for name in adapter.modules_to_save:
         parts = name.split(".")
         owners = [".".join(parts[:count]) for count in range(1, len(parts))]
         if not any(owner.endswith(modules) for owner in owners):

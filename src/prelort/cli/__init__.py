@@ -16,7 +16,7 @@ from rich.console import Console
 from prelort.cli import comparing, listing, looking, planning, running, sites
 from prelort.cli.screen import escaped, warn
 from prelort.errors import PrelortError
-from prelort.quiet import quiet_libraries
+from prelort.library_logging import quiet_libraries
 
 app = typer.Typer(
     help="Federated LoRA fine-tuning for clients whose hardware affords different ranks.",

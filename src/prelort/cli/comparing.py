@@ -41,8 +41,8 @@ def compare(
         list[int] | None,
         typer.Option("--seed", "-s", min=0, help="Overrides compare.seeds; repeatable."),
     ] = None,
-    flagship: Annotated[
-        str | None, typer.Option("--flagship", help="Whom the other methods are compared to.")
+    reference: Annotated[
+        str | None, typer.Option("--reference", help="Whom the other methods are compared to.")
     ] = None,
     overrides: Overrides = None,
     out: Annotated[
@@ -58,7 +58,7 @@ def compare(
     from prelort.experiment.compare import study as studies
 
     asked = studies.load(
-        study, overrides or [], names=method or [], seeds=seed or [], flagship=flagship
+        study, overrides or [], names=method or [], seeds=seed or [], reference=reference
     )
 
     from prelort.experiment.compare.results import PAGE_FILE

@@ -49,12 +49,12 @@ def site_check(
     from prelort.deployment.worker import make_site
 
     found = make_site(configuration.load(federation), settings.read(file), file)
-    agreement = found.workspace.agreement
+    spec = found.runtime.spec
     console = Console()
     console.print(f"{len(found.examples)} examples to train on, {len(found.test)} to test on")
     console.print("the server learns these, and nothing else before the first round:")
     facts = {"client": found.name, "examples": len(found.examples), "rank": found.rank}
-    facts |= {"most": max(found.most, found.rank), "base": agreement.base}
+    facts |= {"most": max(found.max_rank, found.rank), "base": spec.base}
     for key, value in facts.items():
         console.print(f"  {key} = {value!r}", highlight=False)
 
@@ -62,6 +62,6 @@ def site_check(
 @site_app.command("stop")
 def site_stop(file: SiteFile) -> None:
     """End the site's trainer, if it runs: the next message would start another."""
-    from prelort.deployment import warm
+    from prelort.deployment import trainer_client
 
-    warm.stop(file)
+    trainer_client.stop(file)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from prelort.deployment import settings, warm
-from prelort.deployment.line import Order
+from prelort.deployment import settings, trainer_client
+from prelort.deployment.ipc import Order
 from prelort.errors import PrelortError
 from prelort.federation.client_app import Kind, client_app
 from prelort.federation.content import blob_in, content_of, text_in
@@ -32,10 +32,10 @@ def site_app(federation: Path) -> ClientApp:
         site_file = _site_file(context)
         own = settings.read_quietly(site_file)
         if kind == "end":
-            warm.end(site_file)
+            trainer_client.end(site_file)
             return content_of("{}")
         if own.trainer.warm:
-            reply = warm.ask(site_file, own, order)
+            reply = trainer_client.ask(site_file, own, order)
         else:
             from prelort.deployment.worker import Worker
 

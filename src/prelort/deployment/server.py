@@ -8,9 +8,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from prelort.experiment.parent import end_with_parent
+from prelort.experiment.parent_watchdog import end_with_parent
 from prelort.federation.flower import Context, Grid, ServerApp
-from prelort.quiet import quiet_libraries
+from prelort.library_logging import quiet_libraries
 
 
 def federation_app(federation: Path) -> ServerApp:

@@ -22,9 +22,9 @@ import psutil
 from filelock import FileLock, Timeout
 
 from prelort.deployment import settings
-from prelort.deployment.line import Place, Reply, place_of, receive_order, send
+from prelort.deployment.ipc import Place, Reply, place_of, receive_order, send
+from prelort.library_logging import quiet_libraries
 from prelort.planning import sizes
-from prelort.quiet import quiet_libraries
 
 log = logging.getLogger("prelort.trainer")
 
@@ -117,14 +117,14 @@ def _called_off(line: Connection) -> Iterator[Callable[[], bool]]:
         watcher.join()
 
 
-def _watch_memory(most: int) -> None:
+def _watch_memory(max_rank: int) -> None:
     process = psutil.Process()
 
     def look() -> None:
         while True:
             used = process.memory_info().rss
-            if used > most:
-                log.error("takes %d bytes of memory, allowed are %d: ended", used, most)
+            if used > max_rank:
+                log.error("takes %d bytes of memory, allowed are %d: ended", used, max_rank)
                 os._exit(TOO_MUCH_MEMORY)
             time.sleep(LOOK_SECONDS)
 

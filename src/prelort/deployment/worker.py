@@ -11,14 +11,14 @@ from prelort import config as configuration
 from prelort.config import Config
 from prelort.data import ranks
 from prelort.deployment import settings
-from prelort.deployment.line import Order, Reply
+from prelort.deployment.ipc import Order, Reply
 from prelort.deployment.settings import SiteSettings
 from prelort.errors import AdapterError, PrelortError, UpdateRefused
 from prelort.experiment.at_sites import dealt_site, own_site
 from prelort.experiment.deterministic import deterministic
+from prelort.federation.client import LocalClient, respond
 from prelort.federation.client_app import Kind
 from prelort.federation.content import blob_in, content_of, text_in
-from prelort.federation.site import Site, respond
 
 log = logging.getLogger("prelort.trainer")
 
@@ -38,7 +38,7 @@ class Worker:
     def __init__(self, site_file: Path) -> None:
         self._file = site_file
         self._made_from: tuple[Config, SiteSettings] | None = None
-        self._site: Site
+        self._site: LocalClient
 
     def answer(self, order: Order, stopped: Callable[[], bool] = lambda: False) -> Reply:
         """The reply to a message; what goes wrong at the site is told in general words only.
@@ -61,7 +61,7 @@ class Worker:
             log.exception("failed")
             return Reply(refused=f"failed ({type(error).__name__}): its log says why")
 
-    def _prepared(self, config: Config) -> Site:
+    def _prepared(self, config: Config) -> LocalClient:
         own = settings.read(self._file)
         if self._made_from != (config, own):
             self._made_from = None
@@ -70,7 +70,7 @@ class Worker:
         return self._site
 
 
-def make_site(config: Config, own: SiteSettings, file: Path) -> Site:
+def make_site(config: Config, own: SiteSettings, file: Path) -> LocalClient:
     """The site that a file describes. Raises `ConfigError`."""
     config = own.applied_to(config, file)
     rank = own.rank
@@ -93,7 +93,7 @@ def _largest_rank(config: Config, own: SiteSettings) -> int:
     else:
         budget, _ = measured.free_memory(config.model.device)
     # What loading, evaluation and the allocator take beside is not in the estimate.
-    most = max(ranks.levels(config.ranks.mix))
-    rank = memory.largest_rank(config, int(budget * (1 - MARGIN)), most)
+    max_rank = max(ranks.levels(config.ranks.mix))
+    rank = memory.largest_rank(config, int(budget * (1 - MARGIN)), max_rank)
     log.info("rank %d is the largest that fits %s", rank, sizes.show(budget))
     return rank

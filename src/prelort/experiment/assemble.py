@@ -20,10 +20,10 @@ from prelort.data import federated, ranks
 from prelort.data.federated import ClientRows, FederatedRows
 from prelort.errors import ConfigError
 from prelort.federation.allocation import Allocation, ByLoss
+from prelort.federation.client import ClientRuntime, LocalClient
+from prelort.federation.client_manager import AdapterSpec
 from prelort.federation.personal import PersonalStore
-from prelort.federation.registry import Agreement
 from prelort.federation.sampling import check_numbers
-from prelort.federation.site import Site, Workspace
 from prelort.methods import find, trait
 from prelort.models import base
 from prelort.models.lora import ADAPTER, attach, initial_adapter
@@ -42,9 +42,9 @@ class Assembly:
 
     config: Config
     rows: FederatedRows
-    sites: tuple[Site, ...]
+    sites: tuple[LocalClient, ...]
     test: Sequence[Example]
-    workspace: Workspace
+    runtime: ClientRuntime
     tokenizer: Any
     initial: LoraAdapter
     """The global adapter before the first round."""
@@ -92,10 +92,10 @@ def assemble(
     encoded = encoded or Encoded()
     rows = encoded.rows(config)
     check_numbers(len(rows.clients), config.federation.clients_per_round, config.federation.quorum)
-    offered, most, allocation = planned_ranks(config, rows)
+    offered, max_rank, allocation = planned_ranks(config, rows)
     tokenizer = base.load_tokenizer(config.model)
-    workspace, initial = prepare_model(config, tokenizer, rank=max(most), labels=rows.labels)
-    task = workspace.task
+    runtime, initial = prepare_model(config, tokenizer, rank=max(max_rank), labels=rows.labels)
+    task = runtime.task
 
     def encode(some: Any) -> list[Example]:
         return task.encode(some, tokenizer, config.data, rows.labels)
@@ -116,17 +116,17 @@ def assemble(
     by_loss = allocation.by_loss is not None
     measured_there = config.evaluation.at_clients or trait(find(config.method.name), "personal")
     sites = tuple(
-        Site(
+        LocalClient(
             name=client.name,
             rank=rank,
             examples=train(client),
-            workspace=workspace,
-            most=largest,
+            runtime=runtime,
+            max_rank=largest,
             validation=own("validation", client, client.validation) if by_loss else (),
             test=own("test", client, client.test) if measured_there else (),
             personal=PersonalStore(folder / "personal") if folder is not None else None,
         )
-        for client, rank, largest in zip(rows.clients, offered, most, strict=True)
+        for client, rank, largest in zip(rows.clients, offered, max_rank, strict=True)
     )
     if measured_there and not any(site.test for site in sites):
         raise ConfigError(
@@ -139,8 +139,8 @@ def assemble(
         "",
         lambda: _at_most(config, enough("the test set", encode(_test_rows(config, rows)))),
     )
-    template = workspace.model.peft_config[ADAPTER]
-    return Assembly(config, rows, sites, test, workspace, tokenizer, initial, template, allocation)
+    template = runtime.model.peft_config[ADAPTER]
+    return Assembly(config, rows, sites, test, runtime, tokenizer, initial, template, allocation)
 
 
 def planned_ranks(config: Config, rows: FederatedRows) -> tuple[list[int], list[int], Allocation]:
@@ -165,11 +165,11 @@ def planned_ranks(config: Config, rows: FederatedRows) -> tuple[list[int], list[
     everyone = {by_loss.high} if by_loss is not None else set()
     if trait(find(config.method.name), "ignores_ranks"):
         everyone |= {max({*offered, *allocation.levels()})}
-    most = [
+    max_rank = [
         max({rank, *everyone, *(later[name] for later in schedule.values())})
         for name, rank in zip(names, offered, strict=True)
     ]
-    return offered, most, allocation
+    return offered, max_rank, allocation
 
 
 def _test_rows(config: Config, rows: FederatedRows) -> Any:
@@ -180,7 +180,7 @@ def _test_rows(config: Config, rows: FederatedRows) -> Any:
 
 def prepare_model(
     config: Config, tokenizer: Any, *, rank: int, labels: Sequence[str]
-) -> tuple[Workspace, LoraAdapter]:
+) -> tuple[ClientRuntime, LoraAdapter]:
     """The base model with LoRA layers of ``rank``, and the federation's initial adapter."""
     task = tasks.get(config.task)
     fingerprint = base.fingerprint(config.model)
@@ -192,16 +192,16 @@ def prepare_model(
     scale = ScaleRule(config.lora.scale_rule, config.lora.scale)
     initial = initial_adapter(wrapped, scale, config.seed)
     _warn_of_large_ranks(initial)
-    workspace = Workspace(
+    runtime = ClientRuntime(
         model=wrapped,
         truncation=Truncation(wrapped, scale),
         task=task,
         pad_id=tokenizer.pad_token_id,
-        agreement=Agreement(fingerprint, AdapterSchema.of(initial), scale),
+        spec=AdapterSpec(fingerprint, AdapterSchema.of(initial), scale),
         tokenizer=tokenizer,
-        extras=initial.extras,
+        modules_to_save=initial.modules_to_save,
     )
-    return workspace, initial
+    return runtime, initial
 
 
 def _at_most(config: Config, examples: list[Example]) -> list[Example]:

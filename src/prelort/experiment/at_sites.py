@@ -19,12 +19,12 @@ from prelort.experiment.assemble import assemble, prepare_model
 from prelort.experiment.measure import Measured, measure
 from prelort.experiment.stage import Stage
 from prelort.federation.allocation import Allocation, ByLoss
-from prelort.federation.exchange import Engine
+from prelort.federation.client import ClientRuntime, LocalClient
+from prelort.federation.client_manager import AdapterSpec
 from prelort.federation.flower import Grid
 from prelort.federation.personal import PersonalStore
-from prelort.federation.registry import Agreement
 from prelort.federation.server import serve
-from prelort.federation.site import Site, Workspace
+from prelort.federation.transport import Engine
 from prelort.models import base
 from prelort.models.lora import ADAPTER, shapes
 from prelort.planning.skeleton import skeleton
@@ -47,7 +47,7 @@ def at_sites(config: Config, grid: Grid) -> Stage:
         )
     if config.data.source != SITES:
         assembly = assemble(config)
-        setting = _with_rows(config, assembly.workspace, assembly.initial, assembly.test)
+        setting = _with_rows(config, assembly.runtime, assembly.initial, assembly.test)
     else:
         setting = _setting(config, max(planned))
     federation = config.federation
@@ -61,7 +61,7 @@ def at_sites(config: Config, grid: Grid) -> Stage:
     )
 
 
-def own_site(config: Config, name: str, rank: int, folder: Path | None = None) -> Site:
+def own_site(config: Config, name: str, rank: int, folder: Path | None = None) -> LocalClient:
     """The site ``name`` of this rank, with the rows of ``data.source`` and nobody else's.
 
     In ``folder`` it keeps what a method leaves with it. Raises `ConfigError`.
@@ -74,23 +74,23 @@ def own_site(config: Config, name: str, rank: int, folder: Path | None = None) -
     rows = federated.load_own(config, name)
     tokenizer = base.load_tokenizer(config.model)
     labels = config.data.labels or ()
-    workspace, _ = prepare_model(config, tokenizer, rank=max(planned), labels=labels)
+    runtime, _ = prepare_model(config, tokenizer, rank=max(planned), labels=labels)
 
     def encode(some: Any) -> list[Example]:
         if some is None:
             return []
-        return workspace.task.encode(some, tokenizer, config.data, labels)
+        return runtime.task.encode(some, tokenizer, config.data, labels)
 
     examples = encode(rows.train)
     if not examples:
         raise ConfigError("data.source has no text long enough to make one example")
     by_loss = config.ranks.allocation == "by-loss"
-    return Site(
+    return LocalClient(
         name=name,
         rank=min(planned[0], rank) if by_loss else rank,
         examples=examples,
-        workspace=workspace,
-        most=rank,
+        runtime=runtime,
+        max_rank=rank,
         validation=encode(rows.validation) if by_loss else (),
         test=encode(rows.test),
         personal=PersonalStore(folder / "personal") if folder is not None else None,
@@ -99,7 +99,7 @@ def own_site(config: Config, name: str, rank: int, folder: Path | None = None) -
 
 def dealt_site(
     config: Config, index: int, rank: int | None = None, folder: Path | None = None
-) -> Site:
+) -> LocalClient:
     """Client ``index`` of the configured data as a site: for simulations and demonstrations.
 
     ``rank``: instead of the one that it was dealt. Raises `ConfigError`.
@@ -111,7 +111,7 @@ def dealt_site(
             "counted from 0"
         )
     found = sites[index]
-    return found if rank is None else replace(found, rank=rank, most=rank)
+    return found if rank is None else replace(found, rank=rank, max_rank=rank)
 
 
 def _setting(config: Config, rank: int) -> Stage:
@@ -126,25 +126,25 @@ def _setting(config: Config, rank: int) -> Stage:
     if config.data.test is None and not classes and not config.lora.modules_to_save:
         return _without_weights(config, rank)
     tokenizer = base.load_tokenizer(config.model)
-    workspace, initial = prepare_model(config, tokenizer, rank=rank, labels=labels)
+    runtime, initial = prepare_model(config, tokenizer, rank=rank, labels=labels)
     examples: list[Example] = []
     if config.data.test is not None:
         rows = federated.load_test(config)
-        examples = workspace.task.encode(rows, tokenizer, config.data, labels)
-    return _with_rows(config, workspace, initial, examples)
+        examples = runtime.task.encode(rows, tokenizer, config.data, labels)
+    return _with_rows(config, runtime, initial, examples)
 
 
 def _with_rows(
-    config: Config, work: Workspace, initial: LoraAdapter, examples: Sequence[Example]
+    config: Config, work: ClientRuntime, initial: LoraAdapter, examples: Sequence[Example]
 ) -> Stage:
     template: LoraConfig = work.model.peft_config[ADAPTER]
     if not examples:
-        return Stage(work.agreement, initial, template)
+        return Stage(work.spec, initial, template)
 
     def measured(adapters: Mapping[int, LoraAdapter], told: Callable[[int, int], None]) -> Measured:
         return measure(config, [work], examples, adapters, told)
 
-    return Stage(work.agreement, initial, template, measure=measured)
+    return Stage(work.spec, initial, template, measure=measured)
 
 
 def _without_weights(config: Config, rank: int) -> Stage:
@@ -154,5 +154,5 @@ def _without_weights(config: Config, rank: int) -> Stage:
     model = skeleton(plain, config.lora, rank, task.kind, labels=0)
     scale = ScaleRule(config.lora.scale_rule, config.lora.scale)
     initial = fresh(shapes(model, scale), config.seed)
-    agreement = Agreement(base.fingerprint(config.model), AdapterSchema.of(initial), scale)
-    return Stage(agreement, initial, model.peft_config[ADAPTER])
+    spec = AdapterSpec(base.fingerprint(config.model), AdapterSchema.of(initial), scale)
+    return Stage(spec, initial, model.peft_config[ADAPTER])

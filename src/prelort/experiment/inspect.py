@@ -15,7 +15,7 @@ from prelort.experiment import checkpoint
 from prelort.experiment.assemble import assemble, prepare_model
 from prelort.experiment.checkpoint import Checkpoint
 from prelort.experiment.folder import RunFolder, is_taken
-from prelort.experiment.measure import measure, prefixes, readouts
+from prelort.experiment.measure import global_adapters, measure, prefixes
 from prelort.models import base
 from prelort.models.lora import ADAPTER, install
 
@@ -29,18 +29,18 @@ def evaluate_run(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     folder.read_config()
     config = configuration.load(folder.config_file, overrides)
     assembly = assemble(config)
-    found = _newest(folder, assembly.workspace.agreement.base)
-    rule = assembly.workspace.agreement.scale
+    found = _newest(folder, assembly.runtime.spec.base)
+    rule = assembly.runtime.spec.scale
     if found.state.adapter.scale != rule:
         raise ConfigError(f"the run's scale is {found.state.adapter.scale}, not {rule}")
     levels = sorted({site.rank for site in assembly.sites} | assembly.allocation.levels())
     prefixes(config, levels, assembly.initial.rank)
-    method = methods.build(config.method, levels, config.seed)
+    method = methods.build(config.method, config.seed)
     if methods.trait(method, "personal"):
         raise ConfigError(f"method {config.method.name!r} leaves no global model to measure")
-    work, test = assembly.workspace, assembly.test
+    work, test = assembly.runtime, assembly.test
     untuned = measure(config, [work], test, {0: assembly.initial})[0]
-    measured = measure(config, [work], test, readouts(config, method, found.state, levels))
+    measured = measure(config, [work], test, global_adapters(config, method, found.state, levels))
     return {
         "event": "evaluated",
         "round": found.state.round,
@@ -59,26 +59,26 @@ def export_run(path: Path, out: Path, rank: int | None, *, merge: bool) -> Path:
     if is_taken(out):
         raise ConfigError(f"{str(out)!r} exists and is not empty: choose another --out")
     found = _newest(folder, base.fingerprint(config.model))
-    method = methods.build(config.method, (found.state.adapter.rank,), config.seed)
+    method = methods.build(config.method, config.seed)
     if methods.trait(method, "personal"):
         raise ConfigError(f"method {config.method.name!r} leaves no global model to export")
-    most = method.readout(found.state).rank
-    wanted = most if rank is None else rank
-    if not 1 <= wanted <= most:
-        raise ConfigError(f"--rank {wanted} is not allowed: the adapter has ranks 1 to {most}")
+    max_rank = method.global_adapter(found.state).rank
+    wanted = max_rank if rank is None else rank
+    if not 1 <= wanted <= max_rank:
+        raise ConfigError(f"--rank {wanted} is not allowed: the adapter has ranks 1 to {max_rank}")
     tokenizer = base.load_tokenizer(config.model)
     # Of the data only the class names are needed, and only where there are classes.
     labels: tuple[str, ...] = ()
     if config.task == "classification":
         labels = config.data.labels or federated.load(config).labels
-    workspace, _ = prepare_model(config, tokenizer, rank=found.state.adapter.rank, labels=labels)
-    adapter = method.readout(found.state, wanted)
+    runtime, _ = prepare_model(config, tokenizer, rank=found.state.adapter.rank, labels=labels)
+    adapter = method.global_adapter(found.state, wanted)
     if not merge:
-        peft_folder.save(adapter, out, workspace.model.peft_config[ADAPTER])
+        peft_folder.save(adapter, out, runtime.model.peft_config[ADAPTER])
         return out
-    install(workspace.model, adapter)
-    workspace.truncation.detach()
-    merged = workspace.model.merge_and_unload()
+    install(runtime.model, adapter)
+    runtime.truncation.detach()
+    merged = runtime.model.merge_and_unload()
     merged.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return out

@@ -11,9 +11,9 @@ import torch
 from prelort.adapters import LoraAdapter
 from prelort.config import Config
 from prelort.errors import ConfigError
-from prelort.experiment.workers import Workspaces
+from prelort.experiment.workers import RuntimePool
+from prelort.federation.client import ClientRuntime
 from prelort.federation.in_process import worker_threads
-from prelort.federation.site import Workspace
 from prelort.methods.interface import Method, ServerState
 from prelort.metrics.evaluate import AtRanks, evaluate, ranks_at_once
 from prelort.models.lora import install
@@ -26,7 +26,7 @@ Measured = dict[int, dict[str, float]]
 
 def measure(
     config: Config,
-    workspaces: Sequence[Workspace],
+    runtimes: Sequence[ClientRuntime],
     examples: Sequence[Example],
     adapters: Mapping[int, LoraAdapter],
     progress: Callable[[int, int], None] | None = None,
@@ -40,7 +40,7 @@ def measure(
     """
     if not adapters:
         return {}
-    work = workspaces[0]
+    work = runtimes[0]
     if at_once is None:
         at_once = ranks_at_once(work.model.device)
     if at_once > 1:
@@ -51,24 +51,24 @@ def measure(
             with stack.installed():
                 return _measured(config, work, examples, list(adapters), beside, progress, at_once)
     tell = _summed(progress, len(adapters))
-    free = Workspaces(workspaces)
+    free = RuntimePool(runtimes)
 
     def one(rank: int) -> Measured:
         with free.one() as own:
             install(own.model, adapters[rank])
-            with own.truncation.lean(own.model):
+            with own.truncation.fused(own.model):
                 alone = _alone(own, rank)
                 return _measured(config, own, examples, [rank], alone, tell(rank), 1)
 
-    if len(workspaces) == 1:
+    if len(runtimes) == 1:
         found = [one(rank) for rank in adapters]
     else:
-        with worker_threads(len(workspaces), "measure") as pool:
+        with worker_threads(len(runtimes), "measure") as pool:
             found = list(pool.map(one, adapters))
     return {rank: values for measured in found for rank, values in measured.items()}
 
 
-def _alone(work: Workspace, rank: int) -> AtRanks:
+def _alone(work: ClientRuntime, rank: int) -> AtRanks:
     def at_ranks(part: Sequence[int], rows: int, length: int) -> AbstractContextManager[None]:
         return work.truncation.at(0 if rank == 0 else None)
 
@@ -108,7 +108,7 @@ def _beside(stack: Stack, adapters: Mapping[int, LoraAdapter]) -> AtRanks:
 
 def _measured(
     config: Config,
-    work: Workspace,
+    work: ClientRuntime,
     examples: Sequence[Example],
     ranks: Sequence[int],
     at_ranks: AtRanks,
@@ -133,16 +133,16 @@ def _measured(
     )
 
 
-def readouts(
+def global_adapters(
     config: Config, method: Method, state: ServerState, levels: Sequence[int]
 ) -> dict[int, LoraAdapter]:
     """The global adapters to measure and to leave: one for each rank, by that rank.
 
     Where the method keeps more than the highest level holds, that whole is one of them.
     """
-    whole = method.readout(state)
+    whole = method.global_adapter(state)
     wanted = _wanted(config, levels)
-    found = {rank: method.readout(state, min(rank, whole.rank)) for rank in wanted}
+    found = {rank: method.global_adapter(state, min(rank, whole.rank)) for rank in wanted}
     if config.evaluation.prefixes is None and whole.rank > wanted[-1]:
         found[whole.rank] = whole
     return found

@@ -21,7 +21,7 @@ from prelort.experiment import checkpoint
 from prelort.experiment.checkpoint import Checkpoint
 from prelort.experiment.deterministic import deterministic
 from prelort.experiment.folder import RunFolder
-from prelort.experiment.measure import Measured, prefixes, readouts
+from prelort.experiment.measure import Measured, global_adapters, prefixes
 from prelort.experiment.stage import Stage, StageOf, in_process
 from prelort.federation.server import Ask, ServerPlan, Standing
 from prelort.methods.interface import Method, ServerState
@@ -113,7 +113,7 @@ class _Run:
         plan = ServerPlan(
             config=self.config,
             state=self._last_state(),
-            agreement=self.stage.agreement,
+            spec=self.stage.spec,
             emit=self.emit,
             before_rounds=self.before_rounds,
             after_round=self.after_round,
@@ -151,7 +151,7 @@ class _Run:
         """Leave the adapters, tell the totals."""
         self._method_for(now)
         state = now.state
-        found = readouts(self.config, self.method, state, now.levels)
+        found = global_adapters(self.config, self.method, state, now.levels)
         if not methods.trait(self.method, "personal"):
             export(self.stage.template, found, self.folder.adapters)
         written = reading.read(self.folder.metrics_file)
@@ -169,11 +169,11 @@ class _Run:
         final = reading.final_evaluation(written)
         metrics = final.prefixes if final is not None else {}
         base_row = reading.base_row(written)
-        adapter = self.method.readout(state)
+        adapter = self.method.global_adapter(state)
         self.result = RunResult(self.folder.path, adapter, now.levels, base_row, metrics)
 
     def _method_for(self, now: Standing) -> None:
-        self.method = methods.build(self.config.method, now.levels, self.config.seed)
+        self.method = methods.build(self.config.method, self.config.seed)
 
     def emit(self, event: dict[str, Any]) -> None:
         """Write an event, then tell it."""
@@ -199,7 +199,7 @@ class _Run:
 
     def _last_state(self) -> ServerState:
         """The state to go on from: the last checkpoint's, or the initial one."""
-        base = self.stage.agreement.base
+        base = self.stage.spec.base
         found = checkpoint.load_latest(self.folder.checkpoints, base)
         if found is None:
             self.log.cut(0)
@@ -218,7 +218,7 @@ class _Run:
         state, personal = now.state, methods.trait(self.method, "personal")
         asked = {0: state.adapter} if state.round == 0 else {}
         if with_prefixes and not personal:
-            asked |= readouts(self.config, self.method, state, now.levels)
+            asked |= global_adapters(self.config, self.method, state, now.levels)
         event: dict[str, Any] = {"event": "evaluated", "round": state.round}
         if self.stage.measure is not None:
             measured = self.stage.measure(asked, self._evaluating(state.round))
@@ -237,7 +237,7 @@ class _Run:
         return progress
 
     def _checkpoint(self, state: ServerState) -> None:
-        base = self.stage.agreement.base
+        base = self.stage.spec.base
         self.tell({"event": "checkpointing", "round": state.round})
         checkpoint.save(
             Checkpoint(state, self.config.seed, base, self.log.size), self.folder.checkpoints

@@ -19,11 +19,11 @@ from prelort.errors import ConfigError
 from prelort.experiment.assemble import Assembly, assemble
 from prelort.experiment.deterministic import deterministic
 from prelort.experiment.stage import Stage, with_all_data
+from prelort.federation.client import respond
 from prelort.federation.client_app import Kind, client_app
-from prelort.federation.exchange import Engine
 from prelort.federation.flower import ClientApp, Context, RecordDict, simulate
 from prelort.federation.server import ServerPlan, make_server_app
-from prelort.federation.site import respond
+from prelort.federation.transport import Engine
 
 
 def simulated(config: Config, folder: Path, cpus: int = 1, gpus: float = 0.0) -> Stage:

@@ -16,16 +16,16 @@ from prelort.config import Config
 from prelort.data import describe
 from prelort.experiment.assemble import Assembly, Encoded, assemble
 from prelort.experiment.measure import Measured, measure
-from prelort.experiment.workers import Workspaces, default_threads, replica
+from prelort.experiment.workers import RuntimePool, default_threads, replica
 from prelort.federation.allocation import Allocation
+from prelort.federation.batched import answer_batched
+from prelort.federation.client import ClientRuntime, LocalClient, respond
 from prelort.federation.client_app import Kind, client_app
-from prelort.federation.exchange import Engine
+from prelort.federation.client_manager import AdapterSpec
 from prelort.federation.flower import Context, RecordDict
 from prelort.federation.in_process import RUN_ID, InProcessGrid
-from prelort.federation.registry import Agreement
 from prelort.federation.server import ServerPlan, make_server_app
-from prelort.federation.site import Site, Workspace, respond
-from prelort.federation.together import answer_together
+from prelort.federation.transport import Engine
 
 Measure = Callable[[Mapping[int, LoraAdapter], Callable[[int, int], None]], Measured]
 """The metrics of adapters, by the rank they stand for (0: the base); told of its progress."""
@@ -39,7 +39,7 @@ class Stage:
     ``describe`` leaves a table and a picture of who holds what, where that is known.
     """
 
-    agreement: Agreement
+    spec: AdapterSpec
     initial: LoraAdapter
     template: LoraConfig
     carry_out: Callable[[ServerPlan], None] = lambda plan: None
@@ -73,15 +73,15 @@ class InProcess:
     def __call__(self, config: Config, folder: Path) -> Stage:
         """The stage of one run: its clients in so many threads, or several in one batch."""
         assembly = assemble(config, folder, self._encoded)
-        work = assembly.workspace
+        work = assembly.runtime
         together = clients_together(config, work.model.device, len(assembly.sites))
         threads = 1 if together > 1 else self._threads or default_threads(config, work.model)
         threads = min(threads, self._most or threads, len(assembly.sites))
-        workspaces = [work, *(replica(work) for _ in range(threads - 1))]
+        runtimes = [work, *(replica(work) for _ in range(threads - 1))]
         return with_all_data(
             assembly,
-            lambda plan: _in_this_process(plan, assembly, workspaces, together),
-            workspaces,
+            lambda plan: _in_this_process(plan, assembly, runtimes, together),
+            runtimes,
         )
 
 
@@ -98,18 +98,18 @@ def clients_together(config: Config, device: torch.device, clients: int) -> int:
 def with_all_data(
     assembly: Assembly,
     carry_out: Callable[[ServerPlan], None],
-    workspaces: Sequence[Workspace] = (),
+    runtimes: Sequence[ClientRuntime] = (),
 ) -> Stage:
     """The stage of a run whose clients' data are all here."""
     return Stage(
-        agreement=assembly.workspace.agreement,
+        spec=assembly.runtime.spec,
         initial=assembly.initial,
         template=assembly.template,
         allocation=assembly.allocation,
         carry_out=carry_out,
         measure=lambda adapters, told: measure(
             assembly.config,
-            workspaces or [assembly.workspace],
+            runtimes or [assembly.runtime],
             assembly.test,
             adapters,
             told,
@@ -119,28 +119,28 @@ def with_all_data(
 
 
 def _in_this_process(
-    plan: ServerPlan, assembly: Assembly, workspaces: Sequence[Workspace], together: int
+    plan: ServerPlan, assembly: Assembly, runtimes: Sequence[ClientRuntime], together: int
 ) -> None:
-    free, ended = Workspaces(workspaces), threading.Event()
+    free, ended = RuntimePool(runtimes), threading.Event()
 
-    def site_of(context: Context) -> Site:
+    def site_of(context: Context) -> LocalClient:
         return assembly.sites[int(context.node_config["partition-id"])]
 
     def answer(kind: Kind, content: RecordDict, context: Context) -> RecordDict:
         with free.one() as work:
-            site = replace(site_of(context), workspace=work, stopped=ended.is_set)
+            site = replace(site_of(context), runtime=work, stopped=ended.is_set)
             return respond(site, kind, content)
 
     nodes = [
         {"partition-id": index, "num-partitions": len(assembly.sites)}
         for index in range(len(assembly.sites))
     ]
-    threads = len(workspaces)
+    threads = len(runtimes)
     grid = InProcessGrid(
         client_app(answer),
         nodes,
         threads=threads,
-        together=answer_together(site_of) if together > 1 else None,
+        together=answer_batched(site_of) if together > 1 else None,
         group=together,
     )
     # Two for each thread: one under way, and one that waits while replies are added up.

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from prelort.config import Config
-from prelort.federation.site import Workspace
+from prelort.federation.client import ClientRuntime
 from prelort.training.local import draws
 
 LEAST_WORK = 2**15
@@ -40,7 +40,7 @@ def default_threads(config: Config, model: nn.Module) -> int:
     return max(1, (os.cpu_count() or 1) // config.threads)
 
 
-def replica(work: Workspace) -> Workspace:
+def replica(work: ClientRuntime) -> ClientRuntime:
     """The same with a model of its own that shares the base's weights."""
     shared = {id(p): p for p in work.model.parameters() if not p.requires_grad}
     # Both at once: the truncation's hooks in the copied model must be the copied truncation's.
@@ -48,16 +48,16 @@ def replica(work: Workspace) -> Workspace:
     return replace(work, model=model, truncation=truncation)
 
 
-class Workspaces:
+class RuntimePool:
     """Workspaces of which each is used by one thread at a time."""
 
-    def __init__(self, all_of_them: Sequence[Workspace]) -> None:
-        self._free: SimpleQueue[Workspace] = SimpleQueue()
+    def __init__(self, all_of_them: Sequence[ClientRuntime]) -> None:
+        self._free: SimpleQueue[ClientRuntime] = SimpleQueue()
         for work in all_of_them:
             self._free.put(work)
 
     @contextmanager
-    def one(self) -> Iterator[Workspace]:
+    def one(self) -> Iterator[ClientRuntime]:
         """A workspace for oneself; waits until there is one."""
         work = self._free.get()
         try:

@@ -12,7 +12,7 @@ from prelort.federation.wire import EvaluateReply
 from prelort.metrics import scores
 
 
-class Pooled:
+class PooledMetrics:
     """Loss and perplexity as if all test rows lay in one place; other metrics as means.
 
     Accuracy is exact that way too; macro_f1 and rouge_l are means over clients, weighted by their
@@ -67,7 +67,7 @@ def together(adapters: Mapping[int, LoraAdapter]) -> list[list[int]]:
 
 
 def _is_prefix(adapter: LoraAdapter, rank: int, whole: LoraAdapter) -> bool:
-    if adapter.scale != whole.scale or not _equal(adapter.extras, whole.extras):
+    if adapter.scale != whole.scale or not _equal(adapter.modules_to_save, whole.modules_to_save):
         return False
     return rank == 0 or _equal(adapter.tensors(), whole.prefix(rank).tensors())
 

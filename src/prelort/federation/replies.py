@@ -7,9 +7,9 @@ import math
 from prelort.config import FederationConfig
 from prelort.errors import UpdateRefused
 from prelort.federation import wire
+from prelort.federation.client_manager import AdapterSpec
 from prelort.federation.encoding import with_change
 from prelort.federation.flower import Message
-from prelort.federation.registry import Agreement
 from prelort.methods.interface import Broadcast, Client, Update
 
 
@@ -17,7 +17,7 @@ def checked(
     reply: Message,
     client: Client,
     round_index: int,
-    agreement: Agreement,
+    spec: AdapterSpec,
     limits: FederationConfig,
     sent: Broadcast,
     may_prune: bool = False,
@@ -35,7 +35,7 @@ def checked(
     content = wire.answered(reply)
     head = wire.header(content, wire.TrainReply)
     asked = sent.trainable.rank
-    agreement.check(head, None if may_prune and head.rank < asked else asked)
+    spec.check(head, None if may_prune and head.rank < asked else asked)
     if head.client != client.name:
         raise UpdateRefused(f"answers for {head.client!r}")
     if head.round != round_index:
@@ -47,9 +47,9 @@ def checked(
         )
     if not math.isfinite(head.loss):
         raise UpdateRefused(f"reports a loss of {head.loss}")
-    if head.next_rank is not None and head.next_rank > agreement.schema.rank:
+    if head.next_rank is not None and head.next_rank > spec.schema.rank:
         raise UpdateRefused(
-            f"offers rank {head.next_rank}, but the global adapter has {agreement.schema.rank}"
+            f"offers rank {head.next_rank}, but the global adapter has {spec.schema.rank}"
         )
     wire.check_dtype(head, limits.wire_dtype)
     base = sent.trainable.prefix(head.rank)
@@ -57,15 +57,15 @@ def checked(
     adapter, surplus = wire.adapter(content, head, kept)
     if surplus is not None:
         raise UpdateRefused("sends a frozen adapter, which nobody asked for")
-    wire.check_adapter(adapter, agreement.schema, head.rank, limits.max_abs_value)
+    wire.check_adapter(adapter, spec.schema, head.rank, limits.max_abs_value)
     if head.change:  # itself checked above: it may hide a value behind one of the other sign
         adapter = with_change(base, adapter, kept)
-        wire.check_adapter(adapter, agreement.schema, head.rank, limits.max_abs_value)
+        wire.check_adapter(adapter, spec.schema, head.rank, limits.max_abs_value)
     return Update(client, adapter, head.examples), head
 
 
 def measured(
-    reply: Message, client: Client, finished: int, agreement: Agreement
+    reply: Message, client: Client, finished: int, spec: AdapterSpec
 ) -> wire.EvaluateReply:
     """What a client measured after so many ``finished`` rounds.
 
@@ -73,7 +73,7 @@ def measured(
     client or round than asked.
     """
     head = wire.header(wire.answered(reply), wire.EvaluateReply)
-    agreement.check(head)
+    spec.check(head)
     if head.client != client.name:
         raise UpdateRefused(f"answers for {head.client!r}")
     if head.round != finished:

@@ -13,12 +13,12 @@ from prelort.config import Config
 from prelort.errors import ConfigError, QuorumError
 from prelort.federation import wire
 from prelort.federation.allocation import Allocation
-from prelort.federation.exchange import Engine, exchange
+from prelort.federation.client_manager import AdapterSpec, ClientManager, ConnectedClient
 from prelort.federation.flower import Context, Grid, Message, MessageType, ServerApp
-from prelort.federation.pooled import Pooled
-from prelort.federation.registry import Agreement, Participant, Roster
+from prelort.federation.pooled import PooledMetrics
 from prelort.federation.sampling import check_numbers, needed
 from prelort.federation.strategy import AdapterStrategy, Emit
+from prelort.federation.transport import Engine, exchange
 from prelort.methods.interface import Client, ServerState
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 GOODBYE_SECONDS = 15.0
 """How long the end of a run waits for sites to take note of it."""
 
-Ask = Callable[[Mapping[int, LoraAdapter]], dict[int, Pooled]]
+Ask = Callable[[Mapping[int, LoraAdapter]], dict[int, PooledMetrics]]
 """Lets every client measure adapters (by the rank they stand for) on its own test rows."""
 
 
@@ -51,7 +51,7 @@ class ServerPlan:
 
     config: Config
     state: ServerState
-    agreement: Agreement
+    spec: AdapterSpec
     emit: Emit
     before_rounds: Callable[[Standing], None]
     after_round: Callable[[Standing], None]
@@ -93,26 +93,27 @@ class _Service:
         self.engine = engine
         self.config = plan.config
         self.round = plan.state.round
-        self.roster = Roster(plan.agreement, self.refused)
+        self.roster = ClientManager(plan.spec, self.refused)
         self.levels: tuple[int, ...] = ()
         self.strategy: AdapterStrategy
 
     def run(self) -> None:
-        participants = self.gathered()
-        self._check(participants)
-        clients = [participant.client for participant in participants]
+        connected = self.gathered()
+        self._check(connected)
+        clients = [connected_client.client for connected_client in connected]
         self.levels = self._levels(self.plan.state, clients)
-        method = methods.build(self.config.method, self.levels, self.config.seed)
-        method.check(clients)
+        method = methods.build(self.config.method, self.config.seed)
+        state = replace(self.plan.state, levels=self.levels)
+        method.check(state, clients)
         for client in clients:  # what cannot be sent is refused now, not in some round
-            method.broadcast(self.plan.state, client)
+            method.broadcast(state, client)
         plan = self.plan
         self.strategy = AdapterStrategy(
             plan.config,
             method,
-            participants,
+            connected,
             replace(plan.state, levels=self.levels),
-            plan.agreement,
+            plan.spec,
             plan.emit,
             plan.allocation,
         )
@@ -124,14 +125,14 @@ class _Service:
         plan.finished(self._standing())
 
     def _standing(self) -> Standing:
-        clients = tuple(p.client.name for p in self.strategy.participants)
+        clients = tuple(p.client.name for p in self.strategy.connected)
         return Standing(self.strategy.state, self.levels, clients, self._ask)
 
     def say_goodbye(self) -> None:
         """Let real sites know that they need not stay ready; whoever is gone need not hear it."""
         if self.engine.patience is None:
             return
-        content = wire.pack(self.plan.agreement.header(1))
+        content = wire.pack(self.plan.spec.header(1))
         messages = (
             Message(content, dst_node_id=p.node_id, message_type=f"{MessageType.QUERY}.end")
             for p in self.roster.present
@@ -146,7 +147,7 @@ class _Service:
         event = {"round": self.round, "client": name, "reason": reason}
         self.plan.emit({"event": "client_refused", **event})
 
-    def gathered(self) -> list[Participant]:
+    def gathered(self) -> list[ConnectedClient]:
         """Those that are there, once there are enough. Raises `QuorumError` if none come."""
         wanted = needed(self.config.federation)
 
@@ -192,7 +193,7 @@ class _Service:
         if self.engine.patience is None:
             return
         strategy = self.strategy
-        before = {p.client.name: p for p in strategy.participants}
+        before = {p.client.name: p for p in strategy.connected}
         for name in strategy.failed & before.keys():
             self.roster.doubt(before[name])
         strategy.failed.clear()
@@ -205,28 +206,27 @@ class _Service:
             if name not in before or before[name].client.rank != rank:
                 self._tell("client_joined", name, rank=rank)
                 ranks.pop(name, None)  # what it says now counts, not what it was given before
-        strategy.participants = list(now.values())
+        strategy.connected = list(now.values())
         strategy.state = replace(strategy.state, ranks=ranks)
-        clients = [participant.client for participant in strategy.participants]
+        clients = [connected_client.client for connected_client in strategy.connected]
         levels = self._levels(strategy.state, clients)
         if levels != self.levels:
             self.levels = levels
-            strategy.method = methods.build(self.config.method, levels, self.config.seed)
             strategy.state = replace(strategy.state, levels=levels)
 
     def _fitting(
-        self, found: list[Participant], before: Mapping[str, Participant]
-    ) -> list[Participant]:
+        self, found: list[ConnectedClient], before: Mapping[str, ConnectedClient]
+    ) -> list[ConnectedClient]:
         """Those that the method can serve together; one that has just come gives way."""
-        clients = [participant.client for participant in found]
+        clients = [connected_client.client for connected_client in found]
         try:
-            self.strategy.method.check(clients)
+            self.strategy.method.check(self.strategy.state, clients)
             return found
         except ConfigError as error:
             old = [p for p in found if before.get(p.client.name) == p]
-            for participant in found:
-                if participant not in old:
-                    self.refused(participant.client.name, str(error))
+            for connected_client in found:
+                if connected_client not in old:
+                    self.refused(connected_client.client.name, str(error))
             return old
 
     def _levels(self, state: ServerState, clients: Sequence[Client]) -> tuple[int, ...]:
@@ -235,15 +235,15 @@ class _Service:
         planned = {*self.plan.planned, *self.plan.allocation.levels()}
         return tuple(sorted({*state.levels, *offered, *planned}))
 
-    def _ask(self, adapters: Mapping[int, LoraAdapter]) -> dict[int, Pooled]:
+    def _ask(self, adapters: Mapping[int, LoraAdapter]) -> dict[int, PooledMetrics]:
         return self.strategy.measure_at_clients(adapters, self.engine)
 
     def _tell(self, event: str, name: str, **more: int) -> None:
         self.plan.emit({"event": event, "round": self.round + 1, "client": name, **more})
 
-    def _check(self, participants: list[Participant]) -> None:
+    def _check(self, connected: list[ConnectedClient]) -> None:
         federation = self.config.federation
-        if not participants:
+        if not connected:
             raise ConfigError("no client can take part: all were refused, see the log")
         if self.engine.patience is None:
-            check_numbers(len(participants), federation.clients_per_round, federation.quorum)
+            check_numbers(len(connected), federation.clients_per_round, federation.quorum)

@@ -9,11 +9,11 @@ from typing import Any
 
 from prelort.adapters import LoraAdapter
 from prelort.config import Config, TrainingConfig
+from prelort.diagnostics.diagnosis import Diagnosis
 from prelort.errors import QuorumError, UpdateRefused
 from prelort.federation import wire
 from prelort.federation.allocation import Allocation
-from prelort.federation.diagnosis import Diagnosis
-from prelort.federation.exchange import Engine, exchange
+from prelort.federation.client_manager import AdapterSpec, ConnectedClient
 from prelort.federation.flower import (
     ArrayRecord,
     ConfigRecord,
@@ -24,11 +24,11 @@ from prelort.federation.flower import (
     RecordDict,
     Strategy,
 )
-from prelort.federation.in_order import InOrder
-from prelort.federation.pooled import Pooled, together
-from prelort.federation.registry import Agreement, Participant
+from prelort.federation.pooled import PooledMetrics, together
+from prelort.federation.reorder_buffer import ReorderBuffer
 from prelort.federation.replies import checked, measured
 from prelort.federation.sampling import count_of, sample
+from prelort.federation.transport import Engine, exchange
 from prelort.methods import trait
 from prelort.methods.interface import Aggregator, Broadcast, Client, Method, ServerState, Update
 
@@ -77,7 +77,7 @@ class Tally:
 class AdapterStrategy(Strategy):  # type: ignore[misc]
     """Rounds of broadcast, local training and aggregation, for whatever the method says.
 
-    `state` changes only when a round has reached its quorum. `participants` and `method` may be
+    `state` changes only when a round has reached its quorum. `connected` and `method` may be
     exchanged between rounds, as clients come and go. `failed` gathers the names of clients that
     gave no usable answer. Flower's own ``start`` works too.
     """
@@ -86,17 +86,17 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
         self,
         config: Config,
         method: Method,
-        participants: Sequence[Participant],
+        connected: Sequence[ConnectedClient],
         state: ServerState,
-        agreement: Agreement,
+        spec: AdapterSpec,
         emit: Emit,
         allocation: Allocation | None = None,
     ) -> None:
         self.config = config
         self.method = method
-        self.participants = list(participants)
+        self.connected = list(connected)
         self.state = state
-        self.agreement = agreement
+        self.spec = spec
         self.emit = emit
         self.allocation = allocation or Allocation()
         self.failed: set[str] = set()
@@ -114,15 +114,15 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
 
     def measure_at_clients(
         self, adapters: Mapping[int, LoraAdapter], engine: Engine
-    ) -> dict[int, Pooled]:
+    ) -> dict[int, PooledMetrics]:
         """Each adapter (by the rank it stands for) measured by every client on its own test rows.
 
         Prefixes of one adapter travel and are measured together, since a trip to a real site takes
         longer than the measuring. A client that fails is left out, with an event.
         """
         server_round = self.state.round
-        clients = {p.node_id: p.client for p in self.participants}
-        found = {rank: Pooled() for rank in adapters}
+        clients = {p.node_id: p.client for p in self.connected}
+        found = {rank: PooledMetrics() for rank in adapters}
         groups = together(adapters)
         messages = (
             Message(
@@ -138,7 +138,7 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
             client = clients[reply.metadata.src_node_id]
             whole, *prefixes = groups[int(reply.metadata.group_id)]
             try:
-                answer = measured(reply, client, server_round, self.agreement)
+                answer = measured(reply, client, server_round, self.spec)
                 found[whole].add(answer, answer.metrics)
                 for rank in prefixes:
                     found[rank].add(answer, answer.prefixes.get(rank, {}))
@@ -150,7 +150,7 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
     def evaluate_at_clients(self, server_round: int, engine: Engine) -> None:
         """Let every client measure what it would receive now, on its own test rows."""
         started = time.monotonic()
-        clients = {p.node_id: self._now(p) for p in self.participants}
+        clients = {p.node_id: self._now(p) for p in self.connected}
         messages = (
             self._message(
                 node_id, self._evaluation(server_round, client), MessageType.EVALUATE, server_round
@@ -162,7 +162,7 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
         for reply in exchange(engine, messages):
             client = clients[reply.metadata.src_node_id]
             try:
-                head = measured(reply, client, server_round, self.agreement)
+                head = measured(reply, client, server_round, self.spec)
                 facts = {"rank": client.rank, "examples": head.examples}
                 found[client.name] = {**facts, "metrics": head.metrics}
             except UpdateRefused as error:
@@ -187,13 +187,15 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
             {
                 "event": "round_started",
                 "round": server_round,
-                "clients": [participant.client.name for participant in asked],
+                "clients": [connected_client.client.name for connected_client in asked],
             }
         )
-        for participant in asked:
-            content = self._request(server_round, self._now(participant))
+        for connected_client in asked:
+            content = self._request(server_round, self._now(connected_client))
             self._tally.bytes_down += wire.size(content)
-            message = self._message(participant.node_id, content, MessageType.TRAIN, server_round)
+            message = self._message(
+                connected_client.node_id, content, MessageType.TRAIN, server_round
+            )
             del content
             yield message
             del message  # before the next one is made
@@ -256,26 +258,26 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
     def summary(self) -> None:
         """Nothing: the run's first event says what Flower would log here."""
 
-    def _asked(self, server_round: int) -> list[Participant]:
+    def _asked(self, server_round: int) -> list[ConnectedClient]:
         """The clients of a round, by the seed."""
         if self.allocation.asks_everyone(server_round):
-            return self.participants
+            return self.connected
         wanted, seed = self.config.federation.clients_per_round, self.config.seed
-        return sample(self.participants, wanted, seed=seed, round_index=server_round - 1)
+        return sample(self.connected, wanted, seed=seed, round_index=server_round - 1)
 
-    def _now(self, participant: Participant) -> Client:
+    def _now(self, connected_client: ConnectedClient) -> Client:
         """The client at the rank that it has by now."""
-        client = participant.client
+        client = connected_client.client
         return replace(client, rank=self.state.ranks.get(client.name, client.rank))
 
     def _next_ranks(self, server_round: int) -> dict[str, int]:
         """The ranks after a round: what clients offered, then what the server decides."""
         ranks, tally = dict(self.state.ranks), self._tally
-        planned = self.allocation.after(server_round, tally.validation, len(self.participants))
-        for participant in self.participants:
-            name, old = participant.client.name, self._now(participant).rank
+        planned = self.allocation.after(server_round, tally.validation, len(self.connected))
+        for connected_client in self.connected:
+            name, old = connected_client.client.name, self._now(connected_client).rank
             offered = tally.offers.get(name, old)
-            new = min(planned.get(name, offered), max(participant.most, offered))
+            new = min(planned.get(name, offered), max(connected_client.max_rank, offered))
             if new != old:
                 ranks[name] = new
                 why = "the server's allocation" if name in planned else "the client's offer"
@@ -291,7 +293,7 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
 
     def _request(self, server_round: int, client: Client) -> RecordDict:
         """The content of one client's message: what to train and how."""
-        config, objective = self.config, self.method.objective(client)
+        config, objective = self.config, self.method.objective(self.state, client)
         sent = self.method.broadcast(self.state, client)
         head = wire.TrainRequest(
             **self._delivery(server_round - 1, sent),
@@ -314,7 +316,7 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
         exponent = training.rank_exponent
         if exponent is None:
             exponent = float(getattr(self.method, "rank_exponent", 0.0))
-        factor = (self.agreement.schema.rank / rank) ** exponent
+        factor = (self.spec.schema.rank / rank) ** exponent
         rate = training.learning_rate * factor
         # The head has no rank: its rate is the one that was set, for all.
         head = training.head_learning_rate or training.learning_rate
@@ -348,34 +350,34 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
     def _delivery(self, round_index: int, sent: Broadcast) -> dict[str, Any]:
         """The facts that every request states about the adapter that comes with it."""
         return {
-            **self.agreement.header(sent.trainable.rank).model_dump(),
+            **self.spec.header(sent.trainable.rank).model_dump(),
             "dtype": self.config.federation.wire_dtype,
             "round": round_index,
-            "drawn": sent.drawn,
-            "draw_seed": sent.draw_seed,
+            "seeded_factors": sent.seeded_factors,
+            "draw_seed": sent.factor_seed,
             "personal": sent.personal,
-            "gain": sent.gain,
+            "gain": sent.scale_multiplier,
         }
 
     def _diagnosis(self, clients: Sequence[Client]) -> Diagnosis:
-        levels = {p.client.rank for p in self.participants} | self.allocation.levels()
+        levels = {p.client.rank for p in self.connected} | self.allocation.levels()
         levels |= set(self.state.levels)
         return Diagnosis(self.config, self.method, self.state, clients, sorted(levels))
 
-    def _adder(self, clients: Sequence[Client], aggregator: Aggregator) -> InOrder[Update]:
+    def _adder(self, clients: Sequence[Client], aggregator: Aggregator) -> ReorderBuffer[Update]:
         def add(update: Update) -> None:
             started = time.monotonic()
             aggregator.add(update)
             self._tally.aggregating += time.monotonic() - started
 
-        return InOrder([client.name for client in clients], add)
+        return ReorderBuffer([client.name for client in clients], add)
 
     def _take(
         self,
         server_round: int,
         client: Client,
         reply: Message,
-        in_order: InOrder[Update],
+        in_order: ReorderBuffer[Update],
         diagnosis: Diagnosis,
     ) -> None:
         """Add one reply, or note why it is left out."""
@@ -386,10 +388,10 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
                 reply,
                 client,
                 server_round - 1,
-                self.agreement,
+                self.spec,
                 self.config.federation,
                 sent,
-                may_prune=self.method.objective(client).tail is not None,
+                may_prune=self.method.objective(self.state, client).tail is not None,
             )
         except UpdateRefused as error:
             self._leave_out(server_round, client, str(error), in_order)
@@ -412,7 +414,7 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
         in_order.put(client.name, update)
 
     def _leave_out(
-        self, server_round: int, client: Client, reason: str, in_order: InOrder[Update]
+        self, server_round: int, client: Client, reason: str, in_order: ReorderBuffer[Update]
     ) -> None:
         self._tally.failures[client.name] = reason
         self.failed.add(client.name)

@@ -55,12 +55,12 @@ class Header(BaseModel):
         return ScaleRule(self.scale_rule, self.scale)
 
 
-class Introduction(Header):
+class ClientProperties(Header):
     """A client's answer to the server's first question."""
 
     client: Annotated[str, Field(min_length=1, max_length=200)]
     examples: Annotated[int, Field(ge=1)]
-    most: Annotated[int, Field(ge=1)]
+    max_rank: Annotated[int, Field(ge=1)]
     """The largest rank that the client can be raised to; ``rank`` is the one to begin with."""
 
 
@@ -74,14 +74,14 @@ class Delivery(Header):
     dtype: Dtype
     round: int
     """Counts from 0."""
-    drawn: Literal["nothing", "A", "A and B"] = "nothing"
-    draw_seed: int = 0
+    seeded_factors: Literal["nothing", "A", "A and B"] = "nothing"
+    factor_seed: int = 0
     personal: bool = False
-    gain: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
+    scale_multiplier: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
 
     def missing(self) -> tuple[str, ...]:
         """The kinds of tensors that do not travel."""
-        drawn = {"nothing": (), "A": (_A,), "A and B": (_A, _B)}[self.drawn]
+        drawn = {"nothing": (), "A": (_A,), "A and B": (_A, _B)}[self.seeded_factors]
         return (*drawn, _B, _EXTRA) if self.personal else drawn
 
 
@@ -253,8 +253,8 @@ def check_frozen(found: LoraAdapter, schema: AdapterSchema) -> None:
         shape = (factors.A.shape[1], factors.B.shape[0])
         if name not in schema.layers or shape != schema.layers[name][:2]:
             raise UpdateRefused(f"frozen layer {name!r} of {list(shape)} does not fit the model")
-    if found.extras:
-        raise UpdateRefused(f"frozen tensor {min(found.extras)!r} is surplus")
+    if found.modules_to_save:
+        raise UpdateRefused(f"frozen tensor {min(found.modules_to_save)!r} is surplus")
     for name, tensor in found.tensors().items():
         if not bool(torch.isfinite(tensor).all()):
             raise UpdateRefused(f"frozen tensor {name!r} holds a value that is not finite")

@@ -9,7 +9,6 @@ import difflib
 import importlib
 import os
 import sys
-from collections.abc import Sequence
 
 from prelort.config import MethodConfig
 from prelort.errors import ConfigError
@@ -97,15 +96,15 @@ def find(name: str) -> type[Method]:
     raise ConfigError(f"unknown method {name!r}: {hint}")
 
 
-def build(config: MethodConfig, levels: Sequence[int], seed: int) -> Method:
-    """The configured method for clients of these rank levels (distinct, rising).
+def build(config: MethodConfig, seed: int) -> Method:
+    """The configured method.
 
     Raises `ConfigError` for options of a method that does not exist.
     """
     for name in config.options:
         if name != config.name and name not in REGISTRY:
             raise ConfigError(f"method.options.{name}: there is no method {name!r}")
-    return find(config.name)(config, levels, seed)
+    return find(config.name)(config, seed)
 
 
 def trait(method: Method | type[Method], name: str) -> bool:

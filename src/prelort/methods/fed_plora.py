@@ -15,16 +15,16 @@ r is. The paper's notes leave the weights open (its bound has uniform ones): ``m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import Tensor
 
+from prelort.aggregation.rankwise_mean import RankwiseMean
 from prelort.config import MethodConfig, Section
+from prelort.methods.averaging import Averaging, weighting
 from prelort.methods.interface import Broadcast, Client, ServerState
 from prelort.methods.prefix import PrefixMethod
-from prelort.methods.selection import find, folded, gain_of, rest, selected, taken
-from prelort.methods.slot_mean import Averaging, SlotMean, weighting
+from prelort.methods.selection import find, folded, rest, scale_multiplier_of, selected, taken
 
 
 class FedPloraOptions(Section):
@@ -42,8 +42,8 @@ class FedPlora(PrefixMethod):
     may_nest: ClassVar[bool] = False
     Options: ClassVar[type[Section]] = FedPloraOptions
 
-    def __init__(self, config: MethodConfig, levels: Sequence[int], seed: int) -> None:
-        super().__init__(config, levels, seed)
+    def __init__(self, config: MethodConfig, seed: int) -> None:
+        super().__init__(config, seed)
         self.order = find(self.options.selection)
 
     def modules(self, state: ServerState, client: Client) -> dict[str, Tensor]:
@@ -56,7 +56,9 @@ class FedPlora(PrefixMethod):
         return Broadcast(
             taken(state.adapter, chosen),
             frozen=folded(state.adapter, rest(chosen, state.adapter)),
-            gain=gain_of(state.adapter.scale, state.adapter, client.rank, self.name),
+            scale_multiplier=scale_multiplier_of(
+                state.adapter.scale, state.adapter, client.rank, self.name
+            ),
         )
 
     def aggregator(self, state: ServerState) -> Averaging:
@@ -64,6 +66,6 @@ class FedPlora(PrefixMethod):
         return Averaging(
             state,
             weighting(self.config.weights),
-            SlotMean.over_holders,
-            slots_of=lambda update: self.modules(state, update.client),
+            RankwiseMean.over_holders,
+            dimensions_of=lambda update: self.modules(state, update.client),
         )

@@ -22,12 +22,14 @@ from pydantic import Field
 
 from prelort.adapters import Factors, LoraAdapter
 from prelort.adapters.algebra import best_approximation, compressed, concatenate
+from prelort.aggregation.products import ProductSum, summed
+from prelort.aggregation.rankwise_mean import RankwiseMean
 from prelort.config import Section
+from prelort.methods.averaging import Averaging, Weighting, weighting
 from prelort.methods.interface import Broadcast, Client, ServerState, Update
 from prelort.methods.prefix import PrefixMethod
-from prelort.methods.products import ProductSum, memorised, remembered, summed
-from prelort.methods.selection import folded, gain_of
-from prelort.methods.slot_mean import Averaging, SlotMean, Weighting, weighting
+from prelort.methods.product_method import memorised, remembered
+from prelort.methods.selection import folded, scale_multiplier_of
 
 RESIDUAL = "residual"
 """The key of the residual in the server's memory."""
@@ -53,9 +55,11 @@ class FedExLora(PrefixMethod):
         above = {n: torch.arange(min(client.rank, f.rank), f.rank) for n, f in whole.layers.items()}
         residual = remembered(state.memory, RESIDUAL, whole)
         parts = [part for part in (residual, folded(whole, above)) if part is not None]
-        gain = gain_of(whole.scale, whole, client.rank, self.name)
+        scale_multiplier = scale_multiplier_of(whole.scale, whole, client.rank, self.name)
         return Broadcast(
-            whole.prefix(client.rank), frozen=summed(parts) if parts else None, gain=gain
+            whole.prefix(client.rank),
+            frozen=summed(parts) if parts else None,
+            scale_multiplier=scale_multiplier,
         )
 
     def aggregator(self, state: ServerState) -> WithResidual:
@@ -64,14 +68,15 @@ class FedExLora(PrefixMethod):
             state, weighting(self.config.weights), self.options.residual_rank, self.name
         )
 
-    def readout(self, state: ServerState, rank: int | None = None) -> LoraAdapter:
+    def global_adapter(self, state: ServerState, rank: int | None = None) -> LoraAdapter:
         """The best approximation of adapter plus residual (None: their sum)."""
         residual = remembered(state.memory, RESIDUAL, state.adapter)
         if residual is None:
             return state.adapter if rank is None else state.adapter.prefix(rank)
-        bare = replace(state.adapter, extras={})
+        bare = replace(state.adapter, modules_to_save={})
         whole = replace(
-            compressed(concatenate([bare, residual], [1.0, 1.0])), extras=state.adapter.extras
+            compressed(concatenate([bare, residual], [1.0, 1.0])),
+            modules_to_save=state.adapter.modules_to_save,
         )
         return whole if rank is None else best_approximation(whole, rank)
 
@@ -80,7 +85,7 @@ class WithResidual(Averaging):
     """Beside the slots' means, the mean of the clients' whole functions."""
 
     def __init__(self, state: ServerState, weight: Weighting, rank: int | None, name: str) -> None:
-        super().__init__(state, weight, SlotMean.over_holders)
+        super().__init__(state, weight, RankwiseMean.over_holders)
         self.rank = rank
         self.name = name
         self.products = ProductSum()
@@ -89,8 +94,10 @@ class WithResidual(Averaging):
         """Fold in a reply's slots and its product."""
         super().add(update)
         whole = self.state.adapter
-        gain = gain_of(whole.scale, whole, update.adapter.rank, self.name)
-        product = replace(update.adapter, extras={}).to(torch.float32).scaled(gain)
+        scale_multiplier = scale_multiplier_of(whole.scale, whole, update.adapter.rank, self.name)
+        product = (
+            replace(update.adapter, modules_to_save={}).to(torch.float32).scaled(scale_multiplier)
+        )
         self.products.add(product, self.weight(update))
 
     def result(self) -> ServerState:
@@ -100,7 +107,7 @@ class WithResidual(Averaging):
         if mean is None:
             return state
         before = remembered(self.state.memory, RESIDUAL, old)
-        bare = replace(state.adapter, extras={})
+        bare = replace(state.adapter, modules_to_save={})
         # What the clients trained, plus what each had frozen, minus what the adapter now is.
         parts, signs = [mean, self._kept_by_those_who_lack(old), bare], [1.0, 1.0, -1.0]
         if before is not None:

@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
+from prelort.aggregation.rankwise_mean import RankwiseMean
 from prelort.errors import ConfigError
+from prelort.methods.averaging import Averaging, weighting
 from prelort.methods.interface import Client, ServerState
 from prelort.methods.objective import Objective, plain
 from prelort.methods.prefix import PrefixMethod
-from prelort.methods.slot_mean import Averaging, SlotMean, weighting
 
 
 class FedIT(PrefixMethod):
@@ -27,19 +28,19 @@ class FedIT(PrefixMethod):
 
     may_nest: ClassVar[bool] = False
 
-    def check(self, clients: Sequence[Client]) -> None:
+    def check(self, state: ServerState, clients: Sequence[Client]) -> None:
         """Raise `ConfigError` where ranks differ."""
-        ranks = sorted({*self.levels, *(client.rank for client in clients)})
+        ranks = sorted({*state.levels, *(client.rank for client in clients)})
         if len(ranks) > 1:
             raise ConfigError(
                 f"method 'fedit' needs one rank for all clients, but they have {ranks}: "
                 "set ranks.mix to one rank, or use a method for mixed ranks such as 'prelort'"
             )
 
-    def objective(self, client: Client) -> Objective:
+    def objective(self, state: ServerState, client: Client) -> Objective:
         """Ordinary LoRA training."""
         return plain(client.rank)
 
     def aggregator(self, state: ServerState) -> Averaging:
         """The weighted mean of the replies (with one rank, every slot is held by everyone)."""
-        return Averaging(state, weighting(self.config.weights), SlotMean.over_holders)
+        return Averaging(state, weighting(self.config.weights), RankwiseMean.over_holders)

@@ -24,4 +24,4 @@ class FfaLora(PrefixMethod):
     def broadcast(self, state: ServerState, client: Client) -> Broadcast:
         """The prefix; A is the run's first one, which the client can draw."""
         prefix = state.adapter.prefix(client.rank)
-        return Broadcast(prefix, trains="B", drawn="A", draw_seed=self.seed)
+        return Broadcast(prefix, trains="B", seeded_factors="A", factor_seed=self.seed)

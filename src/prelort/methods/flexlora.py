@@ -17,9 +17,10 @@ from typing import ClassVar
 from prelort.adapters import Factors, LoraAdapter
 from prelort.adapters.algebra import Split, best_approximation
 from prelort.adapters.initial import filled
+from prelort.aggregation.products import ProductSum
+from prelort.methods.averaging import Weighting, weighting
 from prelort.methods.interface import ServerState, Update
-from prelort.methods.products import ProductMethod, ProductSum
-from prelort.methods.slot_mean import Weighting, weighting
+from prelort.methods.product_method import ProductMethod
 from prelort.seeds import derive
 
 
@@ -63,7 +64,7 @@ class SvdOfMean:
         """The state after the round; its adapter is the old one where no reply had a weight."""
         mean, old = self.products.mean(), self.state.adapter
         adapter = old if mean is None else cut(mean, old, self.split, self.seed, self.state.round)
-        return ServerState(adapter, self.state.round + 1, self.state.memory)
+        return self.state.advanced(adapter)
 
 
 def cut(
@@ -73,13 +74,13 @@ def cut(
     near = best_approximation(product, like.rank, split)
     layers: dict[str, Factors] = {}
     for name, factors in near.layers.items():
-        slots = like.layers[name].rank
+        dimensions = like.layers[name].rank
         # The slots count at the scale of the rank that the layer has in the end.
-        ratio = near.scale(factors.rank) / near.scale(slots)
+        ratio = near.scale(factors.rank) / near.scale(dimensions)
         to_a, to_b = {"even": (0.5, 0.5), "A": (1.0, 0.0), "B": (0.0, 1.0)}[split]
-        first = factors.prefix(slots)
+        first = factors.prefix(dimensions)
         layers[name] = Factors(first.A * ratio**to_a, first.B * ratio**to_b)
-    kept = _alive(LoraAdapter(layers, near.scale, near.extras))
+    kept = _alive(LoraAdapter(layers, near.scale, near.modules_to_save))
     return filled(kept, like, derive(seed, "empty directions", round_index))
 
 
@@ -90,4 +91,4 @@ def _alive(adapter: LoraAdapter) -> LoraAdapter:
         energy = factors.A.norm(dim=1) * factors.B.norm(dim=0)
         floor = 1e-6 * energy.max()
         layers[name] = factors.prefix(max(1, int((energy > floor).sum())))
-    return LoraAdapter(layers, adapter.scale, adapter.extras)
+    return LoraAdapter(layers, adapter.scale, adapter.modules_to_save)

@@ -22,11 +22,12 @@ from pydantic import Field
 from prelort.adapters import LoraAdapter
 from prelort.adapters.algebra import best_approximation, compressed, concatenate
 from prelort.adapters.initial import fresh
+from prelort.aggregation.products import ProductSum
 from prelort.config import Section
+from prelort.methods.averaging import Weighting, weighting
 from prelort.methods.interface import Broadcast, Client, ServerState, Update
 from prelort.methods.prefix import PrefixMethod
-from prelort.methods.products import ProductSum, memorised, remembered
-from prelort.methods.slot_mean import Weighting, weighting
+from prelort.methods.product_method import memorised, remembered
 from prelort.seeds import derive
 
 FOLDED = "folded"
@@ -51,20 +52,20 @@ class Flora(PrefixMethod):
         return Broadcast(
             fresh(state.adapter, seed).prefix(client.rank),
             frozen=remembered(state.memory, FOLDED, state.adapter),
-            drawn="A and B",
-            draw_seed=seed,
+            seeded_factors="A and B",
+            factor_seed=seed,
         )
 
     def aggregator(self, state: ServerState) -> Stacking:
         """The stack of the replies, added to what is folded already."""
         return Stacking(state, weighting(self.config.weights), self.energy())
 
-    def readout(self, state: ServerState, rank: int | None = None) -> LoraAdapter:
+    def global_adapter(self, state: ServerState, rank: int | None = None) -> LoraAdapter:
         """The best approximation of the sum of all rounds (None: the sum)."""
         total = remembered(state.memory, FOLDED, state.adapter)
         if total is None:
             return state.adapter if rank is None else state.adapter.prefix(rank)
-        whole = LoraAdapter(total.layers, total.scale, state.adapter.extras)
+        whole = LoraAdapter(total.layers, total.scale, state.adapter.modules_to_save)
         return whole if rank is None else best_approximation(whole, rank)
 
 
@@ -104,7 +105,7 @@ class Stacking:
         """The state after the round: a longer sum, new extras, the same fresh adapter."""
         state, stack = self.state, self.products.mean()
         if stack is None:
-            return ServerState(state.adapter, state.round + 1, state.memory)
+            return state.advanced(state.adapter)
         if self.energy < 1:
             stack = compressed(stack, self.energy)
         before = remembered(state.memory, FOLDED, state.adapter)
@@ -113,5 +114,5 @@ class Stacking:
         # An SVD of a sum that is no wider than its layers would take time and leave it as it is.
         if any(f.rank > min(f.A.shape[1], f.B.shape[0]) for f in total.layers.values()):
             total = compressed(total)
-        adapter = LoraAdapter(state.adapter.layers, state.adapter.scale, stack.extras)
-        return ServerState(adapter, state.round + 1, memorised(FOLDED, total))
+        adapter = LoraAdapter(state.adapter.layers, state.adapter.scale, stack.modules_to_save)
+        return state.advanced(adapter, memorised(FOLDED, total))

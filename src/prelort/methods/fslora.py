@@ -16,11 +16,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from prelort.aggregation.rankwise_mean import RankwiseMean
 from prelort.errors import ConfigError
+from prelort.methods.averaging import Averaging, weighting
 from prelort.methods.interface import Broadcast, Client, ServerState
 from prelort.methods.prefix import PrefixMethod
-from prelort.methods.selection import gain_of, selected, taken, uniform
-from prelort.methods.slot_mean import Averaging, SlotMean, weighting
+from prelort.methods.selection import scale_multiplier_of, selected, taken, uniform
 
 
 class FsLora(PrefixMethod):
@@ -45,14 +46,20 @@ class FsLora(PrefixMethod):
             raise ConfigError(
                 "method 'fslora' needs layers of one rank: leave lora.rank_pattern out"
             )
-        gain = gain_of(whole.scale, whole, client.rank, self.name) * whole.rank / client.rank
-        return Broadcast(taken(whole, self.sketch(state, client)), gain=gain)
+        scale_multiplier = (
+            scale_multiplier_of(whole.scale, whole, client.rank, self.name)
+            * whole.rank
+            / client.rank
+        )
+        return Broadcast(
+            taken(whole, self.sketch(state, client)), scale_multiplier=scale_multiplier
+        )
 
     def aggregator(self, state: ServerState) -> Averaging:
         """The mean of the updates."""
         return Averaging(
             state,
             weighting(self.config.weights),
-            SlotMean.or_unchanged,
-            slots_of=lambda update: self.sketch(state, update.client),
+            RankwiseMean.or_unchanged,
+            dimensions_of=lambda update: self.sketch(state, update.client),
         )

@@ -18,11 +18,12 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from prelort.adapters.algebra import norm
+from prelort.aggregation.rankwise_mean import RankwiseMean
 from prelort.config import Section
+from prelort.methods.averaging import Averaging
 from prelort.methods.interface import Client, ServerState, Update
 from prelort.methods.objective import Objective, TailPenalty
 from prelort.methods.prefix import PrefixMethod
-from prelort.methods.slot_mean import Averaging, SlotMean
 
 
 class HetLoraOptions(Section):
@@ -40,15 +41,15 @@ class HetLora(PrefixMethod):
     paper: ClassVar[str] = "HetLoRA, Cho et al. 2024, arXiv 2401.06432"
     Options: ClassVar[type[Section]] = HetLoraOptions
 
-    def objective(self, client: Client) -> Objective:
+    def objective(self, state: ServerState, client: Client) -> Objective:
         """Ordinary training with the tail's penalty; an adapter of one slot has no tail."""
-        tail = TailPenalty(self.options.penalty, self.options.gamma, self.levels[0])
-        objective = super().objective(client)
+        tail = TailPenalty(self.options.penalty, self.options.gamma, state.levels[0])
+        objective = super().objective(state, client)
         return replace(objective, tail=tail) if client.rank > 1 else objective
 
     def aggregator(self, state: ServerState) -> Averaging:
         """Zero-padding with the products' norms as weights."""
-        return Averaging(state, by_norm, SlotMean.over_everyone)
+        return Averaging(state, by_norm, RankwiseMean.over_everyone)
 
 
 def by_norm(update: Update) -> float:

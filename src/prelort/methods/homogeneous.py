@@ -23,22 +23,22 @@ class HomogeneousMin(PrefixMethod):
     summary: ClassVar[str] = "reference: everyone at the lowest rank (FedIT)"
     paper: ClassVar[str] = "FedIT at r_min, arXiv 2305.05644"
 
-    def rank(self) -> int:
+    def rank(self, state: ServerState) -> int:
         """The rank at which everyone trains."""
-        return self.levels[0]
+        return state.levels[0]
 
     def broadcast(self, state: ServerState, client: Client) -> Broadcast:
         """The same prefix for everyone."""
-        return Broadcast(state.adapter.prefix(self.rank()))
+        return Broadcast(state.adapter.prefix(self.rank(state)))
 
-    def objective(self, client: Client) -> Objective:
+    def objective(self, state: ServerState, client: Client) -> Objective:
         """As of a client of that rank."""
-        return super().objective(replace(client, rank=self.rank()))
+        return super().objective(state, replace(client, rank=self.rank(state)))
 
-    def readout(self, state: ServerState, rank: int | None = None) -> LoraAdapter:
+    def global_adapter(self, state: ServerState, rank: int | None = None) -> LoraAdapter:
         """What was trained, or a prefix of it: the slots above must not change its scale."""
-        trained = self.rank()
-        return super().readout(state, trained if rank is None else min(rank, trained))
+        trained = self.rank(state)
+        return super().global_adapter(state, trained if rank is None else min(rank, trained))
 
 
 class HomogeneousMax(HomogeneousMin):
@@ -49,6 +49,6 @@ class HomogeneousMax(HomogeneousMin):
     paper: ClassVar[str] = "FedIT at r_max, arXiv 2305.05644"
     ignores_ranks: ClassVar[bool] = True
 
-    def rank(self) -> int:
+    def rank(self, state: ServerState) -> int:
         """The rank at which everyone trains."""
-        return self.levels[-1]
+        return state.levels[-1]

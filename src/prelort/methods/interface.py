@@ -1,14 +1,14 @@
 """What a method is. One published method, one file, one class that follows `Method`.
 
 A method says what a client of rank r receives (`broadcast`), how it trains (`objective`), how the
-server folds the replies in (`aggregator`), and what the global adapter of a rank is (`readout`).
+server folds the replies in (`aggregator`), and what the global adapter of a rank is (`global_adapter`).
 Everything else is the same for every method.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, Protocol
 
 from torch import Tensor
@@ -39,11 +39,11 @@ class Broadcast:
     frozen: LoraAdapter | None = None
     """A second adapter beside the base that does not learn: what is folded into it this round."""
     trains: Trained = "AB"
-    gain: float = 1.0
+    scale_multiplier: float = 1.0
     """Multiplies the scale of ``trainable`` while it trains."""
-    drawn: Literal["nothing", "A", "A and B"] = "nothing"
-    """Which factors need not travel: A is `draw_a` of ``draw_seed`` at the global rank, B zero."""
-    draw_seed: int = 0
+    seeded_factors: Literal["nothing", "A", "A and B"] = "nothing"
+    """Which factors need not travel: A is `draw_a` of ``factor_seed`` at the global rank, B zero."""
+    factor_seed: int = 0
     personal: bool = False
     """B and the extras stay with the client, from round to round; they neither come nor go."""
 
@@ -76,6 +76,13 @@ class ServerState:
     ranks: Mapping[str, int] = field(default_factory=dict)
     levels: tuple[int, ...] = ()
 
+    def advanced(
+        self, adapter: LoraAdapter, memory: Mapping[str, Tensor] | None = None
+    ) -> ServerState:
+        """The state one round later; without ``memory`` the method's own stays as it is."""
+        kept = self.memory if memory is None else memory
+        return replace(self, adapter=adapter, round=self.round + 1, memory=kept)
+
 
 class Aggregator(Protocol):
     """Folds one round's replies into the global adapter, one at a time and in a fixed order."""
@@ -98,11 +105,11 @@ class Method(Protocol):
     paper: ClassVar[str]
     """Authors or title, and arXiv number."""
 
-    def __init__(self, config: MethodConfig, levels: Sequence[int], seed: int) -> None:
-        """``levels``: the distinct ranks of all clients, rising."""
+    def __init__(self, config: MethodConfig, seed: int) -> None:
+        """Built once for a run: what changes from round to round is in the `ServerState`."""
         ...
 
-    def check(self, clients: Sequence[Client]) -> None:
+    def check(self, state: ServerState, clients: Sequence[Client]) -> None:
         """Raise `ConfigError` if the method cannot serve these clients."""
         ...
 
@@ -113,7 +120,7 @@ class Method(Protocol):
         """
         ...
 
-    def objective(self, client: Client) -> Objective:
+    def objective(self, state: ServerState, client: Client) -> Objective:
         """What the client optimises."""
         ...
 
@@ -121,7 +128,7 @@ class Method(Protocol):
         """An aggregator for one round that starts from ``state``."""
         ...
 
-    def readout(self, state: ServerState, rank: int | None = None) -> LoraAdapter:
+    def global_adapter(self, state: ServerState, rank: int | None = None) -> LoraAdapter:
         """The global adapter of this rank (None: the whole), as measured and exported.
 
         Layer by layer: diagnostics ask it of a state that holds some of the layers only.

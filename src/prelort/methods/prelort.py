@@ -17,10 +17,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from prelort.aggregation.rankwise_mean import RankwiseMean
+from prelort.methods.averaging import Averaging, weighting
 from prelort.methods.interface import ServerState
 from prelort.methods.objective import Kind
 from prelort.methods.prefix import PrefixMethod
-from prelort.methods.slot_mean import Averaging, SlotMean, weighting
 
 
 class PreLort(PrefixMethod):
@@ -39,4 +40,4 @@ class PreLort(PrefixMethod):
 
     def aggregator(self, state: ServerState) -> Averaging:
         """Segment-wise: each slot's mean over its holders, or its previous value."""
-        return Averaging(state, weighting(self.config.weights), SlotMean.over_holders)
+        return Averaging(state, weighting(self.config.weights), RankwiseMean.over_holders)

@@ -34,7 +34,7 @@ in which a client trains its prefix with the slots above it folded into its base
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, ClassVar
 
@@ -44,21 +44,13 @@ from torch import Tensor
 
 from prelort.adapters import LoraAdapter
 from prelort.adapters.algebra import best_approximation, concatenate, squared_distance
+from prelort.aggregation.products import Segment, SegmentSums, between, rescaled, summed
 from prelort.config import Section
+from prelort.methods.averaging import Weighting, weighting
 from prelort.methods.flexlora import cut
 from prelort.methods.interface import Broadcast, Client, ServerState, Update
-from prelort.methods.products import (
-    ProductMethod,
-    Segment,
-    SegmentSums,
-    between,
-    memorised,
-    remembered,
-    rescaled,
-    summed,
-)
+from prelort.methods.product_method import ProductMethod, memorised, remembered
 from prelort.methods.selection import folded
-from prelort.methods.slot_mean import Weighting, weighting
 from prelort.seeds import numpy_generator
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -100,12 +92,16 @@ class PreLortSorted(ProductMethod):
     def aggregator(self, state: ServerState) -> Changes:
         """The mean change of each slot, sorted into the new adapter."""
         weight = weighting(self.config.weights)
-        return Changes(state, weight, self.levels, self.options, self.seed)
+        return Changes(state, weight, self.options, self.seed)
 
-    def readout(self, state: ServerState, rank: int | None = None) -> LoraAdapter:
+    def global_adapter(self, state: ServerState, rank: int | None = None) -> LoraAdapter:
         """The best approximation of this rank (None: the whole), averaged over rounds if asked."""
         mean = remembered(state.memory, AVERAGE, state.adapter)
-        whole = state.adapter if mean is None else replace(mean, extras=state.adapter.extras)
+        whole = (
+            state.adapter
+            if mean is None
+            else replace(mean, modules_to_save=state.adapter.modules_to_save)
+        )
         return whole if rank is None else rescaled(whole, rank)
 
 
@@ -116,7 +112,6 @@ class Changes:
         self,
         state: ServerState,
         weight: Weighting,
-        levels: Sequence[int],
         options: SortedOptions,
         seed: int,
     ) -> None:
@@ -125,7 +120,7 @@ class Changes:
         self.options = options
         self.seed = seed
         before = state.adapter if options.step > 0 else None
-        self.sums = SegmentSums(levels, state.adapter.rank, before)
+        self.sums = SegmentSums(state.levels, state.adapter.rank, before)
 
     def add(self, update: Update) -> None:
         """Fold in a reply's product, segment by segment."""
@@ -135,15 +130,17 @@ class Changes:
         """The state after the round; its adapter is the old one where no reply had a weight."""
         state, old, memory = self.state, self.state.adapter, dict(self.state.memory)
         if self.sums.total == 0:
-            return replace(state, round=state.round + 1)
-        moved, extras = self._moved()
+            return state.advanced(state.adapter)
+        moved, modules_to_save = self._moved()
         if self.options.momentum > 0:
             moved, velocity = _with_momentum(moved, old, memory, self.options.momentum)
             memory |= memorised(VELOCITY, velocity)
-        adapter = cut(replace(moved, extras=extras), old, "even", self.seed, state.round)
+        adapter = cut(
+            replace(moved, modules_to_save=modules_to_save), old, "even", self.seed, state.round
+        )
         if self.options.averaging > 0:
             memory |= memorised(AVERAGE, _averaged(adapter, memory, self.options.averaging))
-        return ServerState(adapter, state.round + 1, memory)
+        return state.advanced(adapter, memory)
 
     def _moved(self) -> tuple[LoraAdapter, Mapping[str, Tensor]]:
         """The stack whose product is the old product with every slot's change; the extras.
@@ -152,7 +149,7 @@ class Changes:
         is nothing by default: then it is left out, since slots of zeros make the SVD slow.
         """
         old, parts = self.state.adapter, []
-        extras: Mapping[str, Tensor] = {}
+        modules_to_save: Mapping[str, Tensor] = {}
         for segment in self.sums.segments:
             before = between(old, segment.low, segment.high).to(torch.float32)
             mean = segment.products.mean()
@@ -162,8 +159,8 @@ class Changes:
             eta = stretch(segment, mean, self.options.step)
             eta *= (segment.products.total / self.sums.total) ** self.options.unchanged
             parts += [mean] if eta == 1 else [before.scaled(1 - eta), mean.scaled(eta)]
-            extras = mean.extras or extras
-        return summed(parts), extras
+            modules_to_save = mean.modules_to_save or modules_to_save
+        return summed(parts), modules_to_save
 
 
 def stretch(segment: Segment, mean: LoraAdapter, step: float) -> float:
@@ -182,7 +179,7 @@ def _with_momentum(
     moved: LoraAdapter, old: LoraAdapter, memory: Mapping[str, Tensor], decay: float
 ) -> tuple[LoraAdapter, LoraAdapter]:
     """``old + (1 - decay) v``, and ``v = decay v_before + change`` cut to three times the rank."""
-    before, bare = remembered(memory, VELOCITY, old), replace(old, extras={})
+    before, bare = remembered(memory, VELOCITY, old), replace(old, modules_to_save={})
     change = concatenate([moved, bare], [1.0, -1.0])
     sum_ = change if before is None else concatenate([before, change], [decay, 1.0])
     velocity = best_approximation(sum_, 3 * old.rank)
@@ -191,7 +188,7 @@ def _with_momentum(
 
 def _averaged(adapter: LoraAdapter, memory: Mapping[str, Tensor], decay: float) -> LoraAdapter:
     """The running mean of the rounds' products, cut to the global rank."""
-    before, bare = remembered(memory, AVERAGE, adapter), replace(adapter, extras={})
+    before, bare = remembered(memory, AVERAGE, adapter), replace(adapter, modules_to_save={})
     if before is None:
         return bare
     return best_approximation(concatenate([before, bare], [decay, 1.0 - decay]), adapter.rank)

@@ -12,16 +12,16 @@ nobody holds this round keeps its old product (our reading; the notes do not say
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar
 
 import torch
 
+from prelort.aggregation.products import SegmentSums, between, summed
+from prelort.methods.averaging import Weighting, weighting
 from prelort.methods.flexlora import cut
 from prelort.methods.interface import ServerState, Update
-from prelort.methods.products import ProductMethod, SegmentSums, between, summed
-from prelort.methods.slot_mean import Weighting, weighting
+from prelort.methods.product_method import ProductMethod
 
 
 class RaFlora(ProductMethod):
@@ -33,19 +33,17 @@ class RaFlora(ProductMethod):
 
     def aggregator(self, state: ServerState) -> SegmentProducts:
         """The segment-wise mean of the products, cut to the global rank."""
-        return SegmentProducts(state, weighting(self.config.weights), self.levels, self.seed)
+        return SegmentProducts(state, weighting(self.config.weights), self.seed)
 
 
 class SegmentProducts:
     """The sum of each segment's products, divided by the weight of its holders at the end."""
 
-    def __init__(
-        self, state: ServerState, weight: Weighting, levels: Sequence[int], seed: int
-    ) -> None:
+    def __init__(self, state: ServerState, weight: Weighting, seed: int) -> None:
         self.state = state
         self.weight = weight
         self.seed = seed
-        self.sums = SegmentSums(levels, state.adapter.rank)
+        self.sums = SegmentSums(state.levels, state.adapter.rank)
 
     def add(self, update: Update) -> None:
         """Fold in a reply's product, segment by segment."""
@@ -57,11 +55,11 @@ class SegmentProducts:
         means = [(segment, segment.products.mean()) for segment in self.sums.segments]
         everyones = means[0][1]
         if everyones is None:
-            return ServerState(old, self.state.round + 1, self.state.memory)
+            return self.state.advanced(old)
         parts = [
             between(old, segment.low, segment.high).to(torch.float32) if mean is None else mean
             for segment, mean in means
         ]
-        product = replace(summed(parts), extras=everyones.extras)
+        product = replace(summed(parts), modules_to_save=everyones.modules_to_save)
         adapter = cut(product, old, "even", self.seed, self.state.round)
-        return ServerState(adapter, self.state.round + 1, self.state.memory)
+        return self.state.advanced(adapter)

@@ -20,10 +20,11 @@ from typing import ClassVar, Literal
 import torch
 
 from prelort.adapters import LoraAdapter
+from prelort.aggregation.rankwise_mean import RankwiseMean
 from prelort.config import Section
+from prelort.methods.averaging import Averaging, Weighting, weighting
 from prelort.methods.interface import Aggregator, ServerState, Update
 from prelort.methods.prefix import PrefixMethod
-from prelort.methods.slot_mean import Averaging, SlotMean, Weighting, weighting
 
 
 class ReplicationOptions(Section):
@@ -44,7 +45,7 @@ class Replication(PrefixMethod):
         """The mean of the padded replies."""
         weight = weighting(self.config.weights)
         if self.options.donors == "holders":
-            return Averaging(state, weight, SlotMean.over_holders)
+            return Averaging(state, weight, RankwiseMean.over_holders)
         return Replicating(state, weight)
 
 
@@ -58,9 +59,9 @@ class Replicating:
     def __init__(self, state: ServerState, weight: Weighting) -> None:
         self.state = state
         self.weight = weight
-        self.donors = SlotMean(state.adapter)
+        self.donors = RankwiseMean(state.adapter)
         self.highest = 0
-        self.others: SlotMean | None = None
+        self.others: RankwiseMean | None = None
         self.width = 0
 
     def add(self, update: Update) -> None:
@@ -71,15 +72,15 @@ class Replicating:
         if rank > self.highest:
             if self.highest > 0:
                 self._others(self.highest).merge(self.donors)
-                self.donors = SlotMean(self.state.adapter)
+                self.donors = RankwiseMean(self.state.adapter)
             self.highest = rank
         means = self.donors if rank == self.highest else self._others(rank)
         means.add(update.adapter, weight)
 
-    def _others(self, rank: int) -> SlotMean:
+    def _others(self, rank: int) -> RankwiseMean:
         """The others' mean, of at least this rank."""
         if self.others is None or self.width < rank:
-            wider = SlotMean(self.state.adapter.prefix(rank))
+            wider = RankwiseMean(self.state.adapter.prefix(rank))
             if self.others is not None:
                 wider.merge(self.others)
             self.others, self.width = wider, rank
@@ -89,7 +90,7 @@ class Replicating:
         """The state after the round; its adapter is the old one where no reply had a weight."""
         old = self.state.adapter
         adapter = self._padded(old) if self.donors.total > 0 else old
-        return ServerState(adapter, self.state.round + 1, self.state.memory)
+        return self.state.advanced(adapter)
 
     def _padded(self, previous: LoraAdapter) -> LoraAdapter:
         """``share held by others * their mean + the rest * donors' mean`` of each slot."""
@@ -102,6 +103,6 @@ class Replicating:
             part = adapter.layers[name].prefix(theirs.rank)
             part.A.lerp_(theirs.A, share[:, None])
             part.B.lerp_(theirs.B, share[None, :])
-        for name, tensor in others.mean.extras.items():
-            adapter.extras[name].lerp_(tensor, others.total / everyone)
+        for name, tensor in others.mean.modules_to_save.items():
+            adapter.modules_to_save[name].lerp_(tensor, others.total / everyone)
         return adapter

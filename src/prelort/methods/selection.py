@@ -17,22 +17,22 @@ Order = Callable[[int, int, str, int], Tensor]
 """(seed, round from 0, client, number of slots) -> the slots in the order of preference."""
 
 
-def uniform(seed: int, round_index: int, client: str, slots: int) -> Tensor:
+def uniform(seed: int, round_index: int, client: str, dimensions: int) -> Tensor:
     """Drawn anew for every client and round."""
     generator = torch_generator(seed, "slots", client, round_index)
-    return torch.randperm(slots, generator=generator)
+    return torch.randperm(dimensions, generator=generator)
 
 
-def in_turn(seed: int, round_index: int, client: str, slots: int) -> Tensor:
+def in_turn(seed: int, round_index: int, client: str, dimensions: int) -> Tensor:
     """A window that moves on by one slot a round, from a place drawn for the client."""
     generator = torch_generator(seed, "slots", client)
-    start = int(torch.randint(slots, (), generator=generator)) + round_index
-    return (torch.arange(slots) + start) % slots
+    start = int(torch.randint(dimensions, (), generator=generator)) + round_index
+    return (torch.arange(dimensions) + start) % dimensions
 
 
-def prefix(seed: int, round_index: int, client: str, slots: int) -> Tensor:
+def prefix(seed: int, round_index: int, client: str, dimensions: int) -> Tensor:
     """The first ones: what the prefix methods train."""
-    return torch.arange(slots)
+    return torch.arange(dimensions)
 
 
 ORDERS: Mapping[str, Order] = {"uniform": uniform, "in-turn": in_turn, "prefix": prefix}
@@ -68,32 +68,34 @@ def selected(
     }
 
 
-def rest(slots: Mapping[str, Tensor], adapter: LoraAdapter) -> dict[str, Tensor]:
-    """Layer -> the slots that are not among ``slots``, rising."""
+def rest(dimensions: Mapping[str, Tensor], adapter: LoraAdapter) -> dict[str, Tensor]:
+    """Layer -> the slots that are not among ``dimensions``, rising."""
     remaining: dict[str, Tensor] = {}
     for name, factors in adapter.layers.items():
         chosen = torch.zeros(factors.rank, dtype=torch.bool)
-        chosen[slots[name]] = True
+        chosen[dimensions[name]] = True
         remaining[name] = (~chosen).nonzero().flatten()
     return remaining
 
 
-def taken(adapter: LoraAdapter, slots: Mapping[str, Tensor], *, extras: bool = True) -> LoraAdapter:
+def taken(
+    adapter: LoraAdapter, dimensions: Mapping[str, Tensor], *, modules_to_save: bool = True
+) -> LoraAdapter:
     """These slots of every layer, as copies; layers without any are left out."""
     layers = {
-        name: factors.take(slots[name])
+        name: factors.take(dimensions[name])
         for name, factors in adapter.layers.items()
-        if len(slots[name])
+        if len(dimensions[name])
     }
-    return LoraAdapter(layers, adapter.scale, adapter.extras if extras else {})
+    return LoraAdapter(layers, adapter.scale, adapter.modules_to_save if modules_to_save else {})
 
 
-def folded(adapter: LoraAdapter, slots: Mapping[str, Tensor]) -> LoraAdapter | None:
+def folded(adapter: LoraAdapter, dimensions: Mapping[str, Tensor]) -> LoraAdapter | None:
     """These slots as an adapter to freeze beside the base, None if there are none.
 
     They count at the scale that they have in ``adapter``, whatever their number.
     """
-    part = taken(adapter, slots, extras=False)
+    part = taken(adapter, dimensions, modules_to_save=False)
     if not part.layers:
         return None
     layers = {
@@ -103,15 +105,17 @@ def folded(adapter: LoraAdapter, slots: Mapping[str, Tensor]) -> LoraAdapter | N
     return LoraAdapter(layers, part.scale)
 
 
-def gain_of(scale: ScaleRule, adapter: LoraAdapter, rank: int, name: str) -> float:
+def scale_multiplier_of(scale: ScaleRule, adapter: LoraAdapter, rank: int, name: str) -> float:
     """By what the scale of a part of ``rank`` slots is multiplied to count as in the whole.
 
     Raises `ConfigError` where that differs between layers.
     """
-    gains = {round(scale(f.rank) / scale(min(rank, f.rank)), 12) for f in adapter.layers.values()}
-    if len(gains) > 1:
+    scale_multipliers = {
+        round(scale(f.rank) / scale(min(rank, f.rank)), 12) for f in adapter.layers.values()
+    }
+    if len(scale_multipliers) > 1:
         raise ConfigError(
             f"method {name!r} with lora.scale_rule = {scale.kind!r} needs layers of one rank: "
             "leave lora.rank_pattern out, or use the constant rule"
         )
-    return gains.pop()
+    return scale_multipliers.pop()

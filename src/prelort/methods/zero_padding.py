@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from prelort.aggregation.rankwise_mean import RankwiseMean
+from prelort.methods.averaging import Averaging, weighting
 from prelort.methods.interface import ServerState
 from prelort.methods.prefix import PrefixMethod
-from prelort.methods.slot_mean import Averaging, SlotMean, weighting
 
 
 class ZeroPadding(PrefixMethod):
@@ -26,4 +27,4 @@ class ZeroPadding(PrefixMethod):
 
     def aggregator(self, state: ServerState) -> Averaging:
         """Each slot's sum over its holders, divided by everyone's weight."""
-        return Averaging(state, weighting(self.config.weights), SlotMean.over_everyone)
+        return Averaging(state, weighting(self.config.weights), RankwiseMean.over_everyone)

@@ -100,7 +100,7 @@ def install(
     *,
     frozen: LoraAdapter | None = None,
     trains: Trained = "AB",
-    gain: float = 1.0,
+    scale_multiplier: float = 1.0,
 ) -> None:
     """Make ``adapter`` (any rank) the model's adapter: new float32 parameters.
 
@@ -110,28 +110,28 @@ def install(
     fold out again is exact. Optimisers of earlier parameters are void. Raises `AdapterError` if a
     layer or an extra is missing or surplus, or does not fit; the model is then left as it was.
     """
-    layers, extras = lora_layers(model), extra_places(model)
+    layers, modules_to_save = lora_layers(model), saved_module_places(model)
     _check_names(layers.keys(), adapter.layers.keys(), "layer")
-    _check_names(extras.keys(), adapter.extras.keys(), "tensor")
+    _check_names(modules_to_save.keys(), adapter.modules_to_save.keys(), "tensor")
     for name, layer in layers.items():
         _check_fit(name, layer, adapter.layers[name])
         if frozen is not None and name in frozen.layers:
             _check_fit(name, layer, frozen.layers[name])
     if frozen is not None:
         _check_names(layers.keys(), layers.keys() | frozen.layers.keys(), "frozen layer")
-    for name, (module, attribute) in extras.items():
-        old, new = getattr(module, attribute), adapter.extras[name]
+    for name, (module, attribute) in modules_to_save.items():
+        old, new = getattr(module, attribute), adapter.modules_to_save[name]
         if old.shape != new.shape:
             raise AdapterError(
                 f"tensor {name!r} has shape {list(new.shape)}, expected {list(old.shape)}"
             )
     for name, layer in layers.items():
-        _install_layer(layer, adapter.layers[name], adapter.scale, trains, gain)
+        _install_layer(layer, adapter.layers[name], adapter.scale, trains, scale_multiplier)
         second = frozen.layers.get(name) if frozen is not None else None
         _fold(layer, second, frozen.scale if frozen is not None else adapter.scale)
-    for name, (module, attribute) in extras.items():
+    for name, (module, attribute) in modules_to_save.items():
         device = getattr(module, attribute).device
-        setattr(module, attribute, _parameter(adapter.extras[name], device))
+        setattr(module, attribute, _parameter(adapter.modules_to_save[name], device))
 
 
 def extract(model: nn.Module, scale: ScaleRule) -> LoraAdapter:
@@ -140,8 +140,10 @@ def extract(model: nn.Module, scale: ScaleRule) -> LoraAdapter:
         name: Factors(_copy(layer.lora_A[ADAPTER].weight), _copy(layer.lora_B[ADAPTER].weight))
         for name, layer in lora_layers(model).items()
     }
-    extras = {name: _copy(getattr(module, attr)) for name, (module, attr) in _extras(model)}
-    return LoraAdapter(layers, scale, extras)
+    modules_to_save = {
+        name: _copy(getattr(module, attr)) for name, (module, attr) in _modules_to_save(model)
+    }
+    return LoraAdapter(layers, scale, modules_to_save)
 
 
 def trainable(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -150,7 +152,9 @@ def trainable(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]
     for layer in lora_layers(model).values():
         both = (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)
         factors += [weight for weight in both if weight.requires_grad]
-    return factors, [getattr(module, attribute) for _, (module, attribute) in _extras(model)]
+    return factors, [
+        getattr(module, attribute) for _, (module, attribute) in _modules_to_save(model)
+    ]
 
 
 def _check_fit(name: str, layer: LoraLayer, factors: Factors) -> None:
@@ -163,7 +167,7 @@ def _check_fit(name: str, layer: LoraLayer, factors: Factors) -> None:
 
 
 def _install_layer(
-    layer: LoraLayer, factors: Factors, scale: ScaleRule, trains: Trained, gain: float
+    layer: LoraLayer, factors: Factors, scale: ScaleRule, trains: Trained, scale_multiplier: float
 ) -> None:
     a, b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
     rank = factors.rank
@@ -172,8 +176,8 @@ def _install_layer(
     b.weight = _parameter(factors.B, device).requires_grad_("B" in trains)
     a.out_features = b.in_features = rank
     layer.r[ADAPTER] = rank
-    layer.lora_alpha[ADAPTER] = scale.lora_alpha(rank) * gain
-    layer.scaling[ADAPTER] = scale(rank) * gain
+    layer.lora_alpha[ADAPTER] = scale.lora_alpha(rank) * scale_multiplier
+    layer.scaling[ADAPTER] = scale(rank) * scale_multiplier
 
 
 def _fold(layer: LoraLayer, factors: Factors | None, scale: ScaleRule) -> None:
@@ -207,12 +211,12 @@ def _frozen_linear(weight: Tensor) -> nn.Linear:
     return linear
 
 
-def extra_places(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+def saved_module_places(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     """Where the tensors are that are trained in full: own name -> (module, attribute)."""
-    return dict(_extras(model))
+    return dict(_modules_to_save(model))
 
 
-def _extras(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
+def _modules_to_save(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
     for wrapper_name, wrapper in model.named_modules():
         if not isinstance(wrapper, ModulesToSaveWrapper):
             continue

@@ -66,16 +66,23 @@ def measured_peak(
     levels = sorted({*levels_of(config), rank})
     wrapped = attach(model, config.lora, levels[-1], task.kind)
     scale = ScaleRule(config.lora.scale_rule, config.lora.scale)
-    method = methods.build(config.method, levels, config.seed)
+    method = methods.build(config.method, config.seed)
     client = Client("measured", rank, 1)
-    sent = method.broadcast(ServerState(initial_adapter(wrapped, scale, config.seed)), client)
-    install(wrapped, sent.trainable, frozen=sent.frozen, trains=sent.trains, gain=sent.gain)
+    state = ServerState(initial_adapter(wrapped, scale, config.seed), levels=tuple(levels))
+    sent = method.broadcast(state, client)
+    install(
+        wrapped,
+        sent.trainable,
+        frozen=sent.frozen,
+        trains=sent.trains,
+        scale_multiplier=sent.scale_multiplier,
+    )
     truncation = Truncation(wrapped, scale)
     training = config.training.model_copy(update={"local_steps": 3})
     count = 3 * training.batch_size * training.gradient_accumulation
     vocabulary = int(model.config.get_text_config().vocab_size)
     examples = [_example(row, config, vocabulary, task.kind) for row in range(count)]
-    assignment = Assignment(client.name, 0, 1, config.seed, method.objective(client))
+    assignment = Assignment(client.name, 0, 1, config.seed, method.objective(state, client))
     present = storage_bytes(tensors_of(wrapped))
     return present + peak(
         lambda: train(wrapped, truncation, task, examples, training, assignment, pad_id=0)

@@ -103,8 +103,8 @@ class Stage:
             materialise(self._model)
             self._truncation = Truncation(self._model, self.scale)
             self._like = extract(self._model, self.scale)
-            factors, extras = trainable(self._model)
-            learning = {id(p) for p in (*factors, *extras)}
+            factors, modules_to_save = trainable(self._model)
+            learning = {id(p) for p in (*factors, *modules_to_save)}
             self._weights = storage_bytes(
                 t for t in tensors_of(self._model) if id(t) not in learning
             )
@@ -135,7 +135,7 @@ class Stage:
                 _on_cpu(sent.trainable),
                 frozen=_on_cpu(sent.frozen) if sent.frozen is not None else None,
                 trains=sent.trains,
-                gain=sent.gain,
+                scale_multiplier=sent.scale_multiplier,
             )
             return self._round(rank, objective, down, up)
 
@@ -156,8 +156,8 @@ class Stage:
         examples = [example] * (training.batch_size * training.gradient_accumulation)
         assignment = Assignment("plan", 0, 1, 0, objective)
         present = tensors_of(self._model)
-        factors, extras = trainable(self._model)
-        learning = [*factors, *extras]
+        factors, modules_to_save = trainable(self._model)
+        learning = [*factors, *modules_to_save]
         watch = LiveBytes(present)
         begin = len(watch.live)
         starts: list[int] = []
@@ -200,7 +200,7 @@ class Stage:
         levels = sorted(self._levels | {rank})
         # The weights of levels change no size, and may leave nothing to a rank that nobody has.
         chosen = self.config.method.model_copy(update={"level_weights": None, "full_share": None})
-        method = methods.build(chosen, levels, self.config.seed)
+        method = methods.build(chosen, self.config.seed)
         client = Client("plan", rank, 1)
         layers = {
             name: Factors(
@@ -209,11 +209,13 @@ class Stage:
             for name, f in self._like.layers.items()
             for d_in, d_out in [(f.A.shape[1], f.B.shape[0])]
         }
-        extras = {name: _meta(*tensor.shape) for name, tensor in self._like.extras.items()}
-        state = ServerState(LoraAdapter(layers, self.scale, extras))
+        modules_to_save = {
+            name: _meta(*tensor.shape) for name, tensor in self._like.modules_to_save.items()
+        }
+        state = ServerState(LoraAdapter(layers, self.scale, modules_to_save), levels=tuple(levels))
         with LiveBytes([]):
             sent = method.broadcast(state, client)
-        asked = method.objective(client)
+        asked = method.objective(state, client)
         if asked.kind == "plain" or rank == 1:
             return sent, asked
         # Two levels hold what more would: passes follow one another. A client of the lowest rank
@@ -230,7 +232,11 @@ class Stage:
         second = sent.frozen.layers.values() if sent.frozen is not None else ()
         frozen = sum(_wire_bytes("A", f.A, dtype) + _wire_bytes("B", f.B, dtype) for f in second)
         stays = {"B", "extra"} if sent.personal else set()
-        drawn = {letter for letter in "AB" if letter in sent.drawn and sent.drawn != "nothing"}
+        drawn = {
+            letter
+            for letter in "AB"
+            if letter in sent.seeded_factors and sent.seeded_factors != "nothing"
+        }
         untrained = {letter for letter in "AB" if letter not in sent.trains}
         down = sum(size for kind, size in kinds.items() if kind not in stays | drawn)
         up = sum(size for kind, size in kinds.items() if kind not in stays | untrained)
@@ -239,8 +245,8 @@ class Stage:
 
 def _wire_bytes(kind: str, tensor: Tensor, dtype: str) -> int:
     """The bytes of one tensor as it travels: its numbers and, in int8, a scale for each slot."""
-    slots = tensor.shape[1 if kind == "B" else 0] if tensor.ndim > 1 else 1
-    scales = SCALE_BYTES * slots if dtype == "int8" else 0
+    dimensions = tensor.shape[1 if kind == "B" else 0] if tensor.ndim > 1 else 1
+    scales = SCALE_BYTES * dimensions if dtype == "int8" else 0
     return tensor.numel() * WIRE_BYTES[dtype] + scales
 
 

@@ -66,11 +66,11 @@ def train(
     assignment: Assignment,
     pad_id: int,
     *,
-    lean: bool = True,
+    fused: bool = True,
 ) -> TrainResult:
     """Train the installed adapter in place, deterministically for equal arguments.
 
-    Without ``lean`` the LoRA layers compute as PEFT does: slower, and the same but for rounding.
+    Without ``fused`` the LoRA layers compute as PEFT does: slower, and the same but for rounding.
 
     The optimiser starts fresh and its state is thrown away. Raises `PrelortError` if the loss is
     no longer finite, the time is up or it was stopped.
@@ -89,7 +89,7 @@ def train(
     model.train()
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    fast = truncation.lean(model) if lean else nullcontext()
+    fast = truncation.fused(model) if fused else nullcontext()
     with fast, seeded(derive(seed, "dropout", client, index), model, device):
         for step in range(steps):
             chosen = [next(order) for _ in range(config.gradient_accumulation)]
@@ -142,10 +142,12 @@ def _optimizer(
     model: nn.Module, config: TrainingConfig, steps: int, assignment: Assignment
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """A fresh optimiser, at the place in the run's schedule where this round begins."""
-    factors, extras = trainable(model)
+    factors, modules_to_save = trainable(model)
     groups = [{"params": factors, "lr": config.learning_rate}]
-    if extras:
-        groups.append({"params": extras, "lr": config.head_learning_rate or config.learning_rate})
+    if modules_to_save:
+        groups.append(
+            {"params": modules_to_save, "lr": config.head_learning_rate or config.learning_rate}
+        )
     optimizer: torch.optim.Optimizer
     if config.optimizer == "adamw":
         optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)

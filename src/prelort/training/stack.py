@@ -16,8 +16,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from prelort.adapters import Factors, LoraAdapter, Trained
-from prelort.models.lean import lean
-from prelort.models.lora import ADAPTER, FROZEN, extra_places, lora_layers
+from prelort.models.fused_lora import fused
+from prelort.models.lora import ADAPTER, FROZEN, lora_layers, saved_module_places
 from prelort.training.truncation import Truncation
 
 K = TypeVar("K")
@@ -29,12 +29,12 @@ def stackable(model: nn.Module) -> bool:
     Nothing must be folded into its base, and what is trained in full must be linear layers.
     """
     folded = any(FROZEN in layer.lora_A for layer in lora_layers(model).values())
-    return not folded and linear_extras(model)
+    return not folded and saved_modules_are_linear(model)
 
 
-def linear_extras(model: nn.Module) -> bool:
+def saved_modules_are_linear(model: nn.Module) -> bool:
     """Whether all that is trained in full are linear layers, which a `Stack` can tell apart."""
-    return all(type(module) is nn.Linear for module, _ in extra_places(model).values())
+    return all(type(module) is nn.Linear for module, _ in saved_module_places(model).values())
 
 
 class Stack:
@@ -42,9 +42,9 @@ class Stack:
 
     The model must be `stackable`; for one adapter alone something may be folded into its base.
 
-    ``factors`` [adapters, numbers of A and B] and ``extras`` [adapters, numbers trained in full]:
+    ``factors`` [adapters, numbers of A and B] and ``modules_to_save`` [adapters, numbers trained in full]:
     what is done to all clients is done to a matrix, and what belongs to one client is a row.
-    ``gains`` multiply the scale of each adapter.
+    ``scale_multipliers`` multiply the scale of each adapter.
     """
 
     def __init__(
@@ -54,14 +54,14 @@ class Stack:
         adapters: Sequence[LoraAdapter],
         *,
         trains: Trained = "AB",
-        gains: Sequence[float] | None = None,
+        scale_multipliers: Sequence[float] | None = None,
     ) -> None:
         self._model = model
         self._truncation = truncation
         self._adapters = list(adapters)
         self._owners: Tensor | None = None
         device = next(iter(lora_layers(model).values())).lora_A[ADAPTER].weight.device
-        self._gains = torch.tensor(gains or [1.0] * len(adapters), device=device)
+        self._gains = torch.tensor(scale_multipliers or [1.0] * len(adapters), device=device)
         tensors = {
             name: _stacked([_factor(a, name) for a in adapters], device)
             for name in _factor_names(adapters[0])
@@ -70,14 +70,19 @@ class Stack:
         self.factors, learnt = _as_rows(learning, len(adapters), device)
         self._learning = list(learnt.values())
         self._tensors = tensors | learnt
-        extras = {n: _stacked([a.extras[n] for a in adapters], device) for n in adapters[0].extras}
-        self.extras, self._extras = _as_rows(extras, len(adapters), device)
+        modules_to_save = {
+            n: _stacked([a.modules_to_save[n] for a in adapters], device)
+            for n in adapters[0].modules_to_save
+        }
+        self.modules_to_save, self._modules_to_save = _as_rows(
+            modules_to_save, len(adapters), device
+        )
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Let the model compute with these adapters while it lasts; only inside `rows`."""
         with ExitStack() as both:
-            both.enter_context(lean(self._model, self._factors_of))
+            both.enter_context(fused(self._model, self._factors_of))
             both.enter_context(self._heads())
             yield
 
@@ -94,8 +99,10 @@ class Stack:
             yield
 
     def take_gradients(self) -> tuple[Tensor, Tensor]:
-        """The gradients of `factors` and `extras`; they are forgotten here."""
-        return _taken(self._learning, self.factors), _taken(self._extras.values(), self.extras)
+        """The gradients of `factors` and `modules_to_save`; they are forgotten here."""
+        return _taken(self._learning, self.factors), _taken(
+            self._modules_to_save.values(), self.modules_to_save
+        )
 
     def adapter(self, index: int) -> LoraAdapter:
         """One adapter as it is now, at its own rank: float32 copies on the CPU."""
@@ -107,8 +114,10 @@ class Stack:
             )
             for name, factors in like.layers.items()
         }
-        extras = {name: _own(tensor[index]) for name, tensor in self._extras.items()}
-        return LoraAdapter(layers, like.scale, extras)
+        modules_to_save = {
+            name: _own(tensor[index]) for name, tensor in self._modules_to_save.items()
+        }
+        return LoraAdapter(layers, like.scale, modules_to_save)
 
     def pair(self, index: int) -> list[tuple[Tensor, Tensor]]:
         """One adapter's A and B of each layer, padded with zeros."""
@@ -122,9 +131,9 @@ class Stack:
         rank = a.shape[1]
         mask = self._truncation.mask(shape[:-1], rank, a)
         assert mask is not None  # `rows` always says ranks
-        gains = self._of_groups(self._gains) * self._adapters[0].scale(rank)
+        scale_multipliers = self._of_groups(self._gains) * self._adapters[0].scale(rank)
         # As the mask: one number for each row, or for each token of each row.
-        spread = gains.repeat_interleave(len(mask) // len(gains))
+        spread = scale_multipliers.repeat_interleave(len(mask) // len(scale_multipliers))
         return a, b, mask * spread.view(-1, *[1] * (mask.ndim - 1))
 
     def _of_groups(self, tensor: Tensor) -> Tensor:
@@ -134,8 +143,8 @@ class Stack:
     def _heads(self) -> Iterator[None]:
         """Linear layers that are trained in full, each group with its adapter's own weights."""
         by_module: dict[nn.Module, dict[str, Tensor]] = {}
-        for name, (module, attribute) in extra_places(self._model).items():
-            by_module.setdefault(module, {})[attribute] = self._extras[name]
+        for name, (module, attribute) in saved_module_places(self._model).items():
+            by_module.setdefault(module, {})[attribute] = self._modules_to_save[name]
         for module, tensors in by_module.items():
             module.forward = self._linear(tensors)
         try:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from prelort.adapters import ScaleRule
 from prelort.errors import ConfigError
-from prelort.models.lean import lean
+from prelort.models.fused_lora import fused
 from prelort.models.lora import ADAPTER, lora_layers
 
 
@@ -40,10 +40,10 @@ class Truncation:
         ]
 
     @contextmanager
-    def lean(self, model: nn.Module) -> Iterator[None]:
+    def fused(self, model: nn.Module) -> Iterator[None]:
         """Let the model compute with one operation for each LoRA layer, truncated as by the hooks.
 
-        The same but for rounding, and faster (`prelort.models.lean`).
+        The same but for rounding, and faster (`prelort.models.fused_lora`).
         """
 
         def factors_of(
@@ -54,7 +54,7 @@ class Truncation:
             mask = self.mask(shape[:-1], a.shape[0], a)
             return a[None], b[None], scale if mask is None else mask * scale
 
-        with lean(model, factors_of):
+        with fused(model, factors_of):
             yield
 
     @contextmanager

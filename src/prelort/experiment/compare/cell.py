@@ -22,8 +22,8 @@ from typing import IO, TYPE_CHECKING, Any
 from prelort.config import Config, check
 from prelort.errors import PrelortError
 from prelort.experiment.folder import RunFolder
-from prelort.experiment.parent import end_with_parent
-from prelort.quiet import quiet_libraries
+from prelort.experiment.parent_watchdog import end_with_parent
+from prelort.library_logging import quiet_libraries
 from prelort.report import events as reading
 from prelort.report.events import Event
 from prelort.report.follow import Log

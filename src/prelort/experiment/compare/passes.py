@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from prelort import methods
+from prelort.adapters import LoraAdapter, ScaleRule
 from prelort.config import Config
-from prelort.methods.interface import Client
+from prelort.methods.interface import Client, ServerState
 from prelort.report.events import Event, settled, started
 
 
@@ -21,9 +22,10 @@ def passes(config: Config, events: Sequence[Event]) -> int:
     replies = [event for event in settled(events) if event["event"] == "client_finished"]
     if not levels or not replies:
         return 0
-    method = methods.build(config.method, levels, config.seed)
+    method = methods.build(config.method, config.seed)
+    state = ServerState(LoraAdapter({}, ScaleRule()), levels=tuple(levels))
     a_step = {
-        rank: method.objective(Client("", rank, 1)).passes_per_batch
+        rank: method.objective(state, Client("", rank, 1)).passes_per_batch
         for rank in {int(event["rank"]) for event in replies}
     }
     steps = sum(int(event["steps"]) * a_step[int(event["rank"])] for event in replies)

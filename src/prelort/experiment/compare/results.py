@@ -58,13 +58,13 @@ def grid_of(study: Study, out: Path, reasons: Mapping[str, str]) -> Grid:
         "data": base.data.source,
         "rounds": str(base.federation.rounds),
         "seeds": ", ".join(map(str, study.compare.seeds)),
-        "compared to": study.flagship,
+        "compared to": study.reference,
     }
     return Grid(
         methods=study.compare.methods,
         seeds=study.compare.seeds,
         settings=study.settings,
-        flagship=study.flagship,
+        reference=study.reference,
         cells=[_measured(cell, out, reasons.get(cell.name, "")) for cell in study.cells],
         metric=study.compare.metric,
         facts=facts,

@@ -41,7 +41,7 @@ class Compare(Section):
     overrides: dict[str, tuple[str, ...]] = Field(
         default_factory=dict, description="a method's name to what holds for it alone"
     )
-    flagship: str | None = Field(
+    reference: str | None = Field(
         None, description="whom the others are compared to; default: prelort, or the first method"
     )
     metric: Literal["accuracy", "macro_f1", "perplexity", "rouge_l"] | None = Field(
@@ -94,9 +94,9 @@ class Study:
         return tuple(self.compare.settings) or ("",)
 
     @property
-    def flagship(self) -> str:
+    def reference(self) -> str:
         """The method that the others are compared to."""
-        own = self.compare.flagship
+        own = self.compare.reference
         if own is not None:
             return own
         known = self.compare.methods
@@ -114,7 +114,7 @@ def load(
     *,
     names: Sequence[str] = (),
     seeds: Sequence[int] = (),
-    flagship: str | None = None,
+    reference: str | None = None,
 ) -> Study:
     """Read a study's file (None: the embedded default's run) and check every cell's configuration.
 
@@ -130,8 +130,8 @@ def load(
         given["methods"] = list(dict.fromkeys(names))
     if seeds:
         given["seeds"] = list(dict.fromkeys(seeds))
-    if flagship is not None:
-        given["flagship"] = flagship
+    if reference is not None:
+        given["reference"] = reference
     compare = configuration.validated(Compare, given, "compare")
     _check_names(compare, in_file=_strings(section.get("methods")))
     own = {name: some for name, some in compare.overrides.items() if name in compare.methods}
@@ -207,9 +207,9 @@ def _check_names(compare: Compare, in_file: Sequence[str]) -> None:
                 f"compare.overrides: {name!r} is not compared: compare.methods has "
                 f"{', '.join(known)}"
             )
-    if compare.flagship is not None and compare.flagship not in compare.methods:
+    if compare.reference is not None and compare.reference not in compare.methods:
         raise ConfigError(
-            f"compare.flagship = {compare.flagship!r} is not compared: choose one of "
+            f"compare.reference = {compare.reference!r} is not compared: choose one of "
             f"{', '.join(compare.methods)}"
         )
     for kind, names in (("methods", compare.methods), ("settings", compare.settings)):

@@ -22,7 +22,7 @@ CELLS = (
 )  # fmt: skip
 MEASUREMENTS = ("setting", "method", "seed", "round", "rank", "metric", "value")
 SUMMARY = (
-    "setting", "method", "metric", "at", "seeds", "mean", "deviation", "flagship", "pairs",
+    "setting", "method", "metric", "at", "seeds", "mean", "deviation", "reference", "pairs",
     "difference", "low", "high",
 )  # fmt: skip
 
@@ -65,10 +65,10 @@ def _of_cell(cell: Cell) -> list[Any]:
 def _of_place(grid: Grid, setting: str, method: str, metric: str, at: Place) -> list[Any]:
     found = spread(list(grid.values(setting, method, metric, at).values()))
     own = [found.count, found.mean, found.deviation] if found else [0, None, None]
-    pairs = [] if method == grid.flagship else grid.pairs(setting, method, metric, at).values()
+    pairs = [] if method == grid.reference else grid.pairs(setting, method, metric, at).values()
     apart = difference(list(pairs))
     other = [apart.pairs, apart.mean, apart.low, apart.high] if apart else [0, None, None, None]
-    return [setting, method, metric, at, *own, grid.flagship, *other]
+    return [setting, method, metric, at, *own, grid.reference, *other]
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

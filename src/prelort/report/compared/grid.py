@@ -101,7 +101,7 @@ class Grid:
     methods: Sequence[str]
     seeds: Sequence[int]
     settings: Sequence[str]
-    flagship: str
+    reference: str
     cells: Sequence[Cell]
     metric: str | None = None
     facts: Mapping[str, str] = field(default_factory=dict)
@@ -159,9 +159,9 @@ class Grid:
         return {seed: row[metric] for seed, row in rows.items() if metric in row}
 
     def pairs(self, setting: str, method: str, metric: str, at: Place) -> dict[int, float]:
-        """Seed to the method's metric less the flagship's, of the seeds that both have."""
+        """Seed to the method's metric less the reference's, of the seeds that both have."""
         own = self.values(setting, method, metric, at)
-        other = self.values(setting, self.flagship, metric, at)
+        other = self.values(setting, self.reference, metric, at)
         return {seed: own[seed] - other[seed] for seed in own if seed in other}
 
     def pairs_of_all(self, method: str, metric: str, at: Place) -> dict[int, float]:
@@ -206,16 +206,18 @@ class Grid:
         )
 
     def unlike(self, setting: str) -> list[str]:
-        """The methods that did not train on what the flagship trained on, with the same seed.
+        """The methods that did not train on what the reference trained on, with the same seed.
 
         Same means: in each round the same clients, with as many examples and steps.
         """
-        flagship = {cell.seed: cell.trained_on() for cell in self.finished(setting, self.flagship)}
+        reference = {
+            cell.seed: cell.trained_on() for cell in self.finished(setting, self.reference)
+        }
         return [
             method
             for method in self.methods
             if any(
-                cell.seed in flagship and cell.trained_on() != flagship[cell.seed]
+                cell.seed in reference and cell.trained_on() != reference[cell.seed]
                 for cell in self.finished(setting, method)
             )
         ]

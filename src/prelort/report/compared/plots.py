@@ -50,7 +50,7 @@ def figure(grid: Grid, setting: str) -> Figure:
 
     Left: at every rank prefix, mean over seeds, with few methods bars of one standard deviation.
     Middle: by round at the highest rank, or the training loss where nothing was measured on the
-    way. Right: the difference of each method's area to the flagship's, with its interval and every
+    way. Right: the difference of each method's area to the reference's, with its interval and every
     pair.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -168,7 +168,7 @@ def _draw_differences(
     methods: Sequence[str],
     looks: Mapping[str, dict[str, Any]],
 ) -> None:
-    rivals = [method for method in methods if method != grid.flagship]
+    rivals = [method for method in methods if method != grid.reference]
     axes.axvline(0, color=GREY, linewidth=1.2)
     shown: list[str] = []
     means: list[float] = []
@@ -208,7 +208,7 @@ def _draw_differences(
         worse, better = "← worse", "better →"
     sides = f"{better}   {worse}" if not words.higher_is_better else f"{worse}   {better}"
     unit = f" ({words.unit})" if words.unit else ""
-    axes.set_xlabel(f"{sides} than {plain(grid.flagship)}{unit}")
+    axes.set_xlabel(f"{sides} than {plain(grid.reference)}{unit}")
     finish(axes, f"Difference in AURAC, {CONFIDENCE:.0%} interval")
 
 

@@ -180,7 +180,7 @@ def _results(grid: Grid, setting: str, words: Wording, places: Sequence[Place]) 
 
 
 def _differences(grid: Grid, setting: str, words: Wording, places: Sequence[Place]) -> Block:
-    rivals = [method for method in grid.methods if method != grid.flagship]
+    rivals = [method for method in grid.methods if method != grid.reference]
     columns, counts = [], set()
     for at in places:
         found = []
@@ -189,12 +189,12 @@ def _differences(grid: Grid, setting: str, words: Wording, places: Sequence[Plac
             found.append(difference(pairs))
             counts.add(len(pairs))
         columns.append(_untold(_place(at), [difference_text(words, one) for one in found]))
-    title = f"{_head(setting, words)}: difference to {plain(grid.flagship)}, paired by seed"
+    title = f"{_head(setting, words)}: difference to {plain(grid.reference)}, paired by seed"
     return Block(title, [plain(name) for name in rivals], columns, _how(words, grid, counts))
 
 
 def _over_settings(grid: Grid, words: Wording) -> Block:
-    rivals = [method for method in grid.methods if method != grid.flagship]
+    rivals = [method for method in grid.methods if method != grid.reference]
     columns = []
     for setting in grid.settings:
         pairs = [grid.pairs(setting, method, words.metric, AURAC) for method in rivals]
@@ -203,7 +203,7 @@ def _over_settings(grid: Grid, words: Wording) -> Block:
     means = [list(grid.pairs_of_all(method, words.metric, AURAC).values()) for method in rivals]
     texts = [difference_text(words, difference(one)) for one in means]
     columns.append(_untold("all settings", texts))
-    title = f"{capital(words.title)}, AURAC: difference to {plain(grid.flagship)}, by setting"
+    title = f"{capital(words.title)}, AURAC: difference to {plain(grid.reference)}, by setting"
     notes = _how(words, grid, {len(one) for one in means})
     notes.append(
         "All settings: for each seed the mean over the settings, then the interval over seeds."
@@ -249,7 +249,7 @@ def _remarks(grid: Grid, setting: str, words: Wording) -> list[str]:
     if unlike:
         notes.append(
             f"{capital(listed(map(plain, unlike)))} did not train on the same clients' batches "
-            f"as {plain(grid.flagship)}: clients failed, or an override changed that."
+            f"as {plain(grid.reference)}: clients failed, or an override changed that."
         )
     return notes
 
@@ -267,9 +267,9 @@ def _fewer(grid: Grid, setting: str) -> dict[str, str]:
 def _how(words: Wording, grid: Grid, counts: set[int]) -> list[str]:
     """How to read differences."""
     worse = "worse" if not words.higher_is_better else "better"
-    flagship = plain(grid.flagship)
+    reference = plain(grid.reference)
     notes = [
-        f"The method less {flagship} with the same seed: above 0 the method is {worse}. In "
+        f"The method less {reference} with the same seed: above 0 the method is {worse}. In "
         f"brackets the {CONFIDENCE:.0%} percentile bootstrap interval of the mean."
     ]
     fewest = min((count for count in counts if count), default=0)

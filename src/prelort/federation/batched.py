@@ -16,29 +16,29 @@ import torch
 from prelort.adapters import LoraAdapter
 from prelort.errors import PrelortError
 from prelort.federation import wire
+from prelort.federation.client import LocalClient, assignment_of, delivered, respond, train_reply
 from prelort.federation.client_app import REFUSED
 from prelort.federation.flower import Context, Error, Message, RecordDict
-from prelort.federation.site import Site, assignment_of, delivered, respond, train_reply
 from prelort.models.lora import install
+from prelort.training.batched import Finished, Member, train_batched
 from prelort.training.stack import stackable
-from prelort.training.together import Finished, Member, train_together
 
 log = logging.getLogger(__name__)
 
-Order = tuple[int, Site, wire.TrainRequest, LoraAdapter]
+Order = tuple[int, LocalClient, wire.TrainRequest, LoraAdapter]
 """Its place among the messages, whose it is, what is asked, and the adapter that came with it."""
 
 Answer: TypeAlias = RecordDict | PrelortError
 
 
-def answer_together(
-    site_of: Callable[[Context], Site],
+def answer_batched(
+    site_of: Callable[[Context], LocalClient],
 ) -> Callable[[Sequence[tuple[Message, Context]]], list[Message]]:
     """Answers messages to train of several sites of one workspace, in their order."""
 
     def answer(messages: Sequence[tuple[Message, Context]]) -> list[Message]:
         sites = [site_of(context) for _, context in messages]
-        answers = respond_together(sites, [message.content for message, _ in messages])
+        answers = respond_batched(sites, [message.content for message, _ in messages])
         return [
             Message(Error(REFUSED, str(found)), reply_to=message)
             if isinstance(found, PrelortError)
@@ -49,7 +49,7 @@ def answer_together(
     return answer
 
 
-def respond_together(sites: Sequence[Site], contents: Sequence[RecordDict]) -> list[Answer]:
+def respond_batched(sites: Sequence[LocalClient], contents: Sequence[RecordDict]) -> list[Answer]:
     """The content of each site's reply to an order to train, or why it has none."""
     answers: dict[int, Answer] = {}
     groups: dict[str, list[Order]] = {}
@@ -65,8 +65,13 @@ def respond_together(sites: Sequence[Site], contents: Sequence[RecordDict]) -> l
     for orders in groups.values():
         _, site, request, received = orders[0]
         # Also takes out what an earlier client had folded in.
-        install(site.workspace.model, received, trains=request.trains, gain=request.gain)
-        if len(orders) > 1 and stackable(site.workspace.model):
+        install(
+            site.runtime.model,
+            received,
+            trains=request.trains,
+            scale_multiplier=request.scale_multiplier,
+        )
+        if len(orders) > 1 and stackable(site.runtime.model):
             answers |= _answered(orders)
     for place, (site, content) in enumerate(zip(sites, contents, strict=True)):
         if place not in answers:
@@ -100,18 +105,24 @@ def _answered(orders: Sequence[Order]) -> dict[int, Answer]:
             answers[place] = result
             continue
         if request.with_validation:  # measured with what was trained
-            install(site.workspace.model, result.adapter, gain=request.gain)
+            install(site.runtime.model, result.adapter, scale_multiplier=request.scale_multiplier)
         answers[place] = train_reply(site, request, received, result)
     return answers
 
 
 def _trained(orders: Sequence[Order]) -> list[Finished | PrelortError]:
-    work, request = orders[0][1].workspace, orders[0][2]
+    work, request = orders[0][1].runtime, orders[0][2]
     members = [
-        Member(received, site.examples, asked.training, assignment_of(site, asked), asked.gain)
+        Member(
+            received,
+            site.examples,
+            asked.training,
+            assignment_of(site, asked),
+            asked.scale_multiplier,
+        )
         for _, site, asked, received in orders
     ]
-    return train_together(
+    return train_batched(
         work.model,
         work.truncation,
         work.task,

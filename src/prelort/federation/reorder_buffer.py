@@ -10,7 +10,7 @@ T = TypeVar("T")
 _SKIPPED = object()
 
 
-class InOrder(Generic[T]):
+class ReorderBuffer(Generic[T]):
     """Calls ``take`` for each item in the order of ``keys``; holds back only what came early.
 
     Floating-point sums depend on their order, so a fixed order gives the same bits whoever

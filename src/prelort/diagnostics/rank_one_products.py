@@ -25,7 +25,7 @@ Product = tuple[Numbers, Matrix] | None
 """A sum of slots: their numbers [n] and coefficients [n]; None for the zero product."""
 
 
-class LayerSlots:
+class LayerDimensions:
     """The slots of one layer that a round has to do with, numbered, and their inner products.
 
     What a client merely received is found again among the slots that are there, bit for bit: it

@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prelort.federation.in_order import InOrder
+from prelort.federation.reorder_buffer import ReorderBuffer
 
 
 @st.composite
@@ -18,7 +18,7 @@ def test_any_arrival_order_and_any_skips_give_the_order_of_the_keys(
 ) -> None:
     count, order, skipped = case
     taken: list[str] = []
-    in_order = InOrder([f"k{i}" for i in range(count)], taken.append)
+    in_order = ReorderBuffer([f"k{i}" for i in range(count)], taken.append)
 
     for position, i in enumerate(order):
         if i in skipped:
@@ -35,7 +35,7 @@ def test_any_arrival_order_and_any_skips_give_the_order_of_the_keys(
 
 def test_an_item_that_is_none_is_an_item() -> None:
     taken: list[object] = []
-    in_order: InOrder[object] = InOrder(["a", "b"], taken.append)
+    in_order: ReorderBuffer[object] = ReorderBuffer(["a", "b"], taken.append)
     in_order.put("b", None)
     in_order.put("a", None)
     assert taken == [None, None]
@@ -48,7 +48,7 @@ def test_nothing_is_held_back_longer_than_needed() -> None:
     class Item:
         pass
 
-    in_order: InOrder[Item] = InOrder(["a", "b"], lambda item: None)
+    in_order: ReorderBuffer[Item] = ReorderBuffer(["a", "b"], lambda item: None)
     item = Item()
     watch = weakref.ref(item)
     in_order.put("b", item)

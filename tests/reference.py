@@ -15,7 +15,7 @@ def weights_of(updates: Sequence[Update], weighting: str) -> list[float]:
     return [float(u.examples) if weighting == "examples" else 1.0 for u in updates]
 
 
-def slots(adapter: LoraAdapter, name: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def dimensions(adapter: LoraAdapter, name: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Row j of A and column j of B, for every slot j."""
     factors = adapter.layers[name]
     return [(factors.A[j].double(), factors.B[:, j].double()) for j in range(factors.rank)]
@@ -25,9 +25,9 @@ def segment_wise(previous: LoraAdapter, updates: Sequence[Update], weighting: st
     """A_j = sum_{k: r_k >= j} w_k A_kj / sum_{k: r_k >= j} w_k, B_j too; else the old value."""
     weights, result = weights_of(updates, weighting), {}
     for name in previous.layers:
-        replies = [slots(u.adapter, name) for u in updates]
+        replies = [dimensions(u.adapter, name) for u in updates]
         rows, columns = [], []
-        for j, (row, column) in enumerate(slots(previous, name)):
+        for j, (row, column) in enumerate(dimensions(previous, name)):
             holders = [k for k, reply in enumerate(replies) if len(reply) > j]
             total = sum(weights[k] for k in holders)
             if holders:
@@ -37,7 +37,7 @@ def segment_wise(previous: LoraAdapter, updates: Sequence[Update], weighting: st
             columns.append(column)
         result[f"{name}.lora_A.weight"] = torch.stack(rows)
         result[f"{name}.lora_B.weight"] = torch.stack(columns, dim=1)
-    return result | extras(updates, weights)
+    return result | modules_to_save(updates, weights)
 
 
 def zero_padded(previous: LoraAdapter, updates: Sequence[Update], weighting: str) -> dict:
@@ -64,12 +64,12 @@ def padded_mean(previous: LoraAdapter, updates: Sequence[Update], weights: Seque
         held = max(u.adapter.layers[name].rank for u in updates)
         a[:held], b[:, :held] = 0.0, 0.0
         for weight, update in zip(weights, updates, strict=True):
-            for j, (row, column) in enumerate(slots(update.adapter, name)):
+            for j, (row, column) in enumerate(dimensions(update.adapter, name)):
                 a[j] += weight * row / sum(weights)
                 b[:, j] += weight * column / sum(weights)
         result[f"{name}.lora_A.weight"] = a
         result[f"{name}.lora_B.weight"] = b
-    return result | extras(updates, weights)
+    return result | modules_to_save(updates, weights)
 
 
 def replicated(
@@ -82,9 +82,9 @@ def replicated(
     weights, result = weights_of(updates, weighting), {}
     highest = max(u.adapter.rank for u in updates)
     for name in previous.layers:
-        replies = [slots(u.adapter, name) for u in updates]
+        replies = [dimensions(u.adapter, name) for u in updates]
         rows, columns = [], []
-        for j, (row, column) in enumerate(slots(previous, name)):
+        for j, (row, column) in enumerate(dimensions(previous, name)):
             giving = [
                 k
                 for k, u in enumerate(updates)
@@ -95,14 +95,15 @@ def replicated(
                 given = [sum(weights[k] * replies[k][j][i] for k in giving) / share for i in (0, 1)]
                 padded = [reply[j] if len(reply) > j else given for reply in replies]
                 row, column = (
-                    sum(w * slot[i] for w, slot in zip(weights, padded, strict=True)) / sum(weights)
+                    sum(w * dimension[i] for w, dimension in zip(weights, padded, strict=True))
+                    / sum(weights)
                     for i in (0, 1)
                 )
             rows.append(row)
             columns.append(column)
         result[f"{name}.lora_A.weight"] = torch.stack(rows)
         result[f"{name}.lora_B.weight"] = torch.stack(columns, dim=1)
-    return result | extras(updates, weights)
+    return result | modules_to_save(updates, weights)
 
 
 def by_module(
@@ -120,13 +121,13 @@ def by_module(
     weights, result = weights_of(updates, weighting), {}
     for name in previous.layers:
         rows, columns = [], []
-        for j, (row, column) in enumerate(slots(previous, name)):
+        for j, (row, column) in enumerate(dimensions(previous, name)):
             change, share = [torch.zeros_like(row), torch.zeros_like(column)], 0.0
             for weight, update, chosen in zip(weights, updates, drawn, strict=True):
                 if j not in chosen[name].tolist():
                     continue
                 place = chosen[name].tolist().index(j)
-                trained = slots(update.adapter, name)[place]
+                trained = dimensions(update.adapter, name)[place]
                 change[0] += weight * (trained[0] - row)
                 change[1] += weight * (trained[1] - column)
                 share += weight
@@ -135,14 +136,14 @@ def by_module(
             columns.append(column + change[1] / total if share else column)
         result[f"{name}.lora_A.weight"] = torch.stack(rows)
         result[f"{name}.lora_B.weight"] = torch.stack(columns, dim=1)
-    return result | extras(updates, weights)
+    return result | modules_to_save(updates, weights)
 
 
 def product(adapter: LoraAdapter, name: str, first: int = 0, last: int | None = None):
     """``s(r) sum_j B_j A_j`` over the slots first <= j < last of one layer, slot by slot."""
     factors = adapter.layers[name]
     total = torch.zeros(factors.B.shape[0], factors.A.shape[1], dtype=torch.float64)
-    for row, column in slots(adapter, name)[first:last]:
+    for row, column in dimensions(adapter, name)[first:last]:
         total += torch.outer(column, row)
     return adapter.scale(factors.rank) * total
 
@@ -252,11 +253,12 @@ def federated_average(updates: Sequence[Update], weighting: str) -> dict:
     }
 
 
-def extras(updates: Sequence[Update], weights: Sequence[float]) -> dict:
+def modules_to_save(updates: Sequence[Update], weights: Sequence[float]) -> dict:
     return {
         name: sum(
-            w * u.adapter.extras[name].double() for w, u in zip(weights, updates, strict=True)
+            w * u.adapter.modules_to_save[name].double()
+            for w, u in zip(weights, updates, strict=True)
         )
         / sum(weights)
-        for name in updates[0].adapter.extras
+        for name in updates[0].adapter.modules_to_save
     }

@@ -48,7 +48,7 @@ class Member:
     examples: Sequence[Example]
     config: TrainingConfig
     assignment: Assignment
-    gain: float = 1.0
+    scale_multiplier: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Unit:
     weight: float
 
 
-def train_together(
+def train_batched(
     model: nn.Module,
     truncation: Truncation,
     task: Task,
@@ -93,7 +93,7 @@ def train_together(
         truncation,
         [member.adapter for member in members],
         trains=trains,
-        gains=[member.gain for member in members],
+        scale_multipliers=[member.scale_multiplier for member in members],
     )
     steps = _Steps(stack, config, clients)
     device = stack.factors.device
@@ -259,7 +259,7 @@ class _Steps:
     optimizer: torch.optim.Optimizer = field(init=False)
 
     def __post_init__(self) -> None:
-        values = (self.stack.factors, self.stack.extras)
+        values = (self.stack.factors, self.stack.modules_to_save)
         table = torch.zeros(2, max(client.steps for client in self.clients), len(self.clients))
         for client in self.clients:
             for step, pair in enumerate(_rates(client)):
@@ -278,7 +278,10 @@ class _Steps:
         decay, adamw = self.config.weight_decay, self.config.optimizer == "adamw"
         going = torch.zeros(len(self.clients), device=self.stack.factors.device)
         going[[client.number for client in active if client.error is None]] = 1.0
-        values, gradients = (self.stack.factors, self.stack.extras), self.stack.take_gradients()
+        values, gradients = (
+            (self.stack.factors, self.stack.modules_to_save),
+            self.stack.take_gradients(),
+        )
         _clip(gradients, self.config.max_grad_norm)
         for value, gradient, unit in zip(values, gradients, self.units, strict=True):
             # Decay belongs to SGD's gradient and to AdamW's step.

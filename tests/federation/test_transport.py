@@ -6,12 +6,12 @@ from typing import Any
 
 import httpx
 import pytest
-from small_federation import PlannedGrid
 
-from prelort.federation import exchange as module
+from prelort.federation import transport as module
 from prelort.federation.content import content_of
-from prelort.federation.exchange import NO_ANSWER, PULL_BYTES, Engine, exchange, portions
 from prelort.federation.flower import Error, Message, MessageType, RecordDict
+from prelort.federation.transport import NO_ANSWER, PULL_BYTES, Engine, exchange, portions
+from small_federation import PlannedGrid
 
 
 def good(message: Message) -> Message:
@@ -76,7 +76,7 @@ def large_to(*nodes: int, size: int) -> Iterator[Message]:
     ],
 )
 def test_portions_keep_the_order_and_the_bound(sizes: list[int], parts: list[int]) -> None:
-    found = portions({f"m{i}": size for i, size in enumerate(sizes)}, most=10)
+    found = portions({f"m{i}": size for i, size in enumerate(sizes)}, max_rank=10)
     assert [len(part) for part in found] == parts
     assert [name for part in found for name in part] == [f"m{i}" for i in range(len(sizes))]
 

@@ -18,8 +18,6 @@ from torch import Tensor
 from prelort.adapters import Factors, LoraAdapter, ScaleRule
 from prelort.adapters.algebra import compressed, concatenate, squared_distance
 from prelort.errors import AdapterError
-from prelort.methods.interface import Broadcast, Client, ServerState
-from prelort.methods.prefix import PrefixMethod
 
 
 class ProductSum:
@@ -172,7 +170,7 @@ def between(adapter: LoraAdapter, low: int, high: int) -> LoraAdapter:
             a, b = factors.A[low:high], factors.B[:, low:high]
             ratio = adapter.scale(factors.rank) / adapter.scale(a.shape[0])
             layers[name] = Factors(a, b if ratio == 1 else b * ratio)
-    return LoraAdapter(layers, adapter.scale, adapter.extras if low == 0 else {})
+    return LoraAdapter(layers, adapter.scale, adapter.modules_to_save if low == 0 else {})
 
 
 def summed(parts: Sequence[LoraAdapter]) -> LoraAdapter:
@@ -196,28 +194,3 @@ def rescaled(adapter: LoraAdapter, rank: int) -> LoraAdapter:
         ratio = adapter.scale(adapter.layers[name].rank) / adapter.scale(factors.rank)
         layers[name] = factors if ratio == 1 else Factors(factors.A, factors.B * ratio)
     return replace(part, layers=layers)
-
-
-class ProductMethod(PrefixMethod):
-    """The global adapter's slots are singular triples in falling order; clients get the first."""
-
-    def broadcast(self, state: ServerState, client: Client) -> Broadcast:
-        """The best approximation of the client's rank."""
-        return Broadcast(self.readout(state, client.rank))
-
-    def readout(self, state: ServerState, rank: int | None = None) -> LoraAdapter:
-        """The best approximation of this rank (None: the whole)."""
-        return state.adapter if rank is None else rescaled(state.adapter, rank)
-
-
-def remembered(memory: Mapping[str, Tensor], key: str, like: LoraAdapter) -> LoraAdapter | None:
-    """The adapter that the server's memory holds under ``key``, without extras."""
-    start = f"{key}:"
-    tensors = {n.removeprefix(start): t for n, t in memory.items() if n.startswith(start)}
-    return LoraAdapter.from_tensors(tensors, like.scale) if tensors else None
-
-
-def memorised(key: str, adapter: LoraAdapter) -> dict[str, Tensor]:
-    """The factors of an adapter as the server's memory keeps them under ``key``."""
-    bare = replace(adapter, extras={})
-    return {f"{key}:{name}": tensor for name, tensor in bare.tensors().items()}

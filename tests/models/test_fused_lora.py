@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prelort.adapters import LoraAdapter, ScaleRule
-from prelort.models.lean import LoraProduct, lean
+from prelort.models.fused_lora import LoraProduct, fused
 from prelort.models.lora import ADAPTER, install, lora_layers, trainable
 from prelort.training.truncation import Truncation
 from tiny_models import adapted, token_batch, trained_adapter
@@ -62,12 +62,12 @@ def passes(model, truncation, ranks, *, fast):
     """Logits and the gradients of all that learns, once by PEFT and once by one operation."""
     batch = token_batch(rows=4)
     torch.manual_seed(5)
-    context = truncation.lean(model) if fast else torch.enable_grad()
+    context = truncation.fused(model) if fast else torch.enable_grad()
     with context, truncation.at(ranks, tuple(batch["input_ids"].shape)):
         logits = model(**batch).logits
         logits.float().square().sum().backward()
-    factors, extras = trainable(model)
-    gradients = [p.grad for p in (*factors, *extras)]
+    factors, modules_to_save = trainable(model)
+    gradients = [p.grad for p in (*factors, *modules_to_save)]
     model.zero_grad(set_to_none=True)
     return logits.detach(), gradients
 
@@ -100,7 +100,7 @@ def test_a_frozen_path_a_gain_and_dropout_before_the_adapter_count(tiny_llama):
     model = adapted(tiny_llama, 8, dropout=0.5)
     truncation = Truncation(model, RULE)
     frozen = trained_adapter(model, RULE, seed=3).prefix(5)
-    install(model, trained_adapter(model, RULE), frozen=frozen, gain=1.7)
+    install(model, trained_adapter(model, RULE), frozen=frozen, scale_multiplier=1.7)
     assert_same_passes(model, truncation, 4)
     model.train()
     slow, _ = passes(model, truncation, 4, fast=False)
@@ -114,7 +114,7 @@ def test_a_factor_that_does_not_learn_has_no_gradient(tiny_llama, trains):
     truncation = Truncation(model, RULE)
     install(model, trained_adapter(model, RULE), trains=trains)
     assert_same_passes(model, truncation, None)
-    with truncation.lean(model):
+    with truncation.fused(model):
         model(**token_batch()).logits.sum().backward()
     for layer in lora_layers(model).values():
         assert (layer.lora_A[ADAPTER].weight.grad is None) == (trains == "B")
@@ -141,10 +141,10 @@ def test_the_models_own_layers_are_back_afterwards_even_after_an_error(tiny_llam
     def broken(*_):
         raise RuntimeError("no factors")
 
-    with pytest.raises(RuntimeError, match="no factors"), lean(model, broken):
+    with pytest.raises(RuntimeError, match="no factors"), fused(model, broken):
         model(**token_batch())
     assert all("forward" not in vars(layer) for layer in lora_layers(model).values())
-    with truncation.lean(model):
+    with truncation.fused(model):
         pass
     assert all("forward" not in vars(layer) for layer in lora_layers(model).values())
 
@@ -155,7 +155,7 @@ def test_an_adapter_of_zeros_is_the_base(tiny_llama):
     start = trained_adapter(model, RULE)
     zeros = LoraAdapter(start.prefix(8).scaled(0.0).layers, RULE)
     install(model, zeros)
-    with torch.no_grad(), truncation.lean(model):
+    with torch.no_grad(), truncation.fused(model):
         found = model(**token_batch()).logits
     with torch.no_grad(), model.disable_adapter():
         expected = model(**token_batch()).logits

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from prelort.deployment.line import Order, Place, Reply, place_of, receive_reply, send
+from prelort.deployment.ipc import Order, Place, Reply, place_of, receive_reply, send
 from prelort.deployment.settings import SiteSettings
 from prelort.errors import PrelortError
 

@@ -33,9 +33,8 @@ import numpy as np
 import torch
 
 from prelort.adapters import Factors, LoraAdapter
-from prelort.methods.interface import Broadcast, Client, Method, ServerState, Update
-from prelort.methods.slot_products import (
-    LayerSlots,
+from prelort.diagnostics.rank_one_products import (
+    LayerDimensions,
     Matrix,
     Numbers,
     Product,
@@ -43,6 +42,7 @@ from prelort.methods.slot_products import (
     equal,
     singular_energies,
 )
+from prelort.methods.interface import Broadcast, Client, Method, ServerState, Update
 from prelort.seeds import torch_generator
 
 LEAST_BUDGET = 1e8
@@ -69,7 +69,7 @@ class Reply:
     weight: float
     received: LoraAdapter
     frozen: LoraAdapter | None
-    gain: float
+    scale_multiplier: float
     trained: LoraAdapter
 
 
@@ -110,7 +110,7 @@ class Collector:
         self.names = sampled(state.adapter, [c.rank for c in clients], seed, state.round)
         self.before = self._readout(state)
         self.replies: list[Reply] = []
-        self.slots = 0
+        self.dimensions = 0
         """That the clients have trained so far in the layer with the fewest."""
         self.in_place = True
         """Whether all clients received the first slots of the global adapter, in their order."""
@@ -119,12 +119,12 @@ class Collector:
         """Keep what is needed of one client's round."""
         received, own = only(sent.trainable, self.names), self.state.adapter.layers
         trained = only(update.adapter, self.names)
-        self.slots += min((factors.rank for factors in trained.layers.values()), default=0)
+        self.dimensions += min((factors.rank for factors in trained.layers.values()), default=0)
         self.in_place &= all(
             name in own and equal(factors.A, own[name].A[: factors.rank])
             for name, factors in received.layers.items()
         )
-        if self.slots > MOST_SLOTS:
+        if self.dimensions > MOST_SLOTS:
             self.replies.clear()  # the clients are not measured, however many come
             return
         self.replies.append(
@@ -133,7 +133,7 @@ class Collector:
                 weight=self.weight(update),
                 received=received,
                 frozen=None if sent.frozen is None else only(sent.frozen, self.names),
-                gain=sent.gain,
+                scale_multiplier=sent.scale_multiplier,
                 # Copies: a view could keep a whole reply in memory.
                 trained=_copied(trained),
             )
@@ -159,7 +159,7 @@ class Collector:
             ),
         )
         layers = [Layer(name, finished) for name in self.names]
-        if any(layer.slots.count > MOST_SLOTS for layer in layers):
+        if any(layer.dimensions.count > MOST_SLOTS for layer in layers):
             finished = replace(finished, replies=[])
             layers = [Layer(name, finished) for name in self.names]
         sums = Sums(self.levels)
@@ -178,9 +178,9 @@ class Collector:
         asked of a state that has the measured layers only.
         """
         try:
-            found = self.method.readout(part(state, self.names), rank)
+            found = self.method.global_adapter(part(state, self.names), rank)
         except Exception:  # a method that keeps its memory in its own way may need all of it
-            found = self.method.readout(state, rank)
+            found = self.method.global_adapter(state, rank)
         return only(found, self.names)
 
 
@@ -189,7 +189,7 @@ class Layer:
 
     def __init__(self, name: str, finished: Round) -> None:
         self.name = name
-        self.slots = LayerSlots()
+        self.dimensions = LayerDimensions()
         replies = finished.replies
         self.clients = [reply.client for reply in replies]
         self.shares = np.array([reply.weight for reply in replies])
@@ -197,33 +197,35 @@ class Layer:
         self.after = self._new(finished.after, known=True)
         self.cuts = {str(level): self._found(cut) for level, cut in finished.cuts.items()}
         self.adapter = self._found(finished.adapter)
-        self.received = [self._found(reply.received, reply.gain) for reply in replies]
+        self.received = [self._found(reply.received, reply.scale_multiplier) for reply in replies]
         self.frozen = [self._found(reply.frozen) for reply in replies]
-        self.trained = [self._new(reply.trained, reply.gain) for reply in replies]
+        self.trained = [self._new(reply.trained, reply.scale_multiplier) for reply in replies]
 
-    def _new(self, adapter: LoraAdapter, gain: float = 1.0, *, known: bool = False) -> Product:
+    def _new(
+        self, adapter: LoraAdapter, scale_multiplier: float = 1.0, *, known: bool = False
+    ) -> Product:
         """The layer's ``gain * s(r) B A`` as slots that are not there yet."""
         factors = adapter.layers.get(self.name)
         if factors is None:
             return None
-        numbers = self.slots.add(factors, known=known)
-        return numbers, np.full(factors.rank, gain * adapter.scale(factors.rank))
+        numbers = self.dimensions.add(factors, known=known)
+        return numbers, np.full(factors.rank, scale_multiplier * adapter.scale(factors.rank))
 
-    def _found(self, adapter: LoraAdapter | None, gain: float = 1.0) -> Product:
+    def _found(self, adapter: LoraAdapter | None, scale_multiplier: float = 1.0) -> Product:
         """The layer's ``gain * s(r) B A`` as slots that may be there already."""
         factors = adapter.layers.get(self.name) if adapter is not None else None
-        numbers = self.slots.find(factors) if factors is not None else None
+        numbers = self.dimensions.find(factors) if factors is not None else None
         if adapter is None or factors is None or numbers is None:
             return None
-        return numbers, np.full(factors.rank, gain * adapter.scale(factors.rank))
+        return numbers, np.full(factors.rank, scale_multiplier * adapter.scale(factors.rank))
 
     def into(self, sums: Sums) -> bool:
         """Add the layer's numbers; False (and nothing added) where it has no or too many slots."""
-        if not 0 < self.slots.count <= MOST_SLOTS:
+        if not 0 < self.dimensions.count <= MOST_SLOTS:
             return False
-        gram_a, gram_b = self.slots.grams()
+        gram_a, gram_b = self.dimensions.grams()
         inner = gram_a * gram_b
-        rows = self.slots.rows
+        rows = self.dimensions.rows
 
         def squared(products: Matrix) -> Matrix:
             squares: Matrix = ((products @ inner) * products).sum(axis=1)
@@ -264,7 +266,7 @@ class Layer:
         held = np.zeros(max([len(numbers) for _, numbers in clients], default=0))
         for share, numbers in clients:
             held[: len(numbers)] += share
-        kept_rows = np.zeros((len(segments), self.slots.count))
+        kept_rows = np.zeros((len(segments), self.dimensions.count))
         held_rows = np.zeros_like(kept_rows)
         for index, (low, high) in enumerate(segments):
             np.add.at(kept_rows[index], new[low:high], 1.0)
@@ -380,7 +382,7 @@ def part(state: ServerState, names: Sequence[str]) -> ServerState:
         for key, tensor in state.memory.items()
         if not key.rpartition(":")[2].startswith(others)
     }
-    adapter = replace(only(state.adapter, names), extras=state.adapter.extras)
+    adapter = replace(only(state.adapter, names), modules_to_save=state.adapter.modules_to_save)
     return replace(state, adapter=adapter, memory=memory)
 
 
@@ -419,8 +421,8 @@ def _by_slot(energies: Sequence[Matrix]) -> list[float]:
     """Slot by slot the mean over the layers that have it."""
     longest = max((len(one) for one in energies), default=0)
     return [
-        float(np.mean([one[slot] for one in energies if len(one) > slot]))
-        for slot in range(longest)
+        float(np.mean([one[dimension] for one in energies if len(one) > dimension]))
+        for dimension in range(longest)
     ]
 
 

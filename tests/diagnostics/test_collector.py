@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from prelort.adapters import Factors, LoraAdapter, ScaleRule
 from prelort.config import MethodConfig
+from prelort.diagnostics.collector import Collector, sampled, segments
+from prelort.diagnostics.rank_one_products import LayerDimensions, effective_rank
 from prelort.methods import Broadcast, Client, ServerState, Update, build, diagnostics
-from prelort.methods.diagnostics import Collector, sampled, segments
+from prelort.methods.averaging import weighting
 from prelort.methods.prefix import PrefixMethod
-from prelort.methods.slot_mean import weighting
-from prelort.methods.slot_products import LayerSlots, effective_rank
 from random_adapters import dense, dense_norm, random_adapter, scale_rules, seeds
 
 quick = settings(deadline=None, max_examples=25)
@@ -96,7 +96,7 @@ def moved_by(broadcast, seed, step):
         )
         for name, f in received.layers.items()
     }
-    return LoraAdapter(layers, received.scale, received.extras)
+    return LoraAdapter(layers, received.scale, received.modules_to_save)
 
 
 # Dense products
@@ -124,13 +124,13 @@ def ratio(products, reference):
 def brute_force(played: Played) -> dict:
     """The formulas of docs/diagnostics.md, written down with d_out x d_in matrices."""
     method, state, after = played.method, played.state, played.after
-    before, now = dense(method.readout(state)), dense(method.readout(after))
+    before, now = dense(method.global_adapter(state)), dense(method.global_adapter(after))
     weights = [weighting(played.weights)(u) for u in played.updates]
     shares = [weight / sum(weights) for weight in weights]
     functions, starts, moves = [], [], []
     for sent, update in zip(played.sent, played.updates, strict=True):
-        received = times(sent.gain, dense(sent.trainable))
-        product = times(sent.gain, dense(update.adapter))
+        received = times(sent.scale_multiplier, dense(sent.trainable))
+        product = times(sent.scale_multiplier, dense(update.adapter))
         frozen = padded(sent.frozen, before)
         functions.append(plus(product, frozen))
         starts.append(ratio(plus(received, frozen, times(-1, before)), before))
@@ -141,9 +141,9 @@ def brute_force(played: Played) -> dict:
     cuts, least, share = {}, {}, {}
     singular = [torch.linalg.svdvals(product).square() for product in now.values()]
     energy = sum(float(values.sum()) for values in singular)
-    whole = method.readout(after)
+    whole = method.global_adapter(after)
     for low, high in segments(played.levels):
-        cut = dense(method.readout(after, min(high, whole.rank)))
+        cut = dense(method.global_adapter(after, min(high, whole.rank)))
         cuts[str(high)] = ratio(plus(now, times(-1, cut)), now)
         least[str(high)] = math.sqrt(sum(float(v[high:].sum()) for v in singular) / energy)
         share[str(high)] = sum(float(v[low:high].sum()) for v in singular) / energy
@@ -202,15 +202,15 @@ def test_slots_and_segments(mix, seed):
         for name, factors in now.layers.items():
             new = factors.B[:, low:high].double() @ factors.A[low:high].double()
             held = torch.zeros_like(new)
-            for slot in range(low, high):
+            for dimension in range(low, high):
                 holders = [
                     (w, u.adapter.layers[name])
                     for w, u in zip(weights, played.updates, strict=True)
-                    if u.adapter.layers[name].rank > slot
+                    if u.adapter.layers[name].rank > dimension
                 ]
                 for w, f in holders:
                     p = w / sum(w for w, _ in holders)
-                    held += p * torch.outer(f.B[:, slot].double(), f.A[slot].double())
+                    held += p * torch.outer(f.B[:, dimension].double(), f.A[dimension].double())
             common += float((new * held).sum())
             square += float(held.square().sum())
         expected = pytest.approx(common / square, **SAME) if square else None
@@ -224,7 +224,7 @@ def agreeing(broadcast, seed, step):
     """Training that leads every client to the same slots."""
     goal = random_adapter(RANK, 77)
     received = broadcast.trainable
-    return LoraAdapter(goal.prefix(received.rank).layers, received.scale, received.extras)
+    return LoraAdapter(goal.prefix(received.rank).layers, received.scale, received.modules_to_save)
 
 
 @quick
@@ -403,8 +403,8 @@ def test_layers_that_a_readout_lacks():
     class Narrow(PrefixMethod):
         name = "narrow"
 
-        def readout(self, state, rank=None):
-            found = super().readout(state, rank)
+        def global_adapter(self, state, rank=None):
+            found = super().global_adapter(state, rank)
             return replace(found, layers={"wide": found.layers["wide"]})
 
     method = Narrow(MethodConfig(), (2, RANK), 0)
@@ -420,7 +420,7 @@ class Odd(PrefixMethod):
     name = "odd"
     summary = paper = ""
 
-    def readout(self, state, rank=None):
+    def global_adapter(self, state, rank=None):
         ranks = [9, 2] if rank is None else [min(rank, 9), min(rank, 2)]
         whole = random_adapter([9, 2], 31 + state.round)
         layers = {
@@ -432,7 +432,7 @@ class Odd(PrefixMethod):
     def broadcast(self, state, client):
         frozen = random_adapter([4, 4], 90 + client.rank)
         del frozen.layers["tall"]
-        return Broadcast(state.adapter.prefix(client.rank), frozen, gain=0.5)
+        return Broadcast(state.adapter.prefix(client.rank), frozen, scale_multiplier=0.5)
 
 
 def test_any_readout_will_do():
@@ -443,9 +443,9 @@ def test_any_readout_will_do():
 class Whole(Odd):
     """A readout that needs all layers to be there."""
 
-    def readout(self, state, rank=None):
+    def global_adapter(self, state, rank=None):
         assert len(state.adapter.layers) == 2
-        return super().readout(state, rank)
+        return super().global_adapter(state, rank)
 
 
 def test_a_readout_that_needs_all_layers_gets_them(monkeypatch):
@@ -492,13 +492,13 @@ def test_too_many_slots_leave_out_the_clients(monkeypatch):
 def test_replies_that_are_too_many_to_measure_are_not_kept(monkeypatch):
     """Else the server's memory would grow with the number of clients."""
     monkeypatch.setattr(diagnostics, "MOST_SLOTS", 5)
-    state = ServerState(random_adapter(2, 0, extras=False))
+    state = ServerState(random_adapter(2, 0, modules_to_save=False))
     method = build(MethodConfig(), (1, 2), 0)
     collector = Collector(method, state, [], (1, 2), lambda update: 1.0, 0)
     kept = []
     for number in range(4):
         client = Client(f"site-{number}", 2, 1)
-        trained = random_adapter(2, number, extras=False)
+        trained = random_adapter(2, number, modules_to_save=False)
         collector.add(method.broadcast(state, client), Update(client, trained, 1))
         kept.append(len(collector.replies))
     assert kept == [1, 2, 0, 0]
@@ -515,12 +515,12 @@ def test_slots_that_moved_have_no_tail():
 def test_no_matrix_of_a_layers_size_is_ever_built():
     """A dense product of this layer would take 320 GB."""
     large = {"wide": (200_000, 200_000)}
-    state = ServerState(random_adapter(2, 0, dimensions=large, extras=False))
+    state = ServerState(random_adapter(2, 0, dimensions=large, modules_to_save=False))
     method = build(MethodConfig(), (1, 2), 0)
     collector = Collector(method, state, [], (1, 2), lambda update: 1.0, 0)
     for rank in (1, 2):
         client = Client(f"site-{rank}", rank, 1)
-        trained = random_adapter(rank, rank, dimensions=large, extras=False)
+        trained = random_adapter(rank, rank, dimensions=large, modules_to_save=False)
         collector.add(method.broadcast(state, client), Update(client, trained, 1))
     assert collector.result(state)["aggregation_noise"] > 0
 
@@ -532,7 +532,7 @@ LAYERS = {f"layer.{i}": (512, 512) for i in range(10)}
 
 
 def big(seed=0):
-    return random_adapter(16, seed, dimensions=LAYERS, extras=False)
+    return random_adapter(16, seed, dimensions=LAYERS, modules_to_save=False)
 
 
 def test_small_adapters_are_measured_whole():
@@ -556,12 +556,12 @@ def test_the_sample_moves_on_until_all_layers_were_measured():
 def test_the_sample_keeps_to_its_budget():
     for clients in (1, 3, 10, 40):
         names = sampled(big(), [16] * clients, 0, 0)
-        slots = 16 * clients + 32
-        cost = len(names) * 1024 * slots**2 / 2
+        dimensions = 16 * clients + 32
+        cost = len(names) * 1024 * dimensions**2 / 2
         sent = 10 * 1024 * 16 * clients
         budget = max(diagnostics.LEAST_BUDGET, diagnostics.BUDGET_PER_ELEMENT * sent)
         assert cost <= budget or len(names) == 1
-        assert len(names) == 10 or cost + 1024 * slots**2 / 2 > budget
+        assert len(names) == 10 or cost + 1024 * dimensions**2 / 2 > budget
 
 
 def test_of_a_reply_only_copies_of_the_sample_are_kept():
@@ -604,7 +604,7 @@ def test_a_sample_is_measured_as_if_the_model_had_these_layers_only(monkeypatch)
                 replace(u, adapter=diagnostics.only(u.adapter, names)) for u in played.updates
             ],
         }
-        assert list(method.readout(part["after"]).layers) == names
+        assert list(method.global_adapter(part["after"]).layers) == names
         assert_equals(found, brute_force(replace(played, **part)))
 
 
@@ -613,20 +613,20 @@ def test_a_sample_is_measured_as_if_the_model_had_these_layers_only(monkeypatch)
 
 def test_slots_that_are_there_are_found_again():
     whole = random_adapter(RANK, 3).layers["wide"]
-    slots = LayerSlots()
-    assert slots.add(whole, known=True).tolist() == list(range(RANK))
-    assert slots.find(whole.prefix(3)).tolist() == [0, 1, 2]
-    assert slots.find(whole.take(torch.tensor([4, 1]))).tolist() == [4, 1]
+    dimensions = LayerDimensions()
+    assert dimensions.add(whole, known=True).tolist() == list(range(RANK))
+    assert dimensions.find(whole.prefix(3)).tolist() == [0, 1, 2]
+    assert dimensions.find(whole.take(torch.tensor([4, 1]))).tolist() == [4, 1]
     other = random_adapter(2, 4).layers["wide"]
     mixed = Factors(torch.cat([other.A, whole.A[5:]]), torch.cat([other.B, whole.B[:, 5:]], dim=1))
-    assert slots.find(mixed).tolist() == [RANK, RANK + 1, 5]
-    assert slots.find(mixed).tolist() == [RANK, RANK + 1, 5]
-    assert slots.count == RANK + 2
-    assert slots.find(Factors(other.A, torch.zeros_like(other.B))) is None
+    assert dimensions.find(mixed).tolist() == [RANK, RANK + 1, 5]
+    assert dimensions.find(mixed).tolist() == [RANK, RANK + 1, 5]
+    assert dimensions.count == RANK + 2
+    assert dimensions.find(Factors(other.A, torch.zeros_like(other.B))) is None
     # Same A, other B in one number: another slot.
     almost = whole.take(torch.tensor([2]))
     almost.B[-1, 0] += 1
-    assert slots.find(almost).tolist() == [RANK + 2]
+    assert dimensions.find(almost).tolist() == [RANK + 2]
 
 
 def test_effective_rank_of_equal_and_of_single_energies():

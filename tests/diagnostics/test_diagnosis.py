@@ -6,6 +6,13 @@ import logging
 from typing import Any
 
 import pytest
+
+from prelort.config import Config, MethodConfig
+from prelort.diagnostics.collector import Collector
+from prelort.diagnostics.diagnosis import Diagnosis
+from prelort.federation.flower import Context, Error, Message
+from prelort.federation.transport import Engine
+from prelort.methods import Broadcast, PreLort, ServerState, Update
 from small_federation import (
     clients_of,
     in_process,
@@ -16,13 +23,6 @@ from small_federation import (
     same_bits,
     small_client_app,
 )
-
-from prelort.config import Config, MethodConfig
-from prelort.federation.diagnosis import Diagnosis
-from prelort.federation.exchange import Engine
-from prelort.federation.flower import Context, Error, Message
-from prelort.methods import Broadcast, PreLort, ServerState, Update
-from prelort.methods.diagnostics import Collector
 
 RANKS = (2, 4, 8, 8)
 
@@ -114,11 +114,11 @@ class Breaking(PreLort):
     calls = 0
     fails_from = 0
 
-    def readout(self, state: ServerState, rank: int | None = None) -> Any:
+    def global_adapter(self, state: ServerState, rank: int | None = None) -> Any:
         type(self).calls += 1
         if self.calls > self.fails_from:
             raise RuntimeError("no readout today")
-        return super().readout(state, rank)
+        return super().global_adapter(state, rank)
 
 
 @pytest.mark.parametrize("calls", [0, 1, 3])

@@ -83,8 +83,8 @@ def exchange(engine: Engine, messages: Iterable[Message]) -> Iterator[Message]:
         yield Message(Error(NO_ANSWER, late), reply_to=message)
 
 
-def portions(sizes: Mapping[str, int], most: int = PULL_BYTES) -> list[list[str]]:
-    """Message ids in their order, cut so that the bytes of each part are at most ``most``.
+def portions(sizes: Mapping[str, int], max_rank: int = PULL_BYTES) -> list[list[str]]:
+    """Message ids in their order, cut so that the bytes of each part are at most ``max_rank``.
 
     A part has one id at least, whatever its size.
     """
@@ -93,7 +93,7 @@ def portions(sizes: Mapping[str, int], most: int = PULL_BYTES) -> list[list[str]
     for message_id, size in sizes.items():
         if not parts or size > room:
             parts.append([])
-            room = most
+            room = max_rank
         parts[-1].append(message_id)
         room -= size
     return parts

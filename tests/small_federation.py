@@ -12,8 +12,8 @@ from prelort.adapters import AdapterSchema, Factors, LoraAdapter, ScaleRule
 from prelort.config import Config, FederationConfig, MethodConfig, check
 from prelort.federation import wire
 from prelort.federation.allocation import Allocation
+from prelort.federation.client_manager import AdapterSpec, ConnectedClient
 from prelort.federation.encoding import carries_change, change_of
-from prelort.federation.exchange import Engine
 from prelort.federation.flower import (
     Array,
     ArrayRecord,
@@ -27,8 +27,8 @@ from prelort.federation.flower import (
     set_message_id,
 )
 from prelort.federation.in_process import InProcessGrid
-from prelort.federation.registry import Agreement, Participant
 from prelort.federation.strategy import AdapterStrategy
+from prelort.federation.transport import Engine
 from prelort.methods.interface import Client, Method, ServerState
 
 SCALE = ScaleRule("constant", 2.0)
@@ -45,12 +45,12 @@ def make_adapter(rank: int, seed: int = 0, dtype: torch.dtype = torch.float32) -
 
     layers = {}
     for name, (d_in, d_out) in DIMENSIONS.items():
-        slots = min(rank, 3) if name == "model.k_proj" else rank
-        layers[name] = Factors(normal(slots, d_in), normal(d_out, slots))
+        dimensions = min(rank, 3) if name == "model.k_proj" else rank
+        layers[name] = Factors(normal(dimensions, d_in), normal(d_out, dimensions))
     return LoraAdapter(layers, SCALE, {"head.weight": normal(2, 4)})
 
 
-AGREEMENT = Agreement("base-0", AdapterSchema.of(make_adapter(8)), SCALE)
+AGREEMENT = AdapterSpec("base-0", AdapterSchema.of(make_adapter(8)), SCALE)
 
 
 def make_config(**federation: Any) -> Config:
@@ -143,7 +143,7 @@ def small_client_app(
         facts = AGREEMENT.header(client.rank).model_dump()
         if message.metadata.message_type == MessageType.QUERY:
             facts |= {"client": client.name, "examples": client.examples, "most": client.rank}
-            intro = wire.Introduction(**facts)
+            intro = wire.ClientProperties(**facts)
             return Message(wire.pack(intro), reply_to=message)
         request = wire.header(message.content, wire.TrainRequest)
         received, _ = wire.adapter(message.content, request)
@@ -169,27 +169,25 @@ def make_strategy(
     method: Method | None = None,
     name: str = "prelort",
     nodes: Sequence[int] | None = None,
-    most: int = 0,
+    max_rank: int = 0,
     allocation: Allocation | None = None,
 ) -> tuple[AdapterStrategy, list[dict[str, Any]]]:
     """A strategy over these clients (nodes 1000, 1001, ...) and the list its events go to.
 
-    ``most``: the rank to which each can be raised, where it is above its own.
+    ``max_rank``: the rank to which each can be raised, where it is above its own.
     """
     config = config or make_config()
     plan = allocation or Allocation()
     levels = sorted({client.rank for client in clients} | plan.levels())
     chosen = method or methods.build(MethodConfig(name=name), levels, 0)
     numbers = nodes or range(1000, 1000 + len(clients))
-    participants = [
-        Participant(n, c, max(c.rank, most)) for n, c in zip(numbers, clients, strict=True)
+    connected = [
+        ConnectedClient(n, c, max(c.rank, max_rank)) for n, c in zip(numbers, clients, strict=True)
     ]
     events: list[dict[str, Any]] = []
     state = make_state(max(levels))
-    agreement = Agreement("base-0", AdapterSchema.of(state.adapter), SCALE)
-    strategy = AdapterStrategy(
-        config, chosen, participants, state, agreement, events.append, allocation
-    )
+    spec = AdapterSpec("base-0", AdapterSchema.of(state.adapter), SCALE)
+    strategy = AdapterStrategy(config, chosen, connected, state, spec, events.append, allocation)
     return strategy, events
 
 

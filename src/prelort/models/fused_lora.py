@@ -80,7 +80,7 @@ class LoraProduct(torch.autograd.Function):
 
 
 @contextmanager
-def lean(model: nn.Module, factors_of: FactorsOf) -> Iterator[None]:
+def fused(model: nn.Module, factors_of: FactorsOf) -> Iterator[None]:
     """Let the model's LoRA layers compute by `LoraProduct` while it lasts; no other adapter does.
 
     Whatever the base layer is (quantised, transposed, in another type) stays as it is; so do

@@ -6,17 +6,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import partitioned_product, segment_wise, stepped_product, zero_padded
-from rounds import assert_near
 from safetensors.torch import load, save
 
 from prelort.adapters import LoraAdapter, ScaleRule
+from prelort.aggregation.products import ProductSum, SegmentSums, between, summed
+from prelort.aggregation.rankwise_mean import Columns, RankwiseMean
 from prelort.config import MethodConfig
 from prelort.errors import AdapterError
 from prelort.methods import Client, ServerState, Update, build
-from prelort.methods.products import ProductSum, SegmentSums, between, summed
-from prelort.methods.slot_mean import Columns, SlotMean
 from random_adapters import dense, random_adapter, same_bits, seeds
+from reference import partitioned_product, segment_wise, stepped_product, zero_padded
+from rounds import assert_near
 
 R = 9
 SPREAD = {"rtol": 2e-6, "atol": 2e-6}
@@ -39,22 +39,22 @@ def replies(pairs, seed) -> list[Update]:
     ]
 
 
-def partial(updates) -> SlotMean:
-    found = SlotMean(state())
+def partial(updates) -> RankwiseMean:
+    found = RankwiseMean(state())
     for update in updates:
         found.add(update.adapter, float(update.examples))
     return found
 
 
-def merged(*parts: SlotMean) -> SlotMean:
+def merged(*parts: RankwiseMean) -> RankwiseMean:
     """In a new accumulator: the parts are not changed."""
-    found = SlotMean(state())
+    found = RankwiseMean(state())
     for part in parts:
         found.merge(part)
     return found
 
 
-def assert_same(first: SlotMean, second: SlotMean, **spread: float) -> None:
+def assert_same(first: RankwiseMean, second: RankwiseMean, **spread: float) -> None:
     one, two = first.to_tensors(), second.to_tensors()
     assert one.keys() == two.keys()
     for name, tensor in one.items():
@@ -67,8 +67,8 @@ def test_partial_means_merged_are_the_mean_of_all_replies(edges, seed):
     per_edge = [replies(pairs, seed + 100 * k) for k, pairs in enumerate(edges)]
     everyone = [update for updates in per_edge for update in updates if update.examples]
     for finish, reference in (
-        (SlotMean.over_holders, segment_wise),
-        (SlotMean.over_everyone, zero_padded),
+        (RankwiseMean.over_holders, segment_wise),
+        (RankwiseMean.over_everyone, zero_padded),
     ):
         if not everyone:
             continue
@@ -89,7 +89,7 @@ def test_merging_is_associative_and_commutative_but_for_rounding(pairs, seed):
 @given(pairs=clients, seed=seeds)
 def test_an_empty_partial_mean_changes_no_bit(pairs, seed):
     own = partial(replies(pairs, seed))
-    for found in (merged(own, SlotMean(state())), merged(SlotMean(state()), own)):
+    for found in (merged(own, RankwiseMean(state())), merged(RankwiseMean(state()), own)):
         assert_same(found, own, rtol=0, atol=0)
 
 
@@ -99,7 +99,7 @@ def test_equal_partial_means_are_one_bit_for_bit(weights, seed):
     adapter = random_adapter(R, seed)
     parts = []
     for weight in weights:
-        parts.append(SlotMean(state()))
+        parts.append(RankwiseMean(state()))
         parts[-1].add(adapter, weight)
     assert same_bits(merged(*parts).over_holders(state()), adapter)
 
@@ -108,11 +108,11 @@ def test_disjoint_slots_come_together():
     low, high = torch.arange(0, 4), torch.arange(4, R)
     drawn = random_adapter(R, 5)
     parts = []
-    for slots in (low, high):
-        part = SlotMean(state())
-        layers = {name: f.take(slots) for name, f in drawn.layers.items()}
-        adapter = LoraAdapter(layers, drawn.scale, drawn.extras)
-        part.add(adapter, 3.0, dict.fromkeys(layers, slots))
+    for dimensions in (low, high):
+        part = RankwiseMean(state())
+        layers = {name: f.take(dimensions) for name, f in drawn.layers.items()}
+        adapter = LoraAdapter(layers, drawn.scale, drawn.modules_to_save)
+        part.add(adapter, 3.0, dict.fromkeys(layers, dimensions))
         parts.append(part)
     assert same_bits(merged(*parts).over_holders(state()), drawn)
 
@@ -124,13 +124,13 @@ def test_a_partial_mean_travels(pairs, seed):
     sent = load(save(own.to_tensors()))
     rank = max((rank for rank, examples in pairs if examples), default=0)
     assert all(sent[f"held:{name}"].shape == (rank,) for name in own.held)
-    assert_same(merged(SlotMean.from_tensors(sent, ScaleRule())), own, rtol=0, atol=0)
+    assert_same(merged(RankwiseMean.from_tensors(sent, ScaleRule())), own, rtol=0, atol=0)
 
 
 def test_a_partial_mean_does_not_share_memory_with_what_it_was_read_from():
     tensors = partial(replies([(R, 3)], 0)).to_tensors()
     before = {name: tensor.clone() for name, tensor in tensors.items()}
-    read = SlotMean.from_tensors(tensors, ScaleRule())
+    read = RankwiseMean.from_tensors(tensors, ScaleRule())
     read.add(random_adapter(R, 8), 5.0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in tensors.items())
 
@@ -150,16 +150,16 @@ def test_a_partial_mean_does_not_share_memory_with_what_it_was_read_from():
 def test_a_partial_mean_that_is_not_whole_is_refused(change, says):
     tensors = partial(replies([(R, 3)], 0)).to_tensors() | change
     with pytest.raises(AdapterError, match=says):
-        SlotMean.from_tensors({n: t for n, t in tensors.items() if t is not None}, ScaleRule())
+        RankwiseMean.from_tensors({n: t for n, t in tensors.items() if t is not None}, ScaleRule())
 
 
 def test_a_partial_mean_of_other_layers_or_of_too_many_slots_is_refused():
     whole = partial(replies([(R, 3)], 0))
-    narrow = SlotMean(random_adapter(4))
+    narrow = RankwiseMean(random_adapter(4))
     with pytest.raises(AdapterError, match="a partial mean of 9 slots does not fit into 4"):
         narrow.merge(whole)
     assert narrow.total == 0
-    other = SlotMean(random_adapter(R, dimensions={"wide": (7, 4)}))
+    other = RankwiseMean(random_adapter(R, dimensions={"wide": (7, 4)}))
     with pytest.raises(AdapterError, match="layer 'tall'"):
         other.merge(whole)
 
@@ -245,9 +245,10 @@ def test_sums_of_products_merged_are_the_mean_of_all_products(edges, seed):
     expected = {name: sum(w * p[name] for w, p in products) for name in mean.layers}
     assert_near(dense(mean), expected)
     head = sum(
-        w * u.adapter.extras["score.weight"] for (w, _), u in zip(products, everyone, strict=True)
+        w * u.adapter.modules_to_save["score.weight"]
+        for (w, _), u in zip(products, everyone, strict=True)
     )
-    torch.testing.assert_close(mean.extras["score.weight"], head, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mean.modules_to_save["score.weight"], head, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["raflora", "prelort-sorted"])
@@ -316,5 +317,5 @@ def test_a_part_between_two_slots_keeps_its_product_under_any_scale_rule():
     whole = random_adapter([8, 4], scale=ScaleRule("rslora", 3.0))
     parts = [between(whole, 0, 3), between(whole, 3, 5), between(whole, 5, 8)]
     assert [set(part.layers) for part in parts] == [{"wide", "tall"}, {"wide", "tall"}, {"wide"}]
-    assert [set(part.extras) for part in parts] == [{"score.weight"}, set(), set()]
+    assert [set(part.modules_to_save) for part in parts] == [{"score.weight"}, set(), set()]
     assert_near(dense(summed(parts)), dense(whole))

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from prelort.adapters import AdapterSchema, ScaleRule
 from prelort.errors import UpdateRefused
 from prelort.federation import wire
-from prelort.federation.exchange import POLL_SECONDS, Engine, from_node_asked, pull, push
 from prelort.federation.flower import Message, MessageType, envelope
+from prelort.federation.transport import POLL_SECONDS, Engine, from_node_asked, pull, push
 from prelort.methods.interface import Client
 
 GRACE_SECONDS = 15.0
@@ -25,16 +25,16 @@ PULL_AT_ONCE = 100
 
 
 @dataclass(frozen=True, slots=True)
-class Participant:
+class ConnectedClient:
     """A client, the node that it is reached at, and the largest rank it can be raised to."""
 
     node_id: int
     client: Client
-    most: int
+    max_rank: int
 
 
 @dataclass(frozen=True, slots=True)
-class Agreement:
+class AdapterSpec:
     """What all sides must agree on: base model (fingerprint), adapter's shapes, scale rule."""
 
     base: str
@@ -69,7 +69,7 @@ class Agreement:
             raise UpdateRefused(f"answers with rank {head.rank}, expected {rank}")
 
 
-class Roster:
+class ClientManager:
     """Who is there: the nodes that have introduced themselves and fit, round by round.
 
     A node introduces itself when it appears, and again after it was away or has failed: it may
@@ -77,10 +77,10 @@ class Roster:
     reason for each that is left out.
     """
 
-    def __init__(self, agreement: Agreement, refused: Callable[[str, str], None]) -> None:
-        self._agreement = agreement
+    def __init__(self, spec: AdapterSpec, refused: Callable[[str, str], None]) -> None:
+        self._spec = spec
         self._refused = refused
-        self._known: dict[int, Participant] = {}
+        self._known: dict[int, ConnectedClient] = {}
         self._taken: set[str] = set()
         """The names of those in ``_known``."""
         self._asked: dict[str, Message] = {}
@@ -90,22 +90,24 @@ class Roster:
         self._met = False
 
     @property
-    def present(self) -> list[Participant]:
+    def present(self) -> list[ConnectedClient]:
         """Those that are there, by name, so that every engine has one order."""
-        return sorted(self._known.values(), key=lambda participant: participant.client.name)
+        return sorted(
+            self._known.values(), key=lambda connected_client: connected_client.client.name
+        )
 
     @property
     def missing(self) -> list[str]:
         """The names of those that were there once and are not now."""
         return sorted(self._names - self._taken)
 
-    def doubt(self, participant: Participant) -> None:
+    def doubt(self, connected_client: ConnectedClient) -> None:
         """Let a client that has failed introduce itself again before it is asked for more."""
-        self._forget(participant.node_id)
+        self._forget(connected_client.node_id)
 
     def gather(
         self, engine: Engine, wanted: int, waiting: Callable[[float], None] = lambda seconds: None
-    ) -> list[Participant]:
+    ) -> list[ConnectedClient]:
         """Those that are there, once there are ``wanted`` or the engine's patience is at its end.
 
         Where nobody comes or goes everyone is asked once. ``waiting`` is called with the seconds
@@ -122,7 +124,7 @@ class Roster:
             enough = len(self._known) >= wanted
             if not self._worth_waiting(engine, enough, spent):
                 break
-            names = [participant.client.name for participant in self.present]
+            names = [connected_client.client.name for connected_client in self.present]
             introducing = self._asked and spent <= GRACE_SECONDS
             if not enough and not introducing and names != told:
                 waiting(patience - spent)
@@ -180,7 +182,7 @@ class Roster:
         return came
 
     def _ask(self, engine: Engine, node: int) -> None:
-        content = wire.pack(self._agreement.header(1))
+        content = wire.pack(self._spec.header(1))
         message = Message(content, dst_node_id=node, message_type=MessageType.QUERY)
         message_id = push(engine, message)
         if message_id is not None:
@@ -189,7 +191,7 @@ class Roster:
     def _take(self, node: int, reply: Message) -> None:
         name = f"node {node}"
         try:
-            intro = wire.header(wire.answered(reply), wire.Introduction)
+            intro = wire.header(wire.answered(reply), wire.ClientProperties)
             name = intro.client
             self._known[node] = self._checked(node, intro)
             self._taken.add(intro.client)
@@ -200,15 +202,15 @@ class Roster:
             if str(error) != before:  # it is asked again and again, and told once
                 self._refused(name, str(error))
 
-    def _checked(self, node: int, intro: wire.Introduction) -> Participant:
-        self._agreement.check(intro)
-        most = self._agreement.schema.rank
-        if intro.rank > most:
-            raise UpdateRefused(f"offers rank {intro.rank}, but the global adapter has {most}")
+    def _checked(self, node: int, intro: wire.ClientProperties) -> ConnectedClient:
+        self._spec.check(intro)
+        max_rank = self._spec.schema.rank
+        if intro.rank > max_rank:
+            raise UpdateRefused(f"offers rank {intro.rank}, but the global adapter has {max_rank}")
         if intro.client in self._taken:
             raise UpdateRefused("a client of this name is there already")
         client = Client(intro.client, intro.rank, intro.examples)
-        return Participant(node, client, min(intro.most, most))
+        return ConnectedClient(node, client, min(intro.max_rank, max_rank))
 
     def _forget(self, node: int) -> None:
         gone = self._known.pop(node, None)

@@ -12,18 +12,17 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from small_federation import blob_of, in_process, same_bits
 
 from prelort import tasks
 from prelort.adapters import AdapterSchema, Factors, LoraAdapter, ScaleRule
 from prelort.adapters.initial import fresh
 from prelort.config import LoraSettings, ModelConfig, TrainingConfig
 from prelort.federation import wire
+from prelort.federation.client import ClientRuntime, LocalClient, make_client_app
 from prelort.federation.client_app import REFUSED
+from prelort.federation.client_manager import AdapterSpec
 from prelort.federation.flower import Message, MessageType
 from prelort.federation.personal import PersonalStore
-from prelort.federation.registry import Agreement
-from prelort.federation.site import Site, Workspace, make_client_app
 from prelort.methods import Broadcast
 from prelort.methods.objective import Objective, TailPenalty, plain
 from prelort.metrics.evaluate import evaluate
@@ -33,6 +32,7 @@ from prelort.tasks.interface import Example
 from prelort.training.local import Assignment, train
 from prelort.training.tail import pairs, tail_norm
 from prelort.training.truncation import Truncation
+from small_federation import blob_of, in_process, same_bits
 from tiny_models import base_model, kind_of, trained_adapter
 
 RULE = ScaleRule("rslora", 1.3)
@@ -58,17 +58,17 @@ class Bench:
         model = attach(base_model(folder), settings, GLOBAL, task.kind).eval()
         self.initial = fresh(extract(model, RULE), 5)
         self.trained = trained_adapter(model, RULE)
-        agreement = Agreement("base-0", AdapterSchema.of(self.initial), RULE)
-        self.work = Workspace(
+        spec = AdapterSpec("base-0", AdapterSchema.of(self.initial), RULE)
+        self.work = ClientRuntime(
             model,
             Truncation(model, RULE),
             task,
             0,
-            agreement,
+            spec,
             self.tokenizer,
-            self.initial.extras,
+            self.initial.modules_to_save,
         )
-        self.site = Site("site-0", 4, examples_of(folder, 0), self.work)
+        self.site = LocalClient("site-0", 4, examples_of(folder, 0), self.work)
 
     def ask(self, content: Any, kind: str) -> Message:
         grid = in_process(make_client_app(lambda context: self.site), 1)
@@ -77,21 +77,21 @@ class Bench:
         (reply,) = grid.send_and_receive([message])
         return reply
 
-    def introduction(self) -> wire.Introduction:
-        content = wire.pack(self.work.agreement.header(1))
-        return wire.header(self.ask(content, MessageType.QUERY).content, wire.Introduction)
+    def introduction(self) -> wire.ClientProperties:
+        content = wire.pack(self.work.spec.header(1))
+        return wire.header(self.ask(content, MessageType.QUERY).content, wire.ClientProperties)
 
     def request(self, sent: Broadcast, objective: Objective | None, **changes: Any) -> Any:
         rank = sent.trainable.rank
         goal = objective or plain(rank)
         facts = {
-            **self.work.agreement.header(rank).model_dump(),
+            **self.work.spec.header(rank).model_dump(),
             "dtype": "float32",
             "round": 0,
-            "drawn": sent.drawn,
-            "draw_seed": sent.draw_seed,
+            "seeded_factors": sent.seeded_factors,
+            "draw_seed": sent.factor_seed,
             "personal": sent.personal,
-            "gain": sent.gain,
+            "gain": sent.scale_multiplier,
             "rounds": 3,
             "seed": 11,
             "training": TRAINING,
@@ -126,13 +126,13 @@ class Bench:
 
     def measure(self, sent: Broadcast, **changes: Any) -> Message:
         facts = {
-            **self.work.agreement.header(sent.trainable.rank).model_dump(),
+            **self.work.spec.header(sent.trainable.rank).model_dump(),
             "dtype": "float32",
             "round": 1,
-            "drawn": sent.drawn,
-            "draw_seed": sent.draw_seed,
+            "seeded_factors": sent.seeded_factors,
+            "draw_seed": sent.factor_seed,
             "personal": sent.personal,
-            "gain": sent.gain,
+            "gain": sent.scale_multiplier,
             "metrics": None,
             "batch_size": 3,
             "max_new_tokens": 1,
@@ -151,7 +151,7 @@ class Bench:
             sent.trainable,
             frozen=sent.frozen,
             trains=sent.trains,
-            gain=sent.gain,
+            scale_multiplier=sent.scale_multiplier,
         )
         goal = objective or plain(sent.trainable.rank)
         work = Assignment("site-0", round_index, 3, 11, goal)
@@ -160,7 +160,12 @@ class Bench:
         return extract(self.work.model, RULE)
 
     def loss(self, sent: Broadcast, examples: list[Example]) -> dict[str, float]:
-        install(self.work.model, sent.trainable, frozen=sent.frozen, gain=sent.gain)
+        install(
+            self.work.model,
+            sent.trainable,
+            frozen=sent.frozen,
+            scale_multiplier=sent.scale_multiplier,
+        )
         found = evaluate(
             self.work.model,
             self.work.task,
@@ -215,11 +220,11 @@ def fold_of(adapter: LoraAdapter, rank: int, seed: int = 3) -> LoraAdapter:
 
 @pytest.mark.parametrize("most, said", [(0, 4), (2, 4), (4, 4), (8, 8)])
 def test_it_introduces_itself_with_the_rank_it_begins_with_and_the_most(
-    bench: Bench, most: int, said: int
+    bench: Bench, max_rank: int, said: int
 ) -> None:
-    bench.site = replace(bench.site, most=most)
+    bench.site = replace(bench.site, max_rank=max_rank)
     intro = bench.introduction()
-    assert (intro.client, intro.rank, intro.most, intro.examples) == ("site-0", 4, said, 8)
+    assert (intro.client, intro.rank, intro.max_rank, intro.examples) == ("site-0", 4, said, 8)
 
 
 # What it trains
@@ -259,7 +264,7 @@ def test_its_reply_is_the_trained_part_of_what_it_received(
 def test_a_round_with_a_fold_leaves_nothing_for_the_next_client(bench: Bench) -> None:
     sent = Broadcast(bench.trained.prefix(4))
     _, before = bench.train(sent)
-    bench.train(replace(sent, frozen=fold_of(bench.trained, 30), trains="B", gain=3.0))
+    bench.train(replace(sent, frozen=fold_of(bench.trained, 30), trains="B", scale_multiplier=3.0))
     assert_same(bench.train(sent)[1], before)
 
 
@@ -280,15 +285,15 @@ def test_what_it_draws_is_what_the_server_would_have_sent(
     whole = Broadcast(start.prefix(rank), trains=trains)
 
     _, expected = bench.train(whole)
-    _, found = bench.train(replace(whole, drawn=drawn, draw_seed=77))
-    _, other = bench.train(replace(whole, drawn=drawn, draw_seed=78))
+    _, found = bench.train(replace(whole, seeded_factors=drawn, factor_seed=77))
+    _, other = bench.train(replace(whole, seeded_factors=drawn, factor_seed=78))
 
     assert_same(found, expected)
     assert any(not torch.equal(tensor, expected[name]) for name, tensor in other.items())
 
 
 def test_what_it_should_draw_but_was_sent_is_refused(bench: Bench) -> None:
-    sent = Broadcast(bench.initial.prefix(4), drawn="A", draw_seed=5)
+    sent = Broadcast(bench.initial.prefix(4), seeded_factors="A", factor_seed=5)
     head = bench.request(sent, None)
     reply = bench.ask(wire.pack(head, sent.trainable), MessageType.TRAIN)
     assert reply.has_error()
@@ -299,8 +304,8 @@ def test_what_it_should_draw_but_was_sent_is_refused(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("most, allowed", [(0, 4), (4, 4), (6, 6), (2, 4)])
-def test_a_rank_above_what_it_affords_is_refused(bench: Bench, most: int, allowed: int) -> None:
-    bench.site = replace(bench.site, most=most)
+def test_a_rank_above_what_it_affords_is_refused(bench: Bench, max_rank: int, allowed: int) -> None:
+    bench.site = replace(bench.site, max_rank=max_rank)
     bench.train(Broadcast(bench.trained.prefix(allowed)))
     for asked in (allowed + 1, 8):
         said = bench.refusal(Broadcast(bench.trained.prefix(asked)))
@@ -353,7 +358,7 @@ def test_a_fold_that_does_not_fit_is_refused(bench: Bench) -> None:
 @pytest.fixture
 def own(bert: Bench, tmp_path: Path) -> Bench:
     """A client that keeps its B and its head."""
-    bert.site = replace(bert.site, most=8, personal=PersonalStore(tmp_path / "personal"))
+    bert.site = replace(bert.site, max_rank=8, personal=PersonalStore(tmp_path / "personal"))
     return bert
 
 
@@ -378,7 +383,7 @@ def test_it_begins_with_b_of_zeros_and_the_head_that_everyone_has(own: Bench) ->
 
     start = fresh(sent.trainable, 0)
     begun = {n: Factors(sent.trainable.layers[n].A, f.B) for n, f in start.layers.items()}
-    expected = own.by_hand(Broadcast(LoraAdapter(begun, RULE, own.initial.extras)))
+    expected = own.by_hand(Broadcast(LoraAdapter(begun, RULE, own.initial.modules_to_save)))
 
     assert_same(found, {n: t for n, t in expected.tensors().items() if "lora_A" in n})
     kept = own_tensors(own)(1)
@@ -510,7 +515,9 @@ def test_it_is_asked_after_each_round_what_it_affords(bench: Bench) -> None:
 def test_its_measurements_are_those_of_what_it_received(bench: Bench) -> None:
     test = examples_of(bench.folder, 1, count=7)
     bench.site = replace(bench.site, test=test)
-    sent = Broadcast(bench.trained.prefix(4), frozen=fold_of(bench.trained, 3), gain=2.0)
+    sent = Broadcast(
+        bench.trained.prefix(4), frozen=fold_of(bench.trained, 3), scale_multiplier=2.0
+    )
 
     reply = bench.measure(sent)
 
@@ -534,7 +541,9 @@ def test_without_test_rows_it_says_so(bench: Bench) -> None:
 def test_the_loss_on_its_validation_rows_is_that_of_what_it_trained(bench: Bench) -> None:
     rows = examples_of(bench.folder, 2, count=5)
     bench.site = replace(bench.site, validation=rows)
-    sent = Broadcast(bench.trained.prefix(4), frozen=fold_of(bench.trained, 3), gain=2.0)
+    sent = Broadcast(
+        bench.trained.prefix(4), frozen=fold_of(bench.trained, 3), scale_multiplier=2.0
+    )
 
     head, found = bench.train(sent, with_validation=True)
 

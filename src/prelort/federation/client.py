@@ -16,41 +16,41 @@ from prelort.adapters.initial import draw_a
 from prelort.errors import PrelortError, UpdateRefused
 from prelort.federation import wire
 from prelort.federation.client_app import Kind, client_app
+from prelort.federation.client_manager import AdapterSpec
 from prelort.federation.encoding import carries_change, change_of
 from prelort.federation.flower import ClientApp, Context, RecordDict
 from prelort.federation.personal import PersonalStore
-from prelort.federation.registry import Agreement
 from prelort.metrics.evaluate import evaluate, ranks_at_once
 from prelort.models.lora import extract, install
 from prelort.tasks.interface import Example, Task
+from prelort.training.batched import Finished, Member, train_batched
 from prelort.training.local import Assignment, train
-from prelort.training.stack import linear_extras
+from prelort.training.stack import saved_modules_are_linear
 from prelort.training.tail import pruned_rank, tail_norm
-from prelort.training.together import Finished, Member, train_together
 from prelort.training.truncation import Truncation
 
 R = TypeVar("R", int, None)
 
 
 @dataclass(frozen=True, slots=True)
-class Workspace:
+class ClientRuntime:
     """The base model with its exchangeable adapter, shared by all clients of a process."""
 
     model: PeftModel
     truncation: Truncation
     task: Task
     pad_id: int
-    agreement: Agreement
+    spec: AdapterSpec
     tokenizer: Any = None
-    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    modules_to_save: Mapping[str, Tensor] = field(default_factory=dict)
     """What is trained in full (a classifier head), as it is before any training."""
 
 
 @dataclass(frozen=True, slots=True)
-class Site:
+class LocalClient:
     """One client: its name, the rank it affords, its examples, where it trains.
 
-    ``most``: the largest rank that it can be raised to (0: its rank). ``next_rank`` is asked after
+    ``max_rank``: the largest rank that it can be raised to (0: its rank). ``next_rank`` is asked after
     each round (from 0) for the rank that the site affords from then on, None for no change.
     ``stopped`` is asked during training whether to give up: nobody waits for the result.
     """
@@ -58,8 +58,8 @@ class Site:
     name: str
     rank: int
     examples: Sequence[Example]
-    workspace: Workspace
-    most: int = 0
+    runtime: ClientRuntime
+    max_rank: int = 0
     validation: Sequence[Example] = ()
     test: Sequence[Example] = ()
     personal: PersonalStore | None = None
@@ -67,7 +67,7 @@ class Site:
     stopped: Callable[[], bool] = lambda: False
 
 
-def make_client_app(site_of: Callable[[Context], Site]) -> ClientApp:
+def make_client_app(site_of: Callable[[Context], LocalClient]) -> ClientApp:
     """A `ClientApp` that answers for sites of this process.
 
     ``site_of`` finds the site of a Flower context, e.g. by its ``partition-id``.
@@ -75,7 +75,7 @@ def make_client_app(site_of: Callable[[Context], Site]) -> ClientApp:
     return client_app(lambda kind, content, context: respond(site_of(context), kind, content))
 
 
-def respond(site: Site, kind: Kind, content: RecordDict) -> RecordDict:
+def respond(site: LocalClient, kind: Kind, content: RecordDict) -> RecordDict:
     """The content of the site's reply to a message of this kind.
 
     Raises `PrelortError` with a reason that the server may read: it speaks of what the server
@@ -86,22 +86,32 @@ def respond(site: Site, kind: Kind, content: RecordDict) -> RecordDict:
     return _train(site, content) if kind == "train" else _evaluate(site, content)
 
 
-def _introduction(site: Site) -> wire.Introduction:
-    facts = site.workspace.agreement.header(site.rank).model_dump()
-    most = max(site.most, site.rank)
-    return wire.Introduction(**facts, client=site.name, examples=len(site.examples), most=most)
+def _introduction(site: LocalClient) -> wire.ClientProperties:
+    facts = site.runtime.spec.header(site.rank).model_dump()
+    max_rank = max(site.max_rank, site.rank)
+    return wire.ClientProperties(
+        **facts, client=site.name, examples=len(site.examples), max_rank=max_rank
+    )
 
 
-def _train(site: Site, content: RecordDict) -> RecordDict:
+def _train(site: LocalClient, content: RecordDict) -> RecordDict:
     """Check the request, train the adapter that came with it, and pack the reply."""
-    work = site.workspace
+    work = site.runtime
     request = wire.header(content, wire.TrainRequest)
     received, frozen = delivered(site, content, request)
-    install(work.model, received, frozen=frozen, trains=request.trains, gain=request.gain)
+    install(
+        work.model,
+        received,
+        frozen=frozen,
+        trains=request.trains,
+        scale_multiplier=request.scale_multiplier,
+    )
     assignment = assignment_of(site, request)
-    if request.training.batch_truncations and linear_extras(work.model):
-        member = Member(received, site.examples, request.training, assignment, request.gain)
-        (found,) = train_together(
+    if request.training.batch_truncations and saved_modules_are_linear(work.model):
+        member = Member(
+            received, site.examples, request.training, assignment, request.scale_multiplier
+        )
+        (found,) = train_batched(
             work.model,
             work.truncation,
             work.task,
@@ -112,7 +122,7 @@ def _train(site: Site, content: RecordDict) -> RecordDict:
         )
         if isinstance(found, PrelortError):
             raise found
-        install(work.model, found.adapter, frozen=frozen, gain=request.gain)
+        install(work.model, found.adapter, frozen=frozen, scale_multiplier=request.scale_multiplier)
         return train_reply(site, request, received, found)
     result = train(
         work.model,
@@ -123,11 +133,11 @@ def _train(site: Site, content: RecordDict) -> RecordDict:
         assignment,
         work.pad_id,
     )
-    trained = extract(work.model, work.agreement.scale)
+    trained = extract(work.model, work.spec.scale)
     return train_reply(site, request, received, Finished(trained, result))
 
 
-def assignment_of(site: Site, request: wire.TrainRequest) -> Assignment:
+def assignment_of(site: LocalClient, request: wire.TrainRequest) -> Assignment:
     """The site's work as the server wants it."""
     return Assignment(
         client=site.name,
@@ -141,10 +151,10 @@ def assignment_of(site: Site, request: wire.TrainRequest) -> Assignment:
 
 
 def train_reply(
-    site: Site, request: wire.TrainRequest, received: LoraAdapter, found: Finished
+    site: LocalClient, request: wire.TrainRequest, received: LoraAdapter, found: Finished
 ) -> RecordDict:
     """The content of the reply of a site that has trained; what it trained must be installed."""
-    work, trained, tail = site.workspace, found.adapter, request.tail
+    work, trained, tail = site.runtime, found.adapter, request.tail
     if request.personal:
         _keep(site, request, trained)
     rank = request.rank
@@ -153,7 +163,7 @@ def train_reply(
         rank = pruned_rank(_pairs(trained), tail, rank, before)
     offered = site.next_rank(request.round)
     reply = wire.TrainReply(
-        **work.agreement.header(rank).model_dump(),
+        **work.spec.header(rank).model_dump(),
         client=site.name,
         examples=len(site.examples),
         dtype=request.dtype,
@@ -176,19 +186,19 @@ def _pairs(adapter: LoraAdapter) -> list[tuple[Tensor, Tensor]]:
     return [(factors.A, factors.B) for factors in adapter.layers.values()]
 
 
-def _evaluate(site: Site, content: RecordDict) -> RecordDict:
+def _evaluate(site: LocalClient, content: RecordDict) -> RecordDict:
     """Measure the adapter that came with the request on the site's own test rows."""
     request = wire.header(content, wire.EvaluateRequest)
     if not site.test:
         raise PrelortError("has no test rows of its own")
     received, frozen = delivered(site, content, request)
-    install(site.workspace.model, received, frozen=frozen, gain=request.gain)
-    metrics = request.metrics or site.workspace.task.metrics
+    install(site.runtime.model, received, frozen=frozen, scale_multiplier=request.scale_multiplier)
+    metrics = request.metrics or site.runtime.task.metrics
     values = _measured(site, site.test, metrics, request)
     prefixes = tuple(dict.fromkeys(request.prefixes))
     at_prefixes = _measured_at(site, site.test, prefixes, metrics, request)
     reply = wire.EvaluateReply(
-        **site.workspace.agreement.header(request.rank).model_dump(),
+        **site.runtime.spec.header(request.rank).model_dump(),
         client=site.name,
         round=request.round,
         examples=len(site.test),
@@ -199,50 +209,52 @@ def _evaluate(site: Site, content: RecordDict) -> RecordDict:
     return wire.pack(reply)
 
 
-def _weight(site: Site) -> int:
+def _weight(site: LocalClient) -> int:
     """The tokens, or examples, that a loss over the test rows is a mean over."""
-    task, pad_id = site.workspace.task, site.workspace.pad_id
+    task, pad_id = site.runtime.task, site.runtime.pad_id
     return sum(int(task.weight(task.collate([example], pad_id))) for example in site.test)
 
 
 def delivered(
-    site: Site, content: RecordDict, request: wire.Delivery
+    site: LocalClient, content: RecordDict, request: wire.Delivery
 ) -> tuple[LoraAdapter, LoraAdapter | None]:
     """The adapter that was delivered and what is to be frozen beside it, both checked."""
-    work = site.workspace
-    work.agreement.check(request)
-    most = max(site.most, site.rank)
+    work = site.runtime
+    work.spec.check(request)
+    max_rank = max(site.max_rank, site.rank)
     # Measuring needs no gradients: any rank of the federation will do.
-    if isinstance(request, wire.TrainRequest) and request.rank > most:
-        raise UpdateRefused(f"affords rank {most} at most, asked was {request.rank}")
+    if isinstance(request, wire.TrainRequest) and request.rank > max_rank:
+        raise UpdateRefused(f"affords rank {max_rank} at most, asked was {request.rank}")
     received, frozen = wire.adapter(content, request, _known(site, request))
-    wire.check_adapter(received, work.agreement.schema, request.rank, float("inf"))
+    wire.check_adapter(received, work.spec.schema, request.rank, float("inf"))
     if frozen is not None:
-        wire.check_frozen(frozen, work.agreement.schema)
+        wire.check_frozen(frozen, work.spec.schema)
     return received, frozen
 
 
-def _known(site: Site, request: wire.Delivery) -> dict[str, Tensor]:
+def _known(site: LocalClient, request: wire.Delivery) -> dict[str, Tensor]:
     """The tensors that did not travel: drawn from the seed, zero, or the client's own."""
-    schema, extras = site.workspace.agreement.schema, site.workspace.extras
+    schema, modules_to_save = site.runtime.spec.schema, site.runtime.modules_to_save
     tensors: dict[str, Tensor] = {}
     for name, rank in schema.layer_ranks(request.rank).items():
         d_in, d_out, largest = schema.layers[name]
         tensors[f"{name}.lora_B.weight"] = torch.zeros(d_out, rank)
-        if request.drawn != "nothing":
-            drawn = draw_a(request.draw_seed, name, largest, d_in)
+        if request.seeded_factors != "nothing":
+            drawn = draw_a(request.factor_seed, name, largest, d_in)
             tensors[f"{name}.lora_A.weight"] = drawn[:rank]
     own = _kept(site, request) if request.personal else {}
-    known = {name: own.get(name, tensor) for name, tensor in (tensors | dict(extras)).items()}
+    known = {
+        name: own.get(name, tensor) for name, tensor in (tensors | dict(modules_to_save)).items()
+    }
     return {name: t for name, t in known.items() if wire.kind_of(name) in request.missing()}
 
 
-def _kept(site: Site, request: wire.Delivery) -> dict[str, Tensor]:
+def _kept(site: LocalClient, request: wire.Delivery) -> dict[str, Tensor]:
     """The client's own B and extras from its last round, at the rank of this one."""
     if site.personal is None:
         raise PrelortError("has no place to keep its own factors: this method needs one")
     kept = site.personal.load(site.name, before=request.round)
-    ranks = site.workspace.agreement.schema.layer_ranks(request.rank)
+    ranks = site.runtime.spec.schema.layer_ranks(request.rank)
     for layer, rank in ranks.items():
         name = f"{layer}.lora_B.weight"
         if name in kept:
@@ -253,13 +265,13 @@ def _kept(site: Site, request: wire.Delivery) -> dict[str, Tensor]:
     return kept
 
 
-def _keep(site: Site, request: wire.Delivery, trained: LoraAdapter) -> None:
+def _keep(site: LocalClient, request: wire.Delivery, trained: LoraAdapter) -> None:
     if site.personal is not None:
         own = wire.of_kinds(trained, request.missing())
         site.personal.save(site.name, request.round, own)
 
 
-def _validation_loss(site: Site) -> float | None:
+def _validation_loss(site: LocalClient) -> float | None:
     """The loss of the trained adapter on the site's validation rows, None without any."""
     if not site.validation:
         return None
@@ -267,7 +279,7 @@ def _validation_loss(site: Site) -> float | None:
 
 
 def _measured(
-    site: Site,
+    site: LocalClient,
     examples: Sequence[Example],
     metrics: Sequence[str],
     request: wire.EvaluateRequest | None,
@@ -277,15 +289,15 @@ def _measured(
 
 
 def _measured_at(
-    site: Site,
+    site: LocalClient,
     examples: Sequence[Example],
     ranks: Sequence[R],
     metrics: Sequence[str],
     request: wire.EvaluateRequest | None,
 ) -> dict[R, dict[str, float | None]]:
     """The metrics of prefixes of what is installed now (None: the whole of it)."""
-    work = site.workspace
-    whole = work.agreement.schema.rank  # the truncation that leaves all slots of any adapter
+    work = site.runtime
+    whole = work.spec.schema.rank  # the truncation that leaves all slots of any adapter
 
     def at_ranks(part: Sequence[int], rows: int, length: int) -> AbstractContextManager[None]:
         if len(part) == 1:
@@ -293,7 +305,7 @@ def _measured_at(
         each = torch.tensor([whole if (r := ranks[i]) is None else r for i in part])
         return work.truncation.at(each.repeat_interleave(rows), (rows * len(part), length))
 
-    with work.truncation.lean(work.model):
+    with work.truncation.fused(work.model):
         found = evaluate(
             work.model,
             work.task,

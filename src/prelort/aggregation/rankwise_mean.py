@@ -8,7 +8,7 @@ Accumulators can be merged, so that edge aggregators can add up their clients' r
 partial mean each (`SlotMean.to_tensors`) to the server, which merges these (`SlotMean.merge`):
 
 - Segment-wise, zero-padding, Fed-PLoRA, FSLoRA, FedIT, and replication with all holders as donors
-  are one `SlotMean` each and differ in how it is finished. So is HetLoRA: a client's weight is the
+  are one `RankwiseMean` each and differ in how it is finished. So is HetLoRA: a client's weight is the
   norm of its own product, which does not depend on the others.
 - Replication with the highest ranks as donors keeps two, since it must know the donors' mean apart
   from that of the others, and who is a donor is known at the end only. Two partial rounds merge
@@ -18,7 +18,7 @@ partial mean each (`SlotMean.to_tensors`) to the server, which merges these (`Sl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -27,27 +27,9 @@ from prelort.adapters import Factors, LoraAdapter, ScaleRule
 from prelort.adapters.adapter import check_shapes
 from prelort.adapters.algebra import same_layers, zeros
 from prelort.errors import AdapterError
-from prelort.methods.interface import ServerState, Update
-
-Weighting = Callable[[Update], float]
 
 
-def by_examples(update: Update) -> float:
-    """A client's weight is its number of examples."""
-    return float(update.examples)
-
-
-def uniformly(update: Update) -> float:
-    """Every client weighs the same."""
-    return 1.0
-
-
-def weighting(name: str) -> Weighting:
-    """The weighting that `MethodConfig.weights` names."""
-    return by_examples if name == "examples" else uniformly
-
-
-class SlotMean:
+class RankwiseMean:
     """Running weighted means in float32: ``mean += (w / W) * (value - mean)`` for each slot.
 
     W is the weight that the slot has received, the new reply's included. The running form makes
@@ -66,7 +48,7 @@ class SlotMean:
         """Layer name -> weight [rank] that each slot has received."""
         self._rows = {name: factors.A for name, factors in bare.layers.items()}
         self._columns = {n: Columns(f.B.shape[0], f.rank) for n, f in bare.layers.items()}
-        self._extras = dict(bare.extras)
+        self._modules_to_save = dict(bare.modules_to_save)
         self._scale = like.scale
         self._scratches: dict[torch.Size, Tensor] = {}
         self._used_up = False
@@ -75,25 +57,25 @@ class SlotMean:
     def mean(self) -> LoraAdapter:
         """The means so far, in the accumulator's own memory; zero where nobody held a slot."""
         layers = {n: Factors(a, self._columns[n].whole().mean) for n, a in self._rows.items()}
-        return LoraAdapter(layers, self._scale, self._extras)
+        return LoraAdapter(layers, self._scale, self._modules_to_save)
 
     def add(
-        self, adapter: LoraAdapter, weight: float, slots: Mapping[str, Tensor] | None = None
+        self, adapter: LoraAdapter, weight: float, dimensions: Mapping[str, Tensor] | None = None
     ) -> None:
         """Fold in the slots that ``adapter`` has; extras are held by everyone.
 
-        They are the first ones, or those of the indices ``slots`` (layer -> int64 [rank]).
+        They are the first ones, or those of the indices ``dimensions`` (layer -> int64 [rank]).
         """
         self._must_be_open()
         if weight == 0:
             return
         self.total += weight
         for name, factors in adapter.layers.items():
-            if slots is None or _are_first(slots[name]):
+            if dimensions is None or _are_first(dimensions[name]):
                 self._add_first(name, factors, weight)
             else:
-                self._add_at(name, factors, weight, slots[name])
-        self._add_extras(adapter.extras, weight)
+                self._add_at(name, factors, weight, dimensions[name])
+        self._add_extras(adapter.modules_to_save, weight)
 
     def _add_first(self, name: str, factors: Factors, weight: float) -> None:
         """In place, on views: nothing is copied."""
@@ -102,19 +84,19 @@ class SlotMean:
         _move(self._rows[name][: factors.rank], factors.A, _step(weight, held)[:, None])
         self._columns[name].add(factors.B, weight)
 
-    def _add_at(self, name: str, factors: Factors, weight: float, slots: Tensor) -> None:
+    def _add_at(self, name: str, factors: Factors, weight: float, dimensions: Tensor) -> None:
         held, rows = self.held[name], self._rows[name]
-        held[slots] += weight
+        held[dimensions] += weight
         # Through scratch memory, once for all layers: fresh memory costs more than the arithmetic.
         own = self._scratch(factors.A.shape)
-        torch.index_select(rows, 0, slots, out=own)
-        _move(own, factors.A, _step(weight, held[slots])[:, None])
-        rows.index_copy_(0, slots, own)
+        torch.index_select(rows, 0, dimensions, out=own)
+        _move(own, factors.A, _step(weight, held[dimensions])[:, None])
+        rows.index_copy_(0, dimensions, own)
         # Columns are scattered into a matrix of full width, whose other columns take no step:
         # reading and writing single columns of the mean costs several times as much.
-        mean, steps = self._columns[name].steps(slots, weight)
+        mean, steps = self._columns[name].steps(dimensions, weight)
         wide = self._scratch(mean.shape)
-        wide.scatter_(1, slots.expand(factors.B.shape), factors.B.float())
+        wide.scatter_(1, dimensions.expand(factors.B.shape), factors.B.float())
         _move(mean, wide, steps[None, :])
 
     def _scratch(self, shape: torch.Size) -> Tensor:
@@ -123,11 +105,11 @@ class SlotMean:
             self._scratches[shape] = torch.zeros(shape)
         return self._scratches[shape]
 
-    def _add_extras(self, extras: Mapping[str, Tensor], weight: float) -> None:
-        for name, tensor in extras.items():
-            _move(self._extras[name], tensor, weight / self.total)
+    def _add_extras(self, modules_to_save: Mapping[str, Tensor], weight: float) -> None:
+        for name, tensor in modules_to_save.items():
+            _move(self._modules_to_save[name], tensor, weight / self.total)
 
-    def merge(self, other: SlotMean) -> None:
+    def merge(self, other: RankwiseMean) -> None:
         """Fold in what another accumulator has seen, as if its replies had been added here.
 
         Associative and commutative but for rounding; an empty one changes nothing, and merging
@@ -153,7 +135,7 @@ class SlotMean:
             theirs = given.layers[name].prefix(count)
             _move(self._rows[name][:count], theirs.A, _step(weight, held)[:, None])
             self._columns[name].add(theirs.B, weight)
-        self._add_extras(given.extras, other.total)
+        self._add_extras(given.modules_to_save, other.total)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """All of it as named tensors, contiguous, of the slots up to the last one that is held.
@@ -167,11 +149,11 @@ class SlotMean:
             count = _held_prefix(held)
             layers[name] = whole.layers[name].prefix(count)
             tensors[f"held:{name}"] = held[:count].clone()
-        partial = LoraAdapter(layers, whole.scale, whole.extras)
+        partial = LoraAdapter(layers, whole.scale, whole.modules_to_save)
         return tensors | {f"mean:{n}": t.contiguous() for n, t in partial.tensors().items()}
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], scale: ScaleRule) -> SlotMean:
+    def from_tensors(cls, tensors: Mapping[str, Tensor], scale: ScaleRule) -> RankwiseMean:
         """The inverse of `to_tensors`. Raises `AdapterError` naming what is missing or wrong."""
         means = {n.removeprefix("mean:"): t for n, t in tensors.items() if n.startswith("mean:")}
         adapter = LoraAdapter.from_tensors(means, scale)
@@ -188,7 +170,9 @@ class SlotMean:
             partial.held[name] = held
             partial._rows[name].copy_(factors.A)
             partial._columns[name].add(factors.B, held)
-        partial._extras = {n: t.to(torch.float32, copy=True) for n, t in adapter.extras.items()}
+        partial._modules_to_save = {
+            n: t.to(torch.float32, copy=True) for n, t in adapter.modules_to_save.items()
+        }
         return partial
 
     def over_holders(self, previous: LoraAdapter) -> LoraAdapter:
@@ -231,8 +215,8 @@ class SlotMean:
                 factors.A[nobody], factors.B[:, nobody] = old.A.float(), old.B.float()
 
     def _like(self, mean: LoraAdapter, previous: LoraAdapter) -> LoraAdapter:
-        extras = mean.extras if self.total > 0 else dict(previous.extras)
-        return LoraAdapter(mean.layers, previous.scale, extras)
+        modules_to_save = mean.modules_to_save if self.total > 0 else dict(previous.modules_to_save)
+        return LoraAdapter(mean.layers, previous.scale, modules_to_save)
 
     def _finished(self) -> LoraAdapter:
         """The means, for one use: they are given away."""
@@ -275,16 +259,16 @@ class Columns:
                 self.parts[width] = Part(torch.zeros(self.rows, width))
         return self.parts[width]
 
-    def steps(self, slots: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    def steps(self, dimensions: Tensor, weight: float) -> tuple[Tensor, Tensor]:
         """The mean at full width, to be moved by the caller, and how far: [rank], float32.
 
         These columns have just been given this weight; the others take no step.
         """
         part = self._part(self.rank)
         held = part.weights()
-        held[slots] += weight
+        held[dimensions] += weight
         steps = torch.zeros(self.rank)
-        steps[slots] = _step(weight, held[slots])
+        steps[dimensions] = _step(weight, held[dimensions])
         return part.mean, steps
 
     def whole(self) -> Part:
@@ -332,40 +316,9 @@ def _held_prefix(held: Tensor) -> int:
     return int(held.nonzero().max()) + 1 if bool(held.any()) else 0
 
 
-def _are_first(slots: Tensor) -> bool:
+def _are_first(dimensions: Tensor) -> bool:
     """Whether these indices are 0, 1, 2, ..."""
-    return torch.equal(slots, torch.arange(len(slots)))
-
-
-class Averaging:
-    """The aggregator of the methods that average slots; ``finish`` is where they differ.
-
-    ``slots_of`` says which slots a client trained, where these are not the first ones.
-    """
-
-    def __init__(
-        self,
-        state: ServerState,
-        weight: Weighting,
-        finish: Callable[[SlotMean, LoraAdapter], LoraAdapter],
-        slots_of: Callable[[Update], Mapping[str, Tensor]] | None = None,
-    ) -> None:
-        self.state = state
-        self.weight = weight
-        self.finish = finish
-        self.slots_of = slots_of
-        self.mean = SlotMean(state.adapter)
-
-    def add(self, update: Update) -> None:
-        """Fold in a reply's slots."""
-        slots = self.slots_of(update) if self.slots_of is not None else None
-        self.mean.add(update.adapter, self.weight(update), slots)
-
-    def result(self) -> ServerState:
-        """The state after the round; its adapter is the old one where no reply had a weight."""
-        old = self.state.adapter
-        adapter = self.finish(self.mean, old) if self.mean.total > 0 else old
-        return ServerState(adapter, self.state.round + 1, self.state.memory)
+    return torch.equal(dimensions, torch.arange(len(dimensions)))
 
 
 def _move(mean: Tensor, value: Tensor, step: Tensor | float) -> None:

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from prelort.config import Config
+from prelort.diagnostics.collector import Collector
 from prelort.methods import trait
-from prelort.methods.diagnostics import Collector
+from prelort.methods.averaging import weighting
 from prelort.methods.interface import Broadcast, Client, Method, ServerState, Update
-from prelort.methods.slot_mean import weighting
 
 log = logging.getLogger(__name__)
 

@@ -46,10 +46,10 @@ def trained(sent: Broadcast, seed: int, dtype: torch.dtype = torch.float32) -> L
         name: Factors(moved(f.A) if a else f.A, moved(f.B) if b else f.B)
         for name, f in sorted(sent.trainable.layers.items())
     }
-    extras = sent.trainable.extras
+    modules_to_save = sent.trainable.modules_to_save
     if not sent.personal:
-        extras = {name: moved(tensor) for name, tensor in sorted(extras.items())}
-    return replace(sent.trainable, layers=layers, extras=extras)
+        modules_to_save = {name: moved(tensor) for name, tensor in sorted(modules_to_save.items())}
+    return replace(sent.trainable, layers=layers, modules_to_save=modules_to_save)
 
 
 def replies(
@@ -81,7 +81,7 @@ def function_of(sent: Broadcast, adapter: LoraAdapter | None = None) -> dict[str
     """
     own = dense(adapter if adapter is not None else sent.trainable)
     frozen = dense(sent.frozen) if sent.frozen is not None else {}
-    return {name: sent.gain * p + frozen.get(name, 0.0) for name, p in own.items()}
+    return {name: sent.scale_multiplier * p + frozen.get(name, 0.0) for name, p in own.items()}
 
 
 def assert_near(

@@ -14,9 +14,9 @@ from prelort.config import TrainingConfig
 from prelort.errors import PrelortError
 from prelort.methods.objective import Objective, TailPenalty, nested, plain
 from prelort.models.lora import extract, install
+from prelort.training.batched import Finished, Member, train_batched
 from prelort.training.local import Assignment, train
 from prelort.training.stack import Stack, stackable
-from prelort.training.together import Finished, Member, train_together
 from prelort.training.truncation import Truncation
 from tiny_models import adapted, kind_of, ragged_examples, trained_adapter
 
@@ -38,7 +38,14 @@ class Bench:
         self.task = tasks.get("classification" if kind_of(folder) != "causal" else "causal-lm")
         self.start = trained_adapter(self.model, rule)
 
-    def members(self, kind="example", tail=None, rates=(1.0, 1.0, 1.0, 1.0), gains=None, **changes):
+    def members(
+        self,
+        kind="example",
+        tail=None,
+        rates=(1.0, 1.0, 1.0, 1.0),
+        scale_multipliers=None,
+        **changes,
+    ):
         defaults = {"local_steps": 3, "batch_size": 4, "learning_rate": 0.05, "optimizer": "sgd"}
         members = []
         sizes = zip((1, 3, 8, 8), (7, 12, 9, 3), rates, strict=True)
@@ -55,27 +62,27 @@ class Bench:
                     ragged_examples(self.folder, count, seed=index),
                     config,
                     work,
-                    1.0 if gains is None else gains[index],
+                    1.0 if scale_multipliers is None else scale_multipliers[index],
                 )
             )
         return members
 
-    def alone(self, member, trains="AB", lean=False):
-        install(self.model, member.adapter, trains=trains, gain=member.gain)
+    def alone(self, member, trains="AB", fused=False):
+        install(self.model, member.adapter, trains=trains, scale_multiplier=member.scale_multiplier)
         result = train(
             self.model, self.truncation, self.task, member.examples, member.config,
-            member.assignment, 0, lean=lean,
+            member.assignment, 0, fused=fused,
         )  # fmt: skip
         return Finished(extract(self.model, self.rule), result)
 
     def together(self, members, **more):
-        return train_together(self.model, self.truncation, self.task, members, 0, **more)
+        return train_batched(self.model, self.truncation, self.task, members, 0, **more)
 
-    def assert_same(self, members, tolerance=1e-4, loss=1e-5, trains="AB", lean=False, **more):
+    def assert_same(self, members, tolerance=1e-4, loss=1e-5, trains="AB", fused=False, **more):
         """``tolerance``: of each tensor's change, by the norm of what is wrong with it."""
         found = self.together(members, trains=trains, **more)
         for member, mine in zip(members, found, strict=True):
-            theirs = self.alone(member, trains, lean)
+            theirs = self.alone(member, trains, fused)
             assert isinstance(mine, Finished)
             assert mine.result.steps == theirs.result.steps
             assert mine.result.loss == pytest.approx(theirs.result.loss, rel=loss)
@@ -129,13 +136,15 @@ def test_adam(bench):
 def test_the_heads_own_rate(tiny_bert):
     bench = Bench(tiny_bert, RULES[0])
     bench.assert_same(bench.members(head_learning_rate=0.2))
-    own = bench.together(bench.members(head_learning_rate=0.2))[0].adapter.extras
-    same = bench.together(bench.members())[0].adapter.extras
+    own = bench.together(bench.members(head_learning_rate=0.2))[0].adapter.modules_to_save
+    same = bench.together(bench.members())[0].adapter.modules_to_save
     assert any(not torch.allclose(own[name], same[name]) for name in own)
 
 
 def test_rates_and_gains_of_ones_own(llama):
-    llama.assert_same(llama.members(rates=(4.0, 2.0, 1.0, 0.5), gains=(3.0, 1.0, 0.5, 1.0)))
+    llama.assert_same(
+        llama.members(rates=(4.0, 2.0, 1.0, 0.5), scale_multipliers=(3.0, 1.0, 0.5, 1.0))
+    )
 
 
 @pytest.mark.parametrize("trains", ["A", "B"])
@@ -166,7 +175,7 @@ def test_one_client_alone(bench):
 def test_in_bfloat16(llama):
     """Against the same operations for one client: PEFT's round in other places."""
     members = llama.members("plain", precision="bfloat16")
-    llama.assert_same(members, tolerance=0.05, loss=1e-3, lean=True)
+    llama.assert_same(members, tolerance=0.05, loss=1e-3, fused=True)
 
 
 def test_equal_arguments_give_equal_bits(llama):

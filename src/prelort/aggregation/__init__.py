@@ -1,0 +1,1 @@
+"""Accumulators: weighted means of adapters of mixed ranks, one reply at a time."""

@@ -1,0 +1,1 @@
+"""What a round did to the products: noise, drift, energy of ranks; nothing here changes a run."""
