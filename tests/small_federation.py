@@ -142,7 +142,7 @@ def small_client_app(
         client = clients[index]
         facts = AGREEMENT.header(client.rank).model_dump()
         if message.metadata.message_type == MessageType.QUERY:
-            facts |= {"client": client.name, "examples": client.examples, "most": client.rank}
+            facts |= {"client": client.name, "examples": client.examples, "max_rank": client.rank}
             intro = wire.ClientProperties(**facts)
             return Message(wire.pack(intro), reply_to=message)
         request = wire.header(message.content, wire.TrainRequest)

@@ -109,7 +109,7 @@ def test_to_offer_the_rank_that_one_has_is_no_change() -> None:
 
 
 @pytest.mark.parametrize("offer", [1, 3, 5, 8])
-@pytest.mark.parametrize("most", [0, 8])
+@pytest.mark.parametrize("max_rank", [0, 8])
 def test_an_offered_rank_is_used_from_the_next_round_on(offer: int, max_rank: int) -> None:
     """Whether smaller or larger, and whatever the client said at first that it can be raised to."""
     strategy, events = make_strategy(CLIENTS, make_config(rounds=4), max_rank=max_rank)

@@ -66,7 +66,7 @@ class ChangingGrid(PlannedGrid):
             if message.metadata.message_type == MessageType.QUERY:
                 facts = AGREEMENT.header(node.client.rank).model_dump()
                 facts |= {"client": node.client.name, "examples": node.client.examples}
-                facts |= {"most": node.client.rank, **node.says}
+                facts |= {"max_rank": node.client.rank, **node.says}
                 intro = wire.ClientProperties.model_construct(**facts)
                 return Message(wire.pack(intro), reply_to=message)
             context = Context(1, 1, {"partition-id": 0}, RecordDict(), {})

@@ -121,14 +121,14 @@ def test_measurements_come_back_and_what_is_no_number_is_none() -> None:
     [
         ("seeded_factors", "B"),
         ("seeded_factors", None),
-        ("gain", 0.0),
-        ("gain", -1.0),
-        ("gain", math.inf),
+        ("scale_multiplier", 0.0),
+        ("scale_multiplier", -1.0),
+        ("scale_multiplier", math.inf),
         ("trains", "C"),
         ("trains", ""),
         ("personal", "perhaps"),
         ("tail", {"weight": 1.0}),
-        ("draw_seed", 0.5),
+        ("factor_seed", 0.5),
     ],
 )
 def test_impossible_values_in_a_request_are_refused_by_key(key: str, value: object) -> None:

@@ -38,7 +38,7 @@ def introducing(**facts_of: dict[str, Any]) -> Callable[[Message, Context], Mess
             **AGREEMENT.header(client.rank).model_dump(),
             "client": client.name,
             "examples": client.examples,
-            "most": client.rank,
+            "max_rank": client.rank,
             **changes,
         }
         intro = wire.ClientProperties.model_construct(**facts)
@@ -103,7 +103,7 @@ def test_the_name_of_one_who_is_gone_is_free_again() -> None:
 def test_the_rank_that_one_can_be_raised_to_is_known_up_to_the_global_one(
     said: int, known: int
 ) -> None:
-    app = introducing(node_2={"most": said})
+    app = introducing(node_2={"max_rank": said})
     engine = Engine(in_process(app, len(CLIENTS)), 1, float("inf"))
     found = introductions(engine)
     assert [p.client for p in found] == CLIENTS
@@ -128,7 +128,7 @@ def test_the_order_is_that_of_the_names_whatever_the_nodes() -> None:
         ({"protocol": 2}, "speaks protocol 2, expected 3"),
         ({"rank": 0}, "malformed header: rank"),
         ({"rank": 9}, "offers rank 9, but the global adapter has 8"),
-        ({"most": 0}, "malformed header: most"),
+        ({"max_rank": 0}, "malformed header: max_rank"),
         ({"examples": 0}, "malformed header: examples"),
         ({"client": ""}, "malformed header: client"),
         ({"client": "n" * 201}, "malformed header: client"),

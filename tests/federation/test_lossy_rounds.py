@@ -103,7 +103,7 @@ REPLY = make_adapter(4, seed=7)
 
 
 def take(head: wire.TrainReply, adapter: LoraAdapter, asked: Any, **how: Any) -> LoraAdapter:
-    limits = FederationConfig(wire_dtype=asked, max_abs_value=how.pop("most", 1e4))
+    limits = FederationConfig(wire_dtype=asked, max_abs_value=how.pop("max_rank", 1e4))
     sent = how.pop("sent", Broadcast(SENT))
     content = wire.pack(head, adapter, without=how.pop("without", ()))
     update, _ = checked(answer(content), CLIENTS[0], 0, AGREEMENT, limits, sent, **how)

@@ -68,7 +68,7 @@ def assert_narrow_or_wide(model: PeftModel, rank: int) -> None:
 
 @rules
 @pytest.mark.parametrize("rank", [NARROW, WIDE])
-@pytest.mark.parametrize("gain", [1.0, 2.5])
+@pytest.mark.parametrize("scale_multiplier", [1.0, 2.5])
 def test_the_output_is_base_plus_adapter_plus_fold(folder, rule, rank, scale_multiplier):
     model = adapted(folder, 8)
     adapter, fold = trained_adapter(model, rule), fold_of(model, rank, rule)

@@ -21,7 +21,7 @@ def answer(kind: Kind, content: RecordDict, context: Context) -> RecordDict:
     names = ("protocol", "base", "layers", "scale_rule", "scale", "rank")
     head = {name: asked[name] for name in names}
     if kind != "train":
-        head |= {"client": name, "examples": 10, "rank": 4, "most": 4}
+        head |= {"client": name, "examples": 10, "rank": 4, "max_rank": 4}
         changes = {"other base": {"base": "0123456789abcdef"}, "other layers": {"layers": "none"}}
         return content_of(json.dumps(head | changes.get(name, {})))
     how = ways[asked["round"]] if ways else "well"

@@ -163,7 +163,7 @@ def test_the_loss_beside_a_fold_is_that_of_the_sum(bench, rank):
         return bench.train(learning_rate=1e-12, **how)[0].loss
 
     assert loss(frozen=fold, scale_multiplier=1.5) == pytest.approx(expected, rel=5e-6)
-    for wrong in ({"gain": 1.5}, {"frozen": fold}):
+    for wrong in ({"scale_multiplier": 1.5}, {"frozen": fold}):
         assert loss(**wrong) != pytest.approx(expected, rel=2e-5)
 
 

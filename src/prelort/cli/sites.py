@@ -54,7 +54,7 @@ def site_check(
     console.print(f"{len(found.examples)} examples to train on, {len(found.test)} to test on")
     console.print("the server learns these, and nothing else before the first round:")
     facts = {"client": found.name, "examples": len(found.examples), "rank": found.rank}
-    facts |= {"most": max(found.max_rank, found.rank), "base": spec.base}
+    facts |= {"max_rank": max(found.max_rank, found.rank), "base": spec.base}
     for key, value in facts.items():
         console.print(f"  {key} = {value!r}", highlight=False)
 

@@ -354,9 +354,9 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
             "dtype": self.config.federation.wire_dtype,
             "round": round_index,
             "seeded_factors": sent.seeded_factors,
-            "draw_seed": sent.factor_seed,
+            "factor_seed": sent.factor_seed,
             "personal": sent.personal,
-            "gain": sent.scale_multiplier,
+            "scale_multiplier": sent.scale_multiplier,
         }
 
     def _diagnosis(self, clients: Sequence[Client]) -> Diagnosis:

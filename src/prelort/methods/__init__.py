@@ -63,7 +63,7 @@ REGISTRY: dict[str, type[Method]] = {
     )
 }
 
-_PARTS = ("check", "broadcast", "objective", "aggregator", "readout")
+_PARTS = ("check", "broadcast", "objective", "aggregator", "global_adapter")
 """What a class must have to be a `Method`."""
 
 __all__ = [
