@@ -347,8 +347,8 @@ All texts are in the public domain, from NLTK's data packages:
   removed
 - `genesis`: the King James version and the World English Bible, in English only
 
-The last {HELD_OUT_FRACTION:.0%} of every document was held out, also from the tokenizer. The weights
-are dedicated to the public domain too (CC0 1.0).
+The last {HELD_OUT_FRACTION:.0%} of every document was held out, also from the tokenizer. The
+weights are dedicated to the public domain too (CC0 1.0).
 
 ## Training
 
