@@ -35,7 +35,7 @@ from prelort.adapters.algebra import distance, norm
 from prelort.config import MethodConfig
 from prelort.methods import Aggregator, Client, Method, ServerState, Update, build
 
-SLOT_METHODS = ("prelort", "zero-padding", "replication", "fed-plora")
+FACTOR_METHODS = ("prelort", "zero-padding", "replication", "fed-plora")
 PRODUCT_METHODS = ("flexlora", "hlora", "raflora", "florist")
 FLORIST_ENERGY = 0.95
 CONSTANT = ScaleRule("constant", 1.0)
@@ -87,7 +87,7 @@ def aggregator(name: str, size: Size, state: ServerState) -> Aggregator:
 # Factors
 
 
-def rankwise_methods(size: Size, threads: int, repeats: int) -> list[dict[str, Any]]:
+def factor_methods(size: Size, threads: int, repeats: int) -> list[dict[str, Any]]:
     """Seconds of a round of each method, alternating with a copy of the same replies."""
     torch.set_num_threads(threads)
     state = ServerState(size.adapter(max(size.ranks)))
@@ -114,7 +114,7 @@ def rankwise_methods(size: Size, threads: int, repeats: int) -> list[dict[str, A
 
         return run
 
-    sides = {"copying": copying, **{name: method(name) for name in SLOT_METHODS}}
+    sides = {"copying": copying, **{name: method(name) for name in FACTOR_METHODS}}
     taken = paired(sides, repeats)
     rows = []
     for name in sides:
@@ -159,7 +159,7 @@ def peaks(size: Size) -> dict[str, float]:
     whole = 2 * size.layers * size.side * max(size.ranks) * 4 / 2**20
     spawn = multiprocessing.get_context("spawn")
     found = {}
-    for name in SLOT_METHODS:
+    for name in FACTOR_METHODS:
         # Each in a process of its own: an allocator does not give back what it once had.
         with ProcessPoolExecutor(1, mp_context=spawn) as pool:
             found[name] = pool.submit(peak_mib, name, size).result() / whole
@@ -168,7 +168,7 @@ def peaks(size: Size) -> dict[str, float]:
 
 def factors(size: Size, repeats: int, threads: Sequence[int]) -> list[dict[str, Any]]:
     memory = peaks(size)
-    rows = [row for count in threads for row in rankwise_methods(size, count, repeats)]
+    rows = [row for count in threads for row in factor_methods(size, count, repeats)]
     return [{**row, "peak (adapters)": memory.get(row["method"], "")} for row in rows]
 
 
@@ -251,7 +251,7 @@ def product_methods(size: Size) -> list[dict[str, Any]]:
             {
                 "method": name,
                 "clients": size.clients,
-                "dimensions": sum(one.adapter.rank for one in updates),
+                "rank dimensions": sum(one.adapter.rank for one in updates),
                 "rank": adapter.rank,
                 "factored s": seconds,
                 "dense s": slow,
