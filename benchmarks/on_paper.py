@@ -31,13 +31,8 @@ CASES = {"q, v": {n: ATTENTION[n] for n in "qv"}, "all linear": ATTENTION | INSI
 RANKS = (8, 16, 32, 64)
 SIZES = {"float32": 4, "bfloat16": 2, "int8": 1}
 LINK = 1e9 / 8
-<<<<<<< ours
 """Bytes per second of 1 Gbit/s."""
-CLIENTS, EDGES = 100_000, 100
-=======
-"""Bytes a second of 1 Gbit/s."""
 CLIENTS = 100_000
->>>>>>> theirs
 SHARES = (0.001, 0.01, 0.1, 1.0)
 GB = 1e9
 
