@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from prelort import diagnostics
 from prelort.adapters import LoraAdapter
 from prelort.config import Config, TrainingConfig
-from prelort.diagnostics.diagnosis import Diagnosis
 from prelort.errors import QuorumError, UpdateRefused
 from prelort.federation import wire
 from prelort.federation.allocation import Allocation
@@ -30,7 +30,15 @@ from prelort.federation.replies import checked, measured
 from prelort.federation.sampling import count_of, sample
 from prelort.federation.transport import Engine, exchange
 from prelort.methods import trait
-from prelort.methods.interface import Aggregator, Broadcast, Client, Method, ServerState, Update
+from prelort.methods.interface import (
+    Aggregator,
+    Broadcast,
+    Client,
+    Method,
+    RoundObserver,
+    ServerState,
+    Update,
+)
 
 Emit = Callable[[dict[str, Any]], None]
 """Takes one event: a dictionary with ``event``, ``round`` and what belongs to it."""
@@ -218,13 +226,13 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
         """
         asked = {p.node_id: self._now(p) for p in self._asked(server_round)}
         aggregator = self.method.aggregator(self.state)
-        diagnosis = self._diagnosis(list(asked.values()))
+        observer = self._observer(list(asked.values()))
         in_order = self._adder(list(asked.values()), aggregator)
         for reply in replies:
             client = asked.pop(reply.metadata.src_node_id, None)
             if client is None:
                 continue  # answers twice, or was not asked
-            self._take(server_round, client, reply, in_order, diagnosis)
+            self._take(server_round, client, reply, in_order, observer)
             del reply  # before the next one is pulled
         for client in asked.values():  # only where another loop than `exchange` sent the messages
             self._leave_out(server_round, client, "did not answer", in_order)
@@ -237,8 +245,8 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
             levels=self.state.levels,
         )
         self._tally.aggregating += time.monotonic() - started
-        found = diagnosis.result(self.state)
-        self._tally.diagnosing = diagnosis.seconds
+        found = {} if observer is None else {"diagnostics": observer.result(self.state)}
+        self._tally.diagnosing = 0.0 if observer is None else observer.seconds
         event = self._tally.event(server_round) | found
         self.emit(event)
         return float(event["loss"])
@@ -359,10 +367,9 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
             "scale_multiplier": sent.scale_multiplier,
         }
 
-    def _diagnosis(self, clients: Sequence[Client]) -> Diagnosis:
-        levels = {p.client.rank for p in self.connected} | self.allocation.levels()
-        levels |= set(self.state.levels)
-        return Diagnosis(self.config, self.method, self.state, clients, sorted(levels))
+    def _observer(self, clients: Sequence[Client]) -> RoundObserver | None:
+        observe = diagnostics.observer(self.config)
+        return None if observe is None else observe(self.method, self.state, clients)
 
     def _adder(self, clients: Sequence[Client], aggregator: Aggregator) -> ReorderBuffer[Update]:
         def add(update: Update) -> None:
@@ -378,7 +385,7 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
         client: Client,
         reply: Message,
         in_order: ReorderBuffer[Update],
-        diagnosis: Diagnosis,
+        observer: RoundObserver | None,
     ) -> None:
         """Add one reply, or note why it is left out."""
         tally, sent = self._tally, self.method.broadcast(self.state, client)
@@ -410,7 +417,8 @@ class AdapterStrategy(Strategy):  # type: ignore[misc]
         )
         details = {key: value for key, value in details.items() if value is not None}
         self.emit({"event": "client_finished", **event, **details, "bytes_up": size})
-        diagnosis.add(sent, update)
+        if observer is not None:
+            observer.add(sent, update)
         in_order.put(client.name, update)
 
     def _leave_out(
