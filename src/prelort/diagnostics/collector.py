@@ -197,8 +197,9 @@ class Layer:
         self.frozen = [self._known(reply.frozen) for reply in replies]
         self.trained = [self._new(reply.trained, reply.scale_multiplier) for reply in replies]
 
-    def _new(self, adapter: LoraAdapter, multiplier: float = 1.0, *, known: bool = False) ->
-    Product:
+    def _new(
+        self, adapter: LoraAdapter, multiplier: float = 1.0, *, known: bool = False
+    ) -> Product:
         """The layer's ``multiplier * s(r) B A`` as dimensions that are not numbered yet."""
         factors = adapter.layers.get(self.name)
         if factors is None:

@@ -106,7 +106,7 @@ def build(config: MethodConfig, seed: int) -> Method:
 
 
 def trait(method: Method | type[Method], name: str) -> bool:
-    """A trait of `PrefixMethod` (``personal``, ``ignores_ranks``); False where a method has none."""
+    """A trait of `PrefixMethod` (``personal``, ``ignores_ranks``); False where it has none."""
     return bool(getattr(method, name, False))
 
 
