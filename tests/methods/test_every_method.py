@@ -69,13 +69,13 @@ ONE_RANK_FOR_LAYERS = {"fslora"}
 """Its R/r is one number for all layers; it says so."""
 
 ONE_MULTIPLIER_FOR_LAYERS = {"fed-plora", "fedex-lora"}
-"""A part of the dimensions counts as in the whole: under rslora that takes layers of one rank, too."""
+"""A part of the dimensions counts as in the whole: under rslora, too, layers need one rank."""
 
 SUMS = {"flora", "florist", "fedex-lora"}
 """Keep the exact sum of the products, with as many dimensions as it needs."""
 
 CUTS = {"flexlora", "hlora", "raflora", "prelort-sorted"}
-"""Cut the sum of the products to the global rank: the dimensions are other ones after each round."""
+"""Cut the sum of the products to the global rank: each round has other rank dimensions."""
 
 PRUNES = {"hetlora"}
 """Its clients may answer with fewer dimensions than they were sent."""
