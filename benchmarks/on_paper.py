@@ -32,7 +32,7 @@ RANKS = (8, 16, 32, 64)
 SIZES = {"float32": 4, "bfloat16": 2, "int8": 1}
 LINK = 1e9 / 8
 """Bytes a second of 1 Gbit/s."""
-CLIENTS, EDGES = 100_000, 100
+CLIENTS = 100_000
 SHARES = (0.001, 0.01, 0.1, 1.0)
 GB = 1e9
 
@@ -103,11 +103,9 @@ def rounds(adding: float, superlink: float) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for case in CASES:
         mean = statistics.mean(numbers(case, rank) for rank in RANKS)
-        partial = 4 * numbers(case, max(RANKS))
         for share in SHARES:
             asked = round(share * CLIENTS)
             one_way = 2 * mean * asked
-            edge = asked / EDGES
             rows.append(
                 {
                     "adapted": case,
@@ -116,10 +114,6 @@ def rounds(adding: float, superlink: float) -> list[dict[str, object]]:
                     "h link": one_way / LINK / 3600,
                     "h adding": 4 * mean * asked / adding / 3600,
                     "h SuperLink": 2 * one_way / superlink / 3600,
-                    "h link, edge": 2 * mean * edge / LINK / 3600,
-                    "h adding, edge": 4 * mean * edge / adding / 3600,
-                    "h link, root": EDGES * partial / LINK / 3600,
-                    "h adding, root": EDGES * partial / adding / 3600,
                 }
             )
     return rows
@@ -134,7 +128,6 @@ def main() -> None:
     facts = {
         "GB/s read, checked and added": adding / GB,
         "MB/s through a SuperLink": superlink / 1e6,
-        "edges": EDGES,
         "short": arguments.short,
         "GB global adapter, float32": {c: 4 * numbers(c, max(RANKS)) / GB for c in CASES},
         **machine(),

@@ -15,7 +15,7 @@ from prelort.aggregation.rankwise_mean import RankwiseMean
 from prelort.config import MethodConfig
 from prelort.methods import Client, ServerState, Update, build
 from random_adapters import dense, random_adapter, same_bits, seeds
-from reference import by_module, segment_wise, zero_padded
+from reference import averaged, segment_wise, weights_of, zero_padded
 
 R = 8
 SPREAD = {"rtol": 2e-6, "atol": 2e-6}
@@ -71,7 +71,7 @@ def test_selected_dimensions_are_averaged_where_they_belong(finish, absent, pair
     generator = torch.Generator().manual_seed(seed)
     order = [torch.randperm(R, generator=generator)[:rank].sort().values for rank, _ in pairs]
     chosen = [dict.fromkeys(previous.layers, dimensions) for dimensions in order]
-    expected = by_module(previous, updates, chosen, "examples", absent)
+    expected = averaged(previous, updates, weights_of(updates, "examples"), absent, chosen)
     assert_close(mean_of(updates, previous, finish, chosen), expected, **SPREAD)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import weakref
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -18,7 +17,7 @@ from prelort.diagnostics.collector import Collector
 from prelort.diagnostics.rank_one_products import LayerDimensions, effective_rank
 from prelort.diagnostics.sample import Budget
 from prelort.methods import Broadcast, Client, Method, ServerState, Update, build
-from prelort.methods.averaging import by_examples, weighting
+from prelort.methods.averaging import weighting
 from prelort.methods.prefix import PrefixMethod
 from random_adapters import dense, dense_norm, random_adapter, scale_rules, seeds
 
@@ -474,20 +473,6 @@ def test_the_sample_keeps_to_its_budget():
         budget = max(Budget().least, Budget().per_element * 10 * 1024 * 16 * clients)
         assert len(names) * one <= budget or len(names) == 1
         assert len(names) == 10 or (len(names) + 1) * one > budget
-
-
-def test_of_a_reply_only_copies_of_the_sample_are_kept():
-    state, method = ServerState(big(), levels=(16,)), build(MethodConfig(), 0)
-    clients = [Client(f"site-{i}", 16, 1) for i in range(20)]
-    collector = Collector(method, state, clients, by_examples, 0)
-    update = Update(clients[0], big(1), 1)
-    tensors = [weakref.ref(tensor) for tensor in update.adapter.tensors().values()]
-    collector.add(method.broadcast(state, clients[0]), update)
-    del update
-    assert all(reference() is None for reference in tensors)
-    (reply,) = collector.replies
-    assert list(reply.trained.layers) == collector.names
-    assert len(collector.names) < 10
 
 
 # Parts
