@@ -259,7 +259,7 @@ def test_one_client_is_averaged_without_noise(seed, name):
 @quick
 @given(mix=mixes, seed=seeds)
 def test_methods_that_are_exact_have_no_noise(mix, seed):
-    same = [(RANK, examples) for _, examples in [*mix, (1, 1)]]
+    same = [(RANK, 1 + examples % 50) for _, examples in [*mix, (1, 1)]]
     assert play("ffa-lora", same, seed).numbers()["aggregation_noise"] < 1e-5
     assert play("fedit", same, seed).numbers()["aggregation_noise"] > 1e-3
     flora, plora = play("flora", mix, seed).numbers(), play("fed-plora", mix, seed).numbers()

@@ -66,6 +66,7 @@ class Replicating:
             return
         self.holders.add(update.adapter, weight)
         if rank > self.highest:
+            del self.donors  # before the memory of the next one is taken
             self.highest, self.donors = rank, RankwiseMean(self.state.adapter)
         if rank == self.highest:
             self.donors.add(update.adapter, weight)

@@ -19,6 +19,7 @@ Order = Callable[[int, int, str, int], Tensor]
 
 def uniform(seed: int, round_index: int, client: str, dimensions: int) -> Tensor:
     """Drawn anew for every client and round."""
+    # The word "slots" is part of the seed: another one would give other draws.
     generator = torch_generator(seed, "slots", client, round_index)
     return torch.randperm(dimensions, generator=generator)
 
