@@ -1,8 +1,8 @@
 """What does the server's arithmetic cost, against moving the bytes and against a dense SVD?
 
-Three tables. *Factors*: a round of the methods that average factors against copying the replies into
-buffers that exist already, and the memory that it needs. *Products*: a layer of the methods that
-average products against the SVD of the dense mean, and how far the results differ. *Peers*: a
+Three tables. *Factors*: a round of the methods that average factors against copying the replies
+into buffers that exist already, and the memory that it needs. *Products*: a layer of the methods
+that average products against the SVD of the dense mean, and how far the results differ. *Peers*: a
 layer of published aggregation code, imported from checkouts that are given on the command line.
 
     python benchmarks/aggregation.py [--short] [--parts factors products peers]

@@ -159,16 +159,6 @@ def test_factors_that_are_nearly_equal_have_an_exact_svd_either_way(way, apart, 
         torch.testing.assert_close(kept @ kept.T, torch.eye(len(kept)).double(), rtol=0, atol=1e-6)
 
 
-def test_gram_matrices_serve_float32_factors_of_good_condition_alone():
-    """Guards the test above: both ways are taken."""
-    factors = random_adapter(3, dimensions={"x": (60, 50)}).layers["x"]
-    assert algebra._gram_qr(factors.B.double()) is not None
-    assert algebra._gram_qr(factors.B[:2].double()) is None
-    twice = torch.cat([factors.B, factors.B], dim=1).double()
-    assert algebra._gram_qr(twice) is None
-    assert algebra._gram_qr(factors.B.double() * torch.tensor([1.0, 0.0, 1.0])) is None
-
-
 @quick
 @given(own=ranks, rank=ranks, seed=seeds)
 def test_triples_that_are_not_kept_are_not_made(own, rank, seed):

@@ -14,7 +14,6 @@ from prelort.adapters import LoraAdapter
 from prelort.adapters.initial import fresh
 from prelort.config import MethodConfig
 from prelort.methods import REGISTRY, Client, ServerState, Update, build
-from prelort.methods.hetlora import by_norm
 from random_adapters import dense, random_adapter, same_bits, seeds
 from reference import (
     averaged,
@@ -117,16 +116,6 @@ def test_replication(donors, own, rule, weights):
 def test_hetlora_weighs_by_the_norm_of_the_product(own, rule):
     for state, updates, after in rounds_of(method_of("hetlora"), own, rule):
         assert_close(after.adapter, norm_weighted(state.adapter, updates))
-
-
-def test_hetloras_weight_is_the_same_number_for_any_order_of_the_layers():
-    """What is read from a message has its layers in any order."""
-    for seed in range(20):
-        adapter = random_adapter(5, seed, dimensions={str(k): (6, 7) for k in range(8)})
-        turned = replace(adapter, layers=dict(reversed(list(adapter.layers.items()))))
-        assert by_norm(Update(Client("k", 5, 1), turned, 1)) == by_norm(
-            Update(Client("k", 5, 1), adapter, 1)
-        )
 
 
 @pytest.mark.parametrize(
