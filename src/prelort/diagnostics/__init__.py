@@ -12,15 +12,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 from prelort.config import Config
 from prelort.diagnostics.observer import SafeCollector
 from prelort.methods import find, trait
 from prelort.methods.averaging import weighting
-from prelort.methods.interface import Client, Method, RoundObserver, ServerState
-
-Observe = Callable[[Method, ServerState, Sequence[Client]], RoundObserver]
+from prelort.methods.interface import Observe
 
 
 def observer(config: Config) -> Observe | None:

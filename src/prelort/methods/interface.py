@@ -7,7 +7,7 @@ server aggregates the replies (`aggregator`), and what the global adapter of a r
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -159,3 +159,7 @@ class Method(Protocol):
                 all layers may cost more than the round's aggregation.
         """
         ...
+
+
+Observe = Callable[[Method, ServerState, Sequence[Client]], RoundObserver]
+"""Begins to observe a round of these clients."""
