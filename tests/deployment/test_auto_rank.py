@@ -8,7 +8,7 @@ import tomli_w
 
 from prelort.config import Config, check
 from prelort.deployment import settings
-from prelort.deployment.worker import MARGIN, make_site
+from prelort.deployment.worker import MARGIN, make_client
 from prelort.errors import ConfigError
 from prelort.federation.client import LocalClient
 from prelort.planning import measured, memory
@@ -28,7 +28,7 @@ def site_of(folder: Path, **values: Any) -> LocalClient:
     file = folder / "site.toml"
     own = {"name": "a", "rank": "auto", "data": {"source": "./rows.jsonl"}, **values}
     file.write_text(tomli_w.dumps(own))
-    return make_site(CONFIG, settings.read(file), file)
+    return make_client(CONFIG, settings.read(file), file)
 
 
 def fitting(config: Config, rank: int) -> int:

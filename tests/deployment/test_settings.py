@@ -31,7 +31,7 @@ def test_a_site_needs_little(tmp_path: Path) -> None:
         ({}, r"a site needs a name, a rank and \[data\] source"),
         ({"name": "a", "rank": 4}, r"a site needs a name, a rank and \[data\] source"),
         (WHOLE | {"rank": 0}, "rank = 0"),
-        (WHOLE | {"rank": "most"}, "rank = 'most'"),
+        (WHOLE | {"rank": "most"}, "rank = \"most\""),
         (WHOLE | {"memory": "8"}, "memory: size '8' is not a size"),
         (WHOLE | {"trainer": {"memory": "much"}}, "trainer.memory: size 'much' is not a size"),
         (WHOLE | {"trainer": {"idle_minutes": 0}}, "trainer.idle_minutes = 0"),
@@ -51,7 +51,7 @@ def test_what_is_wrong_is_told_in_one_sentence(
 def test_the_server_is_not_told_what_is_wrong(tmp_path: Path) -> None:
     file = tmp_path / "secret-project" / "site.toml"
     with pytest.raises(PrelortError) as raised:
-        settings.read_quietly(file)
+        settings.read_discreetly(file)
     assert str(raised.value) == "its site file cannot be used: its log says why"
 
 

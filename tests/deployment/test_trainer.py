@@ -13,7 +13,7 @@ import tomli_w
 
 from prelort.deployment import ipc, settings, trainer_client
 from prelort.deployment.client import site_app
-from prelort.deployment.ipc import Order, place_of
+from prelort.deployment.ipc import Request, address_of
 from prelort.deployment.worker import Worker
 from prelort.errors import PrelortError
 from prelort.federation import wire
@@ -56,16 +56,16 @@ def write(file: Path, **trainer: Any) -> None:
     file.write_text(tomli_w.dumps({"partition": 1, "trainer": trainer}))
 
 
-def query(federation: Path, *overrides: str) -> Order:
-    return Order("query", str(federation), overrides, "{}")
+def query(federation: Path, *overrides: str) -> Request:
+    return Request("query", str(federation), overrides, "{}")
 
 
-def ask(site: Path, order: Order) -> ipc.Reply:
-    return trainer_client.ask(site, settings.read(site), order)
+def ask(site: Path, request: Request) -> ipc.Reply:
+    return trainer_client.send(site, settings.read(site), request)
 
 
 def pid_of(site: Path) -> int:
-    return int(place_of(site).socket.with_suffix(".pid").read_text())
+    return int(address_of(site).pid.read_text())
 
 
 def intro_in(reply: ipc.Reply) -> wire.ClientProperties:
@@ -87,12 +87,12 @@ def test_one_process_answers_all_one_after_the_other(site: Path, federation: Pat
     assert len(replies) == 3
     log = (site.parent / "state" / "trainer.log").read_text()
     assert log.count("serves") == 1
-    assert log.count("query: begun") == log.count("query: done") == 3
+    assert log.count("query: started") == log.count("query: done") == 3
 
     # Other keys of the federation for another run: the same process, another site.
     assert intro_in(ask(site, query(federation, "ranks.mix=3, 6"))).rank == 6
     assert pid_of(site) == first
-    assert place_of(site).socket.parent.stat().st_mode & 0o077 == 0
+    assert address_of(site).socket.parent.stat().st_mode & 0o077 == 0
 
     os.kill(first, signal.SIGKILL)  # the next message gets another one
     assert intro_in(ask(site, query(federation))).rank == 4
@@ -105,7 +105,7 @@ def test_one_process_answers_all_one_after_the_other(site: Path, federation: Pat
 def test_it_ends_when_it_is_idle(site: Path, federation: Path) -> None:
     write(site, idle_minutes=0.01)
     ask(site, query(federation))
-    while place_of(site).socket.exists():
+    while address_of(site).socket.exists():
         threading.Event().wait(0.05)
     assert "idle for 0.6 s: ended" in (site.parent / "state" / "trainer.log").read_text()
 
@@ -119,10 +119,10 @@ def test_one_that_takes_too_much_memory_ends_and_says_so(site: Path, federation:
 
 def test_a_folder_that_others_can_enter_is_refused(tmp_path: Path) -> None:
     site = tmp_path / "site.toml"
-    folder = place_of(site).socket.parent
+    folder = address_of(site).socket.parent
     folder.chmod(0o755)
     with pytest.raises(PrelortError, match="is not a folder of this user alone"):
-        place_of(site)
+        address_of(site)
 
 
 def test_a_folder_that_is_a_link_is_refused(tmp_path: Path, runtime_folder: Path) -> None:
@@ -130,7 +130,7 @@ def test_a_folder_that_is_a_link_is_refused(tmp_path: Path, runtime_folder: Path
     elsewhere.mkdir(mode=0o700)
     (runtime_folder / f"prelort-{os.getuid()}").symlink_to(elsewhere)
     with pytest.raises(PrelortError, match="is not a folder of this user alone"):
-        place_of(tmp_path / "site.toml")
+        address_of(tmp_path / "site.toml")
 
 
 class TestWhatTheServerLearns:
@@ -138,8 +138,8 @@ class TestWhatTheServerLearns:
 
     SECRET = "ward-7-patients"
 
-    def refusal(self, file: Path, order: Order) -> str:
-        refused = Worker(file).answer(order).refused
+    def refusal(self, file: Path, request: Request) -> str:
+        refused = Worker(file).answer(request).refused
         assert refused is not None
         assert self.SECRET not in refused
         return refused
@@ -159,14 +159,14 @@ class TestWhatTheServerLearns:
         def broken(*arguments: Any) -> None:
             raise ValueError(self.SECRET)
 
-        monkeypatch.setattr(worker, "make_site", broken)
+        monkeypatch.setattr(worker, "make_client", broken)
         write(tmp_path / "site.toml")
         said = self.refusal(tmp_path / "site.toml", query(federation))
         assert said == "failed (ValueError): its log says why"
 
     def test_of_its_own_mistakes_everything(self, tmp_path: Path, federation: Path) -> None:
         write(tmp_path / "site.toml")
-        said = self.refusal(tmp_path / "site.toml", Order("train", str(federation), (), "{}"))
+        said = self.refusal(tmp_path / "site.toml", Request("train", str(federation), (), "{}"))
         assert said.startswith("malformed header: ")
 
 
@@ -177,7 +177,7 @@ def test_without_a_warm_trainer_the_app_answers_itself(site: Path, federation: P
     message = Message(content_of("{}"), dst_node_id=7, message_type="query")
     reply = site_app(federation)(message, context)
     assert wire.header(reply.content, wire.ClientProperties).rank == 6
-    assert not place_of(site).socket.exists()
+    assert not address_of(site).socket.exists()
 
 
 @pytest.mark.parametrize(
@@ -203,9 +203,9 @@ def test_the_line_carries_what_was_sent_and_nothing_is_pickled() -> None:
     one, other = Pipe()
     blob = os.urandom(1 << 16)
     # Smaller than a pipe's buffer, or both ends would have to work at once.
-    order = Order("train", "f.toml", ("a=1",), '{"x": "ü"}', blob[:30_000])
-    ipc.send(one, order)
-    assert ipc.receive_order(other) == order
+    request = Request("train", "f.toml", ("a=1",), '{"x": "ü"}', blob[:30_000])
+    ipc.send(one, request)
+    assert ipc.receive_request(other) == request
     for reply in (ipc.Reply("{}", b""), ipc.Reply(refused="why"), ipc.Reply("{}")):
         ipc.send(other, reply)
         assert ipc.receive_reply(one) == reply
