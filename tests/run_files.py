@@ -1,4 +1,4 @@
-"""What a run leaves in its folder, to compare with another's."""
+"""The files of a run, for comparisons."""
 
 from __future__ import annotations
 

@@ -46,9 +46,9 @@ def site_check(
     """Load what the site would load, and show all that the server would learn of it."""
     from prelort import config as configuration
     from prelort.deployment import settings
-    from prelort.deployment.worker import make_site
+    from prelort.deployment.worker import make_client
 
-    found = make_site(configuration.load(federation), settings.read(file), file)
+    found = make_client(configuration.load(federation), settings.read(file), file)
     spec = found.runtime.spec
     console = Console()
     console.print(f"{len(found.examples)} examples to train on, {len(found.test)} to test on")
