@@ -74,24 +74,24 @@ class InProcess:
         """The stage of one run: its clients in so many threads, or several in one batch."""
         assembly = assemble(config, folder, self._encoded)
         work = assembly.runtime
-        together = clients_together(config, work.model.device, len(assembly.sites))
-        threads = 1 if together > 1 else self._threads or default_threads(config, work.model)
+        per_batch = clients_per_batch(config, work.model.device, len(assembly.sites))
+        threads = 1 if per_batch > 1 else self._threads or default_threads(config, work.model)
         threads = min(threads, self._most or threads, len(assembly.sites))
         runtimes = [work, *(replica(work) for _ in range(threads - 1))]
         return with_all_data(
             assembly,
-            lambda plan: _in_this_process(plan, assembly, runtimes, together),
+            lambda plan: _in_this_process(plan, assembly, runtimes, per_batch),
             runtimes,
         )
 
 
-def clients_together(config: Config, device: torch.device, clients: int) -> int:
-    """How many clients of so many are trained in one batch: by itself on a CPU one, on a GPU all.
+def clients_per_batch(config: Config, device: torch.device, clients: int) -> int:
+    """The number of ``clients`` that train in one batch: by default one on a CPU, all on a GPU.
 
     Where a GPU's memory does not suffice they are trained in halves.
     """
-    if config.federation.together != "auto":
-        return config.federation.together
+    if config.federation.clients_per_batch != "auto":
+        return config.federation.clients_per_batch
     return 1 if device.type == "cpu" else clients
 
 
@@ -119,7 +119,7 @@ def with_all_data(
 
 
 def _in_this_process(
-    plan: ServerPlan, assembly: Assembly, runtimes: Sequence[ClientRuntime], together: int
+    plan: ServerPlan, assembly: Assembly, runtimes: Sequence[ClientRuntime], per_batch: int
 ) -> None:
     free, ended = RuntimePool(runtimes), threading.Event()
 
@@ -140,11 +140,11 @@ def _in_this_process(
         client_app(answer),
         nodes,
         threads=threads,
-        together=answer_batched(site_of) if together > 1 else None,
-        group=together,
+        answer_batched=answer_batched(site_of) if per_batch > 1 else None,
+        clients_per_batch=per_batch,
     )
     # Two for each thread: one under way, and one that waits while replies are added up.
-    in_flight = together if together > 1 else 1 if threads == 1 else 2 * threads
+    in_flight = per_batch if per_batch > 1 else 1 if threads == 1 else 2 * threads
     server_app = make_server_app(plan, lambda grid: Engine(grid, in_flight, float("inf")))
     try:
         server_app(grid, Context(RUN_ID, 1, {}, RecordDict(), {}))
