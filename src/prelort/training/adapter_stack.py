@@ -7,9 +7,9 @@ for all. Factors are padded with zeros to one rank, which the truncations never 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from functools import partial
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -20,7 +20,8 @@ from prelort.models.fused_lora import fused
 from prelort.models.lora import ADAPTER, FROZEN, lora_layers, saved_module_places
 from prelort.training.truncation import Truncation
 
-K = TypeVar("K")
+Key = tuple[str, str]
+"""A tensor's name: of a layer and A or B, or of a module trained in full and nothing."""
 
 
 def stackable(model: nn.Module) -> bool:
@@ -34,11 +35,12 @@ def stackable(model: nn.Module) -> bool:
 
 
 class AdapterStack:
-    """The numbers of several adapters as matrices, and a `stackable` model that uses them.
+    """The tensors of several adapters that learn, and a `stackable` model that uses them.
 
-    ``factors`` [adapters, numbers of A and B that learn] and ``modules_to_save`` [adapters, numbers
-    trained in full]: what is done to all clients is done to a matrix, and what belongs to one
-    client is a row. ``ranks``: those of the adapters, whose scales ``scale_multipliers`` multiply.
+    They are two matrices with a row for each adapter: the factors (those that ``trains`` names) and
+    the modules to save. One backward pass gives the gradients of all rows, and each row is a
+    parameter of its client's own optimiser. ``scale_multipliers`` multiply the scales of the
+    adapters, whose ``ranks`` may differ.
     """
 
     def __init__(
@@ -59,20 +61,38 @@ class AdapterStack:
         self._scale_multipliers = torch.tensor(
             scale_multipliers or [1.0] * len(adapters), device=self.device
         )
-        padded = {
+        factors = {
             (name, factor): _padded([getattr(a.layers[name], factor) for a in adapters])
             for name in adapters[0].layers
             for factor in "AB"
         }
-        learning = {key: t for key, t in padded.items() if key[1] in trains}
-        self.factors, views = _as_rows(learning, len(adapters), self.device)
-        self._learning = list(views.values())
-        self._tensors = {key: t.to(self.device) for key, t in padded.items()} | views
         saved = {
-            name: _padded([a.modules_to_save[name] for a in adapters])
+            (name, ""): _padded([a.modules_to_save[name] for a in adapters])
             for name in adapters[0].modules_to_save
         }
-        self.modules_to_save, self._saved = _as_rows(saved, len(adapters), self.device)
+        learning = {key: tensor for key, tensor in factors.items() if key[1] in trains}
+        self._matrices = [_Matrix(learning, self.device), _Matrix(saved, self.device)]
+        self._rows = [
+            [nn.Parameter(matrix.values.detach()[index]) for matrix in self._matrices]
+            for index in range(len(adapters))
+        ]
+        self._fixed = {
+            key: tensor.to(self.device) for key, tensor in factors.items() if key not in learning
+        }
+        self._tensors = self._views()
+
+    def trainable(self, index: int) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """One adapter's parameters, as `models.lora.trainable` has them: a row of each matrix."""
+        factors, saved = self._rows[index]
+        return [factors], [saved] if saved.numel() else []
+
+    def hand_out_gradients(self) -> None:
+        """Give each parameter of `trainable` its gradient, and begin a new step."""
+        for number, matrix in enumerate(self._matrices):
+            gradient = matrix.values.grad
+            for index, rows in enumerate(self._rows):
+                rows[number].grad = None if gradient is None else gradient[index]
+            matrix.values.grad = None
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -88,33 +108,33 @@ class AdapterStack:
         """
         everyone = list(owners) == list(range(len(self._adapters)))
         self._owners = None if everyone else torch.tensor(owners, device=self.device)
+        self._tensors = self._views()
         with self._truncation.at(ranks, (len(ranks), length)):
             yield
 
-    def take_gradients(self) -> tuple[Tensor, Tensor]:
-        """The gradients of `factors` and `modules_to_save`, which are then reset."""
-        return (
-            _take_gradients(self._learning, self.factors),
-            _take_gradients(self._saved.values(), self.modules_to_save),
-        )
-
     def adapter(self, index: int) -> LoraAdapter:
         """One adapter as it is now, at its own rank: float32 copies on the CPU."""
-        like = self._adapters[index]
+        like, tensors = self._adapters[index], self._views()
         layers = {
             name: Factors(
-                _copy(self._tensors[name, "A"][index][: factors.rank]),
-                _copy(self._tensors[name, "B"][index][:, : factors.rank]),
+                _copy(tensors[name, "A"][index][: factors.rank]),
+                _copy(tensors[name, "B"][index][:, : factors.rank]),
             )
             for name, factors in like.layers.items()
         }
-        saved = {name: _copy(tensor[index]) for name, tensor in self._saved.items()}
+        saved = {name: _copy(tensors[name, ""][index]) for name in like.modules_to_save}
         return LoraAdapter(layers, like.scale, saved)
 
     def pairs(self, index: int) -> list[tuple[Tensor, Tensor]]:
         """A and B of each layer of one adapter, padded with zeros."""
+        tensors = self._views()
         names = self._adapters[index].layers
-        return [(self._tensors[n, "A"][index], self._tensors[n, "B"][index]) for n in names]
+        return [(tensors[n, "A"][index], tensors[n, "B"][index]) for n in names]
+
+    def _views(self) -> dict[Key, Tensor]:
+        """The stacked tensors [adapters, ...] as parts of the matrices, for one backward pass."""
+        factors, saved = (matrix.views() for matrix in self._matrices)
+        return self._fixed | factors | saved
 
     def _factors_of(
         self, name: str, layer: LoraLayer, shape: torch.Size
@@ -134,26 +154,41 @@ class AdapterStack:
     @contextmanager
     def _linear_modules(self) -> Iterator[None]:
         """Linear layers that are trained in full, each group with its adapter's own weights."""
-        by_module: dict[nn.Module, dict[str, Tensor]] = {}
+        names: dict[nn.Module, dict[str, str]] = {}
         for name, (module, attribute) in saved_module_places(self._model).items():
-            by_module.setdefault(module, {})[attribute] = self._saved[name]
-        for module, tensors in by_module.items():
-            module.forward = self._linear(tensors)
+            names.setdefault(module, {})[attribute] = name
+        for module, own in names.items():
+            module.forward = partial(self._linear, own)
         try:
             yield
         finally:
-            for module in by_module:
+            for module in names:
                 del module.forward
 
-    def _linear(self, tensors: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
-        def forward(x: Tensor) -> Tensor:
-            weight = self._of_groups(tensors["weight"])
-            y = torch.bmm(x.reshape(len(weight), -1, x.shape[-1]), weight.transpose(1, 2))
-            if "bias" in tensors:
-                y = y + self._of_groups(tensors["bias"])[:, None]
-            return y.view(*x.shape[:-1], weight.shape[1])
+    def _linear(self, names: Mapping[str, str], x: Tensor) -> Tensor:
+        weight = self._of_groups(self._tensors[names["weight"], ""])
+        y = torch.bmm(x.reshape(len(weight), -1, x.shape[-1]), weight.transpose(1, 2))
+        if "bias" in names:
+            y = y + self._of_groups(self._tensors[names["bias"], ""])[:, None]
+        return y.view(*x.shape[:-1], weight.shape[1])
 
-        return forward
+
+class _Matrix:
+    """Stacked tensors [adapters, ...] in one matrix [adapters, numbers] that learns."""
+
+    def __init__(self, tensors: Mapping[Key, Tensor], device: torch.device) -> None:
+        self._shapes = {key: tensor.shape for key, tensor in tensors.items()}
+        self._sizes = [tensor[0].numel() for tensor in tensors.values()]
+        flat = [tensor.flatten(1) for tensor in tensors.values()] or [torch.zeros(1, 0)]
+        self.values = nn.Parameter(torch.cat(flat, dim=1).to(device))
+
+    def views(self) -> dict[Key, Tensor]:
+        """The tensors, as parts of the matrix."""
+        parts = torch.split(self.values, self._sizes, dim=1) if self._sizes else ()
+        return {
+            key: part.view(shape)
+            for (key, shape), part in zip(self._shapes.items(), parts, strict=True)
+        }
 
 
 def _padded(tensors: Sequence[Tensor]) -> Tensor:
@@ -165,30 +200,5 @@ def _padded(tensors: Sequence[Tensor]) -> Tensor:
     return padded
 
 
-def _as_rows(
-    tensors: Mapping[K, Tensor], adapters: int, device: torch.device
-) -> tuple[Tensor, dict[K, Tensor]]:
-    """One matrix with a row for each adapter, and the tensors as views of it that learn."""
-    sizes = [tensor[0].numel() for tensor in tensors.values()]
-    values = torch.zeros(adapters, sum(sizes), device=device)
-    views: dict[K, Tensor] = {}
-    for (name, tensor), columns in zip(
-        tensors.items(), torch.split(values, sizes, dim=1), strict=True
-    ):
-        view = columns.view(tensor.shape)
-        view.copy_(tensor)
-        views[name] = nn.Parameter(view)
-    return values, views
-
-
-def _take_gradients(views: Iterable[Tensor], like: Tensor) -> Tensor:
-    gradients = []
-    for view in views:
-        gradient = torch.zeros_like(view) if view.grad is None else view.grad
-        gradients.append(gradient.reshape(len(view), -1))
-        view.grad = None
-    return torch.cat(gradients, dim=1) if gradients else torch.zeros_like(like)
-
-
 def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", torch.float32, copy=True)
+    return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prelort.adapters import LoraAdapter, Trained
 from prelort.errors import PrelortError
 from prelort.seeds import derive
 from prelort.tasks.interface import Example
 from prelort.training.adapter_stack import AdapterStack
+from prelort.training.optimizer import LocalOptimizer
 from prelort.training.runtime import ModelRuntime
 from prelort.training.settings import LocalTraining
 from prelort.training.steps import (
@@ -80,7 +81,7 @@ def train_batched(
         scale_multipliers=[client.scale_multiplier for client in clients],
     )
     settings, work = clients[0].settings, clients[0].assignment
-    optimizer = _BatchedOptimizer(stack, settings)
+    optimizers = {i: LocalOptimizer(*stack.trainable(i), clients[i].settings) for i in steps}
     names = [client.assignment.client for client in clients]
     seed = derive(work.seed, "dropout", *names, work.round_index)
     with stack.installed(), training_mode(runtime.model, settings, seed):
@@ -99,8 +100,9 @@ def train_batched(
                     active[index].check_time()
                 except PrelortError as error:
                     errors[index] = error
-            rates = {i: own.rates(step) for i, own in active.items() if i not in errors}
-            optimizer.step(rates)
+            stack.hand_out_gradients()
+            for index in active.keys() - errors.keys():
+                optimizers[index].step(active[index].rate_multiplier())
     return [
         errors.get(index)
         or TrainedClient(stack.adapter(index), steps[index].result(clients=len(clients)))
@@ -148,7 +150,7 @@ def _backward(
         losses = runtime.task.losses(runtime.model, batch) * weights.flatten().to(device)
         losses.sum().backward()  # type: ignore[no-untyped-call]
     by_client = losses.detach().view(len(parts), rows).sum(dim=1)
-    total = torch.zeros(len(stack.factors), device=device)
+    total = torch.zeros(len(stack.ranks), device=device)
     return total.index_add_(0, torch.tensor([*parts], device=device), by_client)
 
 
@@ -158,55 +160,3 @@ def _add_tail(stack: AdapterStack, index: int, assignment: Assignment) -> None:
     if objective.tail is not None:
         penalty = tail_penalty(stack.pairs(index), objective.tail, objective.levels[-1])
         (penalty * objective.tail.weight).backward()  # type: ignore[no-untyped-call]
-
-
-class _BatchedOptimizer:
-    """One optimiser for all clients: it gives the directions, each client takes its own rate.
-
-    torch's optimisers have one rate for a tensor. Here they work on tensors of zeros at rate 1:
-    what they make of them is the direction, and ``values += rate * direction``.
-    """
-
-    def __init__(self, stack: AdapterStack, settings: LocalTraining) -> None:
-        self._stack = stack
-        self._settings = settings
-        self._values = stack.factors, stack.modules_to_save
-        self._directions = [nn.Parameter(torch.zeros_like(value)) for value in self._values]
-        self._optimizer: torch.optim.Optimizer
-        if settings.optimizer == "adamw":
-            self._optimizer = torch.optim.AdamW(self._directions, lr=1.0, weight_decay=0.0)
-        else:
-            self._optimizer = torch.optim.SGD(self._directions, lr=1.0, momentum=settings.momentum)
-
-    @torch.no_grad()
-    def step(self, rates: dict[int, tuple[float, float]]) -> None:
-        """Clip each client's gradient; move those that have ``rates`` (of factors, of modules)."""
-        decay, adamw = self._settings.weight_decay, self._settings.optimizer == "adamw"
-        gradients = self._stack.take_gradients()
-        _clip(gradients, self._settings.max_grad_norm)
-        for value, gradient, direction in zip(
-            self._values, gradients, self._directions, strict=True
-        ):
-            # Decay belongs to SGD's gradient and to AdamW's step.
-            direction.grad = gradient if adamw else gradient.add_(value, alpha=decay)
-            direction.zero_()
-        self._optimizer.step()
-        table = torch.zeros(2, len(self._stack.factors))
-        for index, pair in rates.items():
-            table[:, index] = torch.tensor(pair)
-        for value, direction, rate in zip(
-            self._values, self._directions, table.to(self._stack.device)[:, :, None], strict=True
-        ):
-            if adamw and decay:
-                value.mul_(1 - rate * decay)
-            # The direction of a client that stands still may be no number.
-            value.add_(torch.where(rate > 0, rate * direction, 0.0))
-
-
-def _clip(gradients: Sequence[Tensor], max_norm: float) -> None:
-    """Scale each client's gradient down to the maximum norm, as `clip_grad_norm_` does."""
-    if max_norm > 0:
-        norms = torch.stack([gradient.norm(dim=1) for gradient in gradients]).norm(dim=0)
-        factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
-        for gradient in gradients:
-            gradient.mul_(factors[:, None])

@@ -81,7 +81,8 @@ class ClientDropout(TorchFunctionMode):
             now = self._states()
             self._restore(states)
             try:
-                yield
+                with self:  # it is off during `Tensor.backward`, itself one of torch's functions
+                    yield
             finally:
                 self._restore(now)
 

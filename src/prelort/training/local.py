@@ -11,11 +11,12 @@ from contextlib import nullcontext
 from itertools import chain
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prelort.models.lora import trainable
 from prelort.seeds import derive
 from prelort.tasks.interface import Example
+from prelort.training.optimizer import LocalOptimizer
 from prelort.training.runtime import ModelRuntime
 from prelort.training.settings import LocalTraining
 from prelort.training.steps import (
@@ -45,26 +46,20 @@ def train(
     """
     model = runtime.model
     steps = LocalSteps(examples, settings, assignment)
-    optimizer = _optimizer(model, settings)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer = LocalOptimizer(*trainable(model), settings)
     objective = assignment.objective
     seed = derive(assignment.seed, "dropout", assignment.client, assignment.round_index)
     layers = runtime.truncation.fused(model) if fused else nullcontext()
     with layers, training_mode(model, settings, seed):
-        for step in range(steps.count):
-            loss = torch.zeros((), device=parameters[0].device)
+        for _ in range(steps.count):
+            loss = torch.zeros((), device=runtime.device)
             for part in chain.from_iterable(steps.next(runtime.task, runtime.pad_id)):
                 loss += _backward(runtime, part, settings)
             if objective.tail is not None:
                 penalty = tail_penalty(pairs(model), objective.tail, objective.levels[-1])
                 (penalty * objective.tail.weight).backward()  # type: ignore[no-untyped-call]
             steps.record(float(loss))
-            if settings.max_grad_norm > 0:
-                nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
-            for group, rate in zip(optimizer.param_groups, steps.rates(step), strict=False):
-                group["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.step(steps.rate_multiplier())
             steps.check_time()
     return steps.result()
 
@@ -82,12 +77,3 @@ def _backward(runtime: ModelRuntime, part: ForwardPass, settings: LocalTraining)
             loss = losses.sum() * part.weight
         loss.backward()  # type: ignore[no-untyped-call]
     return loss.detach()
-
-
-def _optimizer(model: nn.Module, settings: LocalTraining) -> torch.optim.Optimizer:
-    """A fresh optimiser of two groups: the factors that learn, and the modules trained in full."""
-    groups = [{"params": parameters} for parameters in trainable(model) if parameters]
-    decay = settings.weight_decay
-    if settings.optimizer == "adamw":
-        return torch.optim.AdamW(groups, weight_decay=decay)
-    return torch.optim.SGD(groups, momentum=settings.momentum, weight_decay=decay)

@@ -20,7 +20,7 @@ from prelort.seeds import torch_generator
 from prelort.tasks.interface import Batch, Example, Task
 from prelort.training.batches import batches, steps_per_round
 from prelort.training.dropout import ClientDropout, draws
-from prelort.training.schedule import rate_multiplier
+from prelort.training.optimizer import rate_multiplier
 from prelort.training.settings import LocalTraining
 
 
@@ -101,12 +101,10 @@ class LocalSteps:
                 own.append([ForwardPass(examples, batch, p.ranks, p.weight / total) for p in parts])
         return own
 
-    def rates(self, step: int) -> tuple[float, float]:
-        """The learning rates of the factors and of the modules trained in full at a step."""
-        work, settings = self.assignment, self.settings
-        done = work.round_index * self.count + step
-        multiplier = rate_multiplier(settings, done, self.count * work.rounds)
-        return settings.learning_rate * multiplier, settings.head_learning_rate * multiplier
+    def rate_multiplier(self) -> float:
+        """The factor of the learning rates at the step whose loss was recorded last."""
+        done = self.assignment.round_index * self.count + len(self.losses) - 1
+        return rate_multiplier(self.settings, done, self.count * self.assignment.rounds)
 
     def record(self, loss: float) -> None:
         """Note the loss of the step. Raises `PrelortError` if it is no longer finite."""
