@@ -16,7 +16,7 @@ ALLOWED = {
     "models": {"adapters"},
     "tasks": set(),
     "data": {"tasks"},
-    "metrics": {"tasks"},
+    "metrics": {"tasks", "training"},
     "report": {"metrics"},
     "training": {"adapters", "methods", "models", "tasks"},
     "planning": {"adapters", "methods", "models", "tasks", "training"},

@@ -30,7 +30,7 @@ def dropping(folder) -> Bench:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_clients_in_threads_train_to_the_bits_of_each_alone(folder, checkpointing):
-    settings = {"objective": NESTED, "gradient_checkpointing": checkpointing, "local_steps": 6}
+    settings = {"objective": NESTED, "gradient_checkpointing": checkpointing, "local_steps": 3}
     bench, beside = dropping(folder), [dropping(folder) for _ in range(2)]
     alone = [bench.train(client=name, **settings) for name in "ab"]
     assert not same_bits(alone[0][1], alone[1][1])
@@ -65,7 +65,7 @@ def test_the_process_generator_is_neither_read_nor_advanced(tiny_bert):
 def test_another_seed_client_or_round_drops_differently(tiny_llama, change):
     bench = dropping(tiny_llama)
     # Two epochs without shuffling: the batches are the same in every round.
-    settings = {"rounds": 2, "schedule": "constant", "shuffle": False, "local_steps": 6}
+    settings = {"rounds": 2, "schedule": "constant", "shuffle": False, "local_steps": 3}
     (_, first), (_, same) = bench.train(**settings), bench.train(**settings)
     assert same_bits(first, same)
     assert not same_bits(bench.train(**settings, **change)[1], first)
@@ -106,9 +106,9 @@ def test_attention_with_dropout_is_torchs(masked):
         )
         assert torch.equal(F.scaled_dot_product_attention(q, k, v, **options), expected)
         many = [
-            F.scaled_dot_product_attention(q, k, v, dropout_p=0.3, **options) for _ in range(3000)
+            F.scaled_dot_product_attention(q, k, v, dropout_p=0.3, **options) for _ in range(400)
         ]
-    torch.testing.assert_close(torch.stack(many).mean(dim=0), expected, rtol=0, atol=0.12)
+    torch.testing.assert_close(torch.stack(many).mean(dim=0), expected, rtol=0, atol=0.25)
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ class AdapterStack:
             for name in adapters[0].modules_to_save
         }
         learning = {key: tensor for key, tensor in factors.items() if key[1] in trains}
-        self._matrices = [_Matrix(learning, self.device), _Matrix(saved, self.device)]
+        self._matrices = [_Matrix(learning, self), _Matrix(saved, self)]
         self._rows = [
             [nn.Parameter(matrix.values.detach()[index]) for matrix in self._matrices]
             for index in range(len(adapters))
@@ -176,11 +176,12 @@ class AdapterStack:
 class _Matrix:
     """Stacked tensors [adapters, ...] in one matrix [adapters, numbers] that learns."""
 
-    def __init__(self, tensors: Mapping[Key, Tensor], device: torch.device) -> None:
+    def __init__(self, tensors: Mapping[Key, Tensor], stack: AdapterStack) -> None:
         self._shapes = {key: tensor.shape for key, tensor in tensors.items()}
         self._sizes = [tensor[0].numel() for tensor in tensors.values()]
-        flat = [tensor.flatten(1) for tensor in tensors.values()] or [torch.zeros(1, 0)]
-        self.values = nn.Parameter(torch.cat(flat, dim=1).to(device))
+        flat = [tensor.flatten(1) for tensor in tensors.values()]
+        values = torch.cat([torch.zeros(len(stack.ranks), 0), *flat], dim=1)
+        self.values = nn.Parameter(values.to(stack.device))
 
     def views(self) -> dict[Key, Tensor]:
         """The tensors, as parts of the matrix."""
