@@ -5,7 +5,7 @@ sides take turns:
 
 - ``peft``: for each client PEFT's own model of its rank, torch's AdamW and clipping, nothing of
   this project; with one CPU thread and with all of them
-- ``one by one``: this project's local training, with one thread and with all
+- ``after the other``: this project's local training, with one thread and with all
 - ``threads``: as many clients at a time as there are cores, one thread each (CPU only)
 - ``one batch``: all K in one forward and backward pass, with one thread and with all
 
@@ -126,7 +126,7 @@ class Bench:
             made.append(BatchedClient(adapter, self.examples(index), self.settings, work))
         return made
 
-    def one_by_one(self, clients: Sequence[BatchedClient]) -> None:
+    def after_the_other(self, clients: Sequence[BatchedClient]) -> None:
         """This project's training, client by client."""
         for client in clients:
             self.alone(self.runtime, client)
@@ -209,7 +209,7 @@ def timed(work: Callable[[], None], threads: int, device: str) -> Callable[[], f
 def measured(bench: Bench, count: int, repeats: int, device: str) -> list[dict[str, Any]]:
     """One row for each side: milliseconds for a client's step, and the gain over the best PEFT."""
     clients = bench.clients(count)
-    work = {"peft": bench.peft, "one by one": bench.one_by_one}
+    work = {"peft": bench.peft, "after the other": bench.after_the_other}
     if count > 1:
         work["one batch"] = bench.one_batch
     sides = {}
