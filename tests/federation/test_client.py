@@ -34,7 +34,7 @@ from prelort.training.settings import LocalTraining
 from prelort.training.steps import Assignment
 from prelort.training.tail import pairs, tail_norm
 from prelort.training.truncation import Truncation
-from small_federation import blob_of, in_process, same_bits
+from small_federation import blob_of, in_process
 from tiny_models import base_model, kind_of, trained_adapter
 
 RULE = ScaleRule("rslora", 1.3)
@@ -251,13 +251,6 @@ def test_its_reply_is_the_trained_part_of_what_it_received(
     assert not any(torch.equal(tensor, before[name]) for name, tensor in found.items())
 
 
-def test_a_round_with_a_fold_leaves_nothing_for_the_next_client(bench: Bench) -> None:
-    sent = Broadcast(bench.trained.prefix(4))
-    _, before = bench.train(sent)
-    bench.train(replace(sent, frozen=fold_of(bench.trained, 30), trains="B", scale_multiplier=3.0))
-    assert_same(bench.train(sent)[1], before)
-
-
 # What it is not sent
 
 
@@ -470,21 +463,6 @@ def test_a_tail_that_training_made_smaller_is_left_off(bench: Bench) -> None:
     assert_same(found, expected.prefix(2).tensors())
 
 
-@pytest.mark.parametrize("objective", [pruning(3, weight=30.0), plain(4)], ids=["lowest", "plain"])
-def test_it_is_kept_below_the_lowest_rank_and_where_nothing_is_pruned(
-    bench: Bench, objective: Objective
-) -> None:
-    head, found = bench.train(Broadcast(bench.trained.prefix(4)), objective)
-    assert (head.rank, head.next_rank) == (4, None)
-    assert found["model.layers.0.self_attn.q_proj.lora_A.weight"].shape[0] == 4
-
-
-def test_a_tail_that_grew_is_kept(bench: Bench) -> None:
-    """From B = 0 it cannot have become smaller."""
-    head, _ = bench.train(Broadcast(bench.initial.prefix(4)), pruning(1, weight=30.0))
-    assert (head.rank, head.next_rank) == (4, None)
-
-
 def test_it_is_asked_after_each_round_what_it_affords(bench: Bench) -> None:
     asked: list[int] = []
 
@@ -544,10 +522,3 @@ def test_the_loss_on_its_validation_rows_is_that_of_what_it_trained(bench: Bench
     assert bench.train(sent)[0].validation_loss is None
     bench.client = replace(bench.client, validation=())
     assert bench.train(sent, with_validation=True)[0].validation_loss is None
-
-
-def test_measuring_its_validation_rows_does_not_change_what_it_sends(bench: Bench) -> None:
-    bench.client = replace(bench.client, validation=examples_of(bench.folder, 2))
-    sent = Broadcast(bench.trained.prefix(4))
-    assert_same(bench.train(sent, with_validation=True)[1], bench.train(sent)[1])
-    assert same_bits(sent.trainable, bench.trained.prefix(4))

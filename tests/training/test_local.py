@@ -301,12 +301,6 @@ def test_the_head_has_a_rate_of_its_own(bert, optimizer):
         assert not torch.equal(factors.B, bert.start.layers[name].B)
 
 
-def test_without_a_rate_of_its_own_the_head_has_the_common_one(bert):
-    with recorded_rates() as rates:
-        bert.train(local_steps=1)
-    assert rates == [[0.05, 0.05]]
-
-
 # Ways to compute
 
 

@@ -154,12 +154,6 @@ def test_the_weight_decides_and_zero_changes_nothing(bench):
     assert same_bits(bench.train(objective=with_tail(0.0), **settings)[1], free)
 
 
-def test_training_from_b_of_zeros_gives_finite_numbers(bench):
-    _, found = bench.train(fresh(bench.start, 1), objective=with_tail(0.5))
-    assert all(bool(tensor.isfinite().all()) for tensor in found.tensors().values())
-    assert all(factors.B.any() for factors in found.layers.values())
-
-
 # The rule
 
 
