@@ -17,7 +17,7 @@ ALLOWED = {
     "methods": {"adapters", "aggregation"},
     "models": {"adapters"},
     "tasks": set(),
-    "metrics": {"tasks"},
+    "metrics": {"tasks", "training"},
     "training": {"adapters", "aggregation", "methods", "models", "tasks"},
     "federation": {
         *("adapters", "aggregation", "methods", "metrics", "models", "tasks", "training"),

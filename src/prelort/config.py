@@ -275,9 +275,9 @@ class FederationConfig(Section):
     attempts: Annotated[int, Field(ge=1)] = Field(
         3, description="real sites: attempts at a round before the run stops"
     )
-    together: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+    clients_per_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto",
-        description="clients of this process trained in one batch; auto: one on a CPU, on a GPU "
+        description="clients of this process that train in one batch; auto: one on a CPU, on a GPU "
         "all of a round, or as many as its memory holds",
     )
     wire_dtype: Literal["float32", "bfloat16", "float16", "int8"] = Field(

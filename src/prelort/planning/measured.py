@@ -18,7 +18,10 @@ from prelort.models.base import device_of, load_model
 from prelort.models.lora import attach, initial_adapter, install
 from prelort.planning.rehearsal import storage_bytes, tensors_of
 from prelort.tasks.interface import Example
-from prelort.training.local import Assignment, train
+from prelort.training.local import train
+from prelort.training.runtime import ModelRuntime
+from prelort.training.settings import LocalTraining
+from prelort.training.steps import Assignment
 from prelort.training.truncation import Truncation
 
 
@@ -76,16 +79,14 @@ def measured_peak(
         trains=sent.trains,
         scale_multiplier=sent.scale_multiplier,
     )
-    truncation = Truncation(wrapped, scale)
+    runtime = ModelRuntime(wrapped, Truncation(wrapped, scale), task, pad_id=0)
     training = config.training.model_copy(update={"local_steps": 3})
     count = 3 * training.batch_size * training.gradient_accumulation
     vocabulary = int(model.config.get_text_config().vocab_size)
     examples = [_example(row, config, vocabulary, task.kind) for row in range(count)]
     assignment = Assignment(client.name, 0, 1, config.seed, method.objective(state, client))
     present = storage_bytes(tensors_of(wrapped))
-    return present + peak(
-        lambda: train(wrapped, truncation, task, examples, training, assignment, pad_id=0)
-    )
+    return present + peak(lambda: train(runtime, examples, LocalTraining.of(training), assignment))
 
 
 def _example(row: int, config: Config, vocabulary: int, kind: str) -> Example:

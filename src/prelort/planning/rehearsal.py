@@ -35,7 +35,10 @@ from prelort.models.lora import extract, install, trainable
 from prelort.planning.live import LiveBytes
 from prelort.planning.skeleton import for_gpu, materialise, skeleton
 from prelort.tasks.interface import Example
-from prelort.training.local import Assignment, train
+from prelort.training.local import train
+from prelort.training.runtime import ModelRuntime
+from prelort.training.settings import LocalTraining
+from prelort.training.steps import Assignment
 from prelort.training.truncation import Truncation
 
 UNLIMITED = 2**20
@@ -155,6 +158,7 @@ class Rehearser:
         example = Example(ids, 0 if self.task.kind == "classification" else ids)
         examples = [example] * (training.batch_size * training.gradient_accumulation)
         assignment = Assignment("plan", 0, 1, 0, objective)
+        runtime = ModelRuntime(self._model, self._truncation, self.task, pad_id=0)
         present = tensors_of(self._model)
         factors, modules_to_save = trainable(self._model)
         learning = [*factors, *modules_to_save]
@@ -177,7 +181,7 @@ class Rehearser:
         handles.append(register_optimizer_step_post_hook(post))
         try:
             with watch:
-                train(self._model, self._truncation, self.task, examples, training, assignment, 0)
+                train(runtime, examples, LocalTraining.of(training), assignment)
         finally:
             for handle in handles:
                 handle.remove()
