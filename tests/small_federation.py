@@ -109,7 +109,7 @@ def make_reply_header(client: Client, round_index: int = 0, /, **changes: Any) -
     return TrainReply.model_construct(**values)
 
 
-def make_properties(client: Client, **changes: Any) -> ClientProperties:
+def make_properties(client: Client, /, **changes: Any) -> ClientProperties:
     values = {
         **SPEC.header(client.rank).model_dump(),
         "client": client.name,
@@ -216,7 +216,9 @@ def small_client_app(
     return app
 
 
-def evaluate_reply(client: Client, request: EvaluateRequest, **changes: Any) -> EvaluateReply:
+def evaluate_reply(
+    client: Client, request: EvaluateRequest, /, **changes: Any
+) -> EvaluateReply:
     metrics = {"loss": float(client.name.rpartition("-")[2])}
     values = {
         **SPEC.header(request.rank).model_dump(),
