@@ -98,7 +98,6 @@ def _train(site: LocalClient, content: RecordDict) -> RecordDict:
     """Check the request, train the adapter that came with it, and pack the reply."""
     work = site.runtime
     request = wire.header(content, messages.TrainRequest)
-    request.check_features()
     received, frozen = delivered(site, content, request)
     install(
         work.model,
@@ -222,10 +221,11 @@ def delivered(
     """The adapter that was delivered and what is to be frozen beside it, both checked."""
     work = site.runtime
     work.spec.check(request)
-    max_rank = max(site.max_rank, site.rank)
-    # Measuring needs no gradients: any rank of the federation will do.
-    if isinstance(request, messages.TrainRequest) and request.rank > max_rank:
-        raise UpdateRefused(f"affords rank {max_rank} at most, asked was {request.rank}")
+    if isinstance(request, messages.TrainRequest):
+        request.check_features()
+        max_rank = max(site.max_rank, site.rank)
+        if request.rank > max_rank:  # measuring needs no gradients: any rank will do
+            raise UpdateRefused(f"affords rank {max_rank} at most, asked was {request.rank}")
     received, frozen = wire.adapter(content, request, _known(site, request))
     wire.check_adapter(received, work.spec.schema, request.rank, float("inf"))
     if frozen is not None:
