@@ -50,7 +50,7 @@ def tensors(draw: st.DrawFn) -> dict[str, Tensor]:
 
 
 def dimensions(name: str, tensor: Tensor) -> Tensor:
-    """[slots, width], written down another way than in the module."""
+    """[rank dimensions, width], written down another way than in the module."""
     if name == BIAS:
         return tensor.reshape(1, -1)
     rows = tensor.unbind(1 if name == B else 0)
@@ -65,7 +65,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 @settings(max_examples=200, deadline=None)
 @given(tensors())
-def test_int8_is_off_by_half_a_step_of_its_slot_at_most(given: dict[str, Tensor]) -> None:
+def test_int8_is_off_by_half_a_step_of_its_dimension_at_most(given: dict[str, Tensor]) -> None:
     found = decode(encode(given, "int8"), "int8")
     assert list(found) == list(given)
     for name, tensor in given.items():
@@ -93,7 +93,7 @@ def test_float32_is_exact(given: dict[str, Tensor]) -> None:
     assert same(decode(encode(given, "float32"), "float32"), given)
 
 
-def test_every_slot_has_a_scale_of_its_own() -> None:
+def test_every_rank_dimension_has_a_scale_of_its_own() -> None:
     a = torch.tensor([[127.0, -1.0, 0.4], [0.0, 0.0, 0.0], [1.27, -0.01, 0.02]])
     found = encode({A: a, B: a.T.contiguous(), HEAD: a, BIAS: a[0]}, "int8")
 
