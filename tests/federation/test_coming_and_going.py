@@ -58,9 +58,8 @@ def test_clients_are_known_by_their_properties_in_the_order_of_their_names() -> 
         grid = in_process(small_client_app(clients), len(clients))
         found, _ = connected(grid)
         assert [one.client for one in found] == CLIENTS
-        assert [one.node_id for one in sorted(found, key=lambda one: clients.index(one.client))] == [
-            *grid.get_node_ids()
-        ]
+        nodes = {one.client: one.node_id for one in found}
+        assert [nodes[client] for client in clients] == list(grid.get_node_ids())
 
 
 @pytest.mark.parametrize("stated, known", [(4, 4), (6, 6), (8, 8), (9, 8), (1000, 8)])

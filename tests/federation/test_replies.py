@@ -57,7 +57,7 @@ def reply(
 
 def take(
     content: RecordDict,
-    sent: Broadcast = Broadcast(SENT),  # noqa: B008
+    sent: Broadcast = Broadcast(SENT),
     *,
     spec: AdapterSpec = SPEC,
     dtype: Any = "float32",

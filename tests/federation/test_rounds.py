@@ -248,7 +248,7 @@ class TestConnecting:
         assert not run.of(RoundStarted)
 
     def test_nobody_who_fits_is_refused(self) -> None:
-        others = dict.fromkeys(range(4), {"scale": 8.0})
+        others = {index: {"scale": 8.0} for index in range(4)}
         run = make_run(small_client_app(CLIENTS, properties=others))
         with pytest.raises(ConfigError, match="no client can take part"):
             run.train()
