@@ -216,9 +216,7 @@ def small_client_app(
     return app
 
 
-def evaluate_reply(
-    client: Client, request: EvaluateRequest, /, **changes: Any
-) -> EvaluateReply:
+def evaluate_reply(client: Client, request: EvaluateRequest, /, **changes: Any) -> EvaluateReply:
     metrics = {"loss": float(client.name.rpartition("-")[2])}
     values = {
         **SPEC.header(request.rank).model_dump(),

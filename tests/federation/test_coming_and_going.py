@@ -289,9 +289,7 @@ class TestRun:
         assert run.state.levels == (2, 4, 8)
 
     def test_a_round_that_fails_is_tried_again(self) -> None:
-        grid = ChangingGrid(
-            Node(client("a"), fails=lambda now: 2.0 < now < 5.0), Node(client("b"))
-        )
+        grid = ChangingGrid(Node(client("a"), fails=lambda now: 2.0 < now < 5.0), Node(client("b")))
         run = self.train(grid, rounds=2, quorum=2)
         assert run.state.round == 2
         first = run.of(RoundRepeated)[0]

@@ -178,9 +178,7 @@ def test_who_fails_is_left_out_of_the_pool_with_an_event(change: Any, reason: st
 
 def reply(examples: int, weight: int) -> EvaluateReply:
     facts = SPEC.header(4).model_dump()
-    return EvaluateReply(
-        **facts, client="a", round=1, examples=examples, weight=weight, metrics={}
-    )
+    return EvaluateReply(**facts, client="a", round=1, examples=examples, weight=weight, metrics={})
 
 
 counts = st.integers(1, 50)
