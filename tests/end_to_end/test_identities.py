@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,31 +16,18 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import prelort
+from backends import in_this_process
 from prelort import tasks
-from prelort.adapters import LoraAdapter
 from prelort.config import Config
 from prelort.data import federated
-from prelort.experiment import stage
+from prelort.events import Checkpointed, ClientFinished, Event
 from prelort.tasks.interface import Example
+from run_files import assert_same_run, events_of
+from small_federation import same_bits
 
 Make = Callable[..., Config]
 ONE_CLIENT = {"by": "iid", "clients": 1}
 PLAIN = {"name": "prelort", "objective": "plain"}
-
-
-def same_bits(one: LoraAdapter, other: LoraAdapter) -> bool:
-    a, b = one.tensors(), other.tensors()
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def events_of(path: Path) -> list[Any]:
-    def timeless(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: timeless(v) for k, v in value.items() if k not in ("seconds", "phases")}
-        return value
-
-    lines = (path / "metrics.jsonl").read_text().splitlines()
-    return [timeless(json.loads(line)) for line in lines]
 
 
 def examples_of(config: Config, tokenizer: Any) -> tuple[list[Example], list[Example]]:
@@ -122,7 +109,6 @@ class TestOneClientIsPlainPeft:
         make_config: Make,
         tiny_llama: Path,
         tokenizer: Any,
-        monkeypatch: pytest.MonkeyPatch,
         method: str,
         name: str,
         rounds: int,
@@ -143,13 +129,17 @@ class TestOneClientIsPlainPeft:
                 "shuffle": False,
             },
         )
-        monkeypatch.setattr("prelort.experiment.checkpoint.KEPT", 10)
-        prelort.run(config, tmp_path / "run")
+        start = tmp_path / "start"
 
+        def keep_the_start(event: Event) -> None:
+            if isinstance(event, Checkpointed) and event.round == 0:
+                shutil.copytree(tmp_path / "run" / "checkpoints" / "00000", start)
+
+        prelort.run(config, tmp_path / "run", listeners=[keep_the_start])
         train, _ = examples_of(config, tokenizer)
         expected = trained_by_hand(
             tiny_llama,
-            tmp_path / "run" / "checkpoints" / "00000",
+            start,
             train,
             rank=8,
             steps=rounds * steps,
@@ -158,14 +148,14 @@ class TestOneClientIsPlainPeft:
             pad=tokenizer.pad_token_id,
         )
         found = load_file(tmp_path / "run" / "adapters" / "rank-8" / "adapter_model.safetensors")
-        start = load_file(tmp_path / "run" / "checkpoints" / "00000" / "state.safetensors")
+        before = load_file(start / "state.safetensors")
 
         assert found.keys() == expected.keys()
         for key, tensor in expected.items():
             assert torch.allclose(found[key], tensor, rtol=0, atol=1e-6), key
         moved = max(
             float((found[f"base_model.model.{n.removeprefix('adapter:')}"] - t).abs().max())
-            for n, t in start.items()
+            for n, t in before.items()
         )
         assert moved > 1e-3  # the training did something
 
@@ -222,12 +212,8 @@ class TestDeterminism:
         torch.rand(7)
         two = prelort.run(config, tmp_path / "two")
 
-        assert same_bits(one.adapter, two.adapter)
         assert one.metrics == two.metrics
-        assert events_of(tmp_path / "one") == events_of(tmp_path / "two")
-        for file in (tmp_path / "one" / "adapters").rglob("*.*"):
-            twin = tmp_path / "two" / file.relative_to(tmp_path / "one")
-            assert file.read_bytes() == twin.read_bytes()
+        assert_same_run(tmp_path / "one", tmp_path / "two")
 
     def test_another_seed_is_another_run(self, tmp_path: Path, make_config: Make) -> None:
         one = prelort.run(make_config(seed=1), tmp_path / "one")
@@ -244,47 +230,30 @@ class TestDeterminism:
         assert torch.equal(torch.rand(3), expected)
         assert not torch.are_deterministic_algorithms_enabled()
 
-    def test_the_order_in_which_sites_are_listed_does_not_matter(
-        self, tmp_path: Path, make_config: Make, monkeypatch: pytest.MonkeyPatch
+    def test_the_order_in_which_clients_are_listed_does_not_matter(
+        self, tmp_path: Path, make_config: Make
     ) -> None:
         config = make_config(lora={"dropout": 0.2})
-        results = [prelort.run(config, tmp_path / "as-listed")]
-        real = stage.assemble
-
-        def turned(config: Config, *others: Any) -> Any:
-            assembly = real(config, *others)
-            s = assembly.sites
-            return dataclasses.replace(assembly, sites=(s[3], s[5], s[0], s[2], s[1], s[4]))
-
-        monkeypatch.setattr(stage, "assemble", turned)
-        results.append(prelort.run(config, tmp_path / "turned"))
-
-        assert same_bits(results[0].adapter, results[1].adapter)
-        assert events_of(tmp_path / "as-listed") == events_of(tmp_path / "turned")
+        prelort.run(config, tmp_path / "as-listed")
+        turned = in_this_process(order=(3, 5, 0, 2, 1, 4))
+        prelort.run(config, tmp_path / "turned", backend=turned)
+        assert_same_run(tmp_path / "turned", tmp_path / "as-listed")
 
 
-def test_at_equal_ranks_the_methods_are_one(tmp_path: Path, make_config: Make) -> None:
-    results = [
+@pytest.mark.parametrize("mix, alike", [("4*1", True), ("2, 2, 4, 4, 8, 8", False)])
+def test_the_methods_are_one_at_equal_ranks_and_only_there(
+    tmp_path: Path, make_config: Make, mix: str, alike: bool
+) -> None:
+    first, *others = [
         prelort.run(
-            make_config(ranks={"mix": "4*1"}, method={"name": name, "objective": "plain"}),
+            make_config(ranks={"mix": mix}, method={"name": name, "objective": "plain"}),
             tmp_path / name,
         )
-        for name in ("prelort", "zero-padding", "fedit")
+        for name in ("prelort", "zero-padding", *(("fedit",) if alike else ()))
     ]
-    assert same_bits(results[0].adapter, results[1].adapter)
-    assert same_bits(results[0].adapter, results[2].adapter)
-    assert results[0].metrics == results[1].metrics == results[2].metrics
-
-
-def test_at_mixed_ranks_they_differ(tmp_path: Path, make_config: Make) -> None:
-    """Guards the law above."""
-    adapters = [
-        prelort.run(
-            make_config(method={"name": name, "objective": "plain"}), tmp_path / name
-        ).adapter
-        for name in ("prelort", "zero-padding")
-    ]
-    assert not same_bits(*adapters)
+    for other in others:
+        assert same_bits(first.adapter, other.adapter) == alike
+        assert (first.metrics == other.metrics) == alike
 
 
 def batches(examples: list[Example], pad: int) -> Iterator[dict[str, Tensor]]:
@@ -385,8 +354,8 @@ def test_truncations_that_are_named_are_those_of_mixed_clients(
     alike = prelort.run(all_alike, tmp_path / "alike")
     losses = []
     for folder in (tmp_path / "mixed", tmp_path / "alike"):
-        replies = [e for e in events_of(folder) if e["event"] == "client_finished"]
-        losses.append({e["client"]: e["loss"] for e in replies})
+        replies = [event for event in events_of(folder) if isinstance(event, ClientFinished)]
+        losses.append({reply.client: reply.loss for reply in replies})
     names = [f"site-{index}" for index in range(4)]
     assert [losses[0][name] for name in names] == [losses[1][name] for name in names]
     assert sorted(alike.metrics) == sorted(mixed.metrics) == [2, 4, 8]

@@ -292,6 +292,8 @@ class Federation:
         self._log(Waiting(self._finished + 1, names, missing, needed, until))
 
     def _refuse(self, name: str, reason: str) -> None:
+        if self._transport.patience is None and self._round > 0:
+            return  # the run is resumed, and its log has the event
         self._log(ClientRefused(self._round, name, reason))
 
     def _update_clients(self, method: Method, state: ServerState) -> ServerState:
