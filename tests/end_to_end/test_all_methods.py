@@ -188,6 +188,34 @@ def test_plain_peft_gives_with_every_folder_what_was_measured(
     assert all(abs(value / result.base["perplexity"] - 1) > 1e-3 for value in found.values())
 
 
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"scale_rule": "constant", "scale": 2.0},
+        {"rank_pattern": {"k_proj": 3}},
+        {"target_modules": ["q_proj", "up_proj"]},
+    ],
+    ids=["constant scale", "rank pattern", "some modules"],
+)
+def test_plain_peft_gives_what_was_measured_whatever_is_adapted(
+    tmp_path: Path,
+    make_config: Make,
+    tiny_llama: Path,
+    test_rows: TestRows,
+    lora: dict[str, Any],
+) -> None:
+    # A rate at which the adapter changes the function a lot.
+    config = make_config(lora=lora, training={"learning_rate": 5e-2})
+    result = prelort.run(config, tmp_path / "run")
+    found = perplexities(tiny_llama, result.path, test_rows.everyones)
+    base: Any = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
+    with torch.no_grad():
+        found[0] = math.exp(float(base(**test_rows.everyones).loss))
+    metrics = {0: result.base, **result.metrics}
+    assert found == pytest.approx({r: v["perplexity"] for r, v in metrics.items()}, rel=1e-5)
+    assert len({round(value, 2) for value in found.values()}) == 4  # four functions, not one
+
+
 @every_but(SKETCHES)
 def test_plain_peft_gives_at_a_client_what_it_measured(
     tmp_path: Path,
@@ -357,7 +385,7 @@ def test_transposed_layers_and_a_client_whose_numbers_are_none(
 
 @every
 def test_a_classifier_and_its_head(
-    tmp_path: Path, make_config: Make, tiny_bert: Path, name: str
+    tmp_path: Path, make_config: Make, tiny_bert: Path, tokenizer: Any, name: str
 ) -> None:
     """The head is trained in full by everyone; it is in every folder, or with its client."""
     config = config_of(
@@ -386,13 +414,15 @@ def test_a_classifier_and_its_head(
             assert not any(torch.equal(own[key], head) for key, head in heads.items())
         return
     assert all(moved)
+    rows, task = federated.load(config), tasks.get(config.task)
+    examples = task.encode(rows.test, tokenizer, config.data, rows.labels)
+    batch = dict(task.collate(examples, tokenizer.pad_token_id))
     for rank, values in result.metrics.items():
-        assert math.isfinite(values["loss"])
-        assert 0 <= values["accuracy"] <= 1
+        torch.manual_seed(rank)  # a head that is drawn anew would differ
         model: Any = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=2)
-        loaded = PeftModel.from_pretrained(model, result.path / "adapters" / f"rank-{rank}")
-        state = loaded.state_dict()
-        for key in heads:
-            module, _, attribute = key.rpartition(".")
-            found = state[f"base_model.model.{module}.modules_to_save.default.{attribute}"]
-            assert torch.equal(found, result.adapter.modules_to_save[key])
+        folder = result.path / "adapters" / f"rank-{rank}"
+        with torch.no_grad():
+            found = PeftModel.from_pretrained(model, folder).eval()(**batch)
+        assert float(found.loss) == pytest.approx(values["loss"], rel=1e-5)
+        right = (found.logits.argmax(1) == batch["labels"]).float().mean()
+        assert float(right) == pytest.approx(values["accuracy"])

@@ -268,17 +268,6 @@ def test_who_cannot_have_the_high_rank_gets_its_maximum() -> None:
     assert by_loss(losses(*[1.0] * 4), 0.25, max_rank=5).rank_changes() == [(1, "site-0", 2, 5)]
 
 
-@pytest.mark.parametrize(
-    "share, clients, count",
-    [(0.1, 100, 10), (0.1, 16, 2), (0.1, 14, 1), (0.01, 5, 1), (0.5, 7, 4), (0.5, 10, 5)],
-)
-def test_the_share_is_of_all_clients_rounded_and_at_least_one(
-    share: float, clients: int, count: int
-) -> None:
-    found = ByLoss(8, share).raised({f"{i:03d}": float(i) for i in range(6)}, clients)
-    assert set(found) == {f"{i:03d}" for i in range(min(count, 6))}
-
-
 @given(
     st.dictionaries(st.text(max_size=3), st.floats(), max_size=12),
     st.floats(0.01, 1.0),
