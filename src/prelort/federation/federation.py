@@ -277,11 +277,12 @@ class Federation:
         connected = self._manager.gather(needed, lambda seconds: self._wait(needed, seconds))
         patience = self._transport.patience
         if patience is not None and len(connected) < needed:
-            missing = ", ".join(self._manager.missing)
+            names = ", ".join(self._manager.missing)
+            missing = f", missing: {names}" if names else ""
             raise QuorumError(
                 f"{len(connected)} clients are connected after waiting {patience:g} s "
-                f"(federation.wait), {needed} are needed{f', missing: {missing}' if missing else ''}"
-                f"; the global adapter is as it was after round {self._finished}"
+                f"(federation.wait), {needed} are needed{missing}; the global adapter is as "
+                f"it was after round {self._finished}"
             )
         return connected
 
