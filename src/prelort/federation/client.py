@@ -95,7 +95,6 @@ def _train(client: LocalClient, content: RecordDict) -> RecordDict:
     """Check the request, train the adapter that came with it, and pack the reply."""
     runtime = client.runtime
     request = wire.header(content, messages.TrainRequest)
-    request.check_features()
     received, frozen = delivered(client, content, request)
     install(
         runtime.model,
@@ -245,10 +244,11 @@ def delivered(
     """
     spec = client.runtime.spec
     spec.check(request)
-    max_rank = max(client.max_rank, client.rank)
-    # Evaluation needs no gradients: any rank of the federation will do.
-    if isinstance(request, messages.TrainRequest) and request.rank > max_rank:
-        raise UpdateRefused(f"affords rank {max_rank} at most, requested was {request.rank}")
+    if isinstance(request, messages.TrainRequest):
+        request.check_features()
+        max_rank = max(client.max_rank, client.rank)
+        if request.rank > max_rank:  # evaluation needs no gradients: any rank will do
+            raise UpdateRefused(f"affords rank {max_rank} at most, requested was {request.rank}")
     received, frozen = wire.adapter(content, request, _known_tensors(client, request))
     wire.check_adapter(received, spec.schema, request.rank, float("inf"))
     if frozen is not None:
