@@ -17,7 +17,7 @@ from prelort import tasks
 from prelort.adapters import AdapterSchema, Factors, LoraAdapter, ScaleRule
 from prelort.adapters.initial import fresh
 from prelort.config import LoraSettings, ModelConfig, TrainingConfig
-from prelort.federation import wire
+from prelort.federation import messages, wire
 from prelort.federation.client import ClientRuntime, LocalClient, make_client_app
 from prelort.federation.client_app import REFUSED
 from prelort.federation.client_manager import AdapterSpec
@@ -39,7 +39,9 @@ from tiny_models import base_model, kind_of, trained_adapter
 
 RULE = ScaleRule("rslora", 1.3)
 GLOBAL = 8
-TRAINING = TrainingConfig(local_steps=2, batch_size=4, learning_rate=0.05, optimizer="sgd")
+TRAINING = LocalTraining.of(
+    TrainingConfig(local_steps=2, batch_size=4, learning_rate=0.05, optimizer="sgd")
+)
 
 
 def examples_of(folder: Path, seed: int, count: int = 8) -> list[Example]:
@@ -79,9 +81,9 @@ class Bench:
         (reply,) = grid.send_and_receive([message])
         return reply
 
-    def properties(self) -> wire.ClientProperties:
+    def properties(self) -> messages.ClientProperties:
         content = wire.pack(self.runtime.spec.header(1))
-        return wire.header(self.ask(content, MessageType.QUERY).content, wire.ClientProperties)
+        return wire.header(self.ask(content, MessageType.QUERY).content, messages.ClientProperties)
 
     def request(self, sent: Broadcast, objective: Objective | None, **changes: Any) -> Any:
         rank = sent.trainable.rank
@@ -104,23 +106,23 @@ class Bench:
             "trains": sent.trains,
             "timeout": 60.0,
         }
-        return wire.TrainRequest(**(facts | changes))
+        return messages.TrainRequest(**(facts | changes))
 
     def train(
         self, sent: Broadcast, objective: Objective | None = None, **changes: Any
-    ) -> tuple[wire.TrainReply, dict[str, torch.Tensor]]:
+    ) -> tuple[messages.TrainReply, dict[str, torch.Tensor]]:
         """The reply's header, and the tensors that came with it."""
         head = self.request(sent, objective, **changes)
-        content = wire.pack(head, sent.trainable, sent.frozen, without=head.missing())
+        content = wire.pack(head, sent.trainable, sent.frozen, without=wire.not_sent_down(head))
         reply = self.ask(content, MessageType.TRAIN)
         assert not reply.has_error(), reply.error.reason
-        answered = wire.header(reply.content, wire.TrainReply)
+        answered = wire.header(reply.content, messages.TrainReply)
         return answered, tensors_in(reply)
 
     def refusal(self, sent: Broadcast, **changes: Any) -> str:
         """The reason for which a request is refused."""
         head = self.request(sent, None, **changes)
-        content = wire.pack(head, sent.trainable, sent.frozen, without=head.missing())
+        content = wire.pack(head, sent.trainable, sent.frozen, without=wire.not_sent_down(head))
         reply = self.ask(content, MessageType.TRAIN)
         assert reply.has_error()
         assert reply.error.code == REFUSED
@@ -140,8 +142,8 @@ class Bench:
             "max_new_tokens": 1,
             "max_generated": 1,
         }
-        head = wire.EvaluateRequest(**(facts | changes))
-        content = wire.pack(head, sent.trainable, sent.frozen, without=head.missing())
+        head = messages.EvaluateRequest(**(facts | changes))
+        content = wire.pack(head, sent.trainable, sent.frozen, without=wire.not_sent_down(head))
         return self.ask(content, MessageType.EVALUATE)
 
     def by_hand(
@@ -157,7 +159,7 @@ class Bench:
         )
         goal = objective or plain(sent.trainable.rank)
         work = Assignment("site-0", round_index, 3, 11, goal)
-        train(self.runtime, self.client.examples, LocalTraining.of(TRAINING), work)
+        train(self.runtime, self.client.examples, TRAINING, work)
         return extract(self.runtime.model, RULE)
 
     def loss(self, sent: Broadcast, examples: list[Example]) -> dict[str, float]:
@@ -299,7 +301,7 @@ def test_a_rank_above_what_it_affords_can_be_measured(bench: Bench) -> None:
     """It takes no gradients; so every site can measure every prefix of the global adapter."""
     bench.client = replace(bench.client, test=examples_of(bench.folder, 1))
     reply = bench.measure(Broadcast(bench.trained.prefix(5)))
-    head = wire.header(reply.content, wire.EvaluateReply)
+    head = wire.header(reply.content, messages.EvaluateReply)
     assert (head.rank, head.examples) == (5, len(bench.client.test))
     assert head.weight == sum(len(e.input_ids) - 1 for e in bench.client.test)
 
@@ -420,12 +422,12 @@ def test_it_measures_with_its_own_too(own: Bench) -> None:
     own.train(personal(own.trained.prefix(4)))
     shared = trained_adapter(own.runtime.model, RULE, seed=9).prefix(4)
 
-    head = wire.header(own.measure(personal(shared)).content, wire.EvaluateReply)
+    head = wire.header(own.measure(personal(shared)).content, messages.EvaluateReply)
 
     expected = own.loss(Broadcast(with_own(own, shared, own_tensors(own)(1))), test)
     assert head.metrics == pytest.approx(expected, rel=5e-6)
     before = own.measure(personal(shared), round=0)
-    other = wire.header(before.content, wire.EvaluateReply).metrics["loss"]
+    other = wire.header(before.content, messages.EvaluateReply).metrics["loss"]
     assert other != pytest.approx(expected["loss"], rel=5e-5)
 
 
@@ -489,7 +491,7 @@ def test_its_measurements_are_those_of_what_it_received(bench: Bench) -> None:
 
     reply = bench.measure(sent)
 
-    head = wire.header(reply.content, wire.EvaluateReply)
+    head = wire.header(reply.content, messages.EvaluateReply)
     assert head.metrics == pytest.approx(bench.loss(sent, test), rel=5e-6)
     assert (head.client, head.round, head.examples, head.rank) == ("site-0", 1, 7, 4)
     assert "adapter" not in reply.content  # nothing but numbers goes back
@@ -498,7 +500,7 @@ def test_its_measurements_are_those_of_what_it_received(bench: Bench) -> None:
 def test_only_the_metrics_that_were_asked_for_are_measured(bert: Bench) -> None:
     bert.client = replace(bert.client, test=examples_of(bert.folder, 1))
     reply = bert.measure(Broadcast(bert.trained.prefix(4)), metrics=("accuracy",))
-    assert wire.header(reply.content, wire.EvaluateReply).metrics.keys() == {"accuracy", "loss"}
+    assert wire.header(reply.content, messages.EvaluateReply).metrics.keys() == {"accuracy", "loss"}
 
 
 def test_without_test_rows_it_says_so(bench: Bench) -> None:

@@ -21,6 +21,7 @@ from prelort.federation.encoding import DTYPES
 from prelort.federation.flower import RecordDict
 from prelort.federation.messages import EvaluateReply, TrainReply, TrainRequest
 from prelort.methods.objective import TailPenalty
+from prelort.training.settings import LocalTraining
 from small_federation import (
     DIMENSIONS,
     SCALE,
@@ -50,7 +51,7 @@ def request(**changes: Any) -> TrainRequest:
         "round": 2,
         "rounds": 7,
         "seed": 11,
-        "training": TrainingConfig(optimizer="sgd", learning_rate=0.1),
+        "training": LocalTraining.of(TrainingConfig(optimizer="sgd", learning_rate=0.1)),
         "objective": "example",
         "levels": (2, 4),
         "level_weights": (0.25, 0.75),
