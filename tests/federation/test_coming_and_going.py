@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 
 from prelort.errors import QuorumError
 from prelort.events import (
+    ClientFailed,
+    ClientFinished,
     ClientJoined,
     ClientLeft,
     ClientRefused,
@@ -280,12 +282,23 @@ class TestRun:
         assert left.round > joined.round
         assert run.state.levels == (2, 8)
 
-    def test_one_that_is_back_with_another_rank_trains_at_it(self) -> None:
-        node = Node(client("a", 8), fails=lambda now: 2.0 < now < 4.0)
-        grid = ChangingGrid(node, Node(client("b", 2)))
-        grid.nodes[2001].fails = lambda now: setattr(node, "client", client("a", 4)) or False
-        run = self.train(grid, rounds=3)
+    def test_one_that_fails_and_is_back_with_another_rank_trains_at_it(self) -> None:
+        """Whatever rank it has been given before."""
+        node = Node(client("a", 8))
+
+        def fails(now: float) -> bool:
+            if 2.0 < now < 4.0:
+                node.client = client("a", 4)
+                return True
+            return False
+
+        node.fails = fails
+        state = replace(make_state(), ranks={"a": 6})
+        run = self.train(ChangingGrid(node, Node(client("b", 2))), rounds=4, state=state)
+        assert [(e.client, e.rank) for e in run.of(ClientFailed)] == [("a", 6)]
         assert [(e.client, e.rank) for e in run.of(ClientJoined)] == [("a", 4)]
+        assert {e.rank for e in run.of(ClientFinished) if e.client == "a"} == {4}
+        assert run.state.ranks == {}
         assert run.state.levels == (2, 4, 8)
 
     def test_a_round_that_fails_is_tried_again(self) -> None:
