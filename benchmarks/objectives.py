@@ -20,7 +20,7 @@ from common import machine, report
 from prelort.config import load
 from prelort.experiment.folder import RunFolder
 from prelort.metrics.scores import aurac
-from prelort.report import events
+from prelort.history import RunHistory
 
 CELLS = {
     "zero-padding": ["method.name=zero-padding"],
@@ -39,11 +39,11 @@ def cell(job: tuple[str, int, Path]) -> tuple[str, dict[int, float], float]:
     name, seed, path = job
     config = load(None, [*CELLS[name], f"seed={seed}", "data.max_test_examples=512"])
     run(config, path, resume=RunFolder(path).config_file.is_file())
-    written = events.read(RunFolder(path).metrics_file)
-    final = events.final_evaluation(written)
-    assert final is not None
-    finished = [event for event in written if event["event"] == "client_finished"]
-    return name, final.by_rank("perplexity"), sum(event["seconds"] for event in finished)
+    history = RunHistory.read(RunFolder(path).metrics_file)
+    assert history.final is not None
+    prefixes = sorted(history.final.prefixes.items())
+    curve = {rank: metrics["perplexity"] for rank, metrics in prefixes}
+    return name, curve, history.client_seconds
 
 
 def main() -> None:

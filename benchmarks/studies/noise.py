@@ -16,13 +16,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+import altair as alt
 
 from prelort.experiment.folder import RunFolder
-from prelort.report import events
+from prelort.history import RunHistory
+from prelort.report import charts
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import report
@@ -41,15 +39,14 @@ def read(cells: Path) -> dict[str, dict[str, Noise]]:
     for method in sorted(path for path in cells.iterdir() if path.is_dir()):
         kinds: dict[str, Noise] = {kind: {} for kind in KINDS}
         for run in sorted(method.glob("seed-*")):
-            for event in events.read(RunFolder(run).metrics_file):
-                told = event.get("diagnostics")
-                if event["event"] != "aggregated" or not told:
-                    continue
+            history = RunHistory.read(RunFolder(run).metrics_file)
+            for number, record in history.rounds.items():
+                numbers = (record.stats.diagnostics if record.stats else None) or {}
                 for kind in KINDS:
-                    value = told.get(kind)
+                    value = numbers.get(kind)
                     value = value["mean"] if isinstance(value, dict) else value
                     if value is not None:
-                        kinds[kind].setdefault(int(event["round"]), []).append(float(value))
+                        kinds[kind].setdefault(number, []).append(float(value))
         found[method.name] = kinds
     return found
 
@@ -76,18 +73,24 @@ def main() -> None:
 
 def draw(found: dict[str, dict[str, Noise]]) -> None:
     """Both kinds by round."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    styles = ["-", "--", "-.", ":"]
-    for axis, kind in zip(axes, KINDS, strict=True):
-        for index, (method, kinds) in enumerate(found.items()):
-            rounds = sorted(r for r in kinds[kind] if r > 1)
-            means = [statistics.mean(kinds[kind][r]) for r in rounds]
-            axis.plot(rounds, means, styles[index // 5 % 4], color=f"C{index}", label=method)
-        axis.set(xlabel="round", title=kind.replace("_", " "), ylim=(0, None))
-        axis.grid(alpha=0.3)
-    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    panels = []
+    for kind in KINDS:
+        rows = [
+            {"method": method, "round": number, "noise": statistics.mean(values)}
+            for method, kinds in found.items()
+            for number, values in sorted(kinds[kind].items())
+            if number > 1
+        ]
+        colour = alt.Color("method:N", sort=list(found), title=None)
+        dash = alt.StrokeDash("method:N", sort=list(found), title=None)
+        chart = alt.Chart(charts.frame_of(rows), title=kind.replace("_", " ")).mark_line()
+        panels.append(
+            chart.encode(x="round:Q", y=alt.Y("noise:Q", title=None), color=colour, strokeDash=dash)
+        )
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(PICTURE, dpi=120)
+    charts.save(
+        alt.hconcat(*(panel.properties(width=380, height=300) for panel in panels)), PICTURE
+    )
 
 
 if __name__ == "__main__":

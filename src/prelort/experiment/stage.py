@@ -13,7 +13,6 @@ from rich.console import Console
 
 from prelort.adapters import LoraAdapter
 from prelort.config import Config
-from prelort.data import describe
 from prelort.experiment.assemble import Assembly, Encoded, assemble
 from prelort.experiment.measure import Measured, measure
 from prelort.experiment.workers import RuntimePool, default_threads, replica
@@ -26,6 +25,7 @@ from prelort.federation.flower import Context, RecordDict
 from prelort.federation.in_process import RUN_ID, InProcessGrid
 from prelort.federation.server import ServerPlan, make_server_app
 from prelort.federation.transport import Engine
+from prelort.report import describe
 
 Measure = Callable[[Mapping[int, LoraAdapter], Callable[[int, int], None]], Measured]
 """The metrics of adapters, by the rank they stand for (0: the base); told of its progress."""

@@ -39,6 +39,10 @@ SHAPES = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross"
 DASHES = ([1, 0], [6, 3], [2, 2])
 GREY = "#5c656e"
 FAILED = "#D55E00"
+TITLE: dict[str, Any] = {
+    "anchor": "start", "frame": "group", "offset": 10, "fontSize": 13, "subtitleFontSize": 11,
+    "subtitleColor": GREY,
+}  # fmt: skip
 
 MAX_BARS, MAX_BANDS, MAX_POINTS = 6, 5, 30
 """Series with error bars or bands, and points on a line: more would cover each other."""
@@ -200,14 +204,14 @@ def differences(results: Results, setting: str, metric: str) -> alt.LayerChart |
     colour = _style("color", alt.Color, list(map(plain, results.methods)), False)
     tip = [alt.Tooltip("series:N", title="method"), alt.Tooltip("shown:N", title="difference")]
     layers = [
-        alt.Chart(_data([{"value": 0}])).mark_rule(color=GREY).encode(x=axis),
-        alt.Chart(_data(whole))
+        alt.Chart(frame_of([{"value": 0}])).mark_rule(color=GREY).encode(x=axis),
+        alt.Chart(frame_of(whole))
         .mark_rule(strokeWidth=2.5)
         .encode(x=alt.X("low:Q", scale=scale), x2="high:Q", y=y, color=colour),
-        alt.Chart(_data(points))
+        alt.Chart(frame_of(points))
         .mark_tick(thickness=1.5, size=10, opacity=0.8)
         .encode(x=axis, y=y, color=colour, tooltip=[*tip, alt.Tooltip("seed:N")]),
-        alt.Chart(_data(means))
+        alt.Chart(frame_of(means))
         .mark_point(filled=True, opacity=1, size=60)
         .encode(
             x=axis,
@@ -303,10 +307,10 @@ def client_losses(results: Results, setting: str) -> alt.LayerChart | None:
     tip = [alt.Tooltip("client:N"), alt.Tooltip("rounds:N", title="round"),
            alt.Tooltip("shown:N", title="loss"), alt.Tooltip("failures:Q")]  # fmt: skip
     layers = [
-        alt.Chart(_data([c for c in cells if c["loss"] is not None]))
+        alt.Chart(frame_of([c for c in cells if c["loss"] is not None]))
         .mark_rect()
         .encode(x=x, x2="to:Q", y=y, color=colour, tooltip=tip),
-        alt.Chart(_data([c for c in cells if c["failures"]]))
+        alt.Chart(frame_of([c for c in cells if c["failures"]]))
         .mark_point(shape="cross", angle=45, size=35, color=FAILED, filled=True, opacity=1)
         .encode(x=alt.X("middle:Q"), y=y, tooltip=tip),
     ]
@@ -350,7 +354,7 @@ def client_metrics(results: Results, setting: str, metric: str) -> alt.LayerChar
         alt.Chart()
         .mark_tick(thickness=2.5, size=16)
         .encode(x=x, y=alt.Y("mean(value):Q"), color=colour, **more),
-        data=_data(rows),
+        data=frame_of(rows),
     )
     subtitle = f"on its own test examples, {words.direction}; bar: mean of the rank"
     return _titled(chart, f"{capital(words.name)} of each client", subtitle)
@@ -370,8 +374,8 @@ def diagnostics(results: Results, setting: str) -> list[alt.LayerChart]:
 
     def lines(rows: pd.DataFrame, x: Any, title: str, subtitle: str, y: str, **more: Any) -> Any:
         found = _means(rows["method"], x, rows["value"]).assign(low=math.nan, high=math.nan)
-        zero = [m for m in map(plain, methods)
-                if (own := found[found["series"] == m]["value"]).size and not own.any()]  # fmt: skip
+        sizes = found.groupby("series")["value"].max().to_dict()
+        zero = [name for name in map(plain, methods) if sizes.get(name) == 0]
         notes = [subtitle, f"0 throughout: {listing(zero)}" if zero else ""]
         return _lines(found, methods, title, "; ".join(filter(None, notes)), y_title=y,
                       show="{:.3g}".format, zero=True, log_ratio=SIZE_RATIO, **more)  # fmt: skip
@@ -573,25 +577,25 @@ def _lines(
     opacity = alt.condition(pick, alt.value(1), alt.value(0.12)) if several else alt.value(1)
     colour = _style("color", alt.Color, names, several)
     shape = _style("shape", alt.Shape, names, several)
-    dash = _style("strokeDash", alt.StrokeDash, names, False)
+    dash = _style("strokeDash", alt.StrokeDash, names, several)
     tip = [alt.Tooltip("series:N", title=" "), alt.Tooltip("x:Q", title=x_title.split(" ")[0]),
            alt.Tooltip("shown:N", title=y_title)]  # fmt: skip
     if has_spread:
         tip.append(alt.Tooltip("range:N", title="range"))
         low, high = alt.Y("low:Q", scale=scale), alt.Y2("high:Q")
-        mark = {"bars": lambda c: c.mark_rule(strokeWidth=1.4, clip=True),
-                "band": lambda c: c.mark_area(opacity=0.12, clip=True)}[spread_shown]  # fmt: skip
-        spread_rows = _data([row for row in rows if "low" in row])
-        layers.append(mark(alt.Chart(spread_rows)).encode(x=x, y=low, y2=high, color=colour))
+        spreads = alt.Chart(frame_of([row for row in rows if "low" in row]))
+        bars = spread_shown == "bars"
+        mark = spreads.mark_rule(clip=True) if bars else spreads.mark_area(opacity=0.12, clip=True)
+        layers.append(mark.encode(x=x, y=low, y2=high, color=colour))
     if base_rows:
-        rule = alt.Chart(_data(base_rows))
+        rule = alt.Chart(frame_of(base_rows))
         layers += [
             rule.mark_rule(color=GREY, strokeDash=[5, 3], clip=True).encode(y=y),
             rule.mark_text(color=GREY, align="left", dy=-6).encode(
                 y=y, x=alt.value(4), text="text:N"
             ),
         ]
-    frame = _data(rows)
+    frame = frame_of(rows)
     line = alt.Chart(frame).mark_line(strokeWidth=2, clip=True)
     line = line.encode(x=x, y=y, color=colour, strokeDash=dash, opacity=opacity, order="x:Q")
     few = max(sum(row["series"] == name for row in rows) for name in series) <= MAX_POINTS
@@ -599,7 +603,7 @@ def _lines(
     visible = opacity if few else alt.value(0)  # points for the tooltips alone
     point = point.encode(x=x, y=y, color=colour, shape=shape, opacity=visible, tooltip=tip)
     if beside:
-        thin = alt.Chart(_data(beside)).mark_line(strokeWidth=1.3, strokeDash=[2, 2], clip=True)
+        thin = alt.Chart(frame_of(beside)).mark_line(strokeWidth=1.3, strokeDash=[2, 2], clip=True)
         layers.append(thin.encode(x=x, y=y, color=colour))
     layers += [line.add_params(zoom, *([pick] if several else [])), point]
     return _titled(alt.layer(*layers), title, "; ".join(filter(None, notes)))
@@ -613,7 +617,7 @@ def _style(channel: str, kind: Any, names: Sequence[str], legend: bool) -> Any:
         "strokeDash": [DASHES[i // len(COLOURS) % len(DASHES)] for i in range(len(names))],
     }
     scale = alt.Scale(domain=list(names), range=ranges[channel])
-    shown = alt.Legend(title=None, orient="bottom", columns=5, symbolDash=[1, 0])
+    shown = alt.Legend(title=None, orient="bottom", columns=5, symbolOpacity=1)
     return kind("series:N", scale=scale, legend=shown if legend else None)
 
 
@@ -653,16 +657,8 @@ def _axis(title: str, log: bool, format: str = ".6~g") -> alt.Axis:
 
 
 def _titled(chart: alt.LayerChart, title: str, subtitle: str) -> alt.LayerChart:
-    return chart.properties(
-        title=alt.TitleParams(
-            title, subtitle=_wrapped(subtitle), anchor="start", fontSize=13, subtitleFontSize=11,
-            subtitleColor=GREY, offset=10, frame="group",
-        )
-    )  # fmt: skip
-
-
-def _wrapped(text: str, width: int = 62) -> list[str]:
-    return textwrap.wrap(text, width)
+    lines = textwrap.wrap(subtitle, 62)
+    return chart.properties(title=alt.TitleParams(title, subtitle=lines, **TITLE))
 
 
 def _side_by_side(
@@ -680,8 +676,8 @@ def _side_by_side(
     return row.resolve_scale(color=how, shape=how, strokeDash=how)
 
 
-def _data(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """A frame: Altair copies lists of values again and again, but no frames."""
+def frame_of(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """The rows as a frame: Altair copies lists of values again and again, but no frames."""
     return pd.DataFrame(list(rows))
 
 

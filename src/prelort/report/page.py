@@ -104,7 +104,7 @@ def render(results: Results) -> str:
         lstrip_blocks=True,
     )
     shown = [_cell(results, cell, charts) for cell in cells]
-    library, script = _library(), _asset("page.js")
+    script = _script()
     return environment.get_template("page.html").render(
         title=plain(results.title),
         status=f"{finished} of {len(results.cells)} runs finished",
@@ -116,8 +116,8 @@ def render(results: Results) -> str:
         versions=[(plain(name), plain(text)) for name, text in results.versions.items()],
         style=_asset("style.css"),
         specifications=json.dumps(charts.specifications, allow_nan=False).replace("<", "\\u003c"),
-        scripts=[library, script] if charts.specifications else [],
-        hashes=" ".join(map(_hash, (library, script))),
+        script=script if charts.specifications else "",
+        hash=_hash(script),
     )
 
 
@@ -210,11 +210,11 @@ def _notes(history: RunHistory) -> list[str]:
 
 
 @cache
-def _library() -> str:
-    """Vega, Vega-Lite and Vega-Embed as one script."""
+def _script() -> str:
+    """Vega, Vega-Lite and Vega-Embed with the page's own code, as one script."""
     import vl_convert
 
-    return str(vl_convert.javascript_bundle(None))
+    return str(vl_convert.javascript_bundle(_asset("page.js")))
 
 
 @cache

@@ -202,10 +202,12 @@ class Results:
                 ranks = [int(row.rank) for row in asked if row.rank == row.rank]
                 ranks += [record.rank] if record.rank is not None else []
                 changes = [str(rank) for rank, _ in itertools.groupby(ranks)]
-                yield (name, " → ".join(changes), last.examples if last else None, len(asked),
-                       len(replies), sum(row.failed for row in asked),
-                       last.loss if last else None, sum(row.bytes_up for row in replies),
-                       sum(row.seconds for row in replies) / (len(replies) or math.nan))  # fmt: skip
+                seconds = sum(row.seconds for row in replies) / (len(replies) or math.nan)
+                failures = sum(row.failed for row in asked)
+                examples, loss = (last.examples, last.loss) if last else (None, None)
+                sent = sum(row.bytes_up for row in replies)
+                counts = (examples, len(asked), len(replies), failures)
+                yield name, " → ".join(changes), *counts, loss, sent, seconds
 
         return self._stack(columns, rows)
 
