@@ -19,8 +19,8 @@ from common import machine, report
 
 from prelort.config import load
 from prelort.experiment.folder import RunFolder
-from prelort.metrics.scores import aurac
 from prelort.history import RunHistory
+from prelort.metrics.scores import aurac
 
 CELLS = {
     "zero-padding": ["method.name=zero-padding"],

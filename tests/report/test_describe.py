@@ -1,18 +1,17 @@
 from __future__ import annotations
 
-import itertools
+import re
 import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import Dataset
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from rich.console import Console
 
-from prelort.data import describe
 from prelort.data.federated import ClientRows, Dropped, FederatedRows
+from prelort.errors import PrelortError
+from prelort.report import describe
 
 
 def rows_of(clients: dict[str, list[Any]], ranks: list[int] | None = None) -> FederatedRows:
@@ -50,75 +49,40 @@ def test_summary_without_labels_has_no_such_columns() -> None:
     assert line(lines, "x") == ["x", "4", "1", "-"]
 
 
-@pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that are saved."""
-    saved: list[Figure] = []
-    save = Figure.savefig
-
-    def keep(figure: Figure, *args: Any, **kwargs: Any) -> None:
-        saved.append(figure)
-        save(figure, *args, **kwargs)
-
-    monkeypatch.setattr(Figure, "savefig", keep)
-    return saved
-
-
-def legends(figure: Figure) -> dict[str, list[str]]:
-    return {
-        legend.get_title().get_text(): [text.get_text() for text in legend.get_texts()]
-        for legend in figure.legends
-    }
-
-
-def boxes(axes: Axes) -> list[tuple[float, float, tuple[float, ...]]]:
-    """Left edge, top and colour of each bar."""
-    return [
-        (round(path.vertices[:, 0].min(), 3), path.vertices[:, 1].max(), tuple(colour))
-        for bars in axes.collections
-        for path, colour in zip(
-            bars.get_paths(), itertools.cycle(bars.get_facecolor()), strict=False
-        )
-    ]
+def png_size(path: Path) -> tuple[int, int]:
+    data = path.read_bytes()
+    assert data.startswith(b"\x89PNG")
+    width, height = struct.unpack(">II", data[16:24])
+    return width, height
 
 
 @pytest.mark.parametrize("number", [1, 5, 100])
-def test_picture_stacks_each_clients_labels(
-    tmp_path: Path, figures: list[Figure], number: int
-) -> None:
+def test_picture_of_any_number_of_clients(tmp_path: Path, number: int) -> None:
     clients = {f"c{i}": ["a"] * (i + 1) + ["b"] * 2 for i in range(number)}
-    describe.picture(rows_of(clients), "label", tmp_path / "who.png")
-    (figure,) = figures
-    bars, strip = figure.axes
-    assert legends(figure)["label"] == ["b", "a"]
-    assert legends(figure)["rank"] == (["8", "4"] if number > 1 else ["4"])
-    tops: dict[float, float] = {}
-    for left, top, _ in boxes(bars):
-        tops[left] = max(top, tops.get(left, 0.0))
-    assert sorted(tops.values()) == [i + 3 for i in range(number)]
-    assert bars.get_ylim()[0] == 0
-    assert bars.get_ylim()[1] >= number + 2
-    assert len(boxes(strip)) == number
-    assert len(strip.get_xticks()) <= describe.MOST_NAMES
-    header = (tmp_path / "who.png").read_bytes()[:24]
-    width, height = struct.unpack(">II", header[16:])
-    assert 1000 <= width <= 2700
-    assert 500 <= height <= 1000
+    describe.picture(rows_of(clients), "label", tmp_path / "clients.png")
+    width, height = png_size(tmp_path / "clients.png")
+    assert 700 <= width <= 3000
+    assert 600 <= height <= 1200
 
 
-def test_picture_colours_by_rank_where_labels_are_too_many(
-    tmp_path: Path, figures: list[Figure]
-) -> None:
+def test_picture_names_clients_labels_and_ranks(tmp_path: Path) -> None:
+    rows = rows_of({"hospital": ["<b>"] * 3, "$x^$": ["$\\no$", "<b>"]})
+    describe.picture(rows, "label", tmp_path / "clients.svg")
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", (tmp_path / "clients.svg").read_text())
+    for text in ("hospital", "$x^$", "&lt;b&gt;", "$\\no$", "2 clients, 5 training rows", "8"):
+        assert text in texts
+
+
+def test_picture_is_coloured_by_rank_if_there_are_too_many_labels(tmp_path: Path) -> None:
     rows = rows_of({"x": list(range(21)), "y": [1, 2], "z": [3]})
     describe.picture(rows, "label", tmp_path / "many.svg")
-    describe.picture(rows, None, tmp_path / "none.png")
-    for figure in figures:
-        (bars,) = figure.axes
-        assert legends(figure) == {"rank": ["8", "4"]}
-        assert [top for _, top, _ in boxes(bars)] == [21, 2, 1]
-        colours = [colour for _, _, colour in boxes(bars)]
-        assert colours[0] == colours[2] != colours[1]
+    describe.picture(rows, None, tmp_path / "none.svg")
+    many, none = (tmp_path / "many.svg").read_text(), (tmp_path / "none.svg").read_text()
+    assert many == none
+    fills = re.findall(r'aria-roledescription="bar"[^>]*fill="([^"]*)"', many)
+    assert fills[0] == fills[2] != fills[1]
 
 
-def test_names_with_dollar_signs_are_no_formulas(tmp_path: Path) -> None:
-    describe.picture(rows_of({"$x^$": ["$\\no$"], "y": ["b"]}), "label", tmp_path / "who.png")
+def test_picture_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(PrelortError, match="nowhere"):
+        describe.picture(rows_of({"x": ["a"]}), None, tmp_path / "nowhere" / "clients.png")

@@ -144,7 +144,8 @@ def training_loss(results: Results, setting: str) -> alt.LayerChart | None:
         groups = groups.set_axis(["series", "x", "value", "low", "high"], axis=1)
         names = [f"rank {rank:.0f}" for rank in sorted(set(groups["series"]))]
         lines = groups.assign(series=groups["series"].map("rank {:.0f}".format))
-        notes = {"mean": "mean over the clients of a rank", "spread": ", band: lowest to highest"}
+        mean = "mean over the clients of a rank"
+        notes = {"mean": mean, "spread": f"{mean}, band: lowest to highest"}
     return _lines(
         lines,
         names,
@@ -528,7 +529,7 @@ def _lines(
     if has_spread:
         ends = [*finite["low"], *finite["high"]]
         values += [end for end in ends if math.isfinite(end) and (end > 0 or not log)]
-    notes.append(mean + (spread if has_spread else ""))
+    notes.append(spread if has_spread else mean)
     rows = []
     for row in finite.itertuples():
         aside = 0.12 * (series.index(row.series) / max(len(series) - 1, 1) - 0.5)
@@ -713,8 +714,8 @@ def _melted(frame: pd.DataFrame, names: dict[str, str]) -> pd.DataFrame:
 
 def _over_seeds(results: Results) -> dict[str, Any]:
     seeds = len(results.seeds)
-    named = {"mean": f"mean over {seeds} seeds", "spread": " ± standard deviation"}
-    return named if seeds > 1 else {}
+    names = {"mean": "mean", "spread": "mean ± standard deviation"}
+    return {key: f"{name} over {seeds} seeds" for key, name in names.items() if seeds > 1}
 
 
 def of_cell(results: Results, cell: CellResult) -> Results:
