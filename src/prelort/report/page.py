@@ -24,7 +24,7 @@ MAX_CELLS = 12
 """Cells of a study with a section of their own."""
 
 MAX_INCIDENTS = 400
-CHART_HEIGHT = 250
+CHART_HEIGHT, LEGEND_COLUMNS = 250, 3
 
 
 @dataclass(slots=True)
@@ -49,7 +49,7 @@ class Charts:
                     autosize=alt.AutoSizeParams(type="fit-x", contains="padding"),
                 )
                 numbers.append(len(self.specifications))
-                self.specifications.append(specification(fitted))
+                self.specifications.append(specification(fitted, LEGEND_COLUMNS))
         return numbers
 
 
