@@ -1,4 +1,4 @@
-"""Made-up runs as typed events: what the report, the live displays and the trackers are fed with."""
+"""Made-up runs as typed events, for the tests of tables, pages, live displays and trackers."""
 
 from __future__ import annotations
 

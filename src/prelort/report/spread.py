@@ -11,15 +11,15 @@ from functools import lru_cache
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
 SEED = 0
-"""Of the bootstrap's draws: the same numbers give the same interval."""
+"""Of the bootstrap: the same numbers give the same interval."""
 
 FEW = 5
-"""With fewer pairs than this an interval deserves a warning."""
+"""An interval of fewer pairs comes with a warning."""
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """A mean, the sample standard deviation (n - 1; None for one value), and of how many."""
+    """A mean, the sample standard deviation (n - 1; None for one value) and the number n."""
 
     mean: float
     deviation: float | None
@@ -28,7 +28,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A mean paired difference with its interval; without one for fewer than two pairs."""
+    """A mean paired difference and its interval; None for fewer than two pairs."""
 
     mean: float
     low: float | None
@@ -37,7 +37,7 @@ class Difference:
 
 
 def spread(values: Sequence[float]) -> Spread | None:
-    """Mean and sample standard deviation; None of nothing."""
+    """Mean and sample standard deviation; None for no values."""
     if not values:
         return None
     if not all(map(math.isfinite, values)):
@@ -49,22 +49,21 @@ def spread(values: Sequence[float]) -> Spread | None:
 def difference(pairs: Sequence[float]) -> Difference | None:
     """The mean of paired differences and its percentile bootstrap interval (Efron 1979).
 
-    Pairs are drawn with replacement. Of n pairs there are C(2n - 1, n) resamples that differ, and
-    up to three pairs the interval reaches just from the lowest to the highest difference: it is
-    narrower than its name says where pairs are few.
+    Pairs are drawn with replacement. n pairs have C(2n - 1, n) distinct resamples, and the interval
+    of up to three pairs is the range of the differences: it is too narrow for few pairs.
     """
-    found = spread(pairs)
-    if found is None:
+    mean = spread(pairs)
+    if mean is None:
         return None
-    if len(pairs) < 2 or not math.isfinite(found.mean):
-        return Difference(found.mean, None, None, len(pairs))
-    return Difference(found.mean, *_interval(tuple(pairs)), len(pairs))
+    if len(pairs) < 2 or not math.isfinite(mean.mean):
+        return Difference(mean.mean, None, None, len(pairs))
+    return Difference(mean.mean, *_interval(tuple(pairs)), len(pairs))
 
 
-@lru_cache(maxsize=4096)  # the same numbers stand in tables, files and pictures
+@lru_cache(maxsize=4096)  # the same numbers are in tables, files and charts
 def _interval(pairs: tuple[float, ...]) -> tuple[float, float]:
     import numpy as np
-    from scipy.stats import bootstrap  # not above: it takes a while to import
+    from scipy.stats import bootstrap  # slow to import
 
     interval = bootstrap(
         (np.asarray(pairs, dtype=float),),
@@ -77,14 +76,14 @@ def _interval(pairs: tuple[float, ...]) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def warning_of(pairs: int) -> str:
-    """How far an interval over so many pairs can be trusted; empty where there are enough."""
+def warning(pairs: int) -> str:
+    """How far an interval over this number of pairs can be trusted; empty for enough pairs."""
     if pairs < 2:
-        return "With fewer than two pairs there is no interval: more seeds are needed."
+        return "With fewer than two pairs there is no interval: run more seeds."
     if pairs >= FEW:
         return ""
     resamples = math.comb(2 * pairs - 1, pairs)
-    text = f"{pairs} pairs make {resamples} different resamples, so the interval is too narrow"
+    text = f"{pairs} pairs have {resamples} distinct resamples, so the interval is too narrow"
     if pairs <= 3:
-        text += ": it is just the lowest and the highest difference"
-    return text + ". Take it for a range, and more seeds for a claim."
+        text += ": it is the range from the lowest to the highest difference"
+    return text + ". Read it as a range, and run more seeds for a claim."

@@ -1,4 +1,4 @@
-"""How numbers and metrics are worded, the same in tables, pictures and progress."""
+"""How numbers, metrics and texts are formatted: the same in tables, charts, pages and progress."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from prelort.metrics.scores import HIGHER_IS_BETTER
 
 
 @dataclass(frozen=True, slots=True)
-class Wording:
-    """A metric's names and how its values are shown (shown = stored * factor).
+class MetricFormat:
+    """A metric's names and unit (displayed value = stored value * factor).
 
-    ``metric`` is its key in results and events, ``name`` what readers call it.
+    ``metric`` is its key in results and events, ``name`` its name for readers.
     """
 
     metric: str
@@ -39,7 +39,7 @@ class Wording:
         return f"{self.name} ({self.unit})" if self.unit else self.name
 
     def show(self, value: float | None) -> str:
-        """The stored value as text with four significant digits or so; a dash where it lacks."""
+        """The stored value as text with about four significant digits; a dash for None."""
         if value is None:
             return "–"
         shown = value * self.factor
@@ -50,7 +50,7 @@ class Wording:
         return f"{shown:.{0 if abs(shown) >= 1000 else 1 if abs(shown) >= 10 else 2}f}"
 
 
-_WORDINGS = {
+_FORMATS = {
     "accuracy": ("accuracy", "acc", 100.0, "%"),
     "macro_f1": ("macro-F1", "F1", 100.0, "%"),
     "perplexity": ("perplexity", "ppl", 1.0, ""),
@@ -59,10 +59,10 @@ _WORDINGS = {
 }
 
 
-def wording(metric: str) -> Wording:
-    """How to speak of a metric; one that is not known goes by its own name, higher is better."""
-    name, short, factor, unit = _WORDINGS.get(metric, (metric, metric, 1.0, ""))
-    return Wording(metric, name, short, HIGHER_IS_BETTER.get(metric, True), factor, unit)
+def metric_format(metric: str) -> MetricFormat:
+    """The format of a metric; an unknown one keeps its own name, and higher is better."""
+    name, short, factor, unit = _FORMATS.get(metric, (plain(metric), plain(metric), 1.0, ""))
+    return MetricFormat(metric, name, short, HIGHER_IS_BETTER.get(metric, True), factor, unit)
 
 
 def human_bytes(count: float | None) -> str:
@@ -100,7 +100,7 @@ def clock_time(seconds: float) -> str:
 
 
 def plain(text: object) -> str:
-    """One line of printable characters: names from outside must not steer the terminal."""
+    """One line of printable characters: names from outside must not control the terminal."""
     return "".join(c if c.isprintable() else " " for c in str(text))
 
 
@@ -109,7 +109,23 @@ def capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def listed(items: Iterable[object]) -> str:
+def listing(items: Iterable[object]) -> str:
     """``a, b and c``."""
     words = [str(item) for item in items]
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def plural(number: int, noun: str) -> str:
+    """``1 seed``, ``3 seeds``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Whole numbers, consecutive ones as a range: ``1, 3–5``."""
+    spans: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}{'–' if b > a + 1 else ', '}{b}" for a, b in spans)
