@@ -1,4 +1,4 @@
-"""``prelort watch | evaluate | report | export``: what is done with a run that is there."""
+"""``prelort watch | evaluate | report | export``: commands on existing runs."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ WATCH_EXAMPLES = """[bold]Examples[/bold]
 
   prelort watch runs/first | tee first.log
 
-It reads RUN/metrics.jsonl and nothing else, waits for a run that has not begun, and ends with the
-run or on Ctrl-C, which does not stop the run.
+It only reads the event logs, waits for a run that has not started, and ends with the run or on
+Ctrl-C, which does not stop the run.
 """
 
 EVALUATE_EXAMPLES = (
@@ -42,14 +42,17 @@ EXPORT_EXAMPLES = (
 
 
 def watch(
-    run: Annotated[Path, typer.Argument(help="Folder of a run, or of several; begun or not.")],
+    run: Annotated[Path, typer.Argument(help="Folder of a run or a study; it need not exist yet.")],
 ) -> None:
-    """Watch a run from another terminal: who trains, has answered or failed, and is missing."""
-    from prelort.experiment.folder import logs_in
+    """Watch a run from another terminal: live status of every client."""
+    from prelort.report import tables
     from prelort.report import watch as watching
+    from prelort.study.results import logs_of, read
 
+    console = wide_console()
     with suppress(KeyboardInterrupt):  # the run goes on
-        watching.watch(lambda: logs_in(run), str(run), wide_console())
+        watching.watch(logs_of(run), str(run), console)
+        console.print(tables.terminal(read(run)))
 
 
 def evaluate(
@@ -57,33 +60,45 @@ def evaluate(
     overrides: Overrides = None,
     quiet: Quiet = False,
 ) -> None:
-    """Measure a run's adapter again, at every rank prefix, perhaps on other data."""
+    """Measure a run's adapter again at every rank prefix, for instance on other data."""
     from prelort.experiment.inspect import evaluate_run
-    from prelort.report.tables import comparison_table
+    from prelort.history import RunHistory
+    from prelort.report import tables
+    from prelort.report.results import CellResult, Results
 
     console = wide_console()
     with console.status("measuring", spinner="dots") if not quiet else console.capture():
-        event = evaluate_run(run, overrides or [])
-    console.print(comparison_table({run.name: [event]}))
+        config, evaluated = evaluate_run(run, overrides or [])
+    method = config.method.name
+    cell = CellResult("", method, config.seed, RunHistory.of([evaluated]))
+    console.print(tables.terminal(Results([cell], method, metric=None)))
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="Folder of a run, or of several; finished or not.")],
+    run: Annotated[Path, typer.Argument(help="Folder of a run or a study; finished or not.")],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="File to write (default: RUN/report.html).")
     ] = None,
 ) -> None:
-    """Write one page of HTML about a run: curves, who failed and why, clients, configuration."""
-    from prelort.experiment.page import write_page
+    """Write one page of HTML: curves, who failed and why, clients, configuration."""
+    from prelort.errors import ConfigError
+    from prelort.report.write import write_page
+    from prelort.study.results import read
 
-    Console().print(f"wrote {escaped(write_page(run, out))}", soft_wrap=True)
+    target = out or run / "report.html"
+    results = read(run)
+    try:
+        write_page(results, target)
+    except OSError as error:
+        raise ConfigError(f"{str(target)!r} cannot be written: {error.strerror or error}") from None
+    Console().print(f"wrote {escaped(target)}", soft_wrap=True)
 
 
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of a run.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
     rank: Annotated[
-        int | None, typer.Option("--rank", "-r", help="Cut to this rank (default: the largest).")
+        int | None, typer.Option("--rank", "-r", help="Rank to cut to (default: the largest).")
     ] = None,
     merge: Annotated[
         bool, typer.Option("--merge", help="Write the whole model, adapter merged into the base.")
@@ -93,4 +108,4 @@ def export(
     from prelort.experiment.inspect import export_run
 
     written = export_run(run, out, rank, merge=merge)
-    Console().print(f"wrote {written}", soft_wrap=True)
+    Console().print(f"wrote {escaped(written)}", soft_wrap=True)

@@ -32,14 +32,14 @@ says what is not counted.
 
 def plan(
     config: Annotated[
-        Path | None, typer.Argument(help="TOML file; without one, the embedded default.")
+        Path | None, typer.Argument(help="TOML file; default: the embedded configuration.")
     ] = None,
     model: Annotated[
         str | None, typer.Option("--model", help="Overrides model.name: a folder or a hub name.")
     ] = None,
     memory: Annotated[
         str | None,
-        typer.Option("--memory", help="What training may take, e.g. 8GiB (default: what is free)."),
+        typer.Option("--memory", help="Memory for training, e.g. 8GiB (default: what is free)."),
     ] = None,
     ranks: Annotated[
         str | None,
@@ -56,7 +56,7 @@ def plan(
 
     named = [f"model.name={json.dumps(model)}"] if model is not None else []
     settings = configuration.load(config, [*(overrides or []), *named])
-    asked = _ranks(ranks) if ranks is not None else None
+    chosen = _ranks(ranks) if ranks is not None else None
 
     from prelort.planning import sizes, tables
     from prelort.planning.measured import free_memory
@@ -69,8 +69,8 @@ def plan(
     console = wide_console()
     with console.status("planning", spinner="dots") if not as_json else nullcontext():
         planner = Planner(settings, labels)
-        most = max(min(256, planner.most), *(asked or [1]))
-        shown = asked or [2**power for power in range(1, 9) if 2**power <= most] or [1]
+        most = max(min(256, planner.most), *(chosen or [1]))
+        shown = chosen or [2**power for power in range(1, 9) if 2**power <= most] or [1]
         estimates = [planner.estimate(rank, most) for rank in shown]
         try:
             largest, refusal = planner.largest(budget, most), None
@@ -91,11 +91,11 @@ def plan(
 
 
 def _ranks(text: str) -> list[int]:
-    """The ranks of ``--ranks``, rising."""
+    """The ranks of ``--ranks``, in rising order."""
     entries = [entry.strip() for entry in text.split(",")]
     wrong = next((e for e in entries if not (e.isascii() and e.isdigit() and int(e) > 0)), None)
     if wrong is not None:
         raise ConfigError(
-            f"--ranks {text!r}: {wrong!r} is not a rank: write whole numbers from 1 on, e.g. 4,8,16"
+            f"--ranks {text!r}: {wrong!r} is not a rank: give whole numbers from 1 on, e.g. 4,8,16"
         )
     return sorted({int(entry) for entry in entries})
