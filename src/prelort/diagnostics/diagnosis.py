@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from prelort.config import Config
 from prelort.diagnostics.collector import Collector
 from prelort.methods import trait
 from prelort.methods.averaging import weighting
-from prelort.methods.interface import Broadcast, Client, Method, ServerState, Update
+from prelort.methods.interface import Broadcast, Client, Method, RoundObserver, ServerState, Update
 
 log = logging.getLogger(__name__)
 
@@ -24,12 +24,7 @@ class Diagnosis:
     """
 
     def __init__(
-        self,
-        config: Config,
-        method: Method,
-        state: ServerState,
-        clients: Sequence[Client],
-        levels: Sequence[int],
+        self, config: Config, method: Method, state: ServerState, clients: Sequence[Client]
     ) -> None:
         self.seconds = 0.0
         self._failure: str | None = None
@@ -37,7 +32,9 @@ class Diagnosis:
         if config.evaluation.diagnostics and not trait(method, "personal"):
             with self._guarded():
                 weight = weighting(config.method.weights)
-                self._collector = Collector(method, state, clients, levels, weight, config.seed)
+                self._collector = Collector(
+                    method, state, clients, state.levels, weight, config.seed
+                )
 
     def add(self, sent: Broadcast, update: Update) -> None:
         """A reply that counts, and what the client had been sent."""
@@ -50,8 +47,8 @@ class Diagnosis:
         found: dict[str, Any] = {}
         if self._collector is not None:
             with self._guarded():
-                found = {"diagnostics": self._collector.result(after)}
-        return found if self._failure is None else {"diagnostics": {"failed": self._failure}}
+                found = self._collector.result(after)
+        return found if self._failure is None else {"failed": self._failure}
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
@@ -64,3 +61,12 @@ class Diagnosis:
             self._collector = None
         finally:
             self.seconds += time.monotonic() - started
+
+
+def observer(
+    config: Config,
+) -> Callable[[Method, ServerState, Sequence[Client]], RoundObserver] | None:
+    """Begins to observe a round; None where `evaluation.diagnostics` is off."""
+    if not config.evaluation.diagnostics:
+        return None
+    return lambda method, state, clients: Diagnosis(config, method, state, clients)

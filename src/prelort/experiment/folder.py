@@ -15,18 +15,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import platform
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
 from prelort import config as configuration
 from prelort.config import Config
 from prelort.errors import ConfigError
+from prelort.events import EventLog
 from prelort.files import write_atomically
+from prelort.history import RunHistory
 
 LIBRARIES = ("prelort", "torch", "transformers", "peft", "datasets", "flwr", "safetensors", "numpy")
 
@@ -113,32 +113,14 @@ class RunFolder:
         """Let another process have it."""
         self._lock.release()
 
-    def event_log(self) -> EventLog:
-        """The log, to append to."""
+    @property
+    def events(self) -> EventLog:
+        """The run's log."""
         return EventLog(self.metrics_file)
 
-
-class EventLog:
-    """Appends events to ``metrics.jsonl``, each flushed, so that a killed run has lost none."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __call__(self, event: dict[str, Any]) -> None:
-        """Write one event."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_strict(event), allow_nan=False) + "\n")
-
-    @property
-    def size(self) -> int:
-        """Bytes written so far."""
-        return self._path.stat().st_size if self._path.exists() else 0
-
-    def cut(self, size: int) -> None:
-        """Forget what was written after the first ``size`` bytes (rounds that are run again)."""
-        if self.size > size:
-            with self._path.open("r+b") as file:
-                file.truncate(size)
+    def history(self) -> RunHistory:
+        """What the log tells so far. Raises `PrelortError` for a damaged one."""
+        return RunHistory.of(self.events.read())
 
 
 def is_taken(path: Path) -> bool:
@@ -181,15 +163,6 @@ def logs_in(path: Path) -> dict[str, Path]:
 def folder_name(method: str) -> str:
     """A method's name as a folder's."""
     return method.replace(":", "-").replace("/", "-")
-
-
-def _strict(value: Any) -> Any:
-    """The value with null for numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _strict(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def versions() -> dict[str, str]:

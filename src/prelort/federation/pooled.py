@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from prelort.adapters import LoraAdapter
-from prelort.federation.wire import EvaluateReply
+from prelort.federation.messages import EvaluateReply
 from prelort.metrics import scores
 
 
@@ -50,7 +50,7 @@ class PooledMetrics:
         return values
 
 
-def together(adapters: Mapping[int, LoraAdapter]) -> list[list[int]]:
+def prefix_groups(adapters: Mapping[int, LoraAdapter]) -> list[list[int]]:
     """The ranks in groups: the first of a group's adapters, and those that are prefixes of it.
 
     Rank 0 stands for the base: it is a prefix of whatever has its extras.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
 
@@ -82,6 +82,21 @@ class ServerState:
         """The state one round later; without ``memory`` the method's own stays as it is."""
         kept = self.memory if memory is None else memory
         return replace(self, adapter=adapter, round=self.round + 1, memory=kept)
+
+
+class RoundObserver(Protocol):
+    """Looks at a round without changing it (`prelort.diagnostics`)."""
+
+    seconds: float
+    """Time that it has taken so far."""
+
+    def add(self, sent: Broadcast, update: Update) -> None:
+        """A reply that counts, and what its client had received."""
+        ...
+
+    def result(self, after: ServerState) -> dict[str, Any]:
+        """What the round did, as plain numbers by name; ``{"failed": reason}`` instead."""
+        ...
 
 
 class Aggregator(Protocol):
