@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -67,11 +67,10 @@ def evaluate(
     from prelort.report.results import CellResult, Results
 
     console = wide_console()
-    with console.status("measuring", spinner="dots") if not quiet else console.capture():
-        config, evaluated = evaluate_run(run, overrides or [])
-    method = config.method.name
-    cell = CellResult("", method, config.seed, RunHistory.of([evaluated]))
-    console.print(tables.terminal(Results([cell], method, metric=None)))
+    with console.status("measuring", spinner="dots") if not quiet else nullcontext():
+        evaluated = evaluate_run(run, overrides or [])
+    cell = CellResult("", run.resolve().name, 0, RunHistory.of([evaluated]))
+    console.print(tables.terminal(Results([cell], cell.method)))
 
 
 def report(

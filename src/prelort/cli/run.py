@@ -6,6 +6,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,8 +18,8 @@ from prelort.cli.screen import escaped, wide_console
 from prelort.errors import ConfigError
 
 if TYPE_CHECKING:
-    from prelort.experiment.stage import Backend
     from prelort.study.definition import Study
+    from prelort.study.worker import Run
 
 RUN_EXAMPLES = """[bold]Examples[/bold]
 
@@ -113,7 +114,7 @@ def run(
         target,
         new=resume is None,
         jobs=jobs,
-        backend=_backend(engine, parallel, client_cpus, client_gpus),
+        run=_engine(engine, parallel, client_cpus, client_gpus),
         track=track or [],
         by_round=True,
         quiet=quiet,
@@ -167,7 +168,7 @@ def _run_study(
     again: str,
     new: bool = False,
     jobs: int = 1,
-    backend: Backend | None = None,
+    run: Run | None = None,
     track: Sequence[str] = (),
     by_round: bool = False,
     quiet: bool = False,
@@ -186,9 +187,7 @@ def _run_study(
     console, cells = wide_console(), len(study.cells)
     try:
         with StudyProgress(console, cells, by_round=by_round, quiet=quiet) as progress:
-            results = run_study(
-                study, out, progress, new=new, jobs=jobs, backend=backend, track=track
-            )
+            results = run_study(study, out, progress, new=new, jobs=jobs, run=run, track=track)
     except KeyboardInterrupt:
         Console(stderr=True).print(f"stopped; {escaped(again)}", soft_wrap=True)
         raise typer.Exit(130) from None
@@ -225,12 +224,13 @@ def _resumed(
     return study
 
 
-def _backend(name: str, parallel: int | None, cpus: int, gpus: float) -> Backend:
-    """Where the runs take place. Raises `ConfigError` for an unknown name."""
+def _engine(name: str, parallel: int | None, cpus: int, gpus: float) -> Run:
+    """`prelort.run` at a place, by its name. Raises `ConfigError` for an unknown one."""
     if name == "in-process":
-        from prelort.experiment.stage import InProcess
+        from prelort.experiment.backend import InProcess
+        from prelort.experiment.run import run
 
-        return InProcess(parallel)
+        return partial(run, backend=InProcess(parallel))
     if name != "simulation":
         raise ConfigError(
             f"--engine {name!r} is not allowed: in-process or simulation; for real sites see "
@@ -241,7 +241,6 @@ def _backend(name: str, parallel: int | None, cpus: int, gpus: float) -> Backend
             f"--parallel {parallel} is for --engine in-process; for the simulation give the cores "
             "of a client by --client-cpus"
         )
-    from prelort.experiment.simulation import Simulation, check_installed
+    from prelort.experiment.simulation import run_simulated
 
-    check_installed()
-    return Simulation(cpus=cpus, gpus=gpus)
+    return partial(run_simulated, cpus=cpus, gpus=gpus)

@@ -105,11 +105,10 @@ def run(
     trackers.check(track)
     folder = RunFolder(Path(out))
     with _claimed(folder, config, resume=resume, patience=patience):
-        tracked = trackers.TrackedRun(folder.path, configuration.flat(config))
         with (
             _logging_to(folder.log_file),
             deterministic(config.threads),
-            trackers.follower(track, tracked) as tracker,
+            trackers.Tracking(track, folder.path, configuration.flat(config)) as tracker,
         ):
             log = RunLog(folder, [*listeners, tracker])
             name, rounds = config.method.name, config.federation.rounds

@@ -20,7 +20,6 @@ from prelort.events import (
     EvaluationFailed,
     Event,
     Listener,
-    Loading,
     RankChanged,
     RoundFinished,
     RoundStarted,
@@ -51,8 +50,9 @@ def remaining(history: RunHistory, now: datetime) -> float | None:
         return None
     record, todo = history.current, history.started.rounds - history.done
     current = (now - record.started).total_seconds() if record is not None else 0.0
-    if history.done:
-        pace = sum(history.seconds.values()) / history.done
+    timed = sum(one.stats is not None for one in history.rounds.values())
+    if timed:  # fewer than are done where an earlier process did some
+        pace = sum(history.seconds.values()) / timed
     elif record is not None and (answered := _answered(history)):
         pace = current * len(record.clients) / answered
     else:
@@ -76,12 +76,9 @@ def latest_metric(history: RunHistory, *, short: bool = False) -> str:
             return f"base {form.show(value)}" if short else f"base {form.short} {form.show(value)}"
         return ""
     ranks = [min(final.prefixes), max(final.prefixes)]
-    metric = next(iter(final.prefixes[ranks[-1]]), None)
-    if metric is None:
-        return ""
-    form = metric_format(metric)
+    form = metric_format(next(iter(final.prefixes[ranks[-1]])))
     shown = [
-        f"{form.show(final.prefixes[rank].get(metric))}@{rank}"
+        f"{form.show(final.prefixes[rank].get(form.metric))}@{rank}"
         for rank in dict.fromkeys(ranks[-1:] if short else ranks)
     ]
     return " ".join([form.short, *shown])
@@ -93,7 +90,9 @@ def round_line(history: RunHistory) -> str:
     parts = [f"round {history.round}/{rounds}"]
     record = history.rounds.get(history.round)
     if record is not None:
-        failed = "; ".join(f"{plain(f.client)}: {plain(f.reason)}" for f in record.failures.values())
+        failed = "; ".join(
+            f"{plain(f.client)}: {plain(f.reason)}" for f in record.failures.values()
+        )
         reasons = f" (failed: {failed})" if failed else ""
         parts.append(f"{len(record.replies)}/{len(record.clients)} clients{reasons}")
         if record.loss is not None:
@@ -232,7 +231,9 @@ class StudyProgress:
         with self._lock:
             cell = self._cells[name]
             cell.history, cell.pending = history, False
-            self._print(f"{plain(name)}: the log was truncated: continues after round {history.done}")
+            self._print(
+                f"{plain(name)}: the log was truncated: continues after round {history.done}"
+            )
             self._draw(cell)
 
     def ended(self, name: str, reason: str = "") -> None:

@@ -248,7 +248,10 @@ def _config(
     except ConfigError as error:
         if not own and not setting:
             raise
-        within = [*([f"setting {setting!r}"] if setting else []), *([repr(method)] if method else [])]
+        within = [
+            *([f"setting {setting!r}"] if setting else []),
+            *([repr(method)] if method else []),
+        ]
         raise ConfigError(f"compare, {', '.join(within)}: {error}") from None
 
 
@@ -265,7 +268,9 @@ def _refuse(where: str, overrides: Iterable[str], keys: Sequence[str]) -> None:
     for override in overrides:
         if _key(override) in keys:
             axis = {"seed": "compare.seeds", "method.name": "compare.methods"}[_key(override)]
-            raise ConfigError(f"{where} {override!r} is not allowed: {axis} sets that for each cell")
+            raise ConfigError(
+                f"{where} {override!r} is not allowed: {axis} sets that for each cell"
+            )
 
 
 def _check_names(compare: Compare, in_file: Sequence[str]) -> None:

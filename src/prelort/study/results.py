@@ -57,7 +57,7 @@ def results_of(study: Study, out: Path) -> Results:
 def is_finished(folder: Path) -> bool:
     """Whether the run in a folder is finished; not if its log is damaged."""
     try:
-        return RunHistory.read(RunFolder(folder).metrics_file).finished
+        return RunFolder(folder).history().finished
     except PrelortError:
         return False
 
@@ -110,7 +110,7 @@ def logs_of(out: Path) -> Callable[[], Mapping[str, Path]]:
 
 def _result(study: Study, cell: Cell, out: Path, reason: str) -> CellResult:
     try:
-        history = RunHistory.read(RunFolder(out / cell.folder).metrics_file)
+        history = RunFolder(out / cell.folder).history()
     except PrelortError as error:
         if study.is_run:
             raise

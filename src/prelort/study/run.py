@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from filelock import FileLock, Timeout
 
@@ -23,38 +24,34 @@ from prelort.report.results import Results
 from prelort.report.write import write_page, write_results
 from prelort.study.definition import STUDY_FILE, Cell, Study, load
 from prelort.study.results import is_finished, results_of, write_failures
-from prelort.study.worker import Order, Worker, reason_of, run_cell
-
-if TYPE_CHECKING:
-    from prelort.experiment.stage import Backend
+from prelort.study.worker import PATIENCE, Order, Run, Worker, reason_of, run_cell
 
 WRITE_SECONDS = 15.0
 """Minimum time between two updates of the results while cells run."""
 
 
 class StudyListener(Protocol):
-    """Follows a study; called from any thread."""
+    """Follows a study; called from any thread. A subclass may leave out what it does not need."""
 
     def kept(self, cells: int) -> None:
         """So many cells were finished by an earlier call."""
+        return
 
     def started(self, name: str) -> None:
         """A cell starts, or continues."""
+        return
 
     def event(self, name: str, event: Event) -> None:
         """A cell's run has an event."""
+        return
 
     def ended(self, name: str, reason: str = "") -> None:
         """A cell is finished, or has failed for a reason."""
+        return
 
 
-class Silent:
-    """A `StudyListener` that does nothing."""
-
-    def kept(self, cells: int) -> None: ...
-    def started(self, name: str) -> None: ...
-    def event(self, name: str, event: Event) -> None: ...
-    def ended(self, name: str, reason: str = "") -> None: ...
+class _Silent(StudyListener):
+    """Does nothing."""
 
 
 def compare(study: Study | Path | str, out: Path | str, *, jobs: int = 1) -> Results:
@@ -80,7 +77,7 @@ def run_study(
     *,
     new: bool = False,
     jobs: int = 1,
-    backend: Backend | None = None,
+    run: Run | None = None,
     track: Sequence[str] = (),
 ) -> Results:
     """Run the cells of a study that are not finished in ``out``, and write all results there.
@@ -92,7 +89,7 @@ def run_study(
         new: refuse a folder that holds anything.
         jobs: with more than one, so many cells run at a time, each in a process of its own with
             its share of the cores (where ``threads`` is not set).
-        backend: where the runs take place; default: in this process (none with several jobs).
+        run: `prelort.run` at some place; default: in this process (none with several jobs).
         track: names of experiment trackers.
 
     Returns:
@@ -103,7 +100,7 @@ def run_study(
             touched then), or all cells were refused (nothing is left then).
         Exception: whatever a plain run raises.
     """
-    listener = listener or Silent()
+    listener = listener or _Silent()
     if new and is_taken(out):
         raise ConfigError(
             f"{str(out)!r} exists and is not empty: choose another --out, or continue what is in "
@@ -118,7 +115,7 @@ def run_study(
             if jobs > 1 and not study.is_run:
                 _side_by_side(todo, state, track, jobs)
             else:
-                _one_by_one(todo, state, track, backend)
+                _one_by_one(todo, state, track, run)
         except KeyboardInterrupt:
             state.write(last=True)
             raise
@@ -161,17 +158,21 @@ class _State:
 
 
 def _one_by_one(
-    cells: Sequence[Cell], state: _State, track: Sequence[str], backend: Backend | None
+    cells: Sequence[Cell], state: _State, track: Sequence[str], run: Run | None
 ) -> None:
-    from prelort.experiment.stage import InProcess
+    if run is None:
+        from prelort.experiment.backend import InProcess
+        from prelort.experiment.run import run as run_in_process
 
-    backend = backend or InProcess()  # one for all: what cells have in common is read once
+        run = partial(run_in_process, backend=InProcess())  # which reads shared rows once
+    if not state.study.is_run:
+        run = partial(run, patience=PATIENCE)
     for cell in cells:
         folder, reason = state.out / cell.folder, ""
         state.listener.started(cell.name)
         order = Order(_with_own_threads(folder, cell.config), folder, track)
         try:
-            run_cell(order, state.listens(cell), backend)
+            run_cell(order, state.listens(cell), run)
         except Exception as error:
             if state.study.is_run:
                 raise

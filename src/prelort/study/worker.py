@@ -15,8 +15,9 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any, Protocol
 
 from prelort import config as configuration
 from prelort.config import Config
@@ -25,9 +26,6 @@ from prelort.events import Event, Listener, decode, encode
 from prelort.experiment.folder import RunFolder
 from prelort.experiment.parent_watchdog import end_with_parent
 from prelort.library_logging import quiet_libraries
-
-if TYPE_CHECKING:
-    from prelort.experiment.stage import Backend
 
 PATIENCE = 5.0
 """Seconds to wait for a process to leave the folder: that of a killed study ends soon."""
@@ -45,18 +43,30 @@ class Order:
     track: Sequence[str] = ()
 
 
-def run_cell(order: Order, listener: Listener, backend: Backend) -> None:
-    """Start a cell's run, or continue it, in this process."""
-    from prelort.experiment.run import run
+class Run(Protocol):
+    """`prelort.experiment.run.run` at some place."""
 
+    def __call__(
+        self,
+        config: Config,
+        out: Path,
+        *,
+        resume: bool,
+        listeners: Sequence[Listener],
+        track: Sequence[str],
+        patience: float = 0.0,
+    ) -> object:
+        """Run the configuration in the folder."""
+
+
+def run_cell(order: Order, listener: Listener, run: Run) -> None:
+    """Start a cell's run, or continue it, in this process."""
     run(
         order.config,
         order.folder,
         resume=RunFolder(order.folder).config_file.is_file(),
         listeners=[listener],
-        backend=backend,
         track=order.track,
-        patience=PATIENCE,
     )
 
 
@@ -142,7 +152,8 @@ def main() -> None:
     # What is printed in between, for instance by a method of the user's own, is no answer.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    from prelort.experiment.stage import InProcess
+    from prelort.experiment.backend import InProcess
+    from prelort.experiment.run import run
 
     def answer(line: str) -> None:
         print(line, file=answers, flush=True)
@@ -150,16 +161,16 @@ def main() -> None:
     def tell(event: Event) -> None:
         answer(encode(event))
 
-    backends: dict[int | None, Backend] = {}
+    backends: dict[int | None, InProcess] = {}
     for line in sys.stdin:
         message: dict[str, Any] = json.loads(line)
         order = Order(
             configuration.check(message["config"]), Path(message["folder"]), message["track"]
         )
-        most = message["max_parallel"]
-        reason = ""
+        most, reason = message["max_parallel"], ""
+        backend = backends.setdefault(most, InProcess(max_parallel=most))
         try:
-            run_cell(order, tell, backends.setdefault(most, InProcess(max_parallel=most)))
+            run_cell(order, tell, partial(run, backend=backend, patience=PATIENCE))
         except Exception as error:  # whatever it is, the other cells can be run
             reason = reason_of(error)
         answer(json.dumps({"reason": reason}))
