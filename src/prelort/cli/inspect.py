@@ -80,17 +80,11 @@ def report(
     ] = None,
 ) -> None:
     """Write one page of HTML: curves, who failed and why, clients, configuration."""
-    from prelort.errors import ConfigError
-    from prelort.report.write import write_page
+    from prelort.report.write import PAGE_FILE, write_page
     from prelort.study.results import read
 
-    target = out or run / "report.html"
-    results = read(run)
-    try:
-        write_page(results, target)
-    except OSError as error:
-        raise ConfigError(f"{str(target)!r} cannot be written: {error.strerror or error}") from None
-    Console().print(f"wrote {escaped(target)}", soft_wrap=True)
+    written = write_page(read(run), out or run / PAGE_FILE)
+    Console().print(f"wrote {escaped(written)}", soft_wrap=True)
 
 
 def export(

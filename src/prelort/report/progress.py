@@ -244,11 +244,12 @@ class StudyProgress:
             seconds = (self._clock() - cell.start).total_seconds()
             self._ended += 1
             self._failed += bool(reason)
-            if self._bars is not None and cell.task is not None:
+            keep = self._by_round and not reason  # the bars of finished runs stay
+            if self._bars is not None and cell.task is not None and not keep:
                 self._bars.remove_task(cell.task)
             if reason:
                 self._print(f"{plain(name)}: failed: {plain(reason)}", style="yellow")
-            else:
+            elif self._bars is None or not keep:
                 more = f"; {self._words()}" if self._total > 1 else ""
                 self._print(f"{plain(name)}: finished in {human_seconds(seconds)}{more}")
             self._draw()

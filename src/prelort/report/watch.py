@@ -63,7 +63,8 @@ def watch(
             for name, path in current.items():
                 follower = followers.setdefault(name, LogFollower(path))
                 if not follower.history.finished:
-                    view.take(name, follower.history, follower.poll())
+                    new = follower.poll()
+                    view.take(name, follower.history, new)
             followers = {name: followers[name] for name in current}
             histories = {name: follower.history for name, follower in followers.items()}
             view.show(histories)
@@ -229,7 +230,7 @@ class _Screen:
         begun = [name for name, history in histories.items() if history.time is not None]
         running = [name for name in begun if not histories[name].finished]
         if self._name not in running:
-            self._name = next(iter(running or reversed(begun)), "")
+            self._name = next(iter(running), self._name or next(reversed(begun), ""))
         parts: list[RenderableType] = []
         if len(histories) > 1:
             finished = sum(history.finished for history in histories.values())

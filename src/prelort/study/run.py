@@ -21,7 +21,7 @@ from prelort.events import Event
 from prelort.experiment.folder import RunFolder, is_taken
 from prelort.files import write_atomically
 from prelort.report.results import Results
-from prelort.report.write import write_page, write_results
+from prelort.report.write import PAGE_FILE, write_page, write_results, write_tables
 from prelort.study.definition import STUDY_FILE, Cell, Study, load
 from prelort.study.results import is_finished, results_of, write_failures
 from prelort.study.worker import PATIENCE, Order, Run, Worker, reason_of, run_cell
@@ -148,11 +148,13 @@ class _State:
         return lambda event: self.listener.event(cell.name, event)
 
     def write(self, *, last: bool = False) -> Results:
-        """Write the results so far; at the end the page too."""
+        """Write the tables so far; at the end the pictures and the page too."""
         results = results_of(self.study, self.out)
-        write_results(results, self.out)
         if last:
-            write_page(results, self.out)
+            write_results(results, self.out)
+            write_page(results, self.out / PAGE_FILE)
+        else:
+            write_tables(results, self.out)
         self._written = time.monotonic()
         return results
 
