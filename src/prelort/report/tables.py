@@ -166,7 +166,8 @@ def diagnostics(results: Results, setting: str) -> list[ResultTable]:
         if at in ("lowest", "highest"):
             levels = [int(key[2]) for key in values if key[:2] == (method, quantity)]
             at = str((min if at == "lowest" else max)(levels, default=""))
-        return values.get((method, quantity, at))
+        number = values.get((method, quantity, at))
+        return None if number is None else float(number)
 
     columns = []
     for over, under, quantity, at in DIAGNOSTICS:
@@ -197,8 +198,10 @@ def _scores(
         means = [spread(list(base.values()))]
         for method in results.methods:
             row = found.get((method, at))
-            counts = row is not None and row.seeds
-            means.append(Spread(row.mean, _none(row.deviation), row.seeds) if counts else None)
+            own = None
+            if row is not None and row.seeds:
+                own = Spread(row.mean, _none(row.deviation), row.seeds)
+            means.append(own)
         columns.append(scored(words, at if at == AURAC else f"rank {at}", means))
     remarks = _remarks(results, setting)
     names = [BASE, *(plain(m) + (" *" if m in remarks else "") for m in results.methods)]
@@ -310,9 +313,10 @@ def _mean(values: Any) -> list[float]:
 
 def _costs(results: Results, setting: str) -> list[Column]:
     """Means over the cells that count; unfinished ones are never the best: they are cheap."""
+    counted = {(cell.method, cell.seed) for cell in results.counted(setting)}
     frame = results.overview[results.overview["setting"] == setting]
-    frame = frame[[(c.method, c.seed) in {(k.method, k.seed) for k in results.counted(setting)}
-                   for c in frame.itertuples()]]  # fmt: skip
+    keys = zip(frame["method"], frame["seed"], strict=True)
+    frame = frame.loc[[key in counted for key in keys]]
     groups = dict(iter(frame.groupby("method")))
     columns = []
     for over, under, key, show in COSTS:
