@@ -20,7 +20,6 @@ from common import machine, report
 from prelort.config import load
 from prelort.experiment.folder import RunFolder
 from prelort.metrics.scores import aurac
-from prelort.report import events
 
 CELLS = {
     "zero-padding": ["method.name=zero-padding"],
@@ -38,12 +37,9 @@ def cell(job: tuple[str, int, Path]) -> tuple[str, dict[int, float], float]:
 
     name, seed, path = job
     config = load(None, [*CELLS[name], f"seed={seed}", "data.max_test_examples=512"])
-    run(config, path, resume=RunFolder(path).config_file.is_file())
-    written = events.read(RunFolder(path).metrics_file)
-    final = events.final_evaluation(written)
-    assert final is not None
-    finished = [event for event in written if event["event"] == "client_finished"]
-    return name, final.by_rank("perplexity"), sum(event["seconds"] for event in finished)
+    result = run(config, path, resume=RunFolder(path).config_file.is_file())
+    curve = {rank: values["perplexity"] for rank, values in result.metrics.items()}
+    return name, curve, result.history.client_seconds
 
 
 def main() -> None:

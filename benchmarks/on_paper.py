@@ -21,7 +21,7 @@ from common import RESULTS, machine, report
 from prelort.adapters import AdapterSchema, Factors, LoraAdapter, ScaleRule
 from prelort.aggregation.rankwise_mean import RankwiseMean
 from prelort.federation import wire
-from prelort.federation.client_manager import AdapterSpec
+from prelort.federation.messages import AdapterSpec
 
 BLOCKS, WIDTH, KEYS, INNER = 80, 8192, 1024, 28672
 """Llama-2-70B: 64 heads of 128, 8 of them for keys and values."""

@@ -39,6 +39,7 @@ def child(folder: str, clients: int, per_round: str, rounds: int) -> None:
     import warnings
 
     from prelort.config import load
+    from prelort.events import Checkpointed, Event, RoundStarted, RunStarted
     from prelort.experiment.run import run
 
     warnings.simplefilter("ignore")  # ranks above a layer's width add nothing, and cost as any
@@ -62,23 +63,20 @@ def child(folder: str, clients: int, per_round: str, rounds: int) -> None:
     began: list[float] = []
     memory: dict[str, int] = {}
 
-    def listen(event: dict[str, Any]) -> None:
-        match event["event"]:
-            case "run_started":
+    def listen(event: Event) -> None:
+        match event:
+            case RunStarted():
                 memory["started"] = peak()
-            case "round_started":
+            case RoundStarted():
                 began.append(time.perf_counter())
-            case "checkpointed" if event["round"] == rounds + 1:
+            case Checkpointed() if event.round == rounds + 1:
                 began.append(time.perf_counter())
 
     started = time.perf_counter()
     result = run(config, where / "run", listeners=[listen])
     seconds = [after - before for before, after in itertools.pairwise(began[1:])]
-    trained = [
-        event["seconds"]["total"] - event["seconds"]["train"]
-        for line in (result.path / "metrics.jsonl").read_text().splitlines()
-        if (event := json.loads(line))["event"] == "aggregated"
-    ]
+    stats = [record.stats for record in result.history.rounds.values() if record.stats is not None]
+    trained = [one.seconds.total - one.seconds.train for one in stats]
     print(
         json.dumps(
             {

@@ -36,7 +36,7 @@ from prelort.adapters import AdapterSchema, ScaleRule
 from prelort.config import LoraSettings, ModelConfig, TrainingConfig
 from prelort.experiment.workers import replica
 from prelort.federation.client import ClientRuntime
-from prelort.federation.client_manager import AdapterSpec
+from prelort.federation.messages import AdapterSpec
 from prelort.methods.objective import plain
 from prelort.models.base import load_model
 from prelort.models.lora import attach, extract, initial_adapter, install

@@ -88,7 +88,7 @@ def measured(
             logs = "\n".join(log.read_text()[-3000:] for log in Path(folder).glob("*.log"))
             raise SystemExit(f"no result:\n{logs}")
         found = json.loads(out.read_text())
-    done = [event for event in found["events"] if event["event"] == "aggregated"]
+    done = [event for event in found["events"] if event["event"] == "round_finished"]
     if len(done) < rounds:
         raise SystemExit(f"only {len(done)} rounds were finished: {found['events']}")
     return {
@@ -96,9 +96,9 @@ def measured(
         "dtype": dtype,
         "database": database,
         "M numbers": found["parameters"] / 1e6,
-        "MiB down": sum(event["bytes_down"] for event in done) / rounds / MIB,
-        "MiB up": sum(event["bytes_up"] for event in done) / rounds / MIB,
-        "s a round": sum(event["seconds"]["total"] for event in done) / rounds,
+        "MiB down": sum(event["stats"]["bytes_down"] for event in done) / rounds / MIB,
+        "MiB up": sum(event["stats"]["bytes_up"] for event in done) / rounds / MIB,
+        "s a round": sum(sum(event["stats"]["seconds"].values()) for event in done) / rounds,
         "server before": found["before"] // MIB,
         "server peak": peaks["server"] // MIB,
         "SuperLink peak": peaks["superlink"] // MIB,

@@ -39,9 +39,10 @@ def seconds_of_rounds(warm: bool, rounds: int, model: str) -> list[float]:
             federation.set_site(site, partition=number - 1, trainer={"warm": warm})
             federation.start_node(site)
         federation.run(seconds=3000)
-        aggregated = [e for e in federation.events() if e["event"] == "aggregated"]
-        assert len(aggregated) == rounds, federation.shown()
-        return [float(event["seconds"]["total"]) for event in aggregated]
+        records = federation.history().rounds.values()
+        stats = [record.stats for record in records if record.stats is not None]
+        assert len(stats) == rounds, federation.shown()
+        return [one.seconds.total for one in stats]
 
 
 def main() -> None:

@@ -17,21 +17,24 @@ import json
 import statistics
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import machine, report
 
+from prelort import methods
 from prelort.config import load
+from prelort.events import RankChanged, RoundFinished
 from prelort.experiment.assemble import assemble
 from prelort.experiment.deterministic import deterministic
 from prelort.experiment.run import run
 from prelort.federation.client import make_client_app
+from prelort.federation.federation import Federation
 from prelort.federation.in_process import InProcessGrid
-from prelort.federation.server import ServerPlan, Standing, serve
-from prelort.federation.transport import Engine
+from prelort.federation.transport import Transport
+from prelort.history import RunHistory
 from prelort.methods import REGISTRY
 from prelort.methods.interface import ServerState
 from prelort.models.base import location
@@ -111,8 +114,8 @@ def gathered(state: ServerState, start: str) -> list[int]:
     return ranks
 
 
-def counted(method: str, dtype: str) -> tuple[list[Mapping[str, Any]], list[ServerState]]:
-    """The events of two rounds, and the state before each."""
+def counted(method: str, dtype: str) -> tuple[RunHistory, list[ServerState]]:
+    """What happened in two rounds, and the state before each."""
     ranks = ranks_of(method)
     config = load(
         None,
@@ -129,41 +132,33 @@ def counted(method: str, dtype: str) -> tuple[list[Mapping[str, Any]], list[Serv
             "evaluation.diagnostics=false",
         ],
     )
-    events: list[dict[str, Any]] = []
+    history, states = RunHistory(), []
     with tempfile.TemporaryDirectory() as folder, deterministic(1):
         assembly = assemble(config, Path(folder))
-        states = [ServerState(assembly.initial)]
-
-        def after(now: Standing) -> None:
-            states.append(now.state)
-
-        plan = ServerPlan(
-            config=config,
-            state=states[0],
-            spec=assembly.runtime.spec,
-            emit=events.append,
-            before_rounds=lambda now: None,
-            after_round=after,
-            finished=lambda now: None,
-        )
-        sites = assembly.sites
-        app = make_client_app(lambda context: sites[int(context.node_config["partition-id"])])
-        grid = InProcessGrid(app, [{"partition-id": index} for index in range(len(sites))])
-        serve(plan, Engine(grid, 1, float("inf")))
-    return events, states[:-1]
+        clients = assembly.clients
+        app = make_client_app(lambda context: clients[int(context.node_config["partition-id"])])
+        grid = InProcessGrid(app, [{"partition-id": index} for index in range(len(clients))])
+        spec = assembly.runtime.spec
+        federation = Federation(config, Transport(grid, 1), spec, history.apply)
+        algorithm = methods.build(config.method, config.seed)
+        state = federation.connect(algorithm, ServerState(assembly.initial))
+        for server_round in (1, 2):
+            states.append(state)
+            state, stats = federation.train(algorithm, state, server_round)
+            history.apply(RoundFinished(server_round, stats))
+    return history, states
 
 
 def bytes_of(method: str) -> dict[str, Any]:
     """One row: bytes of two rounds in each type, and what is needed in the exact one."""
     totals: dict[str, dict[str, int]] = {}
     for dtype in TYPES:
-        events, states = counted(method, dtype)
-        rounds = [event for event in events if event["event"] == "aggregated"]
-        if len(rounds) != 2 or any(event["failed"] for event in rounds):
+        history, states = counted(method, dtype)
+        if any(record.failures for record in history.rounds.values()):
             raise SystemExit(f"{method} in {dtype}: a client failed")
-        totals[dtype] = {way: sum(e[f"bytes_{way}"] for e in rounds) for way in ("down", "up")}
+        totals[dtype] = {"down": history.bytes_down, "up": history.bytes_up}
         if dtype == "float32":
-            down, up = _needed(method, events, states)
+            down, up = _needed(method, history, states)
     exact = totals["float32"]
     ratios = {
         f"{dtype} / float32": sum(totals[dtype].values()) / sum(exact.values())
@@ -181,18 +176,15 @@ def bytes_of(method: str) -> dict[str, Any]:
     }
 
 
-def _needed(
-    method: str, events: Sequence[Mapping[str, Any]], states: Sequence[ServerState]
-) -> tuple[int, int]:
+def _needed(method: str, history: RunHistory, states: Sequence[ServerState]) -> tuple[int, int]:
     """Bytes down and up of all rounds, in float32."""
-    first = [e for e in events if e["event"] == "client_finished" and e["round"] == 1]
-    ranks = {event["client"]: event["rank"] for event in first}
+    ranks = {name: reply.rank for name, reply in history.rounds[1].replies.items()}
     down = up = 0
     for index, state in enumerate(states):
         changed = {
-            event["client"]: event["to"]
-            for event in events
-            if event["event"] == "rank_changed" and event["round"] == index + 1
+            event.client: event.new_rank
+            for event in history.incidents
+            if isinstance(event, RankChanged) and event.round == index + 1
         }
         besides = gathered(state, FOLDED[method]) if method in FOLDED else []
         for client, rank in ranks.items():

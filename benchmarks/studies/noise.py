@@ -22,7 +22,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from prelort.experiment.folder import RunFolder
-from prelort.report import events
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import report
@@ -41,15 +40,13 @@ def read(cells: Path) -> dict[str, dict[str, Noise]]:
     for method in sorted(path for path in cells.iterdir() if path.is_dir()):
         kinds: dict[str, Noise] = {kind: {} for kind in KINDS}
         for run in sorted(method.glob("seed-*")):
-            for event in events.read(RunFolder(run).metrics_file):
-                told = event.get("diagnostics")
-                if event["event"] != "aggregated" or not told:
-                    continue
+            for number, record in RunFolder(run).history().rounds.items():
+                diagnostics = (record.stats.diagnostics if record.stats else None) or {}
                 for kind in KINDS:
-                    value = told.get(kind)
+                    value = diagnostics.get(kind)
                     value = value["mean"] if isinstance(value, dict) else value
                     if value is not None:
-                        kinds[kind].setdefault(int(event["round"]), []).append(float(value))
+                        kinds[kind].setdefault(number, []).append(float(value))
         found[method.name] = kinds
     return found
 
@@ -58,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", type=Path, nargs="?", default=Path("runs/studies/claim-python"))
     arguments = parser.parse_args()
-    found = read(arguments.study / "cells")
+    found = read(arguments.study)
     rows: list[dict[str, Any]] = []
     for method, kinds in found.items():
         row: dict[str, Any] = {"method": method}
