@@ -76,7 +76,10 @@ class TestScreen:
         rows = {line.split()[0]: " ".join(line.split()[1:4]) for line in drawn(events)[3:5]}
         assert rows == {"a": "4 answered 2.500", "b": "2 failed: slow"}
         events += [ClientLeft(1, "a", time=START), RankChanged(1, "b", 2, 8, "", time=START)]
-        assert [line.split()[1:3] for line in drawn(events)[3:5]] == [["4", "left"], ["8", "failed:"]]
+        assert [line.split()[1:3] for line in drawn(events)[3:5]] == [
+            ["4", "left"],
+            ["8", "failed:"],
+        ]
         events += [ClientJoined(2, "a", 16, time=START), asked(2, "b")]
         assert [line.split()[1:3] for line in drawn(events)[3:5]] == (
             [["16", "idle"], ["8", "training"]]
@@ -162,9 +165,7 @@ class Writer:
     def watched(self, *, terminal: bool, out: io.StringIO | None = None) -> str:
         out = out or io.StringIO()
         environ = {"TERM": "xterm"} if terminal else {"TERM": "dumb"}
-        console = Console(
-            file=out, width=100, height=24, force_terminal=terminal, _environ=environ
-        )
+        console = Console(file=out, width=100, height=24, force_terminal=terminal, _environ=environ)
         watch(
             lambda: self.logs,
             "runs/x",
