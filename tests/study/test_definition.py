@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from prelort.config import load as load_config
+from prelort.config import to_toml
 from prelort.errors import ConfigError
-from prelort.experiment.compare.study import Study, folder_name, load
+from prelort.study.definition import Study, folder_name, load, of_folder, of_run
 
 STUDY = """
 [federation]
@@ -41,10 +42,10 @@ def test_a_cell_for_each_setting_method_and_seed(tmp_path: Path) -> None:
     ]
     assert len({cell.folder for cell in study.cells}) == 12
     first, last = study.cells[0], study.cells[-1]
-    assert first.folder == Path("cells/dirichlet-0.1/prelort/seed-3")
+    assert first.folder == Path("dirichlet-0.1/prelort/seed-3")
     assert first.name == "dirichlet 0.1, prelort, seed 3"
     assert (first.config.seed, first.config.partition.alpha) == (3, 0.1)
-    assert last.folder == Path("cells/iid/segment-wise-only/seed-1")
+    assert last.folder == Path("iid/segment-wise-only/seed-1")
     assert (last.config.method.name, last.config.method.objective) == ("prelort", "plain")
     assert study.reference == "prelort"
 
@@ -73,21 +74,21 @@ def test_all_else_is_the_same_for_all_methods_of_a_cell(tmp_path: Path) -> None:
 
 
 def test_without_a_file_it_is_the_embedded_default() -> None:
-    study = load(names=["zero-padding", "hetlora"], seeds=[4])
+    study = load(methods=["zero-padding", "hetlora"], seeds=[4])
     assert [cell.config.seed for cell in study.cells] == [4, 4]
-    assert study.cells[1].folder == Path("cells/hetlora/seed-4")
+    assert study.cells[1].folder == Path("hetlora/seed-4")
     assert study.reference == "zero-padding"  # prelort is not there
     default = load_config(None, ["seed=4", "method.name=zero-padding"])
     assert study.cells[0].config == default
 
 
 def test_options_replace_what_the_file_says(tmp_path: Path) -> None:
-    study = study_of(tmp_path, STUDY, names=["zero-padding"], seeds=[0], reference="zero-padding")
+    study = study_of(tmp_path, STUDY, methods=["zero-padding"], seeds=[0], reference="zero-padding")
     assert [(c.method, c.seed) for c in study.cells] == [("zero-padding", 0)] * 2
     assert study.cells[0].config.training.learning_rate == 2e-3
 
 
-@pytest.mark.parametrize("options", [{}, {"names": ["prelort"], "seeds": [9]}])
+@pytest.mark.parametrize("options", [{}, {"methods": ["prelort"], "seeds": [9]}])
 def test_the_resolved_study_is_a_file_that_means_the_same(
     tmp_path: Path, options: dict[str, object]
 ) -> None:
@@ -95,6 +96,64 @@ def test_the_resolved_study_is_a_file_that_means_the_same(
     again = study_of(tmp_path, study.to_toml())
     assert again.cells == study.cells
     assert again.reference == study.reference
+
+
+class TestRuns:
+    def test_a_run_is_a_study_of_one_cell(self) -> None:
+        study = of_run(None, ["seed=4"], ["zero-padding"])
+        (cell,) = study.cells
+        assert study.is_run
+        assert (cell.folder, cell.name) == (Path(), "zero-padding")
+        assert cell.config == load_config(None, ["seed=4", "method.name=zero-padding"])
+        assert (study.methods, study.seeds, study.settings) == (("zero-padding",), (4,), ("",))
+
+    def test_several_methods_have_a_folder_each(self) -> None:
+        study = of_run(None, ["seed=4"], ["zero-padding", "prelort", "prelort"])
+        assert [(c.name, str(c.folder), c.seed) for c in study.cells] == [
+            ("zero-padding", "zero-padding", 4),
+            ("prelort", "prelort", 4),
+        ]
+        assert not study.is_run
+
+    def test_a_studys_file_is_no_runs(self, tmp_path: Path) -> None:
+        (tmp_path / "study.toml").write_text(STUDY)
+        with pytest.raises(ConfigError, match="prelort compare"):
+            of_run(tmp_path / "study.toml")
+
+    @pytest.mark.parametrize("methods", [["prelorr"], ["prelort", "prelorr"]])
+    def test_an_unknown_method_is_refused(self, methods: list[str]) -> None:
+        with pytest.raises(ConfigError, match="unknown method 'prelorr'"):
+            of_run(None, [], methods)
+
+
+class TestFolders:
+    def test_hold_the_study_that_was_written_to_them(self, tmp_path: Path) -> None:
+        for study in (study_of(tmp_path), of_run(methods=["prelort", "fedit"])):
+            (tmp_path / "study.toml").write_text(study.to_toml())
+            assert of_folder(tmp_path) == study
+
+    def test_hold_a_run(self, tmp_path: Path) -> None:
+        study = of_run(None, ["seed=4"])
+        (tmp_path / "config.toml").write_text(to_toml(study.base))
+        assert of_folder(tmp_path) == study
+
+    def test_need_not_be_read_where_the_methods_are(self, tmp_path: Path) -> None:
+        text = STUDY.replace('"zero-padding", ', '"my.module:Own", ').replace(
+            "zero-padding =", "x ="
+        )
+        text = text.replace('x = ["training.learning_rate=2e-3"]', "")
+        (tmp_path / "study.toml").write_text(text)
+        assert "my.module:Own" in of_folder(tmp_path).methods
+
+    def test_without_either_are_no_runs(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="holds no run"):
+            of_folder(tmp_path)
+
+
+def test_empty_axes_are_the_configurations_own(tmp_path: Path) -> None:
+    study = study_of(tmp_path, "seed = 7\n[compare]\nmethods = []\nseeds = []\n")
+    assert study.is_run
+    assert (study.methods, study.seeds) == (("prelort",), (7,))
 
 
 SMALL = '[compare]\nmethods = ["prelort"]\nseeds = [0]\n'
@@ -110,9 +169,7 @@ OVERRIDES = "[compare.overrides]\n"
             '[compare]\nmethod = ["prelort"]',
             "unknown key 'compare.method': did you mean 'methods'?",
         ),
-        ("[compare]\nmethods = []", "compare.methods = [] is not allowed: name at least one"),
-        ("[compare]\nseeds = []", "compare.seeds = [] is not allowed: name at least one"),
-        ("[compare]\nseeds = [1, 1]", "compare.seeds = [1, 1] is not allowed: 1 is there twice"),
+        ("[compare]\nseeds = [1, 1]", "compare.seeds = [1, 1] is not allowed: 1 is listed twice"),
         ("[compare]\nseeds = [-1]", "compare.seeds = -1 is not allowed: "),
         ('[compare]\nseeds = "0"', 'compare.seeds = "0" is not allowed: '),
         ("compare = 3", "compare = 3 is not allowed: it is a section"),
@@ -128,8 +185,8 @@ OVERRIDES = "[compare.overrides]\n"
             "setting 'x', 'prelort': federation.rou",
         ),
         (SMALL + SETTINGS + 'x = ["rounds"]', "compare.settings, 'x': 'rounds' is not of the form"),
-        (SMALL + SETTINGS + 'x = ["seed=2"]', "'seed=2' is not allowed: compare.seeds says that"),
-        (SMALL + SETTINGS + 'x = ["method.name=fedit"]', "compare.methods says that of each cell"),
+        (SMALL + SETTINGS + 'x = ["seed=2"]', "'seed=2' is not allowed: compare.seeds sets that"),
+        (SMALL + SETTINGS + 'x = ["method.name=fedit"]', "compare.methods sets that for each cell"),
         (SMALL + SETTINGS + '"a b" = []\n"a/b" = []', "would share the folder 'a-b': rename one"),
         (SMALL + SETTINGS + '"..." = []', "'...' has no letter or digit for a folder"),
         (SMALL + OVERRIDES + 'fedit = ["threads=1"]', "'fedit' is not compared: compare.methods"),
