@@ -17,7 +17,7 @@ ALLOWED = {
     "tasks": set(),
     "data": {"tasks"},
     "metrics": {"tasks"},
-    "report": {"metrics"},
+    "report": {"data", "metrics", "tasks"},
     "training": {"adapters", "methods", "models", "tasks"},
     "planning": {"adapters", "methods", "models", "tasks", "training"},
     "federation": {"adapters", "methods", "metrics", "models", "tasks", "training"},
@@ -36,7 +36,7 @@ ALLOWED = {
     "deployment": {"data", "experiment", "federation", "planning", "report"},
     "cli": {"deployment", "experiment", "methods", "planning", "report"},
 }
-UNDER_ALL = {"config", "errors", "files", "quiet", "seeds"}
+UNDER_ALL = {"config", "errors", "events", "files", "history", "library_logging", "seeds"}
 
 
 def imported(file: Path) -> Iterator[str]:

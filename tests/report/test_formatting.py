@@ -4,7 +4,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prelort.report.wording import clock_time, human_bytes, human_seconds, listed, plain, wording
+from prelort.report.formatting import (
+    clock_time,
+    human_bytes,
+    human_seconds,
+    listing,
+    metric_format,
+    plain,
+    plural,
+    ranges,
+)
 
 
 @pytest.mark.parametrize(
@@ -40,19 +49,31 @@ def test_seconds(seconds, text):
 
 def test_small_things():
     assert [clock_time(s) for s in (7.4, 754, 3723)] == ["0:07", "12:34", "1:02:03"]
-    assert listed([2, 4, 8]) == "2, 4 and 8"
-    assert listed([2]) == "2"
-    assert listed([]) == ""
+    assert listing([2, 4, 8]) == "2, 4 and 8"
+    assert listing([2]) == "2"
+    assert listing([]) == ""
     assert plain("a\x1b[31m\r\nb") == "a [31m  b"
 
 
 def test_values_are_shown_in_their_unit():
-    assert wording("accuracy").show(0.6734) == "67.3"
-    assert wording("perplexity").show(1234.5) == "1234"
-    assert wording("perplexity").show(3.14159) == "3.14"
-    assert wording("perplexity").show(math.inf) == "inf"
-    assert wording("perplexity").show(2.5e9) == "2.5e+09"
-    assert wording("perplexity").show(None) == "–"
-    assert wording("perplexity").direction == "lower is better"
-    assert wording("rouge_l").arrow == "↑"
-    assert wording("my_metric").name == "my_metric"
+    assert metric_format("accuracy").show(0.6734) == "67.3"
+    assert metric_format("perplexity").show(1234.5) == "1234"
+    assert metric_format("perplexity").show(3.14159) == "3.14"
+    assert metric_format("perplexity").show(math.inf) == "inf"
+    assert metric_format("perplexity").show(2.5e9) == "2.5e+09"
+    assert metric_format("perplexity").show(None) == "–"
+    assert metric_format("perplexity").direction == "lower is better"
+    assert metric_format("rouge_l").arrow == "↑"
+    assert metric_format("my_metric").name == "my_metric"
+
+
+@given(st.sets(st.integers(1, 60)))
+def test_ranges_name_every_number_once(numbers):
+    named = [part.split("–") for part in ranges(numbers).split(", ") if part]
+    spans = [range(int(ends[0]), int(ends[-1]) + 1) for ends in named]
+    assert [number for span in spans for number in span] == sorted(numbers)
+
+
+def test_ranges_and_plurals():
+    assert ranges([1, 2, 4, 5, 6, 9]) == "1, 2, 4–6, 9"
+    assert (plural(1, "seed"), plural(3, "seed")) == ("1 seed", "3 seeds")

@@ -32,7 +32,6 @@ from prelort.report.formatting import (
 from prelort.report.results import AURAC, CellResult, Results
 from prelort.report.spread import CONFIDENCE, spread
 
-Chart = alt.LayerChart
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 """Okabe and Ito's palette, which colour-blind readers can tell apart, without its faint yellow."""
 
@@ -40,9 +39,16 @@ SHAPES = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross"
 DASHES = ([1, 0], [6, 3], [2, 2])
 GREY = "#5c656e"
 FAILED = "#D55E00"
+TITLE: dict[str, Any] = {
+    "anchor": "start", "frame": "group", "offset": 10, "fontSize": 13, "subtitleFontSize": 11,
+    "subtitleColor": GREY,
+}  # fmt: skip
 
 MAX_BARS, MAX_BANDS, MAX_POINTS = 6, 5, 30
 """Series with error bars or bands, and points on a line: more would cover each other."""
+
+MAX_ROUNDS = 200
+"""Points of a line that the data of a chart have: of more rounds every other one and so on."""
 
 MAX_CLIENTS, MAX_CELLS = 100, 4000
 """Rows and cells of the heat map."""
@@ -67,7 +73,7 @@ DIAGNOSTICS = (
 )
 
 
-def by_rank(results: Results, setting: str, metric: str) -> Chart | None:
+def by_rank(results: Results, setting: str, metric: str) -> alt.LayerChart | None:
     """The metric at each rank prefix after the last round, a line for each method."""
     words = metric_format(metric)
     scores = results.scores
@@ -97,7 +103,7 @@ def by_rank(results: Results, setting: str, metric: str) -> Chart | None:
     )
 
 
-def by_round(results: Results, setting: str, metric: str) -> Chart | None:
+def by_round(results: Results, setting: str, metric: str) -> alt.LayerChart | None:
     """The metric by round: of one run at each rank, of several at the highest."""
     words = metric_format(metric)
     frame = _of(results.to_pandas(), results, setting)
@@ -122,7 +128,7 @@ def by_round(results: Results, setting: str, metric: str) -> Chart | None:
     )
 
 
-def training_loss(results: Results, setting: str) -> Chart | None:
+def training_loss(results: Results, setting: str) -> alt.LayerChart | None:
     """The training loss by round: of one run for each rank, of several the clients' mean."""
     words = metric_format("loss")
     tasks = {cell.history.started.task for cell in results.cells if cell.history.started}
@@ -138,7 +144,8 @@ def training_loss(results: Results, setting: str) -> Chart | None:
         groups = groups.set_axis(["series", "x", "value", "low", "high"], axis=1)
         names = [f"rank {rank:.0f}" for rank in sorted(set(groups["series"]))]
         lines = groups.assign(series=groups["series"].map("rank {:.0f}".format))
-        notes = {"mean": "mean over the clients of a rank", "spread": ", band: lowest to highest"}
+        mean = "mean over the clients of a rank"
+        notes = {"mean": mean, "spread": f"{mean}, band: lowest to highest"}
     return _lines(
         lines,
         names,
@@ -150,7 +157,7 @@ def training_loss(results: Results, setting: str) -> Chart | None:
     )
 
 
-def differences(results: Results, setting: str, metric: str) -> Chart | None:
+def differences(results: Results, setting: str, metric: str) -> alt.LayerChart | None:
     """Each method's paired difference of the area to the reference: mean, interval, pairs."""
     words = metric_format(metric)
 
@@ -168,8 +175,12 @@ def differences(results: Results, setting: str, metric: str) -> Chart | None:
     sizes = [abs(mean) * words.factor for mean in summary["difference"]]
     middle = statistics.median(sizes)
     scale = alt.Scale(nice=True, zero=True)
+    ticks: dict[str, Any] = {"tickCount": 6}
     if middle > 0 and max(sizes) > FAR * middle:
         scale = alt.Scale(type="symlog", constant=middle, nice=False)
+        steps = [m * 10.0**e for e in range(math.floor(math.log10(middle)), 12) for m in (1, 2, 5)]
+        steps = [step for step in steps if middle / 2 <= step <= 1.2 * max(sizes)]
+        ticks = {"values": [*(-step for step in steps), 0, *steps], "labelOverlap": True}
     better = "right" if words.higher_is_better else "left"
     title = f"{capital(better)} of 0: better than {plain(results.reference)}"
     means = [
@@ -189,19 +200,19 @@ def differences(results: Results, setting: str, metric: str) -> Chart | None:
          "shown": f"{p.value * words.factor:+.3g}"}
         for p in pairs.itertuples()
     ]  # fmt: skip
-    axis = alt.X("value:Q", scale=scale, axis=alt.Axis(title=title, tickCount=6, format=".4~g"))
+    axis = alt.X("value:Q", scale=scale, axis=alt.Axis(title=title, format=".4~g", **ticks))
     y = alt.Y("series:N", sort=names, axis=alt.Axis(title=None, labelLimit=180, grid=False))
     colour = _style("color", alt.Color, list(map(plain, results.methods)), False)
     tip = [alt.Tooltip("series:N", title="method"), alt.Tooltip("shown:N", title="difference")]
     layers = [
-        alt.Chart(_data([{"value": 0}])).mark_rule(color=GREY).encode(x=axis),
-        alt.Chart(_data(whole))
+        alt.Chart(frame_of([{"value": 0}])).mark_rule(color=GREY).encode(x=axis),
+        alt.Chart(frame_of(whole))
         .mark_rule(strokeWidth=2.5)
         .encode(x=alt.X("low:Q", scale=scale), x2="high:Q", y=y, color=colour),
-        alt.Chart(_data(points))
+        alt.Chart(frame_of(points))
         .mark_tick(thickness=1.5, size=10, opacity=0.8)
         .encode(x=axis, y=y, color=colour, tooltip=[*tip, alt.Tooltip("seed:N")]),
-        alt.Chart(_data(means))
+        alt.Chart(frame_of(means))
         .mark_point(filled=True, opacity=1, size=60)
         .encode(
             x=axis,
@@ -215,7 +226,7 @@ def differences(results: Results, setting: str, metric: str) -> Chart | None:
     return _titled(alt.layer(*layers), "Difference in AURAC, paired by seed", subtitle)
 
 
-def traffic(results: Results, setting: str) -> Chart | None:
+def traffic(results: Results, setting: str) -> alt.LayerChart | None:
     """Bytes to and from all clients by round, of one run."""
     frame = _of(results.rounds, results, setting)
     names = {"bytes_down": "down, to the clients", "bytes_up": "up, from the clients"}
@@ -231,7 +242,7 @@ def traffic(results: Results, setting: str) -> Chart | None:
     )
 
 
-def time_by_phase(results: Results, setting: str) -> Chart | None:
+def time_by_phase(results: Results, setting: str) -> alt.LayerChart | None:
     """Wall seconds of each phase by round, of one run."""
     frame = _of(results.rounds, results, setting)
     phases = [p for p in ("train", "aggregate", "diagnose", "evaluate")
@@ -248,7 +259,7 @@ def time_by_phase(results: Results, setting: str) -> Chart | None:
     )
 
 
-def client_losses(results: Results, setting: str) -> Chart | None:
+def client_losses(results: Results, setting: str) -> alt.LayerChart | None:
     """The training loss of each client in each round as a heat map, failures marked; one run.
 
     Clients are sorted by rank. Many rounds are joined (the mean of their values).
@@ -297,10 +308,10 @@ def client_losses(results: Results, setting: str) -> Chart | None:
     tip = [alt.Tooltip("client:N"), alt.Tooltip("rounds:N", title="round"),
            alt.Tooltip("shown:N", title="loss"), alt.Tooltip("failures:Q")]  # fmt: skip
     layers = [
-        alt.Chart(_data([c for c in cells if c["loss"] is not None]))
+        alt.Chart(frame_of([c for c in cells if c["loss"] is not None]))
         .mark_rect()
         .encode(x=x, x2="to:Q", y=y, color=colour, tooltip=tip),
-        alt.Chart(_data([c for c in cells if c["failures"]]))
+        alt.Chart(frame_of([c for c in cells if c["failures"]]))
         .mark_point(shape="cross", angle=45, size=35, color=FAILED, filled=True, opacity=1)
         .encode(x=alt.X("middle:Q"), y=y, tooltip=tip),
     ]
@@ -313,7 +324,7 @@ def client_losses(results: Results, setting: str) -> Chart | None:
     return chart.properties(height=alt.Step(13))
 
 
-def client_metrics(results: Results, setting: str, metric: str) -> Chart | None:
+def client_metrics(results: Results, setting: str, metric: str) -> alt.LayerChart | None:
     """Each client's own metric at its rank, after the last round, and the mean of each rank."""
     words = metric_format(metric)
     frame = _of(results.client_metrics, results, setting)
@@ -344,13 +355,13 @@ def client_metrics(results: Results, setting: str, metric: str) -> Chart | None:
         alt.Chart()
         .mark_tick(thickness=2.5, size=16)
         .encode(x=x, y=alt.Y("mean(value):Q"), color=colour, **more),
-        data=_data(rows),
+        data=frame_of(rows),
     )
     subtitle = f"on its own test examples, {words.direction}; bar: mean of the rank"
     return _titled(chart, f"{capital(words.name)} of each client", subtitle)
 
 
-def diagnostics(results: Results, setting: str) -> list[Chart]:
+def diagnostics(results: Results, setting: str) -> list[alt.LayerChart]:
     """What the rounds did to the products (docs/diagnostics.md), mean over seeds.
 
     By round: noise of aggregation and of truncation, drift, effective rank. After the last round:
@@ -364,8 +375,8 @@ def diagnostics(results: Results, setting: str) -> list[Chart]:
 
     def lines(rows: pd.DataFrame, x: Any, title: str, subtitle: str, y: str, **more: Any) -> Any:
         found = _means(rows["method"], x, rows["value"]).assign(low=math.nan, high=math.nan)
-        zero = [m for m in map(plain, methods)
-                if (own := found[found["series"] == m]["value"]).size and not own.any()]  # fmt: skip
+        sizes = found.groupby("series")["value"].max().to_dict()
+        zero = [name for name in map(plain, methods) if sizes.get(name) == 0]
         notes = [subtitle, f"0 throughout: {listing(zero)}" if zero else ""]
         return _lines(found, methods, title, "; ".join(filter(None, notes)), y_title=y,
                       show="{:.3g}".format, zero=True, log_ratio=SIZE_RATIO, **more)  # fmt: skip
@@ -401,7 +412,7 @@ def diagnostics(results: Results, setting: str) -> list[Chart]:
 
 def overview(results: Results, setting: str) -> alt.HConcatChart | None:
     """The first metric side by side: at each rank, by round, and the paired differences."""
-    panels: list[Chart | None] = []
+    panels: list[alt.LayerChart | None] = []
     for metric in results.metrics[:1]:
         panels += [by_rank(results, setting, metric)]
         panels += [by_round(results, setting, metric) or training_loss(results, setting)]
@@ -435,11 +446,11 @@ def save(chart: alt.TopLevelMixin, path: Path) -> Path:
     """Write a chart as PNG or, by the suffix of ``path``, SVG. Raises `PrelortError`."""
     import vl_convert
 
-    specification = configured(chart).to_dict()
+    whole = specification(chart)
     if path.suffix == ".svg":
-        data = vl_convert.vegalite_to_svg(specification).encode()
+        data = vl_convert.vegalite_to_svg(whole).encode()
     else:
-        data = vl_convert.vegalite_to_png(specification, scale=2)
+        data = vl_convert.vegalite_to_png(whole, scale=2)
     try:
         write_atomically(path, data)
     except OSError as error:
@@ -448,10 +459,10 @@ def save(chart: alt.TopLevelMixin, path: Path) -> Path:
     return path
 
 
-def configured(chart: Any) -> Any:
-    """The chart with the fonts and lines that all charts share."""
+def specification(chart: Any) -> dict[str, Any]:
+    """The chart as Vega-Lite, with its data and the fonts and lines that all charts share."""
     font = "system-ui, 'Noto Sans', 'Liberation Sans', 'DejaVu Sans', sans-serif"
-    return (
+    whole = (
         chart.configure(font=font, background="white", padding=12)
         .configure_view(stroke=None)
         .configure_axis(
@@ -464,8 +475,10 @@ def configured(chart: Any) -> Any:
             labelFontSize=11,
             titleFontSize=12,
         )
-        .configure_legend(labelFontSize=12, labelLimit=260, symbolSize=70, symbolStrokeWidth=2)
+        .configure_legend(labelFontSize=12, labelLimit=260, symbolSize=80, symbolStrokeWidth=0)
     )
+    with alt.data_transformers.enable("default", max_rows=None):
+        return dict(whole.to_dict(validate=False))
 
 
 def _lines(
@@ -485,7 +498,7 @@ def _lines(
     mean: str = "",
     spread: str = "",
     format: str = ".6~g",
-) -> Chart | None:
+) -> alt.LayerChart | None:
     """Lines of ``data`` (series, x, value, low, high), a style for each of ``names``.
 
     ``log_ratio``: the y axis is logarithmic if values differ by more than this factor. ``zero``:
@@ -493,6 +506,11 @@ def _lines(
     those of ``data``. ``mean`` and ``spread``: what the values and low and high are.
     """
     names = [plain(name) for name in names]
+    notes = [subtitle]
+    step = math.ceil(data["x"].nunique() / MAX_ROUNDS)
+    if step > 1:
+        data = data[(data["x"].max() - data["x"]) % step == 0]
+        notes.append(f"every {step} rounds")
     finite = _finite(data, "value")
     diverged = [n for n in names if n in set(data["series"]) - set(finite["series"])]
     positive = [value for value in finite["value"] if value > 0]
@@ -506,12 +524,12 @@ def _lines(
     spread_shown = "band" if not log_x and len(series) <= MAX_BANDS else spread_shown
     values = list(finite["value"])
     layers: list[alt.Chart] = []
-    notes = [subtitle] + ([f"not finite: {listing(diverged)}"] if diverged else [])
+    notes += [f"not finite: {listing(diverged)}"] if diverged else []
     has_spread = bool(spread_shown) and finite["low"].map(math.isfinite).any()
     if has_spread:
         ends = [*finite["low"], *finite["high"]]
         values += [end for end in ends if math.isfinite(end) and (end > 0 or not log)]
-    notes.append(mean + (spread if has_spread else ""))
+    notes.append(spread if has_spread else mean)
     rows = []
     for row in finite.itertuples():
         aside = 0.12 * (series.index(row.series) / max(len(series) - 1, 1) - 0.5)
@@ -560,36 +578,35 @@ def _lines(
     opacity = alt.condition(pick, alt.value(1), alt.value(0.12)) if several else alt.value(1)
     colour = _style("color", alt.Color, names, several)
     shape = _style("shape", alt.Shape, names, several)
-    dash = _style("strokeDash", alt.StrokeDash, names, False)
+    dash = _style("strokeDash", alt.StrokeDash, names, several)
     tip = [alt.Tooltip("series:N", title=" "), alt.Tooltip("x:Q", title=x_title.split(" ")[0]),
            alt.Tooltip("shown:N", title=y_title)]  # fmt: skip
     if has_spread:
         tip.append(alt.Tooltip("range:N", title="range"))
         low, high = alt.Y("low:Q", scale=scale), alt.Y2("high:Q")
-        mark = {"bars": lambda c: c.mark_rule(strokeWidth=1.4, clip=True),
-                "band": lambda c: c.mark_area(opacity=0.12, clip=True)}[spread_shown]  # fmt: skip
-        spread_rows = _data([row for row in rows if "low" in row])
-        layers.append(mark(alt.Chart(spread_rows)).encode(x=x, y=low, y2=high, color=colour))
+        spreads = alt.Chart(frame_of([row for row in rows if "low" in row]))
+        bars = spread_shown == "bars"
+        mark = spreads.mark_rule(clip=True) if bars else spreads.mark_area(opacity=0.12, clip=True)
+        layers.append(mark.encode(x=x, y=low, y2=high, color=colour))
     if base_rows:
-        rule = alt.Chart(_data(base_rows))
+        rule = alt.Chart(frame_of(base_rows))
         layers += [
             rule.mark_rule(color=GREY, strokeDash=[5, 3], clip=True).encode(y=y),
             rule.mark_text(color=GREY, align="left", dy=-6).encode(
                 y=y, x=alt.value(4), text="text:N"
             ),
         ]
-    line = alt.Chart().mark_line(strokeWidth=2, clip=True)
+    frame = frame_of(rows)
+    line = alt.Chart(frame).mark_line(strokeWidth=2, clip=True)
     line = line.encode(x=x, y=y, color=colour, strokeDash=dash, opacity=opacity, order="x:Q")
     few = max(sum(row["series"] == name for row in rows) for name in series) <= MAX_POINTS
-    point = alt.Chart().mark_point(filled=True, size=45 if few else 25, clip=True)
+    point = alt.Chart(frame).mark_point(filled=True, size=45 if few else 25, clip=True)
     visible = opacity if few else alt.value(0)  # points for the tooltips alone
     point = point.encode(x=x, y=y, color=colour, shape=shape, opacity=visible, tooltip=tip)
     if beside:
-        thin = alt.Chart(_data(beside)).mark_line(strokeWidth=1.3, strokeDash=[2, 2], clip=True)
+        thin = alt.Chart(frame_of(beside)).mark_line(strokeWidth=1.3, strokeDash=[2, 2], clip=True)
         layers.append(thin.encode(x=x, y=y, color=colour))
-    layers.append(
-        alt.layer(line.add_params(zoom, *([pick] if several else [])), point, data=_data(rows))
-    )
+    layers += [line.add_params(zoom, *([pick] if several else [])), point]
     return _titled(alt.layer(*layers), title, "; ".join(filter(None, notes)))
 
 
@@ -601,7 +618,7 @@ def _style(channel: str, kind: Any, names: Sequence[str], legend: bool) -> Any:
         "strokeDash": [DASHES[i // len(COLOURS) % len(DASHES)] for i in range(len(names))],
     }
     scale = alt.Scale(domain=list(names), range=ranges[channel])
-    shown = alt.Legend(title=None, orient="bottom", columns=5, symbolDash=[1, 0])
+    shown = alt.Legend(title=None, orient="bottom", columns=5, symbolOpacity=1)
     return kind("series:N", scale=scale, legend=shown if legend else None)
 
 
@@ -640,21 +657,13 @@ def _axis(title: str, log: bool, format: str = ".6~g") -> alt.Axis:
     return alt.Axis(title=title, format=format, tickCount=5 if log else 6)
 
 
-def _titled(chart: Chart, title: str, subtitle: str) -> Chart:
-    return chart.properties(
-        title=alt.TitleParams(
-            title, subtitle=_wrapped(subtitle), anchor="start", fontSize=13, subtitleFontSize=11,
-            subtitleColor=GREY, offset=10, frame="group",
-        )
-    )  # fmt: skip
-
-
-def _wrapped(text: str, width: int = 62) -> list[str]:
-    return textwrap.wrap(text, width)
+def _titled(chart: alt.LayerChart, title: str, subtitle: str) -> alt.LayerChart:
+    lines = textwrap.wrap(subtitle, 62)
+    return chart.properties(title=alt.TitleParams(title, subtitle=lines, **TITLE))
 
 
 def _side_by_side(
-    charts: Iterable[Chart], *, shared: bool, columns: int | None = None, width: int = 380
+    charts: Iterable[alt.LayerChart], *, shared: bool, columns: int | None = None, width: int = 380
 ) -> Any:
     """Charts in a row or a grid, with one legend if they share their series."""
     sized = [
@@ -668,8 +677,9 @@ def _side_by_side(
     return row.resolve_scale(color=how, shape=how, strokeDash=how)
 
 
-def _data(rows: Sequence[dict[str, Any]]) -> alt.Data:
-    return alt.Data(values=list(rows))
+def frame_of(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """The rows as a frame: Altair copies lists of values again and again, but no frames."""
+    return pd.DataFrame(list(rows))
 
 
 def _of(frame: pd.DataFrame, results: Results, setting: str) -> pd.DataFrame:
@@ -702,10 +712,10 @@ def _melted(frame: pd.DataFrame, names: dict[str, str]) -> pd.DataFrame:
     return long.assign(series=long["series"].map(names), low=math.nan, high=math.nan)
 
 
-def _over_seeds(results: Results) -> dict[str, str]:
+def _over_seeds(results: Results) -> dict[str, Any]:
     seeds = len(results.seeds)
-    named = {"mean": f"mean over {seeds} seeds", "spread": " ± standard deviation"}
-    return named if seeds > 1 else {}
+    names = {"mean": "mean", "spread": "mean ± standard deviation"}
+    return {key: f"{name} over {seeds} seeds" for key, name in names.items() if seeds > 1}
 
 
 def of_cell(results: Results, cell: CellResult) -> Results:

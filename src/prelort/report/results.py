@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -175,6 +177,37 @@ class Results:
                         failure = record.failures.get(name)
                         rank = failure.rank if failure is not None else None
                         yield (number, name, rank, failure is not None, *[None] * 5)
+
+        return self._stack(columns, rows)
+
+    @cached_property
+    def clients(self) -> pd.DataFrame:
+        """A row for each client of each cell, lowest rank first.
+
+        ``ranks``: as text, with every change. ``asked``, ``replies``, ``failures``: rounds.
+        ``loss``: of the last reply, nats. ``bytes_up``: in total. ``seconds``: mean of a round.
+        """
+        columns = ("client", "ranks", "examples", "asked", "replies", "failures", "loss",
+                   "bytes_up", "seconds")  # fmt: skip
+        rounds: dict[tuple[Any, ...], list[Any]] = {}
+        for row in self.replies.itertuples(index=False):
+            rounds.setdefault((row.setting, row.method, row.seed, row.client), []).append(row)
+
+        def rows(cell: CellResult) -> Iterator[tuple[Any, ...]]:
+            order = {c.name: (c.rank or math.inf, c.name) for c in cell.history.clients.values()}
+            for name, record in sorted(cell.history.clients.items(), key=lambda c: order[c[0]]):
+                asked = rounds.get((cell.setting, cell.method, cell.seed, name), [])
+                replies = [row for row in asked if row.steps == row.steps]  # not NaN
+                last = record.last
+                ranks = [int(row.rank) for row in asked if row.rank == row.rank]
+                ranks += [record.rank] if record.rank is not None else []
+                changes = [str(rank) for rank, _ in itertools.groupby(ranks)]
+                seconds = sum(row.seconds for row in replies) / (len(replies) or math.nan)
+                failures = sum(row.failed for row in asked)
+                examples, loss = (last.examples, last.loss) if last else (None, None)
+                sent = sum(row.bytes_up for row in replies)
+                counts = (examples, len(asked), len(replies), failures)
+                yield name, " → ".join(changes), *counts, loss, sent, seconds
 
         return self._stack(columns, rows)
 

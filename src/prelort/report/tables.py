@@ -186,6 +186,59 @@ def diagnostics(results: Results, setting: str) -> list[ResultTable]:
     return [ResultTable("Diagnostics of the last round", list(map(plain, methods)), columns, notes)]
 
 
+def clients(results: Results) -> list[ResultTable]:
+    """The clients of the one run in ``results``, lowest rank first; none before the first joins."""
+    frame = results.clients
+    if not len(frame):
+        return []
+    (cell,) = results.cells
+    own = cell.client_metrics()
+    loss = metric_format("loss")
+
+    def column(over: str, key: str, show: Callable[[Any], str] = str, under: str = "") -> Column:
+        texts = ["–" if value is None or value != value else show(value) for value in frame[key]]
+        return _plain_column(over, under, texts)
+
+    columns = [
+        column("rank", "ranks"),
+        column("examples", "examples", "{:.0f}".format),
+        column("asked", "asked"),
+        column("replies", "replies"),
+        column("failures", "failures"),
+        column("last loss", "loss", loss.show),
+    ]
+    for words in map(metric_format, results.metrics if own else ()):
+        values = [own[name].metrics.get(words.metric) if name in own else None
+                  for name in frame["client"]]  # fmt: skip
+        columns.append(
+            _plain_column(f"own {words.short}", words.arrow, list(map(words.show, values)))
+        )
+    columns += [
+        column("bytes up", "bytes_up", human_bytes),
+        column("time", "seconds", human_seconds),
+    ]
+    title = "Lowest rank first. Asked, replies, failures: rounds. Time: mean of a round."
+    started = cell.history.started
+    idle = (started.clients if started else 0) - int((frame["asked"] > 0).sum())
+    notes = [f"{plural(idle, 'more client')} not asked so far."] if idle > 0 else []
+    return [ResultTable(title, list(map(plain, frame["client"])), columns, notes)]
+
+
+def phases(results: Results) -> list[ResultTable]:
+    """Wall seconds by phase of the one run in ``results``; none before its first round ends."""
+    (cell,) = results.cells
+    seconds = {name: value for name, value in cell.history.seconds.items() if value > 0}
+    whole = sum(seconds.values())
+    if not whole:
+        return []
+    order = sorted(seconds, key=lambda name: -seconds[name])
+    columns = [
+        _plain_column("wall time", "", [human_seconds(seconds[name]) for name in order]),
+        _plain_column("share", "", [f"{seconds[name] / whole:.0%}" for name in order]),
+    ]
+    return [ResultTable("Time by phase; train includes all messages", order, columns, [])]
+
+
 def _scores(
     results: Results, setting: str, words: MetricFormat, costs: Sequence[Column]
 ) -> ResultTable:
