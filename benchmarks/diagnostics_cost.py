@@ -1,9 +1,9 @@
-"""What do a round's diagnostics cost, against the round's aggregation alone?
+"""Cost of a round's diagnostics, against the round's aggregation alone.
 
 A 7B-sized adapter (q and v of 32 layers, 4096 x 4096, rank 16) and ten clients of ranks 4, 8 and
 16: the same replies are aggregated with and without the collector, in turns, on one thread. Seconds
-are the processor's, so that other work on the machine counts for little. The goal is 1.1 times the
-aggregation at most. Two small rows show what all layers of a small adapter cost.
+are CPU time, so that other work on the machine matters little. The goal is at most 1.1 times the
+aggregation. Two small rows show the cost of all layers of a small adapter.
 
     OMP_NUM_THREADS=1 python benchmarks/diagnostics_cost.py [--repeats 20]
 """
@@ -56,7 +56,7 @@ class Given:
 
 
 def given(name: str, shapes: dict[str, tuple[int, int]]) -> Given:
-    """Replies that have moved a little from what their clients received."""
+    """Replies that differ slightly from what their clients received."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int, size: float) -> torch.Tensor:

@@ -1,10 +1,10 @@
-"""What does a round cost when the clients do nothing, in this process and through Ray?
+"""Cost of a round without training, in this process and through Ray.
 
-The same Flower apps on both engines; a client checks nothing, trains nothing and answers with the
+The same Flower apps on both engines; a client checks nothing, trains nothing and returns the
 adapter that it received (16 layers of 2048 x 2048 at rank 16: 4.2 MB). `messages` is a server that
-sends one message to each client and takes the replies: the engine alone. `rounds` is prelort's
-server, which packs, checks and averages all adapters, whatever the engine. Ray's start and the
-first round of each turn, in which its workers import what they need, do not count.
+sends one message to each client and receives the replies: the engine alone. `rounds` is prelort's
+server, which packs, checks and averages all adapters on either engine. Ray's start-up and the
+first round of each turn, in which its workers import their modules, are not counted.
 
     python benchmarks/floor.py [--clients 20 100] [--rounds 6] [--repeats 2] [--short]
 """
@@ -48,13 +48,13 @@ SCALE = ScaleRule("constant", 2.0)
 
 
 def spec() -> AdapterSpec:
-    """What server and clients agree on: shapes with no model behind them."""
+    """An adapter specification: shapes with no model behind them."""
     layers = {f"layers.{index}": (WIDTH, WIDTH, RANK) for index in range(LAYERS)}
     return AdapterSpec("none", AdapterSchema(layers, {}), SCALE)
 
 
 def initial() -> LoraAdapter:
-    """A as it is drawn, B of numbers as after some rounds."""
+    """Random A as at the start, B with values as after some rounds."""
     layers = {}
     for name, (d_in, d_out, rank) in spec().schema.layers.items():
         b = draw_a(1, name, rank, d_out).T.contiguous()
@@ -63,7 +63,7 @@ def initial() -> LoraAdapter:
 
 
 def idle_app() -> ClientApp:
-    """A `ClientApp` that sends back what it received; it can be sent to Ray's workers."""
+    """A `ClientApp` that returns what it received; Ray can send it to its workers."""
 
     def respond(kind: Kind, content: RecordDict, context: Context) -> RecordDict:
         name = f"client-{int(context.node_config['partition-id']):04d}"
@@ -188,7 +188,7 @@ def main() -> None:
                 )
     sizes = initial().num_parameters * 4
     facts = {"MB to and from each client": sizes / 1e6, **vars(arguments), **machine()}
-    report("floor", "rounds of clients that do nothing", rows, facts)
+    report("floor", "Rounds without training", rows, facts)
 
 
 if __name__ == "__main__":

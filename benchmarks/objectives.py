@@ -1,7 +1,7 @@
-"""Which nested objective, at the embedded default? Perplexity at every prefix, over seeds.
+"""Nested objectives on the embedded default: perplexity at every prefix, over seeds.
 
-Each cell is a run of the embedded default with another objective and seed (data order, clients of
-each round and who has which rank change with it). Finished cells are kept and not run again.
+Each cell is a run of the embedded default with another objective and seed (which sets data order,
+clients of each round and assignment of ranks). Finished cells are kept and not run again.
 
     python benchmarks/objectives.py [--seeds 3] [--jobs 2]
 """

@@ -1,7 +1,7 @@
-"""What does the federation cost, beyond the clients' own training loops?
+"""Cost of the federation beyond the clients' own training loops.
 
-The embedded default's rounds through the whole machinery (messages, checks, aggregation,
-checkpoints) against the bare sum of the same clients' local training, in turns.
+The embedded default's rounds with messages, checks, aggregation and checkpoints, alternating with
+the same clients' local training alone.
 
     python benchmarks/overhead.py [--rounds 3] [--repeats 6] [--short]
 """

@@ -1,7 +1,7 @@
 """The apps of `transport.py`: prelort's own server and wire, and clients that have no model.
 
 A client adds noise to what it received; the adapter has the shapes of a model of 7 billion
-parameters, and there is nothing behind it.
+parameters.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CASES = {
     "qv": {name: ATTENTION[name] for name in ("q_proj", "v_proj")},
     "all": ATTENTION | INSIDE,
 }
-"""What is adapted in each block of a Llama-2-7B: name -> (d_in, d_out)."""
+"""Adapted layers in each block of a Llama-2-7B: name -> (d_in, d_out)."""
 SCALE = ScaleRule("constant", 2.0)
 TIMEOUT = 900.0
 
@@ -50,7 +50,7 @@ def agreement_of(case: str) -> AdapterSpec:
 
 
 def initial(spec: AdapterSpec) -> LoraAdapter:
-    """A as it is drawn, B of numbers as after some rounds."""
+    """Random A as at the start, B with values as after some rounds."""
     layers = {}
     for name, (d_in, d_out, rank) in spec.schema.layers.items():
         b = draw_a(1, name, rank, d_out).T.contiguous()
@@ -59,7 +59,7 @@ def initial(spec: AdapterSpec) -> LoraAdapter:
 
 
 def respond(kind: Kind, content: RecordDict, context: Context) -> RecordDict:
-    """A client's answer: the checks and the wire of a real one, and noise for training."""
+    """A client's reply: the checks and the wire of a real one, and noise instead of training."""
     started = time.perf_counter()
     spec = agreement_of(str(context.run_config["case"]))
     number, rank = int(context.node_config["partition-id"]), int(context.node_config["rank"])
@@ -97,7 +97,7 @@ server = ServerApp()
 
 @server.main()  # type: ignore[untyped-decorator]
 def main(grid: Grid, context: Context) -> None:
-    """The rounds of prelort's own federation; writes what they took."""
+    """Run rounds of prelort's own federation and write their costs."""
     from prelort import methods
     from prelort.events import Event, RoundFinished, encode
     from prelort.federation.federation import Federation

@@ -1,11 +1,10 @@
-"""What travels, against what each method's mathematics needs; what a lossy type does to results.
+"""Bytes sent, against what each method needs; effect of lossy types on results.
 
 Bytes: two rounds of the embedded model with four clients of ranks 2, 4, 8 and 16 (fedit: all 16),
-counted as every run counts them. `needed` is four bytes for each number that has to travel by the
-method's definition (docs/methods), from the model's shapes alone; the rank of what has gathered on
-the server (flora, florist, fedex-lora) is that of its dense product. `KiB a message` is all the
-rest: names, shapes, header. Results: the embedded default at each prefix, by the type in which
-adapters travel.
+counted as every run counts them. `needed` is four bytes for each number that has to be sent by the
+method's definition (docs/methods), from the model's shapes alone; the rank of what has accumulated
+on the server (flora, florist, fedex-lora) is that of its dense product. `KiB a message` is the
+rest: names, shapes, header. Results: the embedded default at each prefix, by wire type.
 
     python benchmarks/wire.py [--seeds 0 1] [--only bytes|results] [--short]
 """
@@ -41,13 +40,13 @@ from prelort.models.base import location
 
 RANKS = (2, 4, 8, 16)
 ONE_RANK = ("fedit",)
-"""Methods that serve no mixture."""
+"""Methods without mixed ranks."""
 TYPES = ("float32", "bfloat16", "int8")
 COMPARED = ("prelort", "zero-padding")
 SHORT = ("prelort", "flora", "fedex-lora", "fedsa-lora")
 ALL_TYPES = ("float32", "bfloat16", "float16", "int8")
 FOLDED = {"flora": "folded:", "florist": "folded:", "fedex-lora": "residual:"}
-"""Methods whose server gathers more than an adapter -> where it stands in its memory."""
+"""Methods whose server accumulates more than an adapter -> its key in the memory."""
 
 Layers = Sequence[tuple[int, int]]
 """(d_in, d_out) of each adapted layer."""
@@ -69,7 +68,7 @@ def needed(
 ) -> tuple[int, int]:
     """The numbers down to and up from one client in the round ``index`` (from 0).
 
-    ``rank``: the client's; ``kept``: of its reply (less where it prunes itself); ``gathered``: the
+    ``rank``: the client's; ``kept``: its reply's (lower if it prunes itself); ``gathered``: the
     rank of what the server holds besides its adapter, layer by layer.
     """
     into = sum(d_in for d_in, _ in layers())
@@ -115,7 +114,7 @@ def gathered(state: ServerState, start: str) -> list[int]:
 
 
 def counted(method: str, dtype: str) -> tuple[RunHistory, list[ServerState]]:
-    """What happened in two rounds, and the state before each."""
+    """The events of two rounds, and the state before each."""
     ranks = ranks_of(method)
     config = load(
         None,
@@ -150,7 +149,7 @@ def counted(method: str, dtype: str) -> tuple[RunHistory, list[ServerState]]:
 
 
 def bytes_of(method: str) -> dict[str, Any]:
-    """One row: bytes of two rounds in each type, and what is needed in the exact one."""
+    """One row: bytes of two rounds in each type, and the bytes needed in float32."""
     totals: dict[str, dict[str, int]] = {}
     for dtype in TYPES:
         history, states = counted(method, dtype)
@@ -196,7 +195,7 @@ def _needed(method: str, history: RunHistory, states: Sequence[ServerState]) -> 
 
 
 def perplexities(method: str, dtype: str, seed: int, short: bool) -> dict[int, float]:
-    """Of the embedded default at each prefix."""
+    """Perplexity of the embedded default at each prefix."""
     overrides = [f"method.name={method}", f"federation.wire_dtype={dtype}", f"seed={seed}"]
     overrides.append("evaluation.diagnostics=false")
     if short:
@@ -207,7 +206,7 @@ def perplexities(method: str, dtype: str, seed: int, short: bool) -> dict[int, f
 
 
 def results(seeds: Sequence[int], short: bool) -> list[dict[str, Any]]:
-    """A row for each method and type: mean perplexity (largest change from float32 of a seed)."""
+    """A row per method and type: mean perplexity, largest change from float32 over seeds."""
     rows = []
     for method in COMPARED:
         exact: dict[int, dict[int, float]] = {}
@@ -242,7 +241,7 @@ def main() -> None:
         report("wire", "bytes of two rounds", [bytes_of(method) for method in names], facts)
     if arguments.only != "bytes":
         rows = results(seeds, arguments.short)
-        report("wire_results", "perplexity by the type in which adapters travel", rows, facts)
+        report("wire_results", "perplexity by wire type", rows, facts)
 
 
 if __name__ == "__main__":

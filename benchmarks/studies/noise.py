@@ -1,11 +1,11 @@
-"""The noise of each round, method by method: what a study's runs have told (docs/diagnostics.md).
+"""The noise of each round, method by method, from a study's diagnostics (docs/diagnostics.md).
 
     python benchmarks/studies/noise.py [runs/studies/claim-python]    (a study without settings)
 
-Initialization noise: how far from the global function clients begin, relative to it. Aggregation
-noise: how far the new global function is from the weighted mean of what the clients trained. Means
-over the seeds at the second round (in the first there is no global function yet), in the middle and
-at the end. Printed, and drawn by round to docs/pictures/results/noise.png.
+Initialization noise: distance of the clients' starting points from the global function, relative to
+it. Aggregation noise: distance of the new global function from the weighted mean of the clients'.
+Means over the seeds at the second round (in the first the global function is still zero), in the
+middle and at the end. Prints a table and writes the chart docs/pictures/results/noise.png.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def measure(
 ) -> Measured:
     """The configured metrics of each of ``adapters`` (by the rank they stand for) on examples.
 
-    Rank 0 is the base: its adapter's extras count, its factors do not. ``at_once``: how many share
+    Rank 0 is the base: its adapter's modules to save count, its factors do not. ``at_once``: how many share
     a forward pass; default: what the device is best at. Otherwise each of the workspaces measures
     adapters in a thread of its own.
     """
