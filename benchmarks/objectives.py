@@ -19,7 +19,6 @@ from common import machine, report
 
 from prelort.config import load
 from prelort.experiment.folder import RunFolder
-from prelort.history import RunHistory
 from prelort.metrics.scores import aurac
 
 CELLS = {

@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("study", type=Path, nargs="?", default=Path("runs/studies/tasks-superni"))
     parser.add_argument("--metric", default="rouge_l")
     arguments = parser.parse_args()
-    found = read(arguments.study / "cells", arguments.metric)
+    found = read(arguments.study, arguments.metric)
     if not found:
         raise SystemExit(f"no client measured {arguments.metric!r} in {str(arguments.study)!r}")
     facts = {"command": f"python benchmarks/studies/by_task.py {arguments.study}"}

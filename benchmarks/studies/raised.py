@@ -36,7 +36,7 @@ def table(study: Path, rows: Path, balanced: Set[str] = BALANCED) -> list[dict[s
         row = json.loads(line)
         topics.setdefault(row["client"], Counter())[row["label"]] += 1
     found = []
-    for run in sorted((study / "cells" / "by-loss").glob("seed-*")):
+    for run in sorted((study / "by-loss").glob("seed-*")):
         incidents = RunHistory.read(RunFolder(run).metrics_file).incidents
         raised = [event.client for event in incidents if isinstance(event, RankChanged)]
         row = {

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 import prelort
-from prelort.cli import listing
+from prelort.cli import info
 from prelort.config import EMBEDDED_FILE, Config, check, read_toml
-from prelort.experiment.compare.study import load as load_study
+from prelort.study.definition import load as load_study
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,7 +69,7 @@ def test_the_study_in_the_documentation_is_one(tmp_path: Path) -> None:
 
 
 def test_configuration_printed_is_the_embedded_default(capsys: pytest.CaptureFixture[str]) -> None:
-    listing.config()
+    info.config()
     assert capsys.readouterr().out == EMBEDDED_FILE.read_text()
     assert check(read_toml(EMBEDDED_FILE)) == prelort.load_config()
 
