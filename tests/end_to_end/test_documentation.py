@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 import prelort
 from prelort.cli import info
 from prelort.config import EMBEDDED_FILE, Config, check, read_toml
+from prelort.events import Event, name_of
 from prelort.study.definition import load as load_study
 
 ROOT = Path(__file__).parents[2]
@@ -83,3 +85,12 @@ def test_every_method_and_target_that_the_documentation_names_exists() -> None:
 
     for name in REGISTRY:
         assert (ROOT / "docs" / "methods" / f"{name}.md").is_file()
+
+
+def test_every_logged_event_and_its_fields_are_documented() -> None:
+    rows = (ROOT / "docs" / "watching.md").read_text().splitlines()
+    for kind in Event.__subclasses__():
+        if kind.logged:
+            (row,) = (row for row in rows if row.startswith("|") and f"`{name_of(kind)}`" in row)
+            for one in fields(kind):
+                assert one.name in ("round", "time") or f"`{one.name}`" in row, (kind, one.name)
