@@ -19,7 +19,6 @@ from prelort.events import (
     Evaluated,
     EvaluationFailed,
     Event,
-    Listener,
     RankChanged,
     RoundFinished,
     RoundStarted,
@@ -186,6 +185,10 @@ class StudyProgress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Print what is left."""
         for name in self._cells:
             self._flush(name)
         if self._bars is not None:
@@ -253,10 +256,6 @@ class StudyProgress:
                 more = f"; {self._words()}" if self._total > 1 else ""
                 self._print(f"{plain(name)}: finished in {human_seconds(seconds)}{more}")
             self._draw()
-
-    def listener(self, name: str) -> Listener:
-        """What a cell's run calls with its events."""
-        return lambda event: self.event(name, event)
 
     @property
     def seconds_left(self) -> float | None:

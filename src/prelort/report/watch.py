@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Protocol
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -59,15 +58,16 @@ def watch(
     followers: dict[str, LogFollower] = {}
     with _Screen(place, console, clock) if live else _Lines(place, console) as view:
         while True:
-            current = logs()
-            for name, path in current.items():
-                follower = followers.setdefault(name, LogFollower(path))
-                if not follower.history.finished:
-                    new = follower.poll()
-                    view.take(name, follower.history, new)
-            followers = {name: followers[name] for name in current}
+            followers = {
+                name: followers.get(name) or LogFollower(path) for name, path in logs().items()
+            }
+            news = {
+                name: follower.poll()
+                for name, follower in followers.items()
+                if not follower.history.finished
+            }
             histories = {name: follower.history for name, follower in followers.items()}
-            view.show(histories)
+            view.show(histories, news)
             if histories and all(history.finished for history in histories.values()):
                 return
             sleep(POLL_SECONDS)
@@ -196,16 +196,6 @@ def _not_started(place: str) -> Text:
     return Text(f"{plain(place)} has not started: waiting for its first event")
 
 
-class _View(Protocol):
-    """Where `watch` shows what it reads."""
-
-    def take(self, name: str, history: RunHistory, new: NewEvents) -> None:
-        """A cell's log was read."""
-
-    def show(self, histories: Mapping[str, RunHistory]) -> None:
-        """All logs were read once."""
-
-
 class _Screen:
     """The screen of the cell that is running."""
 
@@ -222,10 +212,7 @@ class _Screen:
     def __exit__(self, *error: object) -> None:
         self._live.stop()
 
-    def take(self, name: str, history: RunHistory, new: NewEvents) -> None:
-        """Nothing: `show` draws the histories."""
-
-    def show(self, histories: Mapping[str, RunHistory]) -> None:
+    def show(self, histories: Mapping[str, RunHistory], news: Mapping[str, NewEvents]) -> None:
         """Draw the cell shown before until it is finished, then the next that has started."""
         begun = [name for name, history in histories.items() if history.time is not None]
         running = [name for name in begun if not histories[name].finished]
@@ -250,7 +237,7 @@ class _Lines:
 
     def __init__(self, place: str, console: Console) -> None:
         self._place, self._console = place, console
-        self._progress: StudyProgress | None = None
+        self._progress = StudyProgress(console)
         self._started: set[str] = set()
         self._announced = False
 
@@ -258,26 +245,19 @@ class _Lines:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._progress is not None:
-            self._progress.__exit__(None, None, None)
+        self._progress.close()
 
-    def take(self, name: str, history: RunHistory, new: NewEvents) -> None:
+    def show(self, histories: Mapping[str, RunHistory], news: Mapping[str, NewEvents]) -> None:
         """Print the new events; after a truncation not again what was printed."""
-        if history.time is None and name not in self._started:
-            return
-        if self._progress is None:
-            self._progress = StudyProgress(self._console)
-        if name not in self._started:
-            self._started.add(name)
-            self._progress.started(name)
-        if new.truncated:
-            self._progress.replaced(name, history)
-            return
-        for event in new.events:
-            self._progress.event(name, event)
-
-    def show(self, histories: Mapping[str, RunHistory]) -> None:
-        """Say once that nothing has started."""
+        for name, new in news.items():
+            if name not in self._started and new.events:
+                self._started.add(name)
+                self._progress.started(name)
+            if new.truncated:
+                self._progress.replaced(name, histories[name])
+                continue
+            for event in new.events:
+                self._progress.event(name, event)
         if not self._started and not self._announced:
             self._announced = True
             self._console.print(_not_started(self._place), soft_wrap=True, highlight=False)
