@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import altair as alt
+import pandas as pd
 
 from prelort.experiment.folder import RunFolder
-from prelort.report import charts
+from prelort.report.drawing import save
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import report
@@ -81,14 +82,12 @@ def draw(found: dict[str, dict[str, Noise]]) -> None:
         ]
         colour = alt.Color("method:N", sort=list(found), title=None)
         dash = alt.StrokeDash("method:N", sort=list(found), title=None)
-        chart = alt.Chart(charts.frame_of(rows), title=kind.replace("_", " ")).mark_line()
+        chart = alt.Chart(pd.DataFrame(rows), title=kind.replace("_", " ")).mark_line()
         panels.append(
             chart.encode(x="round:Q", y=alt.Y("noise:Q", title=None), color=colour, strokeDash=dash)
         )
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    charts.save(
-        alt.hconcat(*(panel.properties(width=380, height=300) for panel in panels)), PICTURE
-    )
+    save(alt.hconcat(*(panel.properties(width=380, height=300) for panel in panels)), PICTURE)
 
 
 if __name__ == "__main__":

@@ -55,8 +55,9 @@ def picture(rows: FederatedRows, label_column: str | None, path: Path) -> None:
     `PrelortError` if it cannot be written.
     """
     import altair as alt
+    import pandas as pd
 
-    from prelort.report.charts import TITLE, frame_of, save
+    from prelort.report.drawing import TITLE, save
 
     clients = rows.clients
     labels = _labels(rows, label_column)
@@ -71,7 +72,7 @@ def picture(rows: FederatedRows, label_column: str | None, path: Path) -> None:
         return alt.X("client:N", sort=order, axis=axis, scale=alt.Scale(paddingInner=0.15))
 
     y = alt.Y("sum(rows):Q", axis=alt.Axis(title="training rows", format=",d", tickMinStep=1))
-    ranked = frame_of(
+    ranked = pd.DataFrame(
         [{"client": name, "rank": client.rank, "rows": len(client.train)}
          for name, client in zip(order, clients, strict=True)]
     )  # fmt: skip
@@ -80,7 +81,7 @@ def picture(rows: FederatedRows, label_column: str | None, path: Path) -> None:
         bars = alt.Chart(ranked, title=title).mark_bar().encode(x=x(label), y=y, color=rank)
         save(bars.properties(width=width, height=300), path)
         return
-    held = frame_of(
+    held = pd.DataFrame(
         [{"client": name, "label": _plain(text), "rows": counts[text], "order": place}
          for name, counts in zip(order, _counts(clients, label_column), strict=True)
          for place, text in enumerate(labels) if counts[text]]

@@ -37,7 +37,7 @@ class Charts:
         """The numbers of these charts; there is none for None."""
         import altair as alt
 
-        from prelort.report.charts import specification
+        from prelort.report.drawing import specification
 
         numbers = []
         for chart in charts:
@@ -139,7 +139,7 @@ def _cell(results: Results, cell: CellResult, charts: Charts) -> CellSection:
 
     alone = Results([cell], cell.method, metric=results.metric)
     history, setting = cell.history, cell.setting
-    shown: list[Any] = [build.traffic(alone, setting), build.time_by_phase(alone, setting)]
+    shown: list[Any] = [build.traffic(alone), build.time_by_phase(alone)]
     if len(results.cells) > 1:  # of a single run the results have them
         rounds = [build.by_round(alone, setting, metric) for metric in alone.metrics]
         shown = [*rounds, build.training_loss(alone, setting), *shown]
@@ -152,7 +152,7 @@ def _cell(results: Results, cell: CellResult, charts: Charts) -> CellSection:
         facts=_facts(cell),
         charts=charts.add(shown),
         clients=tables.clients(alone),
-        client_charts=charts.add([build.client_losses(alone, setting)]),
+        client_charts=charts.add([build.client_losses(alone)]),
         phases=tables.phases(alone),
         incidents=found[:MAX_INCIDENTS],
         more_incidents=len(found[MAX_INCIDENTS:]),

@@ -39,7 +39,7 @@ def write_tables(results: Results, out: Path) -> None:
 def write_results(results: Results, out: Path) -> None:
     """Write the tables and the pictures. Raises `PrelortError` if a file cannot be written."""
     write_tables(results, out)
-    from prelort.report import charts
+    from prelort.report import charts, drawing
 
     pictures: tuple[tuple[str, str, Callable[[Results, str], alt.TopLevelMixin | None]], ...] = (
         ("", "comparison" if len(results.seeds) > 1 else "rank_curves", charts.overview),
@@ -50,7 +50,7 @@ def write_results(results: Results, out: Path) -> None:
             chart = build(results, setting)
             if chart is not None:
                 named = f"{file_name(setting)}{suffix}" if setting else name
-                charts.save(chart, out / f"{named}.png")
+                drawing.save(chart, out / f"{named}.png")
 
 
 def write_page(results: Results, path: Path) -> Path:

@@ -140,7 +140,7 @@ class _State:
         if reason:
             self.failures[cell.name] = reason
             write_failures(self.out, self.failures)
-        if time.monotonic() - self._written > WRITE_SECONDS:
+        elif time.monotonic() - self._written > WRITE_SECONDS:
             self.write()
 
     def listens(self, cell: Cell) -> Callable[[Event], None]:
