@@ -77,7 +77,7 @@ def update(adapter: LoraAdapter, number: int) -> Update:
 
 
 def method_of(name: str, size: Size) -> Method:
-    return build(MethodConfig(name=name), size.ranks, SEED)
+    return build(MethodConfig(name=name), SEED)
 
 
 def aggregator(name: str, size: Size, state: ServerState) -> Aggregator:
@@ -90,7 +90,7 @@ def aggregator(name: str, size: Size, state: ServerState) -> Aggregator:
 def factor_methods(size: Size, threads: int, repeats: int) -> list[dict[str, Any]]:
     """Seconds of a round of each method, alternating with a copy of the same replies."""
     torch.set_num_threads(threads)
-    state = ServerState(size.adapter(max(size.ranks)))
+    state = ServerState(size.adapter(max(size.ranks)), levels=size.ranks)
     replies = {rank: size.adapter(rank) for rank in size.ranks}
     updates = [update(replies[rank], k) for k, rank in enumerate(size.order())]
     buffers = {rank: size.adapter(rank, 0.0).tensors() for rank in size.ranks}
@@ -147,7 +147,7 @@ def peak_mib(name: str, size: Size) -> float:
 
 def one_round(name: str, size: Size) -> None:
     """A round in which each reply exists only while it is added."""
-    state = ServerState(size.adapter(max(size.ranks), 1.0))
+    state = ServerState(size.adapter(max(size.ranks), 1.0), levels=size.ranks)
     round_ = aggregator(name, size, state)
     for number, rank in enumerate(size.order()):
         round_.add(update(size.adapter(rank, 2.0), number))
@@ -194,7 +194,7 @@ def trained(size: Size) -> tuple[ServerState, list[Update]]:
         return LoraAdapter(layers, prefix.scale)
 
     updates = [update(moved(whole.prefix(r)), k) for k, r in enumerate(size.order())]
-    return ServerState(moved(whole)), updates
+    return ServerState(moved(whole), levels=size.ranks), updates
 
 
 def ours(
@@ -264,8 +264,7 @@ def product_methods(size: Size) -> list[dict[str, Any]]:
 
 def difference(found: LoraAdapter, expected: LoraAdapter) -> float:
     """Difference of the products, relative to the norm of the expected one."""
-    bare = [LoraAdapter(a.layers, a.scale) for a in (found, expected)]
-    return distance(*bare) / norm(bare[1])
+    return distance(found, expected) / norm(expected)
 
 
 # Peers: their code is imported where it lies and neither copied nor changed

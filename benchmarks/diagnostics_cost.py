@@ -22,7 +22,8 @@ from common import machine, paired, ratio, report
 from prelort import methods
 from prelort.adapters import Factors, LoraAdapter, ScaleRule
 from prelort.config import MethodConfig
-from prelort.diagnostics.collector import Collector, sampled
+from prelort.diagnostics.collector import Collector
+from prelort.diagnostics.sample import Budget
 from prelort.methods.averaging import by_examples
 from prelort.methods.interface import Broadcast, Client, Method, ServerState, Update
 
@@ -66,8 +67,8 @@ def given(name: str, shapes: dict[str, tuple[int, int]]) -> Given:
         layer: Factors(normal(LEVELS[-1], d_in, size=d_in**-0.5), normal(d_out, 16, size=0.02))
         for layer, (d_in, d_out) in shapes.items()
     }
-    method = methods.build(MethodConfig(name=name), LEVELS, 0)
-    state = ServerState(LoraAdapter(layers, ScaleRule()), round=3)
+    method = methods.build(MethodConfig(name=name), 0)
+    state = ServerState(LoraAdapter(layers, ScaleRule()), round=3, levels=LEVELS)
     clients = [Client(f"site-{i}", rank, 100 + i) for i, rank in enumerate(RANKS)]
     sent = [method.broadcast(state, client) for client in clients]
 
@@ -105,7 +106,7 @@ def aggregated(known: Given) -> ServerState:
 def diagnosed(known: Given, numbers: dict[str, Any]) -> float:
     """Seconds of the aggregation with the diagnostics, whose result goes to ``numbers``."""
     started = time.process_time()
-    collector = Collector(known.method, known.state, known.clients, LEVELS, by_examples, 0)
+    collector = Collector(known.method, known.state, known.clients, by_examples, 0)
     for sent, update in zip(known.sent, known.updates, strict=True):
         collector.add(sent, update)
     numbers.update(collector.result(aggregated(known)))
@@ -125,7 +126,7 @@ def row(name: str, size: str, shapes: dict[str, tuple[int, int]], repeats: int) 
     sides = {"alone": lambda: plain(known), "diagnosed": with_diagnostics}
     taken = paired(sides, min(repeats, FEW) if plain(known) > 1 else repeats)
     ratios = ratio(taken, "diagnosed", "alone")
-    layers = sampled(known.state.adapter, RANKS, 0, 0)
+    layers = Budget().sample(known.state.adapter, RANKS, 0, 0)
     alone = statistics.median(taken["alone"])
     return {
         "adapter, method": f"{size}, {name}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 
@@ -37,15 +37,12 @@ from prelort.federation.requests import base_as_adapter, evaluate_request, train
 from prelort.federation.round import Round
 from prelort.federation.sampling import check_numbers, min_connected, sample
 from prelort.federation.transport import Transport
-from prelort.methods.interface import Broadcast, Client, Method, RoundObserver, ServerState
+from prelort.methods.interface import Broadcast, Client, Method, Observe, ServerState
 
 log = logging.getLogger(__name__)
 
 GOODBYE_SECONDS = 15.0
 """How long the end of a run waits for sites to take note of it."""
-
-Observe = Callable[[Method, ServerState, Sequence[Client]], RoundObserver]
-"""Begins to observe a round of these clients (diagnostics)."""
 
 
 class Federation:
