@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 import prelort
-from prelort.cli import info
-from prelort.config import EMBEDDED_FILE, Config, check, read_toml
+from prelort.config import Config
 from prelort.events import Event, name_of
 from prelort.study.definition import load as load_study
 
@@ -68,12 +67,6 @@ def test_the_study_in_the_documentation_is_one(tmp_path: Path) -> None:
     assert len(study.cells) == 5 * 5 * 2
     (variant,) = {c.config.method.objective for c in study.cells if c.method == "segment-wise only"}
     assert variant == "plain"
-
-
-def test_configuration_printed_is_the_embedded_default(capsys: pytest.CaptureFixture[str]) -> None:
-    info.config()
-    assert capsys.readouterr().out == EMBEDDED_FILE.read_text()
-    assert check(read_toml(EMBEDDED_FILE)) == prelort.load_config()
 
 
 def test_every_method_and_target_that_the_documentation_names_exists() -> None:
