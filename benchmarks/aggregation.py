@@ -1,9 +1,9 @@
-"""What does the server's arithmetic cost, against moving the bytes and against a dense SVD?
+"""Cost of the server's aggregation, against copying the bytes and against a dense SVD.
 
-Three tables. *Factors*: a round of the methods that average slots against copying the replies into
-buffers that exist already, and the memory that it needs. *Products*: a layer of the methods that
-average products against the SVD of the dense mean, and how far the results differ. *Peers*: a
-layer of published aggregation code, imported from checkouts that are given on the command line.
+Three tables. *Factors*: a round of the methods that average factors, against copying the replies
+into existing buffers, and its peak memory. *Products*: a layer of the methods that average
+products, against the SVD of the dense mean, and the difference of the results. *Peers*: a layer of
+published aggregation code, imported from checkouts named on the command line.
 
     python benchmarks/aggregation.py [--short] [--parts factors products peers]
         [--flora PATH] [--florist PATH] [--flexlora PATH] [--nvflare PATH]
@@ -35,7 +35,7 @@ from prelort.adapters.algebra import distance, norm
 from prelort.config import MethodConfig
 from prelort.methods import Aggregator, Client, Method, ServerState, Update, build
 
-SLOT_METHODS = ("prelort", "zero-padding", "replication", "fed-plora")
+FACTOR_METHODS = ("prelort", "zero-padding", "replication", "fed-plora")
 PRODUCT_METHODS = ("flexlora", "hlora", "raflora", "florist")
 FLORIST_ENERGY = 0.95
 CONSTANT = ScaleRule("constant", 1.0)
@@ -44,7 +44,7 @@ SEED = 7
 
 @dataclass(frozen=True)
 class Size:
-    """Square layers, and clients that have the ranks in equal numbers and in drawn order."""
+    """Square layers, and clients with the ranks in equal numbers and random order."""
 
     layers: int
     side: int
@@ -52,7 +52,7 @@ class Size:
     clients: int
 
     def adapter(self, rank: int, value: float | None = None) -> LoraAdapter:
-        """Normal numbers, or one value, in one buffer as they come from a message."""
+        """Normal numbers, or one value, in one buffer as decoded from a message."""
         numbers = torch.empty(2 * self.layers * self.side * rank)
         if value is None:
             numbers.normal_(generator=torch.Generator().manual_seed(rank))
@@ -77,7 +77,7 @@ def update(adapter: LoraAdapter, number: int) -> Update:
 
 
 def method_of(name: str, size: Size) -> Method:
-    return build(MethodConfig(name=name), size.ranks, SEED)
+    return build(MethodConfig(name=name), SEED)
 
 
 def aggregator(name: str, size: Size, state: ServerState) -> Aggregator:
@@ -87,10 +87,10 @@ def aggregator(name: str, size: Size, state: ServerState) -> Aggregator:
 # Factors
 
 
-def slot_methods(size: Size, threads: int, repeats: int) -> list[dict[str, Any]]:
-    """Seconds of a round of each method, in turns with copying the same replies."""
+def factor_methods(size: Size, threads: int, repeats: int) -> list[dict[str, Any]]:
+    """Seconds of a round of each method, alternating with a copy of the same replies."""
     torch.set_num_threads(threads)
-    state = ServerState(size.adapter(max(size.ranks)))
+    state = ServerState(size.adapter(max(size.ranks)), levels=size.ranks)
     replies = {rank: size.adapter(rank) for rank in size.ranks}
     updates = [update(replies[rank], k) for k, rank in enumerate(size.order())]
     buffers = {rank: size.adapter(rank, 0.0).tensors() for rank in size.ranks}
@@ -114,7 +114,7 @@ def slot_methods(size: Size, threads: int, repeats: int) -> list[dict[str, Any]]
 
         return run
 
-    sides = {"copying": copying, **{name: method(name) for name in SLOT_METHODS}}
+    sides = {"copying": copying, **{name: method(name) for name in FACTOR_METHODS}}
     taken = paired(sides, repeats)
     rows = []
     for name in sides:
@@ -133,7 +133,7 @@ def slot_methods(size: Size, threads: int, repeats: int) -> list[dict[str, Any]]
 
 
 def peak_mib(name: str, size: Size) -> float:
-    """What a round adds to the process at its peak (Linux; in a new process).
+    """Peak memory that a round adds to the process (Linux; in a new process).
 
     That is the old state, the aggregator, one reply at a time and the new state.
     """
@@ -147,7 +147,7 @@ def peak_mib(name: str, size: Size) -> float:
 
 def one_round(name: str, size: Size) -> None:
     """A round in which each reply exists only while it is added."""
-    state = ServerState(size.adapter(max(size.ranks), 1.0))
+    state = ServerState(size.adapter(max(size.ranks), 1.0), levels=size.ranks)
     round_ = aggregator(name, size, state)
     for number, rank in enumerate(size.order()):
         round_.add(update(size.adapter(rank, 2.0), number))
@@ -159,7 +159,7 @@ def peaks(size: Size) -> dict[str, float]:
     whole = 2 * size.layers * size.side * max(size.ranks) * 4 / 2**20
     spawn = multiprocessing.get_context("spawn")
     found = {}
-    for name in SLOT_METHODS:
+    for name in FACTOR_METHODS:
         # Each in a process of its own: an allocator does not give back what it once had.
         with ProcessPoolExecutor(1, mp_context=spawn) as pool:
             found[name] = pool.submit(peak_mib, name, size).result() / whole
@@ -168,7 +168,7 @@ def peaks(size: Size) -> dict[str, float]:
 
 def factors(size: Size, repeats: int, threads: Sequence[int]) -> list[dict[str, Any]]:
     memory = peaks(size)
-    rows = [row for count in threads for row in slot_methods(size, count, repeats)]
+    rows = [row for count in threads for row in factor_methods(size, count, repeats)]
     return [{**row, "peak (adapters)": memory.get(row["method"], "")} for row in rows]
 
 
@@ -176,7 +176,7 @@ def factors(size: Size, repeats: int, threads: Sequence[int]) -> list[dict[str, 
 
 
 def trained(size: Size) -> tuple[ServerState, list[Update]]:
-    """A global adapter whose slots fade, and replies that each moved their prefix a little."""
+    """A global adapter with decaying rank dimensions, and replies that changed it slightly."""
     generator = torch.Generator().manual_seed(SEED)
     rank = max(size.ranks)
     whole = size.adapter(rank)
@@ -194,7 +194,7 @@ def trained(size: Size) -> tuple[ServerState, list[Update]]:
         return LoraAdapter(layers, prefix.scale)
 
     updates = [update(moved(whole.prefix(r)), k) for k, r in enumerate(size.order())]
-    return ServerState(moved(whole)), updates
+    return ServerState(moved(whole), levels=size.ranks), updates
 
 
 def ours(
@@ -215,7 +215,7 @@ def ours(
 def mean_product(updates: Sequence[Update], segments: Sequence[int]) -> torch.Tensor:
     """The dense mean of the products of one layer, in float32.
 
-    Each segment (of those that end at these ranks) over its holders; one segment: over everyone.
+    Each segment (ending at these ranks) over its holders; one segment: over all clients.
     """
     total: torch.Tensor | float = 0.0
     for low, high in zip([0, *segments], segments, strict=False):
@@ -251,7 +251,7 @@ def product_methods(size: Size) -> list[dict[str, Any]]:
             {
                 "method": name,
                 "clients": size.clients,
-                "slots": sum(one.adapter.rank for one in updates),
+                "rank dimensions": sum(one.adapter.rank for one in updates),
                 "rank": adapter.rank,
                 "factored s": seconds,
                 "dense s": slow,
@@ -263,16 +263,15 @@ def product_methods(size: Size) -> list[dict[str, Any]]:
 
 
 def difference(found: LoraAdapter, expected: LoraAdapter) -> float:
-    """Of the products, as a share of the expected one's norm."""
-    bare = [LoraAdapter(a.layers, a.scale) for a in (found, expected)]
-    return distance(*bare) / norm(bare[1])
+    """Difference of the products, relative to the norm of the expected one."""
+    return distance(found, expected) / norm(expected)
 
 
 # Peers: their code is imported where it lies and neither copied nor changed
 
 
 class InMemory:
-    """Stands for torch in a module that reads replies from files and writes its result to one."""
+    """Replaces torch in a module that reads replies from files and writes its result to one."""
 
     def __init__(self, states: Sequence[dict[str, torch.Tensor]], client_of: Callable[[Path], str]):
         self.states = states
@@ -292,7 +291,7 @@ class InMemory:
 
 
 def imported(path: Path, name: str) -> Any:
-    """A module from its file, without its package."""
+    """Load a module from its file, without its package."""
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
@@ -314,7 +313,7 @@ def states_of(updates: Sequence[Update]) -> list[dict[str, torch.Tensor]]:
 def stacking(path: Path, updates: Sequence[Update], **options: Any) -> tuple[float, Factors]:
     """`FedAvg` of FLoRA's and of FLoRIST's repository (the latter's is a copy with more options).
 
-    Its files are replaced by memory, what it prints goes nowhere.
+    Its files are replaced by memory, its output is discarded.
     """
     module = imported(path / "fed_utils" / "model_aggregation.py", f"peer_{path.name}")
     module.torch = memory = InMemory(
@@ -395,7 +394,7 @@ PEERS: dict[str, tuple[str, Callable[[Path, Size, Sequence[Update]], tuple[float
     "flexlora": ("FederatedScope, branch FlexLoRA", flexlora),
     "nvflare": ("NVFlare (HLoRA)", hlora),
 }
-"""Option -> whose checkout it names, and a round of one layer of it."""
+"""Option -> the repository, and a round of one layer through its code."""
 
 
 def peers(size: Size, paths: dict[str, Path]) -> list[dict[str, Any]]:

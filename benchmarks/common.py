@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine's description, paired timings, tables and JSON."""
+"""Shared by the benchmarks: the machine's description, paired timings, tables and JSON."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """What the figures depend on."""
+    """The machine and the versions that the figures depend on."""
     name = torch.cuda.get_device_name() if device.startswith("cuda") else _processor()
     return {
         **versions(),
@@ -31,7 +31,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 
 
 def paired(sides: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each side, measured in turn so that all meet the same disturbances.
+    """Seconds of each side, measured in turns so that disturbances affect all sides alike.
 
     Each side returns its own seconds. One unmeasured turn comes first.
     """
@@ -56,7 +56,7 @@ def set_high_water_back() -> None:
 
 
 def high_water_mib() -> float:
-    """The process's largest resident size since the mark was set back."""
+    """The process's largest resident size, in MiB, since the last reset."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
@@ -64,7 +64,7 @@ def high_water_mib() -> float:
 def report(name: str, title: str, rows: Sequence[Mapping[str, Any]], facts: Any) -> None:
     """Print the rows as a table and write them, with the facts, to ``results/<name>.json``.
 
-    What ``facts["short"]`` says was a short version goes to ``results/short``, which is not kept.
+    Short versions (``facts["short"]``) go to ``results/short``, which is not committed.
     """
     table = Table(*rows[0], title=title)
     for row in rows:

@@ -1,9 +1,9 @@
-"""What do a round's diagnostics cost, against the round's aggregation alone?
+"""Cost of a round's diagnostics, against the round's aggregation alone.
 
 A 7B-sized adapter (q and v of 32 layers, 4096 x 4096, rank 16) and ten clients of ranks 4, 8 and
 16: the same replies are aggregated with and without the collector, in turns, on one thread. Seconds
-are the processor's, so that other work on the machine counts for little. The goal is 1.1 times the
-aggregation at most. Two small rows show what all layers of a small adapter cost.
+are CPU time, so that other work on the machine matters little. The goal is at most 1.1 times the
+aggregation. Two small rows show the cost of all layers of a small adapter.
 
     OMP_NUM_THREADS=1 python benchmarks/diagnostics_cost.py [--repeats 20]
 """
@@ -22,7 +22,8 @@ from common import machine, paired, ratio, report
 from prelort import methods
 from prelort.adapters import Factors, LoraAdapter, ScaleRule
 from prelort.config import MethodConfig
-from prelort.diagnostics.collector import Collector, sampled
+from prelort.diagnostics.collector import Collector
+from prelort.diagnostics.sample import Budget
 from prelort.methods.averaging import by_examples
 from prelort.methods.interface import Broadcast, Client, Method, ServerState, Update
 
@@ -56,7 +57,7 @@ class Given:
 
 
 def given(name: str, shapes: dict[str, tuple[int, int]]) -> Given:
-    """Replies that have moved a little from what their clients received."""
+    """Replies that differ slightly from what their clients received."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int, size: float) -> torch.Tensor:
@@ -66,8 +67,8 @@ def given(name: str, shapes: dict[str, tuple[int, int]]) -> Given:
         layer: Factors(normal(LEVELS[-1], d_in, size=d_in**-0.5), normal(d_out, 16, size=0.02))
         for layer, (d_in, d_out) in shapes.items()
     }
-    method = methods.build(MethodConfig(name=name), LEVELS, 0)
-    state = ServerState(LoraAdapter(layers, ScaleRule()), round=3)
+    method = methods.build(MethodConfig(name=name), 0)
+    state = ServerState(LoraAdapter(layers, ScaleRule()), round=3, levels=LEVELS)
     clients = [Client(f"site-{i}", rank, 100 + i) for i, rank in enumerate(RANKS)]
     sent = [method.broadcast(state, client) for client in clients]
 
@@ -105,7 +106,7 @@ def aggregated(known: Given) -> ServerState:
 def diagnosed(known: Given, numbers: dict[str, Any]) -> float:
     """Seconds of the aggregation with the diagnostics, whose result goes to ``numbers``."""
     started = time.process_time()
-    collector = Collector(known.method, known.state, known.clients, LEVELS, by_examples, 0)
+    collector = Collector(known.method, known.state, known.clients, by_examples, 0)
     for sent, update in zip(known.sent, known.updates, strict=True):
         collector.add(sent, update)
     numbers.update(collector.result(aggregated(known)))
@@ -125,7 +126,7 @@ def row(name: str, size: str, shapes: dict[str, tuple[int, int]], repeats: int) 
     sides = {"alone": lambda: plain(known), "diagnosed": with_diagnostics}
     taken = paired(sides, min(repeats, FEW) if plain(known) > 1 else repeats)
     ratios = ratio(taken, "diagnosed", "alone")
-    layers = sampled(known.state.adapter, RANKS, 0, 0)
+    layers = Budget().sample(known.state.adapter, RANKS, 0, 0)
     alone = statistics.median(taken["alone"])
     return {
         "adapter, method": f"{size}, {name}",

@@ -1,10 +1,10 @@
-"""What does a round cost when the clients do nothing, in this process and through Ray?
+"""Cost of a round without training, in this process and through Ray.
 
-The same Flower apps on both engines; a client checks nothing, trains nothing and answers with the
+The same Flower apps on both engines; a client checks nothing, trains nothing and returns the
 adapter that it received (16 layers of 2048 x 2048 at rank 16: 4.2 MB). `messages` is a server that
-sends one message to each client and takes the replies: the engine alone. `rounds` is prelort's
-server, which packs, checks and averages all adapters, whatever the engine. Ray's start and the
-first round of each turn, in which its workers import what they need, do not count.
+sends one message to each client and receives the replies: the engine alone. `rounds` is prelort's
+server, which packs, checks and averages all adapters on either engine. Ray's start-up and the
+first round of each turn, in which its workers import their modules, are not counted.
 
     python benchmarks/floor.py [--clients 20 100] [--rounds 6] [--repeats 2] [--short]
 """
@@ -12,21 +12,22 @@ first round of each turn, in which its workers import what they need, do not cou
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from common import machine, report
 
+from prelort import methods
 from prelort.adapters import AdapterSchema, Factors, LoraAdapter, ScaleRule
 from prelort.adapters.initial import draw_a
 from prelort.config import check
 from prelort.federation import wire
 from prelort.federation.client_app import Kind, client_app
-from prelort.federation.client_manager import AdapterSpec
 from prelort.federation.content import blob_in, content_of
+from prelort.federation.federation import Federation
 from prelort.federation.flower import (
     ClientApp,
     Context,
@@ -38,8 +39,8 @@ from prelort.federation.flower import (
     simulate,
 )
 from prelort.federation.in_process import RUN_ID, InProcessGrid
-from prelort.federation.server import ServerPlan, serve
-from prelort.federation.transport import Engine, exchange
+from prelort.federation.messages import AdapterSpec, ClientProperties, TrainReply, TrainRequest
+from prelort.federation.transport import Transport
 from prelort.methods.interface import ServerState
 
 LAYERS, WIDTH, RANK = 16, 2048, 16
@@ -47,13 +48,13 @@ SCALE = ScaleRule("constant", 2.0)
 
 
 def spec() -> AdapterSpec:
-    """What server and clients agree on: shapes with no model behind them."""
+    """An adapter specification: shapes with no model behind them."""
     layers = {f"layers.{index}": (WIDTH, WIDTH, RANK) for index in range(LAYERS)}
     return AdapterSpec("none", AdapterSchema(layers, {}), SCALE)
 
 
 def initial() -> LoraAdapter:
-    """A as it is drawn, B of numbers as after some rounds."""
+    """Random A as at the start, B with values as after some rounds."""
     layers = {}
     for name, (d_in, d_out, rank) in spec().schema.layers.items():
         b = draw_a(1, name, rank, d_out).T.contiguous()
@@ -62,15 +63,15 @@ def initial() -> LoraAdapter:
 
 
 def idle_app() -> ClientApp:
-    """A `ClientApp` that sends back what it received; it can be sent to Ray's workers."""
+    """A `ClientApp` that returns what it received; Ray can send it to its workers."""
 
     def respond(kind: Kind, content: RecordDict, context: Context) -> RecordDict:
         name = f"client-{int(context.node_config['partition-id']):04d}"
         facts = spec().header(RANK).model_dump()
         if kind != "train":
-            return wire.pack(wire.ClientProperties(**facts, client=name, examples=1, most=RANK))
-        request = wire.header(content, wire.TrainRequest)
-        head = wire.TrainReply(
+            return wire.pack(ClientProperties(**facts, client=name, examples=1, max_rank=RANK))
+        request = wire.header(content, TrainRequest)
+        head = TrainReply(
             **facts,
             dtype=request.dtype,
             change=False,
@@ -89,7 +90,7 @@ def idle_app() -> ClientApp:
 def messages(engine: str, clients: int, number: int) -> list[float]:
     """Seconds of each exchange with all clients but the first."""
     seconds: list[float] = []
-    request = wire.TrainRequest(
+    request = TrainRequest(
         **spec().header(RANK).model_dump(),
         dtype="float32",
         round=0,
@@ -103,52 +104,46 @@ def messages(engine: str, clients: int, number: int) -> list[float]:
     )
     content = wire.pack(request, initial())
 
-    def talk(using: Engine) -> None:
-        while len(nodes := list(using.grid.get_node_ids())) < clients:
+    def talk(transport: Transport) -> None:
+        while len(nodes := list(transport.grid.get_node_ids())) < clients:
             time.sleep(0.1)
         for _ in range(number + 1):
             started = time.perf_counter()
             out = (
                 Message(content, dst_node_id=node, message_type=MessageType.TRAIN) for node in nodes
             )
-            for reply in exchange(using, out):
+            for reply in transport.send_and_receive(out):
                 wire.answered(reply)
             seconds.append(time.perf_counter() - started)
 
-    _carry_out(engine, clients, talk)
+    _run_on(engine, clients, talk)
     return seconds[1:]
 
 
 def rounds(engine: str, clients: int, number: int) -> list[float]:
     """Seconds of each round but the first, with all clients in every round."""
-    found: list[dict[str, Any]] = []
-    plan = ServerPlan(
-        config=check(
-            {
-                "evaluation": {"diagnostics": False},
-                "federation": {"rounds": number + 1, "clients_per_round": clients, "quorum": 1.0},
-            }
-        ),
-        state=ServerState(initial()),
-        spec=spec(),
-        emit=found.append,
-        before_rounds=lambda now: None,
-        after_round=lambda now: None,
-        finished=lambda now: None,
-    )
-    _carry_out(engine, clients, lambda using: serve(plan, using))
-    aggregated = [event for event in found if event["event"] == "aggregated"]
-    if len(aggregated) != number + 1 or any(event["failed"] for event in aggregated):
-        raise SystemExit(f"{engine}: not all clients answered: {found[-3:]}")
-    return [event["seconds"]["total"] for event in aggregated[1:]]
+    seconds: list[float] = []
+    federation_settings = {"rounds": number + 1, "clients_per_round": clients, "quorum": 1.0}
+    config = check({"federation": federation_settings})
+
+    def train(transport: Transport) -> None:
+        method = methods.build(config.method, config.seed)
+        federation = Federation(config, transport, spec(), lambda event: None)
+        state = federation.connect(method, ServerState(initial()))
+        for server_round in range(1, number + 2):
+            state, stats = federation.train(method, state, server_round)
+            seconds.append(stats.seconds.total)
+
+    _run_on(engine, clients, train)
+    return seconds[1:]
 
 
-def _carry_out(engine: str, clients: int, serve: Callable[[Engine], None]) -> None:
+def _run_on(engine: str, clients: int, main_of: Callable[[Transport], None]) -> None:
     app, here = ServerApp(), engine == "in-process"
 
     @app.main()  # type: ignore[untyped-decorator]
     def main(grid: Grid, context: Context) -> None:
-        serve(Engine(grid, 1 if here else None, float("inf"), nodes=0 if here else clients))
+        main_of(Transport(grid, 1 if here else None, nodes=0 if here else clients))
 
     if here:
         grid = InProcessGrid(idle_app(), [{"partition-id": index} for index in range(clients)])
@@ -166,6 +161,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.short:
         arguments.clients, arguments.rounds, arguments.repeats = [20], 2, 1
+    if importlib.util.find_spec("ray") is None:
+        print("skipped: Ray is not installed (pip install 'prelort[simulation]')")
+        return
     torch.set_num_threads(1)
     rows = []
     for clients in arguments.clients:
@@ -190,7 +188,7 @@ def main() -> None:
                 )
     sizes = initial().num_parameters * 4
     facts = {"MB to and from each client": sizes / 1e6, **vars(arguments), **machine()}
-    report("floor", "rounds of clients that do nothing", rows, facts)
+    report("floor", "Rounds without training", rows, facts)
 
 
 if __name__ == "__main__":

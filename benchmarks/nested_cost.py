@@ -1,9 +1,9 @@
-"""What does a training step of each nested objective cost, against plain LoRA?
+"""Cost of a training step of each nested objective, against plain LoRA.
 
-Same model, same batches, rank 16 with levels 2, 4, 8, 16; the objectives take turns. ``by PEFT``
-is plain LoRA with PEFT's own layers, ``at once`` has all truncations of a batch in one forward pass
-(`training.batch_truncations`). On the CPU the embedded base; with ``--device cuda`` a Llama of 16
-layers of width 2048 with random weights in bfloat16 (the cost does not depend on the values).
+Same model, same batches, rank 16 with levels 2, 4, 8, 16; the objectives alternate. ``by PEFT``
+is plain LoRA with PEFT's own layers; ``at once`` runs all truncations of a batch in one forward
+pass (`training.batch_truncations`). On the CPU the embedded base; with ``--device cuda`` a Llama of
+16 layers of width 2048 with random weights in bfloat16 (the cost does not depend on the values).
 
     python benchmarks/nested_cost.py [--device cuda] [--repeats 20]
 """
@@ -46,7 +46,7 @@ STEPS = 4
 
 
 def base(device: str) -> torch.nn.Module:
-    """The frozen model that is adapted."""
+    """The frozen base model."""
     if device == "cpu":
         return load_model(ModelConfig(device="cpu"), "causal", pad_id=0)
     config = LlamaConfig(
@@ -64,7 +64,7 @@ def base(device: str) -> torch.nn.Module:
 
 
 class Bench:
-    """A model with LoRA layers, and examples, to take training steps on."""
+    """A model with LoRA layers, and the examples to train on."""
 
     def __init__(self, device: str, batch: int, length: int) -> None:
         self.model = attach(base(device), LoraSettings(), LEVELS[-1], "causal")
@@ -104,7 +104,7 @@ def objective(kind: str) -> Objective:
 
 
 def peak_mib(kind: str, batch: int, length: int) -> float:
-    """Memory that training adds to the process at its peak, in MiB (Linux; in a new process)."""
+    """Peak memory that training adds to the process, in MiB (Linux; in a new process)."""
     torch.set_num_threads(1)
     bench = Bench("cpu", batch, length)
     set_high_water_back()

@@ -1,7 +1,7 @@
-"""Which nested objective, at the embedded default? Perplexity at every prefix, over seeds.
+"""Nested objectives on the embedded default: perplexity at every prefix, over seeds.
 
-Each cell is a run of the embedded default with another objective and seed (data order, clients of
-each round and who has which rank change with it). Finished cells are kept and not run again.
+Each cell is a run of the embedded default with another objective and seed (which sets data order,
+clients of each round and assignment of ranks). Finished cells are kept and not run again.
 
     python benchmarks/objectives.py [--seeds 3] [--jobs 2]
 """
@@ -19,7 +19,6 @@ from common import machine, report
 
 from prelort.config import load
 from prelort.experiment.folder import RunFolder
-from prelort.history import RunHistory
 from prelort.metrics.scores import aurac
 
 CELLS = {
@@ -38,12 +37,9 @@ def cell(job: tuple[str, int, Path]) -> tuple[str, dict[int, float], float]:
 
     name, seed, path = job
     config = load(None, [*CELLS[name], f"seed={seed}", "data.max_test_examples=512"])
-    run(config, path, resume=RunFolder(path).config_file.is_file())
-    history = RunHistory.read(RunFolder(path).metrics_file)
-    assert history.final is not None
-    prefixes = sorted(history.final.prefixes.items())
-    curve = {rank: metrics["perplexity"] for rank, metrics in prefixes}
-    return name, curve, history.client_seconds
+    result = run(config, path, resume=RunFolder(path).config_file.is_file())
+    curve = {rank: values["perplexity"] for rank, values in result.metrics.items()}
+    return name, curve, result.history.client_seconds
 
 
 def main() -> None:

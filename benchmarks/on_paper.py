@@ -1,9 +1,9 @@
-"""A federation of 100,000 clients and adapters of a 70B model, on paper with measured constants.
+"""Estimate for 100,000 clients and adapters of a 70B model, with measured constants.
 
 Computed: the numbers in an adapter of Llama-2-70B, from its shapes; bytes, seconds on a link of
 1 Gbit/s. Measured here: how fast a server reads, checks and adds a reply (one thread). Measured by
-transport.py: how fast adapters pass Flower's SuperLink, whose database has one writer at a time
-(the median over its cases, seconds beyond those of a federation without adapters).
+transport.py: how fast adapters pass through Flower's SuperLink, whose database has one writer at a
+time (the median over its cases, seconds beyond those of a federation without adapters).
 
     python benchmarks/on_paper.py [--short]
 """
@@ -21,7 +21,7 @@ from common import RESULTS, machine, report
 from prelort.adapters import AdapterSchema, Factors, LoraAdapter, ScaleRule
 from prelort.aggregation.rankwise_mean import RankwiseMean
 from prelort.federation import wire
-from prelort.federation.client_manager import AdapterSpec
+from prelort.federation.messages import AdapterSpec
 
 BLOCKS, WIDTH, KEYS, INNER = 80, 8192, 1024, 28672
 """Llama-2-70B: 64 heads of 128, 8 of them for keys and values."""
@@ -31,19 +31,19 @@ CASES = {"q, v": {n: ATTENTION[n] for n in "qv"}, "all linear": ATTENTION | INSI
 RANKS = (8, 16, 32, 64)
 SIZES = {"float32": 4, "bfloat16": 2, "int8": 1}
 LINK = 1e9 / 8
-"""Bytes a second of 1 Gbit/s."""
-CLIENTS, EDGES = 100_000, 100
+"""Bytes per second of 1 Gbit/s."""
+CLIENTS = 100_000
 SHARES = (0.001, 0.01, 0.1, 1.0)
 GB = 1e9
 
 
 def numbers(case: str, rank: int) -> int:
-    """In an adapter of this rank."""
+    """Numbers in an adapter of this rank."""
     return BLOCKS * rank * sum(d_in + d_out for d_in, d_out in CASES[case].values())
 
 
 def adding_rate(repeats: int) -> float:
-    """Float32 bytes a second that one thread reads from a message, checks and adds to a mean."""
+    """Float32 bytes per second that one thread decodes, checks and adds to a mean."""
     scale, rank = ScaleRule("constant", 2.0), 16
     layers = {f"layers.{i}": (WIDTH, WIDTH, rank) for i in range(16)}
     schema = AdapterSchema(layers, {})
@@ -72,7 +72,7 @@ def adding_rate(repeats: int) -> float:
 
 
 def superlink_rate() -> float:
-    """Bytes a second, down and up together, by the committed results of transport.py."""
+    """Bytes per second, down and up together, from the committed results of transport.py."""
     rows = json.loads((RESULTS / "transport.json").read_text())["rows"]
     idle = {row["dtype"]: row["s a round"] for row in rows if row["case"] == "none"}
     rates = [
@@ -84,7 +84,7 @@ def superlink_rate() -> float:
 
 
 def adapters() -> list[dict[str, object]]:
-    """One adapter: what it weighs, and how long it takes over the link."""
+    """One adapter: its size, and its seconds on the link."""
     return [
         {
             "adapted": case,
@@ -103,11 +103,9 @@ def rounds(adding: float, superlink: float) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for case in CASES:
         mean = statistics.mean(numbers(case, rank) for rank in RANKS)
-        partial = 4 * numbers(case, max(RANKS))
         for share in SHARES:
             asked = round(share * CLIENTS)
             one_way = 2 * mean * asked
-            edge = asked / EDGES
             rows.append(
                 {
                     "adapted": case,
@@ -116,10 +114,6 @@ def rounds(adding: float, superlink: float) -> list[dict[str, object]]:
                     "h link": one_way / LINK / 3600,
                     "h adding": 4 * mean * asked / adding / 3600,
                     "h SuperLink": 2 * one_way / superlink / 3600,
-                    "h link, edge": 2 * mean * edge / LINK / 3600,
-                    "h adding, edge": 4 * mean * edge / adding / 3600,
-                    "h link, root": EDGES * partial / LINK / 3600,
-                    "h adding, root": EDGES * partial / adding / 3600,
                 }
             )
     return rows
@@ -134,7 +128,6 @@ def main() -> None:
     facts = {
         "GB/s read, checked and added": adding / GB,
         "MB/s through a SuperLink": superlink / 1e6,
-        "edges": EDGES,
         "short": arguments.short,
         "GB global adapter, float32": {c: 4 * numbers(c, max(RANKS)) / GB for c in CASES},
         **machine(),

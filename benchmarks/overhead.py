@@ -1,7 +1,7 @@
-"""What does the federation cost, beyond the clients' own training loops?
+"""Cost of the federation beyond the clients' own training loops.
 
-The embedded default's rounds through the whole machinery (messages, checks, aggregation,
-checkpoints) against the bare sum of the same clients' local training, in turns.
+The embedded default's rounds with messages, checks, aggregation and checkpoints, alternating with
+the same clients' local training alone.
 
     python benchmarks/overhead.py [--rounds 3] [--repeats 6] [--short]
 """
@@ -16,16 +16,16 @@ from pathlib import Path
 import torch
 from common import machine, paired, ratio, report
 
-from prelort import methods
+from prelort import diagnostics, methods
 from prelort.config import load
 from prelort.experiment import checkpoint
 from prelort.experiment.assemble import Assembly, assemble
 from prelort.experiment.checkpoint import Checkpoint
 from prelort.federation.client import make_client_app
+from prelort.federation.federation import Federation
 from prelort.federation.in_process import InProcessGrid
 from prelort.federation.sampling import sample
-from prelort.federation.server import ServerPlan, Standing, serve
-from prelort.federation.transport import Engine
+from prelort.federation.transport import Transport
 from prelort.methods.interface import Client, ServerState
 from prelort.models.lora import install
 from prelort.training.local import Assignment, train
@@ -33,34 +33,34 @@ from prelort.training.local import Assignment, train
 
 def federated(assembly: Assembly) -> float:
     """Seconds of the rounds through server and client app, a checkpoint after each."""
-    sites = assembly.sites
+    sites = assembly.clients
     app = make_client_app(lambda context: sites[int(context.node_config["partition-id"])])
     grid = InProcessGrid(app, [{"partition-id": index} for index in range(len(sites))])
     with tempfile.TemporaryDirectory() as folder:
-
-        def save(now: Standing) -> None:
-            checkpoint.save(Checkpoint(now.state, 0, "", 0), Path(folder))
-
-        plan = ServerPlan(
-            config=assembly.config,
-            state=ServerState(assembly.initial),
-            spec=assembly.runtime.spec,
-            emit=lambda event: None,
-            before_rounds=lambda now: None,
-            after_round=save,
-            finished=lambda now: None,
+        config = assembly.config
+        method = methods.build(config.method, config.seed)
+        federation = Federation(
+            config,
+            Transport(grid, 1),
+            assembly.runtime.spec,
+            lambda event: None,
+            observe=diagnostics.observer(config),
         )
         started = time.perf_counter()
-        serve(plan, Engine(grid, 1, float("inf")))
+        state = federation.connect(method, ServerState(assembly.initial))
+        for server_round in range(1, config.federation.rounds + 1):
+            state, _ = federation.train(method, state, server_round)
+            checkpoint.save(Checkpoint(state, 0, "", 0), Path(folder))
         return time.perf_counter() - started
 
 
 def bare(assembly: Assembly) -> float:
     """Seconds of the same clients' local training alone, one after the other."""
     config, work = assembly.config, assembly.runtime
-    levels = sorted({site.rank for site in assembly.sites})
-    method = methods.build(config.method, levels, config.seed)
-    by_name = sorted(assembly.sites, key=lambda site: site.name)
+    levels = sorted({site.rank for site in assembly.clients})
+    method = methods.build(config.method, config.seed)
+    state = ServerState(assembly.initial, levels=tuple(levels))
+    by_name = sorted(assembly.clients, key=lambda site: site.name)
     seconds = 0.0
     for index in range(config.federation.rounds):
         per_round = config.federation.clients_per_round
@@ -68,7 +68,11 @@ def bare(assembly: Assembly) -> float:
             client = Client(site.name, site.rank, len(site.examples))
             install(work.model, assembly.initial.prefix(site.rank))
             assignment = Assignment(
-                site.name, index, config.federation.rounds, config.seed, method.objective(client)
+                site.name,
+                index,
+                config.federation.rounds,
+                config.seed,
+                method.objective(state, client),
             )
             started = time.perf_counter()
             train(

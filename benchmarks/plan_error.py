@@ -1,13 +1,13 @@
-"""How far `prelort plan` is from what training really takes.
+"""Error of `prelort plan` against the measured memory of training.
 
 For models of different size and kind, and for different settings: the estimate, made from the
-model's configuration alone, against the peak of a real round on the CPU. The peak is what torch's
-allocator gave out at most, those allocations inside kernels included. Models without a folder are
-drawn at random (their memory does not depend on the weights' values).
+model's configuration alone, against the peak of a real round on the CPU. The peak is the most
+that torch's allocator had allocated, including inside kernels. Models without a folder have random
+weights (memory does not depend on their values).
 
-At last one round of the largest batch in a process of its own, whose resident memory (RSS) is what
-the system sees: with what the C library's allocator keeps for later, and once with that told to
-give blocks of 64 KiB and more back at once.
+Finally, one round of the largest batch in its own process, whose resident memory (RSS) is what the
+system sees: once with the blocks that the C library's allocator keeps for later, and once with that
+allocator configured to return blocks of 64 KiB and more at once.
 
     python benchmarks/plan_error.py [--weights FOLDER]
 
@@ -147,7 +147,7 @@ def compared(model: str, config: Config, rank: int, changes: list[str]) -> dict[
 
 
 def in_process(names: dict[str, str]) -> dict[str, Any]:
-    """Resident memory of a round in a process of its own, beside the estimate."""
+    """Resident memory of a round in its own process, with the estimate."""
     model, changes = LARGEST
     config = configured(names[model], changes)
     with tempfile.TemporaryDirectory() as folder:
@@ -175,7 +175,7 @@ def in_process(names: dict[str, str]) -> dict[str, Any]:
 
 
 def resident(config: Config) -> None:
-    """Print by how much the peak of RSS exceeds what the process has before the model."""
+    """Print by how much the peak of RSS exceeds that before the model is loaded."""
     small = check({"model": {"device": "cpu"}, "training": {"batch_size": 1}})
     measured_peak(small, 2, peak=run_only)  # libraries and kernels are loaded
     before = psutil.Process().memory_info().rss

@@ -1,11 +1,11 @@
-"""What does a round cost, in seconds and memory, as the number of clients grows?
+"""Seconds and memory of a round as the number of clients grows.
 
-The embedded model with ranks 4 to 64, one step of 4 x 32 tokens a round, so that the federation is
-measured and not the training; each client holds four lines of text. `fixed` asks the same number of
-clients each round however many there are, `share` a tenth of all. Each case is a run in a process
-of its own, with its folder, checkpoints and events; a first round of the same clients is not
-counted. Seconds are from one round's start to the next one's, `server` is what of them is not the
-clients' (averaging, diagnostics); the log's bytes are those of one round.
+The embedded model with ranks 4 to 64 and one step of 4 x 32 tokens per round, to measure the
+federation and not the training; each client holds four lines of text. In `fixed` the same number of
+clients take part in each round, in `share` a tenth of all. Each case is a run in its own process,
+with its folder, checkpoints and events; a first round of the same clients is not counted. Seconds
+are from one round's start to the next one's; `server` is the server's share of them (averaging,
+diagnostics); the log's bytes are those of one round.
 
     python benchmarks/scale.py [--clients 10 100 1000 10000] [--rounds 10] [--main 50] [--short]
 """
@@ -27,18 +27,19 @@ CHILD = "--child"
 FIXED = 10
 SHARE = 0.1
 LINES = 4
-"""Of text for each client."""
+"""Lines of text per client."""
 TEST_LINES = 64
 
 
 def child(folder: str, clients: int, per_round: str, rounds: int) -> None:
-    """Print what one run took as JSON; memory in bytes."""
+    """Print the costs of one run as JSON; memory in bytes."""
     from prelort.library_logging import quiet_libraries
 
     quiet_libraries()
     import warnings
 
     from prelort.config import load
+    from prelort.events import Checkpointed, Event, RoundStarted, RunStarted
     from prelort.experiment.run import run
 
     warnings.simplefilter("ignore")  # ranks above a layer's width add nothing, and cost as any
@@ -62,23 +63,20 @@ def child(folder: str, clients: int, per_round: str, rounds: int) -> None:
     began: list[float] = []
     memory: dict[str, int] = {}
 
-    def listen(event: dict[str, Any]) -> None:
-        match event["event"]:
-            case "run_started":
+    def listen(event: Event) -> None:
+        match event:
+            case RunStarted():
                 memory["started"] = peak()
-            case "round_started":
+            case RoundStarted():
                 began.append(time.perf_counter())
-            case "checkpointed" if event["round"] == rounds + 1:
+            case Checkpointed() if event.round == rounds + 1:
                 began.append(time.perf_counter())
 
     started = time.perf_counter()
     result = run(config, where / "run", listeners=[listen])
     seconds = [after - before for before, after in itertools.pairwise(began[1:])]
-    trained = [
-        event["seconds"]["total"] - event["seconds"]["train"]
-        for line in (result.path / "metrics.jsonl").read_text().splitlines()
-        if (event := json.loads(line))["event"] == "aggregated"
-    ]
+    stats = [record.stats for record in result.history.rounds.values() if record.stats is not None]
+    trained = [one.seconds.total - one.seconds.train for one in stats]
     print(
         json.dumps(
             {
@@ -95,7 +93,7 @@ def child(folder: str, clients: int, per_round: str, rounds: int) -> None:
 
 
 def peak() -> int:
-    """The largest resident memory of this process so far, in bytes."""
+    """Peak resident memory of this process, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
@@ -103,7 +101,7 @@ def peak() -> int:
 
 
 def _write(folder: Path, clients: int) -> None:
-    """Text files of the embedded rows' lines, as often as it takes."""
+    """Write text files from the lines of the embedded rows, repeated as needed."""
     from prelort.data import standard_library
 
     train, test = standard_library.load()
@@ -118,7 +116,7 @@ def _write(folder: Path, clients: int) -> None:
 
 
 def measure(clients: int, per_round: str, rounds: int) -> dict[str, Any]:
-    """One case, in a process of its own."""
+    """One case, in its own process."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, CHILD, folder, str(clients), per_round, str(rounds)]
         done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)

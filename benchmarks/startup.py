@@ -1,8 +1,8 @@
-"""How long until the help is there, and until the first round of a run begins?
+"""Seconds until `prelort --help` prints, and until the first round of a run starts.
 
-Fresh processes. A run is followed up to its first `round_started`: the embedded default, or what
---set makes of it. `model` is importing Transformers and PEFT, loading tokenizer and base model and
-putting the adapter in; `beyond the model` is all the rest, importing torch and Flower included.
+Fresh processes. A run is measured up to its first `round_started`: the embedded default, with the
+overrides of --set. `model` is importing Transformers and PEFT, loading tokenizer and base model and
+attaching the adapter; `beyond the model` is the rest, including the import of torch and Flower.
 
     python benchmarks/startup.py [--helps 10] [--runs 5] [--set KEY=VALUE ...] [--short]
 """
@@ -34,11 +34,11 @@ PARTS += ("pictures", "evaluation", "other")
 
 
 class _Begun(BaseException):
-    """The first round begins; no `except Exception` on the way takes it for a failed client."""
+    """The first round starts; no `except Exception` reports it as a failed client."""
 
 
 def child(born: float, overrides: list[str]) -> None:
-    """Print the seconds of each part of a run's beginning as JSON. ``born``: `time.time`."""
+    """Print the seconds of each part of start-up as JSON. ``born``: `time.time`."""
     from prelort.library_logging import quiet_libraries
 
     quiet_libraries()
@@ -57,8 +57,11 @@ def child(born: float, overrides: list[str]) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
     # What `prelort run` imports.
     from prelort import cli, tasks
-    from prelort.experiment import assemble, several, stage  # noqa: F401
+    from prelort.events import Evaluated, Event, RoundStarted
+    from prelort.experiment import assemble
+    from prelort.experiment import run as running
     from prelort.report import progress
+    from prelort.study import run as _  # noqa: F401
 
     spent["other imports"] = time.time() - born - sum(spent.values())
 
@@ -75,17 +78,17 @@ def child(born: float, overrides: list[str]) -> None:
     timed(assemble.federated, "load", "data")
     timed(assemble.base, "load_tokenizer", "load model")
     timed(assemble, "prepare_model", "load model")
-    timed(stage, "_describe", "pictures")
+    timed(running, "_describe", "pictures")
     for name in tasks.TASKS:
         timed(type(tasks.get(name)), "encode", "tokenisation")
 
-    def listen(self: Any, event: dict[str, Any]) -> None:
-        if event["event"] == "evaluated":
-            spent["evaluation"] = event["seconds"]
-        if event["event"] == "round_started":
+    def listen(self: Any, name: str, event: Event) -> None:
+        if isinstance(event, Evaluated):
+            spent["evaluation"] = event.seconds
+        if isinstance(event, RoundStarted):
             raise _Begun
 
-    progress.LiveProgress.__call__ = listen  # type: ignore[method-assign]
+    progress.StudyProgress.event = listen  # type: ignore[method-assign]
     options = [part for override in overrides for part in ("--set", override)]
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.suppress(_Begun):
@@ -96,7 +99,7 @@ def child(born: float, overrides: list[str]) -> None:
 
 
 def help_seconds() -> float:
-    """Of one `prelort --help` in a process of its own."""
+    """Seconds of one `prelort --help` in its own process."""
     started = time.perf_counter()
     command = [sys.executable, "-m", "prelort.cli", "--help"]
     subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
@@ -104,7 +107,7 @@ def help_seconds() -> float:
 
 
 def run_seconds(overrides: list[str]) -> dict[str, float]:
-    """The parts of one run's beginning in a process of its own."""
+    """The parts of one run's start-up, in its own process."""
     command = [sys.executable, __file__, CHILD, repr(time.time()), *overrides]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))

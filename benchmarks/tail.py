@@ -1,15 +1,15 @@
-"""The tail problem: which method's metric rises with rank, and is best at every prefix?
+"""The tail problem: whose metric improves with rank, and is best at every prefix?
 
-Tasks on the package's own base model, 20 clients of ranks 2, 4, 8 and 16, five of them a round:
+Tasks on the package's own base model, 20 clients of ranks 2, 4, 8 and 16, five per round:
 
   python    perplexity of Python source (packages of the standard library, natural clients)
   answers   perplexity of Dolly 15k's answers to instructions (Dirichlet 0.3 over the categories)
   questions accuracy on TREC's six kinds of questions (Dirichlet 0.5 over the kinds)
 
-Each method's learning rate is chosen first, on rows held out for validation and with a seed of its
-own: rates a factor 1.5 apart, from 8e-3 on, as long as the next one is better. Then the test rows
-over --seeds seeds (data, ranks, clients of each round and batches change with them). Finished runs
-are kept and not run again.
+Each method's learning rate is chosen first, on validation rows and with a separate seed: rates a
+factor 1.5 apart, from 8e-3 on, as long as the next one is better. Then the test rows are evaluated
+over --seeds seeds, which set data, ranks, clients of each round and batches. Finished runs are kept
+and not run again.
 
     python benchmarks/tail.py --data FOLDER [--tasks python answers questions] [--seeds 5]
         [--jobs 2] [--rows N] [--family] [--out runs/tail]
@@ -48,7 +48,7 @@ METHODS = {
     "prelort, plain": ["method.name=prelort", "method.objective=plain"],
     "prelort, full+one": ["method.name=prelort", "method.objective=full+one"],
 }
-"""Row -> settings (none: the method of this name as it is)."""
+"""Row -> overrides (none: the method of this name unchanged)."""
 
 SORTED = "method.options.prelort-sorted"
 FAMILY = {
@@ -143,14 +143,14 @@ def curve_of(job: tuple[Config, Path]) -> dict[int, float]:
 
 
 def badness(task: str, row: str, curve: dict[int, float]) -> float:
-    """What tuning makes small: the area over all ranks; for a reference row, its own rank."""
+    """The value that tuning minimises: the area over all ranks; for a reference, its own rank."""
     own = {"homogeneous-min": 2, "homogeneous-max": 16}.get(row)
     value = curve[own] if own else aurac(curve)
     return -value if task == "questions" else value
 
 
 def tuned(task: str, row: str, data: Path, out: Path) -> float:
-    """The rate that does best on the validation rows."""
+    """The best rate on the validation rows."""
 
     def tried(rate: float) -> float:
         path = out / "tuning" / f"{task}-{row}-{rate:.1e}".replace(" ", "")
@@ -217,7 +217,7 @@ def main() -> None:
 
 
 def prepare(source: Path, target: Path) -> None:
-    """A folder with Dolly as it is, and TREC's lines as CSV files with the columns text, label."""
+    """A folder with Dolly unchanged, and TREC as CSV files with the columns text, label."""
     linked(source / "dolly15k", target / "dolly15k")
     for part in ("train", "test"):
         trec(source / "trec" / f"TREC.{part}.all", target / "trec" / f"{part}.csv")

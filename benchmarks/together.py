@@ -1,17 +1,17 @@
-"""What do clients side by side gain over one plain PEFT client after the other?
+"""Speed of clients side by side, against plain PEFT clients one after the other.
 
 K clients of ranks 2, 4, 8, 16 (in turn) each take a few steps from their prefix of one adapter. The
 sides take turns:
 
-- ``peft``: for each client PEFT's own model of its rank, torch's AdamW and clipping, nothing of
-  this project; with one CPU thread and with all of them
+- ``peft``: for each client PEFT's own model of its rank, torch's AdamW and clipping, no code of
+  this project; with one CPU thread and with all
 - ``after the other``: this project's local training, with one thread and with all
-- ``threads``: as many clients at a time as there are cores, one thread each (CPU only)
+- ``threads``: one client per core at a time, one thread each (CPU only)
 - ``one batch``: all K in one forward and backward pass, with one thread and with all
 
 On the CPU: the embedded default at its own batch size and at a small one, and a sentence encoder
-(MiniLM, its dropout off, random rows) where it is installed. ``--device cuda`` takes the encoder
-and the embedded model to a GPU.
+(MiniLM, dropout disabled, random rows) if installed. ``--device cuda`` runs the encoder
+and the embedded model on a GPU.
 
     python benchmarks/together.py [--clients 1 2 4 8] [--repeats 5] [--device cuda] [--short]
 """
@@ -36,7 +36,7 @@ from prelort.adapters import AdapterSchema, ScaleRule
 from prelort.config import LoraSettings, ModelConfig, TrainingConfig
 from prelort.experiment.workers import replica
 from prelort.federation.client import ClientRuntime
-from prelort.federation.client_manager import AdapterSpec
+from prelort.federation.messages import AdapterSpec
 from prelort.methods.objective import plain
 from prelort.models.base import load_model
 from prelort.models.lora import attach, extract, initial_adapter, install
@@ -63,7 +63,7 @@ class Case:
 
 
 def cases(device: str) -> list[Case]:
-    """What is measured; without the encoder's package two of them."""
+    """The measured cases; two without the encoder's package."""
     found = [
         Case("embedded, 8 x 128", "embedded", "causal-lm", 8, 128),
         Case("embedded, 2 x 32", "embedded", "causal-lm", 2, 32),
@@ -104,7 +104,7 @@ class Bench:
             self.replicas.append(replica(self.work))
 
     def examples(self, client: int) -> list[Example]:
-        """As many as one round takes; all of one length."""
+        """Examples for one round, all of one length."""
         generator = torch.Generator().manual_seed(client)
         shape = (self.case.batch * STEPS, self.case.tokens)
         rows = torch.randint(3, 500, shape, generator=generator).tolist()
@@ -142,7 +142,7 @@ class Bench:
         extract(work.model, RULE)
 
     def threads(self, members: Sequence[Member]) -> None:
-        """As many clients at a time as there are cores."""
+        """One client per core at a time."""
         free = list(self.replicas)
 
         def one(member: Member) -> None:
@@ -161,7 +161,7 @@ class Bench:
                 raise found
 
     def peft(self, members: Sequence[Member]) -> None:
-        """Each client with PEFT alone, as a plain script would do it."""
+        """Each client with PEFT alone, as in a plain script."""
         for member in members:
             rank = member.adapter.rank
             config = LoraConfig(
@@ -191,14 +191,14 @@ class Bench:
 
 
 def switch_off_dropout(model: nn.Module) -> None:
-    """So that all sides do the same."""
+    """Check that all sides compute the same."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
 
 
 def timed(work: Callable[[], None], threads: int, device: str) -> Callable[[], float]:
-    """The seconds of some work with so many threads of torch."""
+    """Seconds of a function with this number of torch threads."""
 
     def side() -> float:
         torch.set_num_threads(threads)
@@ -212,7 +212,7 @@ def timed(work: Callable[[], None], threads: int, device: str) -> Callable[[], f
 
 
 def measured(bench: Bench, count: int, repeats: int, device: str) -> list[dict[str, Any]]:
-    """One row for each side: milliseconds for a client's step, and the gain over the best PEFT."""
+    """One row per side: milliseconds per client step, and the ratio to the best PEFT."""
     members = bench.members(count)
     work = {"peft": bench.peft, "after the other": bench.after_the_other}
     if count > 1:
@@ -265,7 +265,7 @@ def main() -> None:
     facts = {**vars(arguments), **machine(arguments.device)}
     facts["command"] = "python benchmarks/together.py"
     name = "together" if arguments.device == "cpu" else "together_gpu"
-    report(name, "Clients side by side against one plain PEFT client after the other", rows, facts)
+    report(name, "Clients side by side, against plain PEFT one after the other", rows, facts)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
-"""What do large adapters cost on the way, over Flower's own SuperLink and SuperNodes?
+"""Cost of sending large adapters over Flower's SuperLink and SuperNodes.
 
 A SuperLink and four SuperNodes on this machine, each a process, without TLS and without a model:
 clients add noise to adapters with the shapes of Llama-2-7B at ranks 16, 32, 64 and 64. ``qv``
-adapts two layers of each block (33.5 million numbers at rank 64), ``all`` all seven (160 million),
-``none`` next to nothing, so that its time is that of the processes, which Flower starts anew for
-every message.
+adapts two layers of each block (33.6 million numbers at rank 64), ``all`` all seven (160 million),
+``none`` next to nothing, so that its time is that of the processes, which Flower starts for every
+message.
 
     python benchmarks/transport.py [--case none qv all] [--dtype float32 bfloat16 int8] [--rounds 1]
         [--database file|memory] [--keep]
 
-The SuperLink keeps what it passes on in its database: a file, as `prelort new` sets it up, or
-memory.
+The SuperLink stores messages in its database: a file, as `prelort new` configures it, or memory.
 """
 
 from __future__ import annotations
@@ -75,7 +74,7 @@ def main() -> None:
 def measured(
     case: str, dtype: str, database: str, ranks: Sequence[int], rounds: int
 ) -> dict[str, Any]:
-    """The row of one case, from processes that live no longer than it."""
+    """The row of one case, from processes started for it."""
     with tempfile.TemporaryDirectory(prefix="transport-") as folder:
         out = Path(folder) / "out.json"
         settings = f'case="{case}" dtype="{dtype}" rounds={rounds} nodes={len(ranks)} out="{out}"'
@@ -88,7 +87,7 @@ def measured(
             logs = "\n".join(log.read_text()[-3000:] for log in Path(folder).glob("*.log"))
             raise SystemExit(f"no result:\n{logs}")
         found = json.loads(out.read_text())
-    done = [event for event in found["events"] if event["event"] == "aggregated"]
+    done = [event for event in found["events"] if event["event"] == "round_finished"]
     if len(done) < rounds:
         raise SystemExit(f"only {len(done)} rounds were finished: {found['events']}")
     return {
@@ -96,9 +95,9 @@ def measured(
         "dtype": dtype,
         "database": database,
         "M numbers": found["parameters"] / 1e6,
-        "MiB down": sum(event["bytes_down"] for event in done) / rounds / MIB,
-        "MiB up": sum(event["bytes_up"] for event in done) / rounds / MIB,
-        "s a round": sum(event["seconds"]["total"] for event in done) / rounds,
+        "MiB down": sum(event["stats"]["bytes_down"] for event in done) / rounds / MIB,
+        "MiB up": sum(event["stats"]["bytes_up"] for event in done) / rounds / MIB,
+        "s a round": sum(sum(event["stats"]["seconds"].values()) for event in done) / rounds,
         "server before": found["before"] // MIB,
         "server peak": peaks["server"] // MIB,
         "SuperLink peak": peaks["superlink"] // MIB,
@@ -153,7 +152,7 @@ def federation(
 def _watch(
     run: subprocess.Popen[bytes], superlink: psutil.Process, nodes: Sequence[psutil.Process]
 ) -> dict[str, int]:
-    """The largest resident memory, in bytes, of each kind of process until the run is over."""
+    """Peak resident memory, in bytes, of each kind of process until the run ends."""
     peaks = {"server": 0, "superlink": 0, "client": 0}
     while run.poll() is None:
         if psutil.virtual_memory().available < SPARE:
@@ -192,7 +191,7 @@ def _start(
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """SIGKILL to these and all that they have started."""
+    """Send SIGKILL to these processes and their descendants."""
     for process in reversed(processes):
         children: list[psutil.Process] = []
         with contextlib.suppress(psutil.Error):

@@ -1,7 +1,7 @@
 """The apps of `transport.py`: prelort's own server and wire, and clients that have no model.
 
 A client adds noise to what it received; the adapter has the shapes of a model of 7 billion
-parameters, and there is nothing behind it.
+parameters.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from prelort.adapters.initial import draw_a
 from prelort.config import check
 from prelort.federation import wire
 from prelort.federation.client_app import Kind, client_app
-from prelort.federation.client_manager import AdapterSpec
 from prelort.federation.encoding import carries_change, change_of
 from prelort.federation.flower import Context, Grid, RecordDict, ServerApp
-from prelort.federation.transport import Engine
+from prelort.federation.messages import AdapterSpec, ClientProperties, TrainReply, TrainRequest
+from prelort.federation.transport import Transport
 
 BLOCKS, WIDTH, INNER, RANK = 32, 4096, 11008, 64
 ATTENTION = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (WIDTH, WIDTH))
@@ -32,7 +32,7 @@ CASES = {
     "qv": {name: ATTENTION[name] for name in ("q_proj", "v_proj")},
     "all": ATTENTION | INSIDE,
 }
-"""What is adapted in each block of a Llama-2-7B: name -> (d_in, d_out)."""
+"""Adapted layers in each block of a Llama-2-7B: name -> (d_in, d_out)."""
 SCALE = ScaleRule("constant", 2.0)
 TIMEOUT = 900.0
 
@@ -50,7 +50,7 @@ def agreement_of(case: str) -> AdapterSpec:
 
 
 def initial(spec: AdapterSpec) -> LoraAdapter:
-    """A as it is drawn, B of numbers as after some rounds."""
+    """Random A as at the start, B with values as after some rounds."""
     layers = {}
     for name, (d_in, d_out, rank) in spec.schema.layers.items():
         b = draw_a(1, name, rank, d_out).T.contiguous()
@@ -59,15 +59,15 @@ def initial(spec: AdapterSpec) -> LoraAdapter:
 
 
 def respond(kind: Kind, content: RecordDict, context: Context) -> RecordDict:
-    """A client's answer: the checks and the wire of a real one, and noise for training."""
+    """A client's reply: the checks and the wire of a real one, and noise instead of training."""
     started = time.perf_counter()
     spec = agreement_of(str(context.run_config["case"]))
     number, rank = int(context.node_config["partition-id"]), int(context.node_config["rank"])
     name = f"site-{number}"
     if kind != "train":
         facts = spec.header(rank).model_dump()
-        return wire.pack(wire.ClientProperties(**facts, client=name, examples=10, most=rank))
-    request = wire.header(content, wire.TrainRequest)
+        return wire.pack(ClientProperties(**facts, client=name, examples=10, max_rank=rank))
+    request = wire.header(content, TrainRequest)
     spec.check(request)
     received, _ = wire.adapter(content, request)
     wire.check_adapter(received, spec.schema, request.rank, float("inf"))
@@ -77,7 +77,7 @@ def respond(kind: Kind, content: RecordDict, context: Context) -> RecordDict:
         for name, tensor in received.tensors().items()
     }
     answer = LoraAdapter.from_tensors(noisy, SCALE)
-    head = wire.TrainReply(
+    head = TrainReply(
         **spec.header(request.rank).model_dump(),
         dtype=request.dtype,
         change=carries_change(request.dtype),
@@ -97,8 +97,10 @@ server = ServerApp()
 
 @server.main()  # type: ignore[untyped-decorator]
 def main(grid: Grid, context: Context) -> None:
-    """The rounds, as `prelort.federation.server.serve` carries them out; writes what they took."""
-    from prelort.federation.server import ServerPlan, serve
+    """Run rounds of prelort's own federation and write their costs."""
+    from prelort import methods
+    from prelort.events import Event, RoundFinished, encode
+    from prelort.federation.federation import Federation
     from prelort.methods.interface import ServerState
 
     asked: dict[str, Any] = dict(context.run_config)
@@ -125,16 +127,18 @@ def main(grid: Grid, context: Context) -> None:
         "before": psutil.Process().memory_info().rss,
         "events": [],
     }
-    plan = ServerPlan(
-        config=config,
-        state=state,
-        spec=spec,
-        emit=found["events"].append,
-        before_rounds=lambda now: None,
-        after_round=lambda now: None,
-        finished=lambda now: None,
-    )
+    method = methods.build(config.method, config.seed)
+    transport = Transport(grid, deadline=TIMEOUT, patience=120.0)
+
+    def log(event: Event) -> None:
+        found["events"].append(json.loads(encode(event)))
+
+    federation = Federation(config, transport, spec, log)
     try:
-        serve(plan, Engine(grid, None, TIMEOUT, patience=120.0))
+        state = federation.connect(method, state)
+        for server_round in range(1, config.federation.rounds + 1):
+            state, stats = federation.train(method, state, server_round)
+            log(RoundFinished(server_round, stats))
+        federation.close()
     finally:
         Path(str(asked["out"])).write_text(json.dumps(found))

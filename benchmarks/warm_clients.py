@@ -1,8 +1,8 @@
-"""What does a trainer that stays warm save over real sites?
+"""Seconds that a warm trainer saves across real sites.
 
 Seconds of a round with and without it: one SuperLink and two SuperNodes on this machine, two
-optimiser steps a round, so that almost all of it is the way to the model and back. The first round
-is told apart: with warm trainers it alone may load something.
+optimiser steps per round, so that messages and loading take almost all of it. The first round is
+listed separately: with warm trainers only that one loads the model.
 
     python benchmarks/warm_clients.py [--rounds 5] [--model embedded]
 """
@@ -24,7 +24,7 @@ from loopback import Federation
 
 
 def seconds_of_rounds(warm: bool, rounds: int, model: str) -> list[float]:
-    """Seconds of each round, as the server counts them."""
+    """Seconds of each round, measured by the server."""
     changes = {
         "model": {"name": model},
         "partition": {"clients": 2},
@@ -39,9 +39,10 @@ def seconds_of_rounds(warm: bool, rounds: int, model: str) -> list[float]:
             federation.set_site(site, partition=number - 1, trainer={"warm": warm})
             federation.start_node(site)
         federation.run(seconds=3000)
-        aggregated = [e for e in federation.events() if e["event"] == "aggregated"]
-        assert len(aggregated) == rounds, federation.shown()
-        return [float(event["seconds"]["total"]) for event in aggregated]
+        records = federation.history().rounds.values()
+        stats = [record.stats for record in records if record.stats is not None]
+        assert len(stats) == rounds, federation.shown()
+        return [one.seconds.total for one in stats]
 
 
 def main() -> None:

@@ -1,11 +1,10 @@
-"""What travels, against what each method's mathematics needs; what a lossy type does to results.
+"""Bytes sent, against what each method needs; effect of lossy types on results.
 
 Bytes: two rounds of the embedded model with four clients of ranks 2, 4, 8 and 16 (fedit: all 16),
-counted as every run counts them. `needed` is four bytes for each number that has to travel by the
-method's definition (docs/methods), from the model's shapes alone; the rank of what has gathered on
-the server (flora, florist, fedex-lora) is that of its dense product. `KiB a message` is all the
-rest: names, shapes, header. Results: the embedded default at each prefix, by the type in which
-adapters travel.
+counted as every run counts them. `needed` is four bytes for each number that has to be sent by the
+method's definition (docs/methods), from the model's shapes alone; the rank of what has accumulated
+on the server (flora, florist, fedex-lora) is that of its dense product. `KiB a message` is the
+rest: names, shapes, header. Results: the embedded default at each prefix, by wire type.
 
     python benchmarks/wire.py [--seeds 0 1] [--only bytes|results] [--short]
 """
@@ -17,34 +16,37 @@ import json
 import statistics
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import machine, report
 
+from prelort import methods
 from prelort.config import load
+from prelort.events import RankChanged, RoundFinished
 from prelort.experiment.assemble import assemble
 from prelort.experiment.deterministic import deterministic
 from prelort.experiment.run import run
 from prelort.federation.client import make_client_app
+from prelort.federation.federation import Federation
 from prelort.federation.in_process import InProcessGrid
-from prelort.federation.server import ServerPlan, Standing, serve
-from prelort.federation.transport import Engine
+from prelort.federation.transport import Transport
+from prelort.history import RunHistory
 from prelort.methods import REGISTRY
 from prelort.methods.interface import ServerState
 from prelort.models.base import location
 
 RANKS = (2, 4, 8, 16)
 ONE_RANK = ("fedit",)
-"""Methods that serve no mixture."""
+"""Methods without mixed ranks."""
 TYPES = ("float32", "bfloat16", "int8")
 COMPARED = ("prelort", "zero-padding")
 SHORT = ("prelort", "flora", "fedex-lora", "fedsa-lora")
 ALL_TYPES = ("float32", "bfloat16", "float16", "int8")
 FOLDED = {"flora": "folded:", "florist": "folded:", "fedex-lora": "residual:"}
-"""Methods whose server gathers more than an adapter -> where it stands in its memory."""
+"""Methods whose server accumulates more than an adapter -> its key in the memory."""
 
 Layers = Sequence[tuple[int, int]]
 """(d_in, d_out) of each adapted layer."""
@@ -66,7 +68,7 @@ def needed(
 ) -> tuple[int, int]:
     """The numbers down to and up from one client in the round ``index`` (from 0).
 
-    ``rank``: the client's; ``kept``: of its reply (less where it prunes itself); ``gathered``: the
+    ``rank``: the client's; ``kept``: its reply's (lower if it prunes itself); ``gathered``: the
     rank of what the server holds besides its adapter, layer by layer.
     """
     into = sum(d_in for d_in, _ in layers())
@@ -111,7 +113,7 @@ def gathered(state: ServerState, start: str) -> list[int]:
     return ranks
 
 
-def counted(method: str, dtype: str) -> tuple[list[Mapping[str, Any]], list[ServerState]]:
+def counted(method: str, dtype: str) -> tuple[RunHistory, list[ServerState]]:
     """The events of two rounds, and the state before each."""
     ranks = ranks_of(method)
     config = load(
@@ -129,41 +131,33 @@ def counted(method: str, dtype: str) -> tuple[list[Mapping[str, Any]], list[Serv
             "evaluation.diagnostics=false",
         ],
     )
-    events: list[dict[str, Any]] = []
+    history, states = RunHistory(), []
     with tempfile.TemporaryDirectory() as folder, deterministic(1):
         assembly = assemble(config, Path(folder))
-        states = [ServerState(assembly.initial)]
-
-        def after(now: Standing) -> None:
-            states.append(now.state)
-
-        plan = ServerPlan(
-            config=config,
-            state=states[0],
-            spec=assembly.runtime.spec,
-            emit=events.append,
-            before_rounds=lambda now: None,
-            after_round=after,
-            finished=lambda now: None,
-        )
-        sites = assembly.sites
-        app = make_client_app(lambda context: sites[int(context.node_config["partition-id"])])
-        grid = InProcessGrid(app, [{"partition-id": index} for index in range(len(sites))])
-        serve(plan, Engine(grid, 1, float("inf")))
-    return events, states[:-1]
+        clients = assembly.clients
+        app = make_client_app(lambda context: clients[int(context.node_config["partition-id"])])
+        grid = InProcessGrid(app, [{"partition-id": index} for index in range(len(clients))])
+        spec = assembly.runtime.spec
+        federation = Federation(config, Transport(grid, 1), spec, history.apply)
+        algorithm = methods.build(config.method, config.seed)
+        state = federation.connect(algorithm, ServerState(assembly.initial))
+        for server_round in (1, 2):
+            states.append(state)
+            state, stats = federation.train(algorithm, state, server_round)
+            history.apply(RoundFinished(server_round, stats))
+    return history, states
 
 
 def bytes_of(method: str) -> dict[str, Any]:
-    """One row: bytes of two rounds in each type, and what is needed in the exact one."""
+    """One row: bytes of two rounds in each type, and the bytes needed in float32."""
     totals: dict[str, dict[str, int]] = {}
     for dtype in TYPES:
-        events, states = counted(method, dtype)
-        rounds = [event for event in events if event["event"] == "aggregated"]
-        if len(rounds) != 2 or any(event["failed"] for event in rounds):
+        history, states = counted(method, dtype)
+        if any(record.failures for record in history.rounds.values()):
             raise SystemExit(f"{method} in {dtype}: a client failed")
-        totals[dtype] = {way: sum(e[f"bytes_{way}"] for e in rounds) for way in ("down", "up")}
+        totals[dtype] = {"down": history.bytes_down, "up": history.bytes_up}
         if dtype == "float32":
-            down, up = _needed(method, events, states)
+            down, up = _needed(method, history, states)
     exact = totals["float32"]
     ratios = {
         f"{dtype} / float32": sum(totals[dtype].values()) / sum(exact.values())
@@ -181,18 +175,15 @@ def bytes_of(method: str) -> dict[str, Any]:
     }
 
 
-def _needed(
-    method: str, events: Sequence[Mapping[str, Any]], states: Sequence[ServerState]
-) -> tuple[int, int]:
+def _needed(method: str, history: RunHistory, states: Sequence[ServerState]) -> tuple[int, int]:
     """Bytes down and up of all rounds, in float32."""
-    first = [e for e in events if e["event"] == "client_finished" and e["round"] == 1]
-    ranks = {event["client"]: event["rank"] for event in first}
+    ranks = {name: reply.rank for name, reply in history.rounds[1].replies.items()}
     down = up = 0
     for index, state in enumerate(states):
         changed = {
-            event["client"]: event["to"]
-            for event in events
-            if event["event"] == "rank_changed" and event["round"] == index + 1
+            event.client: event.new_rank
+            for event in history.incidents
+            if isinstance(event, RankChanged) and event.round == index + 1
         }
         besides = gathered(state, FOLDED[method]) if method in FOLDED else []
         for client, rank in ranks.items():
@@ -204,7 +195,7 @@ def _needed(
 
 
 def perplexities(method: str, dtype: str, seed: int, short: bool) -> dict[int, float]:
-    """Of the embedded default at each prefix."""
+    """Perplexity of the embedded default at each prefix."""
     overrides = [f"method.name={method}", f"federation.wire_dtype={dtype}", f"seed={seed}"]
     overrides.append("evaluation.diagnostics=false")
     if short:
@@ -215,7 +206,7 @@ def perplexities(method: str, dtype: str, seed: int, short: bool) -> dict[int, f
 
 
 def results(seeds: Sequence[int], short: bool) -> list[dict[str, Any]]:
-    """A row for each method and type: mean perplexity (largest change from float32 of a seed)."""
+    """A row per method and type: mean perplexity, largest change from float32 over seeds."""
     rows = []
     for method in COMPARED:
         exact: dict[int, dict[int, float]] = {}
@@ -250,7 +241,7 @@ def main() -> None:
         report("wire", "bytes of two rounds", [bytes_of(method) for method in names], facts)
     if arguments.only != "bytes":
         rows = results(seeds, arguments.short)
-        report("wire_results", "perplexity by the type in which adapters travel", rows, facts)
+        report("wire_results", "perplexity by wire type", rows, facts)
 
 
 if __name__ == "__main__":

@@ -318,10 +318,10 @@ A Llama-architecture causal language model of {parameters:,} parameters, pretrai
 {megabytes} MB of public-domain English prose. It ships inside the prelort package so that
 a first federated fine-tuning run needs no download.
 
-**Intended use.** A teaching and testing default: it is small enough for seconds on a laptop and
-real enough for fine-tuning to have something to adapt. It has never seen source code, so code is a
-new domain for it. It is no use for writing, answering or classifying, and it repeats the language
-and the views of its sources, old ones among them.
+**Intended use.** A default for teaching and testing: it trains in seconds on a laptop, and
+fine-tuning changes it measurably. It has never seen source code, so code is a new domain. It cannot
+write, answer or classify usefully, and it reproduces the language and views of its sources, some of
+them centuries old.
 
 ## Architecture
 
@@ -333,22 +333,22 @@ and the views of its sources, old ones among them.
 | tokenizer | byte-level BPE, {config.vocab_size} entries with `{PAD}`, `{BOS}` and `{EOS}` |
 | weights | stored in float16; the config asks for float32 when loading |
 
-The tokenizer adds no special token by itself. In training every passage of about
+The tokenizer adds no special tokens. In pretraining, each passage of about
 {PASSAGE_CHARACTERS} characters stood between `{BOS}` and `{EOS}`.
 
 ## Data
 
-All of it is in the public domain, as collected in NLTK's data packages:
+All texts are in the public domain, from NLTK's data packages:
 
 - `inaugural`: inaugural addresses of the presidents of the United States (works of the federal
   government)
-- `state_union`: their addresses on the state of the union since 1945 (likewise)
+- `state_union`: their State of the Union addresses since 1945 (likewise)
 - `shakespeare`: eight plays ("placed in the public domain by Moby Lexical Tools, 1992"), markup
   removed
 - `genesis`: the King James version and the World English Bible, in English only
 
-The last {HELD_OUT_FRACTION:.0%} of every document was held out, from the tokenizer too. The weights
-are dedicated to the public domain likewise (CC0 1.0).
+The last {HELD_OUT_FRACTION:.0%} of every document was held out, also from the tokenizer. The
+weights are dedicated to the public domain too (CC0 1.0).
 
 ## Training
 

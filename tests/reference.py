@@ -1,4 +1,4 @@
-"""The aggregations as the papers write them: plain loops over slots and clients, in float64."""
+"""The aggregations as the papers write them: plain float64 loops over dimensions and clients."""
 
 from __future__ import annotations
 
@@ -16,68 +16,71 @@ def weights_of(updates: Sequence[Update], weighting: str) -> list[float]:
 
 
 def dimensions(adapter: LoraAdapter, name: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Row j of A and column j of B, for every slot j."""
+    """Row j of A and column j of B, for every dimension j."""
     factors = adapter.layers[name]
     return [(factors.A[j].double(), factors.B[:, j].double()) for j in range(factors.rank)]
 
 
-def segment_wise(previous: LoraAdapter, updates: Sequence[Update], weighting: str) -> dict:
-    """A_j = sum_{k: r_k >= j} w_k A_kj / sum_{k: r_k >= j} w_k, B_j too; else the old value."""
-    weights, result = weights_of(updates, weighting), {}
+def averaged(
+    previous: LoraAdapter,
+    updates: Sequence[Update],
+    weights: Sequence[float],
+    absent: str,
+    chosen: Sequence[Mapping[str, torch.Tensor]] | None = None,
+) -> dict:
+    """The weighted mean of each rank dimension; one that nobody holds keeps its old value.
+
+    ``absent``: what a client that lacks it says about it, 'nothing' (the mean is over its holders),
+    'zero' or 'no change' (the mean is over everyone). ``chosen[k]``: the dimensions that client k
+    holds (layer -> indices), where these are not the first ones.
+    """
+    result = {}
     for name in previous.layers:
-        replies = [dimensions(u.adapter, name) for u in updates]
         rows, columns = [], []
-        for j, (row, column) in enumerate(dimensions(previous, name)):
-            holders = [k for k, reply in enumerate(replies) if len(reply) > j]
-            total = sum(weights[k] for k in holders)
-            if holders:
-                row = sum(weights[k] * replies[k][j][0] for k in holders) / total
-                column = sum(weights[k] * replies[k][j][1] for k in holders) / total
-            rows.append(row)
-            columns.append(column)
+        for j, old in enumerate(dimensions(previous, name)):
+            held = []
+            for k, update in enumerate(updates):
+                own = dimensions(update.adapter, name)
+                indices = list(range(len(own))) if chosen is None else chosen[k][name].tolist()
+                if j in indices:
+                    held.append((weights[k], own[indices.index(j)]))
+            share = sum(weight for weight, _ in held)
+            everyone = share if absent == "nothing" else sum(weights)
+            for i, factor in enumerate((rows, columns)):
+                total = sum(weight * dimension[i] for weight, dimension in held)
+                if absent == "no change":
+                    total = total + (everyone - share) * old[i]
+                factor.append(total / everyone if held else old[i])
         result[f"{name}.lora_A.weight"] = torch.stack(rows)
         result[f"{name}.lora_B.weight"] = torch.stack(columns, dim=1)
     return result | modules_to_save(updates, weights)
 
 
+def segment_wise(previous: LoraAdapter, updates: Sequence[Update], weighting: str) -> dict:
+    """A_j = sum_{k: r_k >= j} w_k A_kj / sum_{k: r_k >= j} w_k, B_j too; else the old value."""
+    return averaged(previous, updates, weights_of(updates, weighting), "nothing")
+
+
 def zero_padded(previous: LoraAdapter, updates: Sequence[Update], weighting: str) -> dict:
-    """Pad every reply with zero slots to the global rank, then the plain weighted mean."""
-    return padded_mean(previous, updates, weights_of(updates, weighting))
+    """Pad every reply with zeros to the global rank, then the plain weighted mean."""
+    return averaged(previous, updates, weights_of(updates, weighting), "zero")
 
 
 def norm_weighted(previous: LoraAdapter, updates: Sequence[Update]) -> dict:
     """HetLoRA: zero-padding where a client weighs |s B_k A_k|_F of the whole model."""
-    norms = []
-    for update in updates:
-        squares = 0.0
-        for name in previous.layers:
-            squares += float((product(update.adapter, name) ** 2).sum())
-        norms.append(squares**0.5)
-    return padded_mean(previous, updates, norms)
-
-
-def padded_mean(previous: LoraAdapter, updates: Sequence[Update], weights: Sequence[float]) -> dict:
-    """A slot that nobody holds keeps its value."""
-    result = {}
-    for name, factors in previous.layers.items():
-        a, b = factors.A.double().clone(), factors.B.double().clone()
-        held = max(u.adapter.layers[name].rank for u in updates)
-        a[:held], b[:, :held] = 0.0, 0.0
-        for weight, update in zip(weights, updates, strict=True):
-            for j, (row, column) in enumerate(dimensions(update.adapter, name)):
-                a[j] += weight * row / sum(weights)
-                b[:, j] += weight * column / sum(weights)
-        result[f"{name}.lora_A.weight"] = a
-        result[f"{name}.lora_B.weight"] = b
-    return result | modules_to_save(updates, weights)
+    norms = [
+        squared_length({name: product(u.adapter, name) for name in previous.layers}) ** 0.5
+        for u in updates
+    ]
+    return averaged(previous, updates, norms, "zero")
 
 
 def replicated(
     previous: LoraAdapter, updates: Sequence[Update], weighting: str, donors: str = "highest"
 ) -> dict:
-    """Pad every reply with the donors' weighted mean of the slot, then the plain weighted mean.
+    """Pad every reply with the donors' weighted mean of a dimension, then the plain weighted mean.
 
-    Donors: those of the round's highest rank, or all that hold the slot.
+    Donors: those of the round's highest rank, or all that hold the dimension.
     """
     weights, result = weights_of(updates, weighting), {}
     highest = max(u.adapter.rank for u in updates)
@@ -106,41 +109,8 @@ def replicated(
     return result | modules_to_save(updates, weights)
 
 
-def by_module(
-    previous: LoraAdapter,
-    updates: Sequence[Update],
-    drawn: Sequence[Mapping[str, torch.Tensor]],
-    weighting: str,
-    absent: str,
-) -> dict:
-    """Each slot's mean where client k trained the slots ``drawn[k]`` (layer -> indices).
-
-    ``absent``: what a client says about a slot that it did not draw: 'nothing' (Fed-PLoRA: the
-    mean is over those who drew it) or 'no change' (FSLoRA: the mean of everyone's updates).
-    """
-    weights, result = weights_of(updates, weighting), {}
-    for name in previous.layers:
-        rows, columns = [], []
-        for j, (row, column) in enumerate(dimensions(previous, name)):
-            change, share = [torch.zeros_like(row), torch.zeros_like(column)], 0.0
-            for weight, update, chosen in zip(weights, updates, drawn, strict=True):
-                if j not in chosen[name].tolist():
-                    continue
-                place = chosen[name].tolist().index(j)
-                trained = dimensions(update.adapter, name)[place]
-                change[0] += weight * (trained[0] - row)
-                change[1] += weight * (trained[1] - column)
-                share += weight
-            total = share if absent == "nothing" else sum(weights)
-            rows.append(row + change[0] / total if share else row)
-            columns.append(column + change[1] / total if share else column)
-        result[f"{name}.lora_A.weight"] = torch.stack(rows)
-        result[f"{name}.lora_B.weight"] = torch.stack(columns, dim=1)
-    return result | modules_to_save(updates, weights)
-
-
 def product(adapter: LoraAdapter, name: str, first: int = 0, last: int | None = None):
-    """``s(r) sum_j B_j A_j`` over the slots first <= j < last of one layer, slot by slot."""
+    """``s(r) sum_j B_j A_j`` over the rank dimensions first <= j < last of one layer."""
     factors = adapter.layers[name]
     total = torch.zeros(factors.B.shape[0], factors.A.shape[1], dtype=torch.float64)
     for row, column in dimensions(adapter, name)[first:last]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from prelort.adapters import Factors, LoraAdapter, ScaleRule
+from prelort.adapters.initial import fresh
 from prelort.methods import Broadcast, Client, Method, ServerState, Update
 from random_adapters import dense, random_adapter
 
@@ -19,9 +20,23 @@ R = 8
 RULES = [ScaleRule("constant", 2.0), ScaleRule("rslora", 3.0)]
 
 
-def start(rank: int | Sequence[int] = R, rule: ScaleRule = RULES[0], seed: int = 1) -> ServerState:
+LEVELS = (2, 5, 8)
+
+
+def start(
+    rank: int | Sequence[int] = R, rule: ScaleRule = RULES[0], levels: Sequence[int] = LEVELS
+) -> ServerState:
     """A global adapter in which neither factor is zero, as after some rounds."""
-    return ServerState(random_adapter(rank, seed, scale=rule, dimensions=DIMENSIONS))
+    adapter = random_adapter(rank, 1, scale=rule, dimensions=DIMENSIONS)
+    return ServerState(adapter, levels=tuple(levels))
+
+
+def untrained(
+    rank: int | Sequence[int] = R, rule: ScaleRule = RULES[0], levels: Sequence[int] = LEVELS
+) -> ServerState:
+    """A true first state: B is zero."""
+    first = start(rank, rule, levels)
+    return replace(first, adapter=fresh(first.adapter, 7))
 
 
 def clients_of(ranks: Sequence[int], examples: Sequence[int] = (3, 1, 10, 4, 7)) -> list[Client]:
@@ -30,10 +45,7 @@ def clients_of(ranks: Sequence[int], examples: Sequence[int] = (3, 1, 10, 4, 7))
 
 
 def trained(sent: Broadcast, seed: int, dtype: torch.dtype = torch.float32) -> LoraAdapter:
-    """The adapter as the server sees it in a reply: what was trained has moved a lot.
-
-    What the client did not train, or keeps for itself, is as it was sent.
-    """
+    """The adapter of a reply: what was trained has moved a lot, all else is as it was sent."""
     generator = torch.Generator().manual_seed(seed)
 
     def moved(tensor: Tensor) -> Tensor:

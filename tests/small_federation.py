@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from prelort.federation.strategy import AdapterStrategy
 
 from prelort import methods
 from prelort.adapters import AdapterSchema, Factors, LoraAdapter, ScaleRule
@@ -27,7 +28,6 @@ from prelort.federation.flower import (
     set_message_id,
 )
 from prelort.federation.in_process import InProcessGrid
-from prelort.federation.strategy import AdapterStrategy
 from prelort.federation.transport import Engine
 from prelort.methods.interface import Client, Method, ServerState
 

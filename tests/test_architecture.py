@@ -33,8 +33,9 @@ ALLOWED = {
         "tasks",
         "training",
     },
-    "deployment": {"data", "experiment", "federation", "planning", "report"},
-    "cli": {"deployment", "experiment", "methods", "planning", "report"},
+    "study": {"experiment", "methods", "report", "tasks"},
+    "deployment": {"data", "experiment", "federation", "planning", "report", "study"},
+    "cli": {"deployment", "experiment", "methods", "planning", "report", "study"},
 }
 UNDER_ALL = {"config", "errors", "events", "files", "history", "library_logging", "seeds"}
 

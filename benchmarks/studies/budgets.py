@@ -1,10 +1,10 @@
-"""Which rank fits into 2 to 16 GB, by `prelort plan`, for language models of one billion and more.
+"""The rank that fits 2 to 16 GB, by `prelort plan`, for models of one billion parameters and more.
 
     python benchmarks/studies/budgets.py
 
 Only shapes are used: Llama models of the sizes below, one example of 512 tokens a batch, gradient
-checkpointing, LoRA of all linear layers, for PreLort (a client holds the first r slots) and for
-Fed-PLoRA (a client also receives all other slots, which are folded into its frozen base).
+checkpointing, LoRA of all linear layers, for PreLort (a client holds the first r dimensions) and
+for Fed-PLoRA (a client also receives all other dimensions, folded into its frozen base).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def settings(folder: str, method: str) -> list[str]:
-    """What is trained, on the CPU's terms: no memory of a device is asked."""
+    """The training configuration; on the CPU, so that no device's memory is queried."""
     return [
         f"model.name={folder}",
         "model.dtype=bfloat16",

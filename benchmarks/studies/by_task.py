@@ -1,9 +1,9 @@
-"""A metric task by task, where every client holds one: what a study's clients measured at the end.
+"""A metric task by task, for a study in which every client holds one task.
 
     python benchmarks/studies/by_task.py [runs/studies/tasks-superni] [--metric rouge_l]
 
-Each client measures the global adapter cut to its own rank on its own task's test rows, so that a
-task's rank is another one in every seed. Means over the seeds, standard deviations in brackets.
+At the end each client evaluates the global adapter, cut to its own rank, on its own task's test
+rows; a task's rank differs between seeds. Means over the seeds, standard deviations in brackets.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Found = dict[str, dict[str, list[float]]]
 
 
 def read(cells: Path, metric: str) -> Found:
-    """What the clients of all finished cells measured last."""
+    """The last client metrics of all finished cells."""
     found: Found = {}
     for method in sorted(path for path in cells.iterdir() if path.is_dir()):
         for run in sorted(method.glob("seed-*")):
@@ -41,7 +41,7 @@ def read(cells: Path, metric: str) -> Found:
 
 
 def table(found: Found) -> list[dict[str, Any]]:
-    """A row for each task, and one for their mean."""
+    """A row per task, and one for their mean."""
     methods = sorted({method for values in found.values() for method in values})
     rows: list[dict[str, Any]] = []
     for task, values in sorted(found.items()):
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("study", type=Path, nargs="?", default=Path("runs/studies/tasks-superni"))
     parser.add_argument("--metric", default="rouge_l")
     arguments = parser.parse_args()
-    found = read(arguments.study / "cells", arguments.metric)
+    found = read(arguments.study, arguments.metric)
     if not found:
         raise SystemExit(f"no client measured {arguments.metric!r} in {str(arguments.study)!r}")
     facts = {"command": f"python benchmarks/studies/by_task.py {arguments.study}"}

@@ -2,8 +2,8 @@
 
     python benchmarks/studies/cut.py
 
-Reads what `run.py cut-python claim-python` has kept. Saved is the share of the passes that four
-trainings at the four ranks would have made together.
+Reads the results of `run.py cut-python claim-python`. Passes are relative to those of four
+trainings at the four ranks.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ at rank 20, nine of skewed topics at rank 5. Measured on the test rows are the h
 own model, and the global model that each method makes of the ten, at rank 20. "Own head": with the
 high-rank client's own classification head, which shows what happens to the adapter alone.
 
-And what LoRA of the paper's model trains and sends, exactly: three 768 x 768 matrices in each of
-DistilBERT's six layers.
+Also the exact parameters that LoRA of the paper's model trains and sends: three 768 x 768 matrices
+in each of DistilBERT's six layers.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from transformers import DistilBertConfig, DistilBertModel
 from prelort import methods
 from prelort.config import Config
 from prelort.experiment.assemble import Assembly, assemble
-from prelort.experiment.compare.study import load
 from prelort.experiment.measure import measure
 from prelort.methods.interface import Client, ServerState, Update
 from prelort.models.lora import extract, install
+from prelort.study.definition import load
 from prelort.training.local import Assignment, train
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -39,12 +39,12 @@ from common import machine, report
 STUDY = Path(__file__).parent / "byun-lee-share.toml"
 HIGH, LOW = 20, 5
 STEPS = 60
-"""One epoch of 28 rows teaches next to nothing: there would be nothing to dilute."""
+"""One epoch of 28 rows teaches next to nothing, which leaves nothing to dilute."""
 METHODS = ("zero-padding", "hetlora", "replication", "prelort")
 
 
 def trained(assembly: Assembly, config: Config, state: ServerState) -> list[Update]:
-    """One round of one high-rank client, the first, and nine low-rank ones, drawn by the seed."""
+    """One round of one high-rank client, the first, and nine low-rank ones, sampled by the seed."""
     sites = [site for site in assembly.sites if site.rank == HIGH][:1]
     low = [site for site in assembly.sites if site.rank == LOW]
     order = torch.randperm(len(low), generator=torch.Generator().manual_seed(config.seed))
@@ -101,7 +101,7 @@ def one_seed(seed: int) -> dict[str, float]:
 
 
 def parameters() -> list[dict[str, Any]]:
-    """What DistilBERT's LoRA trains at a rank, counted on the model itself."""
+    """The parameters of DistilBERT's LoRA at a rank, counted on the model itself."""
     counts = {}
     for rank in (LOW, HIGH):
         with torch.device("meta"):

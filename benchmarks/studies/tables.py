@@ -1,15 +1,15 @@
-"""Write the kept results into the pages that show them, so that no figure is typed by hand.
+"""Write the kept results into the pages that show them, so that no table is typed by hand.
 
     python benchmarks/studies/tables.py [--check]
 
-In README.md and docs/ a table stands between two comments, the first of which says what it is:
+In README.md and docs/ a table stands between two comments, the first of which names its source:
 
   <!-- study: claim-python | SETTING | METRIC -->   from benchmarks/results/studies/claim-python
   <!-- results: studies_noise -->                   from benchmarks/results/studies_noise.json
   <!-- end -->
 
-SETTING is empty where a study has none. Rows of a study's table can be chosen after a further bar:
-`| prelort, zero-padding`. --check writes nothing and fails where a page is not up to date.
+SETTING is empty if the study has none. A further bar selects rows of a study's table:
+`| prelort; zero-padding`. --check writes nothing and fails if a page is out of date.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"<!-- (study|results): (.*?) -->\n.*?<!-- end -->", re.DOTALL)
 PERCENT = {"accuracy", "macro_f1"}
 GAP = "\u00a0"
-"""A space at which no line breaks."""
+"""A non-breaking space."""
 
 
 def study_table(name: str, setting: str = "", metric: str = "perplexity", only: str = "") -> str:
@@ -130,7 +130,7 @@ def _line(cells: list[str]) -> str:
 
 
 def filled(text: str) -> str:
-    """A page's text with its tables as the kept results are."""
+    """A page's text with its tables from the kept results."""
 
     def table(match: re.Match[str]) -> str:
         kind, what = match.groups()

@@ -1,12 +1,12 @@
-"""Each method's learning rate for a study, chosen on validation rows with a seed of its own.
+"""Choose each method's learning rate for a study, on validation rows with a separate seed.
 
     python benchmarks/studies/tune.py benchmarks/studies/claim-agnews.toml [--method M ...]
 
-The study's own configuration is run for every method at half, once and twice its learning rate; a
-method whose best rate is an outer one is run at the next one too, until it is not. What is compared
-is the study's metric on the rows that `data.validation_fraction` holds out, over all ranks (AURAC;
-for the homogeneous references at their own rank). Printed and written to benchmarks/results are the
-chosen rates as lines for `[compare.overrides]`. Finished runs are kept and not run again.
+Every method runs with the study's own configuration at half, once and twice its learning rate, and
+at further rates while the best one is at either end. The rates are compared by the study's metric
+on the rows that `data.validation_fraction` holds out, over all ranks (AURAC; for the homogeneous
+references at their own rank). Prints the chosen rates as lines for `[compare.overrides]` and writes
+them to benchmarks/results. Finished runs are kept and not run again.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ Curves = dict[tuple[str, float], dict[int, float]]
 
 
 def name_of(factor: float) -> str:
-    """The name of a setting, which is a folder's too."""
+    """The name of a setting, also that of its folder."""
     return f"rate x {factor:g}"
 
 
 def study_of(values: dict[str, Any], factors: list[float]) -> dict[str, Any]:
-    """The study with a setting for each factor and no rates of the methods' own."""
+    """The study with a setting per factor and without per-method rates."""
     compare = values["compare"]
     rate = values["training"]["learning_rate"]
     overrides = {
@@ -64,7 +64,7 @@ def study_of(values: dict[str, Any], factors: list[float]) -> dict[str, Any]:
 
 
 def metric_of(values: dict[str, Any]) -> str:
-    """What the rates are chosen by: the task's first metric."""
+    """The metric by which rates are chosen: the task's first."""
     return tasks.get(values["task"]).metrics[0]
 
 
@@ -92,7 +92,7 @@ def run(
 
 
 def value_of(method: str, curve: dict[int, float], metric: str) -> float:
-    """What tuning makes large."""
+    """The value that tuning maximises."""
     curve = {rank: value for rank, value in curve.items() if rank > 0}
     own = {"homogeneous-min": min, "homogeneous-max": max}.get(method)
     value = curve[own(curve)] if own else aurac(curve)
@@ -102,7 +102,7 @@ def value_of(method: str, curve: dict[int, float], metric: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", type=Path)
-    parser.add_argument("--method", action="append", help="only this one; again for more")
+    parser.add_argument("--method", action="append", help="only this method; repeatable")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/studies/tuning"))
     arguments = parser.parse_args()
@@ -139,7 +139,7 @@ def main() -> None:
 
 
 def beyond(values: dict[float, float]) -> float | None:
-    """The next factor to try where the best one is an outer one; None where it is not."""
+    """The next factor to try if the best one is at either end, else None."""
     best = max(values, key=values.__getitem__)
     if best == max(values) and best < MOST:
         return best * 2

@@ -23,29 +23,24 @@ def test_a_prefix_of_a_prefix_is_the_shorter_prefix(data, rank, rule, seed):
 
 @quick
 @given(rank=ranks, rule=scale_rules, seed=seeds)
-def test_a_prefix_holds_the_first_slots_and_the_same_rule(rank, rule, seed):
-    adapter = random_adapter(9, seed, scale=rule)
+def test_a_prefix_holds_views_of_the_first_dimensions_and_the_same_rule(rank, rule, seed):
+    """Layers of a lower rank keep all of theirs."""
+    adapter = random_adapter([9, 3], seed, scale=rule)
     prefix = adapter.prefix(rank)
-    assert prefix.rank == rank
+    assert {name: f.rank for name, f in prefix.layers.items()} == {
+        "wide": rank,
+        "tall": min(rank, 3),
+    }
     assert prefix.scale == rule
     for name, factors in prefix.layers.items():
-        assert torch.equal(factors.A, adapter.layers[name].A[:rank])
-        assert torch.equal(factors.B, adapter.layers[name].B[:, :rank])
+        own = adapter.layers[name]
+        assert torch.equal(factors.A, own.A[:rank])
+        assert torch.equal(factors.B, own.B[:, :rank])
+        assert factors.A.data_ptr() == own.A.data_ptr()
+        assert factors.B.data_ptr() == own.B.data_ptr()
     assert torch.equal(
         prefix.modules_to_save["score.weight"], adapter.modules_to_save["score.weight"]
     )
-
-
-def test_a_prefix_is_a_view_and_not_a_copy():
-    adapter = random_adapter(4)
-    prefix = adapter.prefix(2).layers["wide"]
-    assert prefix.A.data_ptr() == adapter.layers["wide"].A.data_ptr()
-    assert prefix.B.data_ptr() == adapter.layers["wide"].B.data_ptr()
-
-
-def test_layers_with_fewer_slots_keep_all_of_theirs():
-    prefix = random_adapter([8, 3]).prefix(5)
-    assert {name: f.rank for name, f in prefix.layers.items()} == {"wide": 5, "tall": 3}
 
 
 @pytest.mark.parametrize("rank", [0, -1, 9])
@@ -61,20 +56,14 @@ def test_the_scale_of_a_prefix_follows_the_rule_at_its_own_rank(rank, value):
     assert ScaleRule("rslora", value)(rank) == pytest.approx(value / rank**0.5, rel=1e-15)
     for kind, power in (("constant", 1.0), ("rslora", 0.5)):
         rule = ScaleRule(kind, value)
+        assert rule(0) == 0.0
         assert rule.lora_alpha(rank) / rank**power == pytest.approx(rule(rank), rel=1e-15)
-
-
-def test_the_empty_prefix_has_scale_zero():
-    assert ScaleRule("constant", 2.0)(0) == ScaleRule("rslora", 2.0)(0) == 0.0
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_scale_must_be_a_number_above_zero(value):
     with pytest.raises(AdapterError, match="must be above 0"):
         ScaleRule("constant", value)
-
-
-def test_an_unknown_scale_rule_is_refused():
     with pytest.raises(AdapterError, match="'alpha/r' is unknown"):
         ScaleRule("alpha/r", 1.0)  # type: ignore[arg-type]
 
@@ -95,6 +84,11 @@ def test_tensors_and_back_is_the_same_adapter(first, second, rule, seed):
     assert again.scale == rule
     assert again.layers.keys() == adapter.layers.keys()
     assert again.modules_to_save.keys() == adapter.modules_to_save.keys()
+    assert adapter.num_parameters == first * (7 + 4) + second * (3 + 6) + 6
+    assert {t.dtype for t in again.to(torch.float16).tensors().values()} == {torch.float16}
+    assert list(again.select(["tall", "other"]).layers) == ["tall"]
+    assert again.select(None) is again
+    assert not again.bare().modules_to_save
 
 
 @pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
@@ -120,17 +114,6 @@ def test_other_kinds_of_lora_tensors_are_named(name):
         LoraAdapter.from_tensors(tensors, ScaleRule())
 
 
-def test_to_changes_the_type_of_every_tensor():
-    adapter = random_adapter(3)
-    half = adapter.to(torch.float16)
-    assert {t.dtype for t in half.tensors().values()} == {torch.float16}
-    assert torch.equal(half.layers["wide"].A, adapter.layers["wide"].A.half())
-
-
-def test_the_number_of_parameters_counts_factors_and_extras():
-    assert random_adapter([2, 1]).num_parameters == 2 * (7 + 4) + 1 * (3 + 6) + 6
-
-
 @quick
 @given(rank=ranks, seed=seeds)
 def test_a_schema_accepts_the_prefixes_of_its_adapter(rank, seed):
@@ -138,17 +121,13 @@ def test_a_schema_accepts_the_prefixes_of_its_adapter(rank, seed):
     AdapterSchema.of(adapter).check(adapter.prefix(rank), rank)
 
 
-def test_a_schema_names_a_missing_layer():
+def test_a_schema_names_a_missing_tensor():
     adapter = random_adapter(4)
-    less = LoraAdapter({"wide": adapter.layers["wide"]}, adapter.scale, adapter.modules_to_save)
+    less = adapter.select(["wide"])
     with pytest.raises(AdapterError, match=r"'tall\.lora_A\.weight' is missing"):
         AdapterSchema.of(adapter).check(less, 4)
-
-
-def test_a_schema_names_a_missing_extra():
-    adapter = random_adapter(4)
     with pytest.raises(AdapterError, match=r"'score\.weight' is missing"):
-        AdapterSchema.of(adapter).check(LoraAdapter(adapter.layers, adapter.scale), 4)
+        AdapterSchema.of(adapter).check(adapter.bare(), 4)
 
 
 @pytest.mark.parametrize("surplus", ["other.lora_A.weight", "other.bias"])

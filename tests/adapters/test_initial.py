@@ -1,16 +1,14 @@
-"""How slots begin: one matrix for everyone, of which a client draws what it is not sent."""
+"""How dimensions begin: one matrix for everyone, of which a client draws what it is not sent."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prelort.adapters import Factors
 from prelort.adapters.initial import draw_a, filled, fresh
 from prelort.seeds import torch_generator
 from random_adapters import DIMENSIONS, dense, random_adapter, same_bits, seeds
@@ -60,7 +58,7 @@ def test_a_prefix_of_the_first_adapter_is_drawn_at_the_full_rank_and_cut():
 
 
 @pytest.mark.parametrize("rank", [1, 8, (2, 5)])
-def test_fresh_has_the_shapes_the_drawn_a_zero_b_and_the_extras_as_they_are(rank):
+def test_fresh_has_the_shapes_the_drawn_a_zero_b_and_the_modules_to_save_as_they_are(rank):
     like = random_adapter(rank)
     found = fresh(like, 11)
     assert found.scale == like.scale
@@ -73,61 +71,11 @@ def test_fresh_has_the_shapes_the_drawn_a_zero_b_and_the_extras_as_they_are(rank
         assert made.A.dtype == made.B.dtype == torch.float32
 
 
-def test_fresh_looks_at_shapes_only():
-    assert same_bits(
-        fresh(random_adapter(4, 0, modules_to_save=False), 1),
-        fresh(random_adapter(4, 9, modules_to_save=False), 1),
-    )
-
-
 # Filling up
 
 
-def with_dead_slots(adapter, dimensions):
-    """The adapter in which both factors of these slots are zero."""
-    layers = {}
-    for name, factors in adapter.layers.items():
-        a, b = factors.A.clone(), factors.B.clone()
-        a[dimensions], b[:, dimensions] = 0.0, 0.0
-        layers[name] = Factors(a, b)
-    return replace(adapter, layers=layers)
-
-
-@quick
-@given(
-    own=st.tuples(*[st.integers(1, 6)] * 2), more=st.tuples(*[st.integers(0, 4)] * 2), seed=seeds
-)
-def test_filled_keeps_the_old_slots_and_draws_the_new_ones(own, more, seed):
-    adapter = random_adapter(own, 1)
-    like = random_adapter([o + m for o, m in zip(own, more, strict=True)], 2)
-    found = filled(adapter, like, seed)
-    for name, factors in found.layers.items():
-        old, target = adapter.layers[name], like.layers[name]
-        drawn = draw_a(seed, name, target.rank, target.A.shape[1])
-        assert factors.A.shape == target.A.shape
-        assert factors.B.shape == target.B.shape
-        assert torch.equal(factors.A[: old.rank], old.A)
-        assert torch.equal(factors.B[:, : old.rank], old.B)
-        assert torch.equal(factors.A[old.rank :], drawn[old.rank :])
-        assert not factors.B[:, old.rank :].any()
-    assert found.modules_to_save is adapter.modules_to_save
-
-
-@quick
-@given(dead=st.sets(st.integers(0, 3)), seed=seeds)
-def test_filled_draws_the_slots_that_could_never_learn_and_no_others(dead, seed):
-    dimensions = torch.tensor(sorted(dead), dtype=torch.int64)
-    adapter = with_dead_slots(random_adapter(4, 1), dimensions)
-    found = filled(adapter, random_adapter(6), seed)
-    for name, factors in found.layers.items():
-        drawn = draw_a(seed, name, 6, factors.A.shape[1])
-        for dimension in range(4):
-            expected = drawn[dimension] if dimension in dead else adapter.layers[name].A[dimension]
-            assert torch.equal(factors.A[dimension], expected)
-
-
 @pytest.mark.parametrize("zero", ["A", "B"])
-def test_a_slot_with_one_factor_of_zeros_is_alive(zero):
+def test_a_dimension_with_one_factor_of_zeros_is_alive(zero):
     """Its other factor's gradient is not zero: it can learn, so it stays as it is."""
     adapter = random_adapter(3)
     for factors in adapter.layers.values():
@@ -136,31 +84,29 @@ def test_a_slot_with_one_factor_of_zeros_is_alive(zero):
 
 
 @quick
-@given(own=st.integers(1, 5), more=st.integers(0, 4), dead=st.sets(st.integers(0, 4)), seed=seeds)
-def test_filling_does_not_change_the_product(own, more, dead, seed):
-    dimensions = torch.tensor(
-        sorted(dimension for dimension in dead if dimension < own), dtype=torch.int64
-    )
-    adapter = with_dead_slots(random_adapter(own, 3), dimensions)
-    found = filled(adapter, random_adapter(own + more), seed)
-    for name, product in dense(adapter).items():
-        torch.testing.assert_close(dense(found)[name], product, rtol=1e-12, atol=1e-12)
-
-
-def test_filling_does_not_change_what_it_was_given():
-    adapter = with_dead_slots(random_adapter(3), torch.tensor([1]))
-    before = {name: tensor.clone() for name, tensor in adapter.tensors().items()}
-    found = filled(adapter, random_adapter(5), 0)
-    for factors in found.layers.values():
-        factors.A.add_(1.0)
-        factors.B.add_(1.0)
-    assert all(torch.equal(tensor, before[n]) for n, tensor in adapter.tensors().items())
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_filled_is_kept_in_float32(dtype):
-    adapter = random_adapter(2, dtype=dtype)
-    found = filled(adapter, random_adapter(4), 0)
+@given(
+    own=st.tuples(*[st.integers(1, 6)] * 2),
+    more=st.tuples(*[st.integers(0, 4)] * 2),
+    dead=st.sets(st.integers(0, 5)),
+    seed=seeds,
+)
+def test_filled_draws_new_dimensions_and_those_that_could_never_learn(own, more, dead, seed):
+    """A of these alone: the product stays."""
+    old = random_adapter(own, 1)
+    for factors in old.layers.values():
+        zero = [j for j in dead if j < factors.rank]
+        factors.A[zero], factors.B[:, zero] = 0.0, 0.0
+    before = {name: tensor.clone() for name, tensor in old.tensors().items()}
+    like = random_adapter([o + m for o, m in zip(own, more, strict=True)], 2)
+    found = filled(old, like, seed)
     for name, factors in found.layers.items():
-        assert factors.A.dtype == factors.B.dtype == torch.float32
-        assert torch.equal(factors.A[:2], adapter.layers[name].A.float())
+        rank, (d_in, _) = like.layers[name].rank, DIMENSIONS[name]
+        expected = draw_a(seed, name, rank, d_in)
+        for j in set(range(old.layers[name].rank)) - dead:
+            expected[j] = old.layers[name].A[j]
+        assert torch.equal(factors.A, expected)
+        assert factors.B.shape == like.layers[name].B.shape
+        torch.testing.assert_close(dense(found)[name], dense(old)[name], rtol=1e-12, atol=1e-12)
+        factors.A.add_(1.0)
+    assert found.modules_to_save is old.modules_to_save
+    assert all(torch.equal(tensor, before[name]) for name, tensor in old.tensors().items())

@@ -1,17 +1,15 @@
 from __future__ import annotations
 
 import json
-import os
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from prelort.adapters import LoraAdapter, ScaleRule, peft_folder
+from prelort.adapters import ScaleRule, peft_folder
 from prelort.errors import AdapterError
 from random_adapters import DIMENSIONS, random_adapter, ranks, same_bits, scale_rules, seeds
 
@@ -82,16 +80,6 @@ def test_without_our_header_the_rule_is_read_from_pefts_configuration(tmp_path, 
     assert loaded.scale.value == pytest.approx(rule.value, rel=1e-12)
 
 
-def test_a_prefix_of_an_adapter_is_saved_alone(tmp_path):
-    adapter = random_adapter(8, dtype=torch.bfloat16)
-    peft_folder.save(adapter.prefix(3), tmp_path, TEMPLATE)
-    loaded, config = peft_folder.load(tmp_path)
-    assert same_bits(loaded, adapter.prefix(3))
-    assert config.r == 3
-    with safe_open(tmp_path / peft_folder.WEIGHTS, framework="pt") as file:
-        assert file.get_slice("base_model.model.wide.lora_A.weight").get_shape() == [3, 7]
-
-
 def test_per_layer_ranks_are_written_as_patterns(tmp_path):
     peft_folder.save(random_adapter([4, 2], scale=ScaleRule("constant", 1.5)), tmp_path, TEMPLATE)
     config = json.loads((tmp_path / peft_folder.CONFIG).read_text())
@@ -107,12 +95,6 @@ def test_a_pattern_does_not_reach_a_layer_whose_name_ends_alike(tmp_path):
     assert same_bits(peft_folder.load(tmp_path)[0], adapter)
 
 
-def test_saving_replaces_what_was_there(tmp_path):
-    peft_folder.save(random_adapter([4, 2]), tmp_path, TEMPLATE)
-    peft_folder.save(random_adapter(3, 1), tmp_path, TEMPLATE)
-    assert same_bits(peft_folder.load(tmp_path)[0], random_adapter(3, 1))
-
-
 def test_equal_adapters_are_equal_files(tmp_path):
     for name, targets in (("one", ["wide", "tall", "x"]), ("two", ["x", "tall", "wide"])):
         template = LoraConfig(target_modules=targets, modules_to_save=["score"])
@@ -121,36 +103,16 @@ def test_equal_adapters_are_equal_files(tmp_path):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
-def test_views_into_one_buffer_can_be_saved(tmp_path):
-    """As tensors that came over a wire may be."""
-    flat = torch.randn(2 * 7 + 4 * 2 + 2 * 3 + 6 * 2)
-    a, b, c, d = flat.split([14, 8, 6, 12])
-    tensors = {
-        "wide.lora_A.weight": a.view(2, 7),
-        "wide.lora_B.weight": b.view(4, 2),
-        "tall.lora_A.weight": c.view(2, 3),
-        "tall.lora_B.weight": d.view(6, 2),
-    }
-    adapter = LoraAdapter.from_tensors(tensors, ScaleRule())
-    peft_folder.save(adapter, tmp_path, TEMPLATE)
-    assert same_bits(peft_folder.load(tmp_path)[0], adapter)
-
-
 # Strictness
 
 
-def test_a_missing_folder_or_configuration_is_named(tmp_path, folder):
+def test_a_missing_folder_or_file_is_named(tmp_path, folder):
     with pytest.raises(AdapterError, match=r"nowhere/adapter_config\.json' does not exist"):
         peft_folder.load(tmp_path / "nowhere")
-    (folder / peft_folder.CONFIG).unlink()
-    with pytest.raises(AdapterError, match=r"adapter_config\.json' does not exist"):
-        peft_folder.load(folder)
-
-
-def test_missing_weights_are_named(folder):
-    (folder / peft_folder.WEIGHTS).unlink()
-    with pytest.raises(AdapterError, match=r"adapter_model\.safetensors' does not exist"):
-        peft_folder.load(folder)
+    for name in (peft_folder.WEIGHTS, peft_folder.CONFIG):
+        (folder / name).unlink()
+        with pytest.raises(AdapterError, match=f"{name}' does not exist"):
+            peft_folder.load(folder)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])
@@ -168,12 +130,6 @@ def test_a_configuration_that_is_no_json_object_is_named(folder, text):
         peft_folder.load(folder)
 
 
-def test_another_kind_of_adapter_is_named(folder):
-    rewrite_config(folder, peft_type="IA3")
-    with pytest.raises(AdapterError, match="peft_type 'IA3' is not 'LORA'"):
-        peft_folder.load(folder)
-
-
 @pytest.mark.parametrize(
     "key, value, says",
     [
@@ -187,6 +143,7 @@ def test_another_kind_of_adapter_is_named(folder):
         ("layer_replication", [[0, 1], [0, 1]], "layer_replication"),
         ("init_lora_weights", "pissa_niter_4", "init_lora_weights"),
         ("init_lora_weights", "olora", "init_lora_weights"),
+        ("peft_type", "IA3", "peft_type 'IA3' is not 'LORA'"),
     ],
 )
 def test_variants_that_compute_something_else_are_named(folder, key, value, says):
@@ -205,6 +162,9 @@ def test_initialisations_that_leave_the_base_alone_are_accepted(folder, value):
 def test_a_missing_factor_is_named(folder, factor):
     rewrite_tensors(folder, lambda t: t.pop(f"base_model.model.tall.{factor}.weight"))
     with pytest.raises(AdapterError, match=rf"'tall\.{factor}\.weight' is missing"):
+        peft_folder.load(folder)
+    rewrite_tensors(folder, lambda t: [t.pop(n) for n in list(t) if "lora" in n])
+    with pytest.raises(AdapterError, match="no LoRA layer"):
         peft_folder.load(folder)
 
 
@@ -289,17 +249,4 @@ def test_a_nonsensical_configuration_is_an_adapter_error(folder, changes):
     rewrite_config(folder, **changes)
     drop_header(folder)
     with pytest.raises(AdapterError, match="adapter"):
-        peft_folder.load(folder)
-
-
-def test_an_adapter_without_layers_is_refused(folder):
-    rewrite_tensors(folder, lambda t: [t.pop(n) for n in list(t) if "lora" in n])
-    with pytest.raises(AdapterError, match="no LoRA layer"):
-        peft_folder.load(folder)
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_a_folder_that_may_not_be_read_is_named(folder):
-    (folder / peft_folder.CONFIG).chmod(0)
-    with pytest.raises(AdapterError, match="cannot be read"):
         peft_folder.load(folder)

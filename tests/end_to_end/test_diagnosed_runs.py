@@ -12,8 +12,10 @@ import pytest
 from processes import LAST, Killer
 
 import prelort
-from prelort.config import Config
-from prelort.experiment import several
+from prelort.config import Config, to_toml
+from prelort.report.write import write_results
+from prelort.study.definition import of_run
+from prelort.study.run import run_study
 
 KEYS = {
     "layers",
@@ -76,9 +78,11 @@ def test_several_methods_in_one_picture_and_table(
     tmp_path: Path, make_config: Callable[..., Config]
 ) -> None:
     config = make_config(federation={"rounds": 2, "clients_per_round": 3})
-    several.run_methods(config, ["prelort", "fed-plora", "fedsa-lora"], tmp_path / "runs")
+    (tmp_path / "run.toml").write_text(to_toml(config))
+    study = of_run(tmp_path / "run.toml", methods=["prelort", "fed-plora", "fedsa-lora"])
+    run_study(study, tmp_path / "runs")
     results = (tmp_path / "runs" / "results.md").read_text(encoding="utf-8")
-    table = results[results.index("**Diagnostics of the last round**") :]
+    table = results[results.index("Diagnostics of the last round") :]
     assert "| prelort |" in table
     assert "| fed-plora |" in table
     assert "fedsa-lora" not in table
@@ -97,6 +101,6 @@ def test_they_can_be_left_out(tmp_path: Path, make_config: Callable[..., Config]
     (event,) = aggregated(tmp_path / "run")
     assert "diagnostics" not in event
     assert event["seconds"]["diagnose"] == 0
-    several.write_results({"prelort": tmp_path / "run"}, tmp_path)
+    write_results(prelort.read(tmp_path / "run"), tmp_path)
     assert not (tmp_path / "diagnostics.png").exists()
     assert "Diagnostics" not in (tmp_path / "results.md").read_text(encoding="utf-8")

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from prelort.federation.strategy import AdapterStrategy
 
 from prelort import methods
 from prelort.adapters import LoraAdapter
 from prelort.config import Config, MethodConfig, check
 from prelort.federation import wire
 from prelort.federation.flower import Context, Error, Message, MessageType, RecordDict
-from prelort.federation.strategy import AdapterStrategy
 from prelort.federation.transport import Engine
 from prelort.methods import Broadcast, Client, PrefixMethod, ServerState
 from small_federation import (

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from prelort.federation.strategy import AdapterStrategy
 
 from prelort import methods
 from prelort.config import MethodConfig
@@ -13,7 +14,6 @@ from prelort.errors import QuorumError
 from prelort.federation import wire
 from prelort.federation.allocation import Allocation, ByLoss
 from prelort.federation.flower import Context, Message
-from prelort.federation.strategy import AdapterStrategy
 from prelort.federation.transport import Engine
 from prelort.methods.interface import Client, ServerState
 from prelort.methods.objective import Objective, TailPenalty

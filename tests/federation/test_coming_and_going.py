@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from prelort.federation.server import ServerPlan, Standing, serve
 
 from prelort.errors import QuorumError
 from prelort.federation import client_manager, wire
 from prelort.federation import transport as exchange_module
 from prelort.federation.client_manager import GRACE_SECONDS, RETRY_SECONDS, ClientManager
 from prelort.federation.flower import Context, Error, Message, MessageType, RecordDict
-from prelort.federation.server import ServerPlan, Standing, serve
 from prelort.federation.transport import Engine
 from prelort.methods.interface import Client
 from small_federation import (

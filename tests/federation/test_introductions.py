@@ -2,6 +2,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from prelort.federation.server import ServerPlan, make_server_app, serve
 
 from prelort.config import Config
 from prelort.errors import ConfigError, PrelortError
@@ -9,7 +10,6 @@ from prelort.federation import wire
 from prelort.federation.allocation import Allocation, ByLoss
 from prelort.federation.client_manager import PULL_AT_ONCE, ClientManager, ConnectedClient
 from prelort.federation.flower import Context, Grid, Message, MessageType, RecordDict
-from prelort.federation.server import ServerPlan, make_server_app, serve
 from prelort.federation.transport import Engine
 from prelort.methods.interface import ServerState
 from small_federation import (

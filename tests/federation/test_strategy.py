@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from prelort.federation.strategy import AdapterStrategy
 
 from prelort import methods
 from prelort.adapters import LoraAdapter
@@ -22,7 +23,6 @@ from prelort.federation.flower import (
     Message,
     RecordDict,
 )
-from prelort.federation.strategy import AdapterStrategy
 from prelort.federation.transport import Engine
 from prelort.methods.interface import Aggregator, ServerState, Update
 from small_federation import (

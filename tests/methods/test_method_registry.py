@@ -9,6 +9,7 @@ from prelort.config import MethodConfig
 from prelort.errors import ConfigError
 from prelort.methods import REGISTRY, Client, build, find
 from prelort.methods.prelort import PreLort
+from rounds import start
 
 OWN = """
 from prelort.methods.prelort import PreLort
@@ -22,8 +23,16 @@ class Half:
     name = "half"
     summary = paper = ""
 
-    def check(self, clients): ...
+    def check(self, state, clients): ...
     def broadcast(self, state, client): ...
+
+
+class WholeOnly(PreLort):
+    def global_adapter(self, state, rank=None): ...
+
+
+class Stateless(PreLort):
+    def objective(self, client): ...
 
 
 NUMBER = 3
@@ -55,20 +64,16 @@ def test_every_registered_method_says_what_it_is():
 @pytest.mark.parametrize("typed, meant", [("prelrot", "prelort"), ("zero_padding", "zero-padding")])
 def test_an_unknown_method_is_an_error_with_the_nearest_name(typed, meant):
     with pytest.raises(ConfigError, match=rf"unknown method '{typed}': did you mean '{meant}'\?"):
-        build(MethodConfig(name=typed), [2], 0)
-
-
-def test_a_name_like_no_method_is_an_error_that_lists_them():
+        build(MethodConfig(name=typed), 0)
     with pytest.raises(ConfigError, match=r"known are prelort, .*zero-padding, fedit, "):
         find("xyz")
 
 
 def test_a_users_own_class_is_found_in_their_own_folder(own_file):
-    method = build(MethodConfig(name="a_users_method:Mine"), [2, 4], 0)
+    method = build(MethodConfig(name="a_users_method:Mine"), 0)
     assert isinstance(method, PreLort)
     assert method.name == "mine"
-    assert method.levels == (2, 4)
-    assert method.objective(Client("k", 4, 5)).levels == (2, 4)
+    assert method.objective(start(levels=[2, 4]), Client("k", 4, 5)).levels == (2, 4)
 
 
 @pytest.mark.parametrize(
@@ -77,8 +82,10 @@ def test_a_users_own_class_is_found_in_their_own_folder(own_file):
         ("no_such_module:Mine", "no_such_module"),
         ("a_users_method:Absent", "Absent"),
         ("a_users_method:NUMBER", "is not a class"),
-        ("a_users_method:Half", "lacks objective, aggregator, readout"),
-        ("collections:OrderedDict", "lacks check, broadcast, objective, aggregator, readout"),
+        ("a_users_method:Half", "lacks aggregator, global_adapter, objective"),
+        ("collections:OrderedDict", "lacks aggregator, broadcast, check, global_adapter, obj"),
+        ("a_users_method:WholeOnly", r"must allow global_adapter\(.*, layers=None\)"),
+        ("a_users_method:Stateless", r"must allow objective\(self, state, client\)"),
         ("broken_method:Mine", "invalid syntax"),
         (":Mine", "cannot be imported"),
         (".relative:Mine", "cannot be imported"),
@@ -88,15 +95,3 @@ def test_a_users_own_class_is_found_in_their_own_folder(own_file):
 def test_what_is_no_method_is_refused(own_file, name, says):
     with pytest.raises(ConfigError, match=rf"method '{name}' .*{says}"):
         find(name)
-
-
-def test_fedit_refuses_different_ranks_and_nested_training():
-    method = build(MethodConfig(name="fedit"), [4], 0)
-    method.check([Client("a", 4, 1), Client("b", 4, 9)])
-    with pytest.raises(ConfigError, match=r"'fedit' needs one rank .* they have \[4, 8\]"):
-        build(MethodConfig(name="fedit"), [4, 8], 0).check([Client("a", 4, 1)])  # planned for later
-    with pytest.raises(ConfigError, match=r"'fedit' needs one rank .* they have \[2, 4\]"):
-        method.check([Client("a", 4, 1), Client("b", 2, 1)])
-    with pytest.raises(ConfigError, match="objective = 'mean' is not part of fedit"):
-        build(MethodConfig(name="fedit", objective="mean"), [4], 0)
-    build(MethodConfig(name="fedit", objective="plain"), [4], 0)

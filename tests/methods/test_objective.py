@@ -11,6 +11,7 @@ from prelort.config import MethodConfig
 from prelort.errors import ConfigError
 from prelort.methods import Client, build
 from prelort.methods.objective import Objective, Pass, configured, nested, plain
+from rounds import start
 
 quick = settings(deadline=None, max_examples=40)
 LEVELS = (2, 4, 8, 16)
@@ -23,13 +24,6 @@ def passes(objective, batch=6, seed=0):
 
 
 # Weights
-
-
-@pytest.mark.parametrize("kind", NESTED)
-def test_without_shares_all_levels_up_to_the_rank_are_equal(kind):
-    objective = nested(kind, 8, LEVELS)
-    assert objective.levels == (2, 4, 8)
-    assert objective.weights == pytest.approx((1 / 3, 1 / 3, 1 / 3))
 
 
 @quick
@@ -61,11 +55,6 @@ def test_the_sampled_kinds_give_the_full_rank_half_of_the_weight_by_default():
     assert even == pytest.approx((1 / 3,) * 3)
 
 
-def test_the_full_share_can_be_chosen():
-    config = MethodConfig(objective="mean", full_share=0.75)
-    assert configured(config, 8, LEVELS).weights == (0.125, 0.125, 0.75)
-
-
 def test_the_truncations_can_be_others_than_the_ranks_of_the_clients():
     config = MethodConfig(objective="mean", truncations=(16, 4), level_weights={"4": 3, "8": 1})
     with pytest.raises(ConfigError, match=r"'8' is not a rank level: the levels are 16, 4"):
@@ -94,21 +83,20 @@ def test_a_method_finds_that_before_the_run():
     config = MethodConfig(name="prelort", level_weights={"8": 1.0})
     clients = [Client("large", 8, 5), Client("small", 4, 5)]
     with pytest.raises(ConfigError, match="client of rank 4"):
-        build(config, [4, 8], 0).check(clients)
-    build(config, [4, 8], 0).check(clients[:1])
+        build(config, 0).check(start(levels=[4, 8]), clients)
+    build(config, 0).check(start(levels=[4, 8]), clients[:1])
 
 
 # Passes
 
 
-def test_plain_is_one_pass_with_nothing_cut():
-    assert passes(plain(8)) == [Pass(None)]
+def test_with_one_truncation_there_is_one_pass_with_nothing_cut():
     assert nested("plain", 8, LEVELS) == plain(8)
-
-
-@pytest.mark.parametrize("kind", NESTED)
-def test_a_client_of_the_lowest_rank_trains_plainly(kind):
-    assert passes(nested(kind, 2, LEVELS, full_share=0.5)) == [Pass(None)]
+    full = nested("full+one", 8, LEVELS, full_share=1.0)
+    for objective in (plain(8), full, *(nested(kind, 2, LEVELS) for kind in NESTED)):
+        assert passes(objective) == [Pass(None)]
+    (one,) = passes(nested("full+one", 8, LEVELS, full_share=0.0))
+    assert one.ranks in (2, 4)
 
 
 def test_mean_is_a_pass_for_every_level_with_a_weight():
@@ -135,19 +123,6 @@ def test_full_and_one_is_the_full_rank_and_one_lower_level():
     assert full == Pass(8, pytest.approx(0.7))
     assert one.ranks in (2, 4)
     assert one.weight == pytest.approx(0.3)
-
-
-def test_full_and_one_leaves_out_what_weighs_nothing():
-    assert passes(nested("full+one", 8, LEVELS, full_share=1.0)) == [Pass(None)]
-    (one,) = passes(nested("full+one", 8, LEVELS, full_share=0.0))
-    assert one.ranks in (2, 4)
-    assert one.weight == pytest.approx(1.0)
-
-
-@pytest.mark.parametrize("kind", SAMPLED)
-def test_levels_of_weight_zero_are_never_drawn(kind):
-    objective = nested(kind, 16, LEVELS, level_weights={2: 1.0, 4: 0.0, 8: 1.0, 16: 1.0})
-    assert 4 not in drawn(objective, 300)
 
 
 @pytest.mark.parametrize("kind", SAMPLED)
@@ -205,15 +180,10 @@ def test_the_passes_of_a_batch_are_known_beforehand(kind, rank, passes):
 
 def test_prelort_trains_per_example_by_default_and_the_others_plainly():
     client = Client("k", 8, 5)
-    kinds = {
-        name: build(MethodConfig(name=name), LEVELS, 0).objective(client).kind
-        for name in ("prelort", "zero-padding", "fedit")
-    }
-    assert kinds == {"prelort": "example", "zero-padding": "plain", "fedit": "plain"}
-
-
-def test_the_configured_objective_is_used():
-    for name in ("prelort", "zero-padding"):
-        config = MethodConfig(name=name, objective="mean")
-        objective = build(config, LEVELS, 0).objective(Client("k", 4, 5))
-        assert objective == nested("mean", 4, LEVELS)
+    state = start(levels=LEVELS)
+    for name, default in (("prelort", "example"), ("zero-padding", "plain"), ("fedit", "plain")):
+        objective = build(MethodConfig(name=name), 0).objective(state, client)
+        assert objective.kind == default
+        if name != "fedit":
+            config = MethodConfig(name=name, objective="mean")
+            assert build(config, 0).objective(state, client) == nested("mean", 8, LEVELS)

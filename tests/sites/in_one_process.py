@@ -7,13 +7,16 @@ from loopback import TINY, merged
 
 import prelort
 from prelort import config as configuration
-from prelort.experiment.stage import StageOf, in_process
+from prelort.config import Config
 
 
-def run_here(path: Path, changes: dict[str, Any], stage_of: StageOf = in_process) -> Path:
-    # Who is alone here need not wait for anybody.
-    alone = {"federation": {"min_clients": None}}
-    values = merged(merged(TINY, changes), alone)
+def alone(changes: dict[str, Any]) -> Config:
+    """The sites' configuration, without waiting for other processes."""
+    values = merged(merged(TINY, changes), {"federation": {"min_clients": None}})
     del values["federation"]["min_clients"]
-    prelort.run(configuration.check(values), path, stage_of=stage_of)
+    return configuration.check(values)
+
+
+def run_here(path: Path, changes: dict[str, Any]) -> Path:
+    prelort.run(alone(changes), path)
     return path

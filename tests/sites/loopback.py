@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import psutil
 import tomli_w
@@ -22,6 +22,10 @@ import tomli_w
 from prelort.deployment import trainer_client
 from prelort.deployment.ipc import place_of
 from prelort.deployment.new import create
+from prelort.events import Event, EventLog
+from prelort.history import RunHistory
+
+E = TypeVar("E", bound=Event)
 
 BIN = Path(sys.executable).parent
 TINY: dict[str, Any] = {
@@ -240,7 +244,7 @@ class Federation:
         Not that of a run that is still going on, or has ended.
         """
         going_on = any(process.poll() is None for process in self.runs)
-        if going_on or any(event["event"] == "run_finished" for event in self.events(name)):
+        if going_on or self.history(name).finished:
             return
         checkpoints = sorted(self.folder(name).glob("checkpoints/*/state.json"))
         log = self.folder(name) / "metrics.jsonl"
@@ -261,31 +265,30 @@ class Federation:
     def folder(self, name: str = "run") -> Path:
         return self.path / "runs" / name
 
-    def events(self, name: str = "run") -> list[dict[str, Any]]:
-        file = self.folder(name) / "metrics.jsonl"
-        if not file.is_file():
-            return []
-        whole = file.read_text().rpartition("\n")[0]
-        return [json.loads(line) for line in whole.splitlines()]
+    def events(self, name: str = "run") -> list[Event]:
+        return EventLog(self.folder(name) / "metrics.jsonl").read()
+
+    def history(self, name: str = "run") -> RunHistory:
+        return RunHistory.of(self.events(name))
 
     def wait_for(
         self,
-        event: str,
+        kind: type[E],
         of_round: int | None = None,
         name: str = "run",
         seconds: float = 180,
         client: str | None = None,
-    ) -> dict[str, Any]:
+    ) -> E:
         """The event, as soon as it is in the run's log."""
 
-        def look() -> dict[str, Any] | None:
-            for found in self.events(name):
-                meant = of_round in (None, found["round"]) and client in (None, found.get("client"))
-                if found["event"] == event and meant:
-                    return found
+        def look() -> E | None:
+            for event in self.events(name):
+                same_client = client in (None, getattr(event, "client", None))
+                if isinstance(event, kind) and of_round in (None, event.round) and same_client:
+                    return event
             return None
 
-        found: dict[str, Any] = until(look, seconds, f"{event} of round {of_round}")
+        found: E = until(look, seconds, f"{kind.__name__} of round {of_round}")
         return found
 
     def server_app(self) -> psutil.Process:

@@ -4,7 +4,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from in_one_process import run_here
+from in_one_process import alone, run_here
 from loopback import Federation
 
 from run_files import adapters_of
@@ -24,8 +24,9 @@ def test_real_sites_give_the_adapters_of_a_run_in_one_process(tmp_path: Path) ->
     importlib.util.find_spec("ray") is None, reason="needs Ray: pip install 'prelort[simulation]'"
 )
 def test_the_simulation_gives_the_adapters_of_a_run_in_one_process(tmp_path: Path) -> None:
-    from prelort.experiment.simulation import simulated
+    from prelort.experiment.simulation import run_simulated
 
     changes = {"federation": {"rounds": 2}}
-    found = adapters_of(run_here(tmp_path / "simulated", changes, simulated))
-    assert found == adapters_of(run_here(tmp_path / "here", changes))
+    run_simulated(alone(changes), tmp_path / "simulated")
+    expected = adapters_of(run_here(tmp_path / "here", changes))
+    assert adapters_of(tmp_path / "simulated") == expected

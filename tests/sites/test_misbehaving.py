@@ -8,6 +8,7 @@ import psutil
 import pytest
 from loopback import Federation
 
+from prelort.events import ClientFailed, ClientFinished, ClientRefused
 from run_files import adapters_of
 
 LATE = 45.0
@@ -57,27 +58,27 @@ def test_each_is_refused_with_its_reason_and_the_others_go_on(tmp_path: Path) ->
             federation.start_plain_node(name, f'how="{how}"')
         federation.start_run()
         server = federation.server_app()
-        max_rank = 0
+        largest = 0
         while federation.runs[-1].poll() is None:
             with contextlib.suppress(psutil.Error):
-                max_rank = max(max_rank, server.memory_info().rss)
+                largest = max(largest, server.memory_info().rss)
             federation.pause(0.2)
         events = federation.events()
-        refused = {e["client"]: e["reason"] for e in events if e["event"] == "client_refused"}
+        refused = {e.client: e.reason for e in events if isinstance(e, ClientRefused)}
         # On a busy machine a node may be too late with its first words; it is asked again.
         refused = {name: why for name, why in refused.items() if not name.startswith("node ")}
         assert refused.keys() == NOT_ADMITTED.keys()
         for name, reason in NOT_ADMITTED.items():
             assert reason in refused[name]
-        failed = [e for e in events if e["event"] == "client_failed" and e["client"] in WAYS]
+        failed = [e for e in events if isinstance(e, ClientFailed) and e.client in WAYS]
         seen = set()
         for event in failed:
-            how = WAYS[event["client"]][event["round"] - 1]
-            assert REASONS[how] in event["reason"], how
+            how = WAYS[event.client][event.round - 1]
+            assert REASONS[how] in event.reason, how
             seen.add(how)
         assert seen == REASONS.keys()
-        finished = [e for e in events if e["event"] == "client_finished"]
-        assert [(e["client"], e["round"]) for e in finished] == [("honest", n) for n in range(1, 6)]
-        assert events[-1]["event"] == "run_finished"
+        finished = [(e.client, e.round) for e in events if isinstance(e, ClientFinished)]
+        assert finished == [("honest", n) for n in range(1, 6)]
+        assert federation.history().finished
         assert adapters_of(federation.folder())
-        assert 0 < max_rank < 3 * 2**30  # what 200 MB in a reply may not make of the server
+        assert 0 < largest < 3 * 2**30  # what 200 MB in a reply may not make of the server

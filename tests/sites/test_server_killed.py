@@ -8,6 +8,15 @@ import pytest
 from in_one_process import run_here
 from loopback import Federation, kill_group
 
+from prelort.events import (
+    ClientFinished,
+    ClientJoined,
+    ClientLeft,
+    RoundFinished,
+    RoundStarted,
+    RunFinished,
+    Waiting,
+)
 from run_files import adapters_of
 
 CHANGES = {
@@ -23,21 +32,24 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return adapters_of(run_here(tmp_path_factory.mktemp("here") / "run", CHANGES))
 
 
-def assert_told_once(federation: Federation) -> None:
+def assert_logged_once(federation: Federation) -> None:
     """The log of all the attempts is that of one run."""
-    told = [(e["event"], e["round"], e.get("client")) for e in federation.events()]
-    told = [entry for entry in told if entry[0] not in ("waiting", "client_joined", "client_left")]
-    assert len(told) == len(set(told))
-    assert told[-1][:2] == ("run_finished", 2)
+    events = [
+        (type(event), event.round, getattr(event, "client", None))
+        for event in federation.events()
+        if not isinstance(event, Waiting | ClientJoined | ClientLeft)
+    ]
+    assert len(events) == len(set(events))
+    assert events[-1][:2] == (RunFinished, 2)
 
 
 @pytest.mark.chaos
 def test_the_servers_app_is_killed(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     with Federation(tmp_path, CHANGES).start(2) as federation:
         for event, of_round in (
-            ("round_started", 1),  # while the sites train
-            ("client_finished", 1),  # while another trains
-            ("aggregated", 1),  # while it is checkpointed, and the next round begins
+            (RoundStarted, 1),  # while the sites train
+            (ClientFinished, 1),  # while another trains
+            (RoundFinished, 1),  # while it is checkpointed, and the next round begins
         ):
             stream = federation.start_run()
             federation.wait_for(event, of_round)
@@ -45,14 +57,14 @@ def test_the_servers_app_is_killed(tmp_path: Path, undisturbed: dict[str, bytes]
             kill_group(stream)
         federation.run()
         assert adapters_of(federation.folder()) == undisturbed
-        assert_told_once(federation)
+        assert_logged_once(federation)
 
 
 @pytest.mark.chaos
 def test_the_superlink_is_killed(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     with Federation(tmp_path, CHANGES).start(2) as federation:
         stream = federation.start_run()
-        federation.wait_for("client_finished", 2)
+        federation.wait_for(ClientFinished, 2)
         assert federation.superlink is not None
         federation.superlink.kill()  # and not what it has started
         federation.superlink.wait()
@@ -60,4 +72,4 @@ def test_the_superlink_is_killed(tmp_path: Path, undisturbed: dict[str, bytes]) 
         federation.start_superlink()  # the sites come back by themselves
         federation.run()
         assert adapters_of(federation.folder()) == undisturbed
-        assert_told_once(federation)
+        assert_logged_once(federation)

@@ -9,6 +9,7 @@ import pytest
 from in_one_process import run_here
 from loopback import Federation, kill_group, until
 
+from prelort.events import ClientFailed, ClientJoined, RoundFinished, RoundStarted, Waiting
 from run_files import adapters_of
 
 LATE = 35.0
@@ -38,7 +39,7 @@ def test_a_killed_trainer_is_replaced_and_nothing_is_lost(tmp_path: Path) -> Non
         until(lambda: begun(federation, "site-1", 3), 120, "the next round")
         assert federation.trainer("site-1") != first
         federation.runs[-1].wait(120)
-        assert not [e for e in federation.events() if e["event"] == "client_failed"]
+        assert not any(isinstance(event, ClientFailed) for event in federation.events())
         assert adapters_of(federation.folder()) == adapters_of(run_here(tmp_path / "here", changes))
 
 
@@ -50,30 +51,28 @@ def test_sites_that_hang_or_die_are_left_out_and_come_back(tmp_path: Path) -> No
     }
     with Federation(tmp_path, changes).start(2) as federation:
         federation.start_run()
-        federation.wait_for("aggregated", 1)
+        federation.wait_for(RoundFinished, 1)
         federation.set_site("site-3")
         federation.start_node("site-3")  # one that joins while the run goes
-        joined = federation.wait_for("client_joined", client="client-2")
-        assert joined["rank"] == 8
-        federation.wait_for("aggregated", joined["round"])
+        joined = federation.wait_for(ClientJoined, client="client-2")
+        assert joined.rank == 8
+        federation.wait_for(RoundFinished, joined.round)
         hanging = federation.trainer("site-2")
         os.kill(hanging, signal.SIGSTOP)  # it takes the next message and never answers
         kill_group(federation.nodes["site-3"])
-        first = federation.wait_for("client_failed")
+        first = federation.wait_for(ClientFailed)
         os.kill(hanging, signal.SIGCONT)
         federation.start_node("site-3")
         federation.runs[-1].wait(240)
 
-        events = federation.events()
-        reasons = [e for e in events if e["event"] == "client_failed"]
-        failed = {(e["round"], e["client"]): e["reason"] for e in reasons}
-        finished = {(e["round"], e["client"]) for e in events if e["event"] == "client_finished"}
-        assert events[-1]["event"] == "run_finished"
-        assert {(first["round"], "client-1"), (first["round"], "client-2")} <= failed.keys()
-        assert failed[first["round"], "client-1"] == f"did not answer within {LATE:g} s"
-        assert (first["round"], "client-0") in finished
-        # Both are there again in the end, with answers to the round that they were asked in.
-        assert {(6, "client-0"), (6, "client-1"), (6, "client-2")} <= finished
+        history = federation.history()
+        assert history.finished
+        record = history.rounds[first.round]
+        assert {"client-1", "client-2"} <= record.failures.keys()
+        assert record.failures["client-1"].reason == f"did not answer within {LATE:g} s"
+        assert "client-0" in record.replies
+        # Both are back in the end, with answers to the round that they were asked in.
+        assert {"client-0", "client-1", "client-2"} <= history.rounds[6].replies.keys()
 
 
 @pytest.mark.chaos
@@ -87,16 +86,19 @@ def test_too_few_sites_are_waited_for_and_the_run_stops_cleanly(tmp_path: Path) 
     with Federation(tmp_path, changes).start(1) as federation:
         shown = federation.run()
         # On a busy machine the one that is there may not have introduced itself by then.
-        assert re.search(r"[01] clients are there after waiting 25 s \(federation.wait\), 2", shown)
-        assert all(e["needed"] == 2 for e in federation.events() if e["event"] == "waiting")
+        assert re.search(
+            r"[01] clients are connected after waiting 25 s \(federation.wait\), 2", shown
+        )
+        waited = [event for event in federation.events() if isinstance(event, Waiting)]
+        assert all(event.needed == 2 for event in waited)
 
         federation.set_site("site-2")
         federation.start_node("site-2")
         federation.start_run()
-        federation.wait_for("round_started", 1)
+        federation.wait_for(RoundStarted, 1)
         second = federation.run()  # while the first one runs
         assert "is in use: another prelort process is running it" in second
         federation.runs[-2].wait(120)
-        assert federation.events()[-1]["event"] == "run_finished"
+        assert federation.history().finished
         assert adapters_of(federation.folder()) == adapters_of(run_here(tmp_path / "here", changes))
         assert "is finished" in federation.run()

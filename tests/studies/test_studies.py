@@ -21,7 +21,7 @@ from prelort.events import (
     RankChanged,
     RunFinished,
 )
-from prelort.experiment.compare.study import load
+from prelort.study.definition import load
 
 ROOT = Path(__file__).parents[2]
 STUDIES = ROOT / "benchmarks" / "studies"
@@ -266,7 +266,7 @@ class TestReadFromRuns:
             }
             return ClientsEvaluated(number, clients, {}, 0.1)
 
-        cells, end = tmp_path / "cells", RunFinished(2)
+        cells, end = tmp_path / "study", RunFinished(2)
         for seed, values in enumerate([(10.0, 1.0), (20.0, 3.0)]):
             folder = cells / "prelort" / f"seed-{seed}"
             last = measured(2, a=values[0], b=values[1])
@@ -293,7 +293,7 @@ class TestReadFromRuns:
         ]
         rows.write_text("".join(lines))
         changed = [RankChanged(1, client, 4, 8, "by loss") for client in ("c10", "c01")]
-        self.log(tmp_path / "cells" / "by-loss" / "seed-3", *changed)
+        self.log(tmp_path / "by-loss" / "seed-3", *changed)
         (row,) = raised.table(tmp_path, rows, balanced={"c00", "c01"})
         assert list(row.values()) == ["3", 2, 1, "75", "38", "62"]
 

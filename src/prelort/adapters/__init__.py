@@ -1,4 +1,4 @@
-"""The value that moves: `LoraAdapter`, its scale rule, its algebra, its PEFT folder."""
+"""`LoraAdapter`, its scale rule, its algebra and its PEFT folder."""
 
 from prelort.adapters.adapter import AdapterSchema, Factors, LoraAdapter, Trained, check_shapes
 from prelort.adapters.scale import ScaleRule

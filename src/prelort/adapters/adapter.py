@@ -1,14 +1,15 @@
 """The value that moves between server and clients: a LoRA adapter and its shape.
 
-``W = W0 + s(r) * B @ A`` for each adapted layer, with A [r, d_in] and B [d_out, r]. Slot j of a
-layer is row j of A with column j of B; the first r slots are again an adapter, at scale s(r).
+``W = W0 + s(r) * B @ A`` for each adapted layer, with A [r, d_in] and B [d_out, r] (Hu et al.,
+arXiv 2106.09685). Rank dimension j of a layer is row j of A with column j of B; the first r rank
+dimensions are again an adapter, at scale s(r).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -38,15 +39,15 @@ class Factors:
 
     @property
     def rank(self) -> int:
-        """The number of slots."""
+        """The number of rank dimensions."""
         return self.A.shape[0]
 
     def prefix(self, rank: int) -> Factors:
-        """The first ``rank`` slots (all of them, if there are fewer), as views."""
+        """The first ``rank`` dimensions, or all where there are fewer, as views."""
         return Factors(self.A[:rank], self.B[:, :rank])
 
     def take(self, dimensions: Tensor) -> Factors:
-        """The slots of these indices (int64 [count]), in their order, as copies."""
+        """The rank dimensions of these indices (int64 [count]), in their order, as copies."""
         return Factors(self.A[dimensions], self.B[:, dimensions])
 
 
@@ -54,8 +55,8 @@ class Factors:
 class LoraAdapter:
     """Factors by layer name, one scale rule, and tensors trained in full (a classifier head).
 
-    Layers may have different ranks; `rank` is the largest. ``modules_to_save`` have no rank: every client
-    trains all of them.
+    Layers may have different ranks; `rank` is the largest. The modules to save have no rank: every
+    client trains all of them.
     """
 
     layers: Mapping[str, Factors]
@@ -68,7 +69,7 @@ class LoraAdapter:
         return max((factors.rank for factors in self.layers.values()), default=0)
 
     def prefix(self, rank: int) -> LoraAdapter:
-        """The first ``rank`` slots of every layer, used at scale s(rank); views, no copies.
+        """The first ``rank`` dimensions of every layer, used at scale s(rank); views, no copies.
 
         Raises `AdapterError` unless 1 <= rank <= self.rank.
         """
@@ -76,6 +77,16 @@ class LoraAdapter:
             raise AdapterError(f"prefix rank {rank} is not allowed: use 1 to {self.rank}")
         layers = {name: factors.prefix(rank) for name, factors in self.layers.items()}
         return replace(self, layers=layers)
+
+    def select(self, layers: Collection[str] | None) -> LoraAdapter:
+        """The adapter with those of its layers that are named; None: all of them."""
+        if layers is None:
+            return self
+        return replace(self, layers={n: f for n, f in self.layers.items() if n in layers})
+
+    def bare(self) -> LoraAdapter:
+        """The factors alone, without modules to save."""
+        return replace(self, modules_to_save={})
 
     def scaled(self, factor: float) -> LoraAdapter:
         """The adapter whose product is ``factor`` times this one's: B is multiplied."""
@@ -85,11 +96,8 @@ class LoraAdapter:
     def to(self, dtype: torch.dtype) -> LoraAdapter:
         """The same adapter stored in another type."""
         layers = {n: Factors(f.A.to(dtype), f.B.to(dtype)) for n, f in self.layers.items()}
-        return replace(
-            self,
-            layers=layers,
-            modules_to_save={name: t.to(dtype) for name, t in self.modules_to_save.items()},
-        )
+        modules = {name: tensor.to(dtype) for name, tensor in self.modules_to_save.items()}
+        return LoraAdapter(layers, self.scale, modules)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors under PEFT's names without its prefix, e.g. ``...q_proj.lora_A.weight``."""
@@ -101,12 +109,16 @@ class LoraAdapter:
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers the adapter holds."""
+        """The number of parameters in all tensors."""
         return sum(t.numel() for t in self.tensors().values())
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], scale: ScaleRule) -> LoraAdapter:
-        """The inverse of `tensors`. Raises `AdapterError` naming a factor without its partner."""
+        """The inverse of `tensors`.
+
+        Raises `AdapterError` for a factor without its partner, factors that do not fit each other
+        and other kinds of LoRA tensors.
+        """
         a = _ending(tensors, ".lora_A.weight")
         b = _ending(tensors, ".lora_B.weight")
         for name in a.keys() ^ b.keys():
@@ -119,12 +131,12 @@ class LoraAdapter:
             except AdapterError as error:
                 raise AdapterError(f"layer {name!r}: {error}") from None
         modules_to_save = {name: tensor for name, tensor in tensors.items() if ".lora_" not in name}
-        strange = [name for name in tensors if ".lora_" in name and not _is_factor(name)]
-        if strange:
-            raise AdapterError(
-                f"tensor {strange[0]!r} is not supported: only plain LoRA factors "
-                "(lora_A.weight, lora_B.weight) and modules trained in full are"
-            )
+        for name in tensors:
+            if ".lora_" in name and not name.endswith((".lora_A.weight", ".lora_B.weight")):
+                raise AdapterError(
+                    f"tensor {name!r} is not supported: only plain LoRA factors "
+                    "(lora_A.weight, lora_B.weight) and modules trained in full are"
+                )
         return cls(layers, scale, modules_to_save)
 
 
@@ -154,9 +166,9 @@ class AdapterSchema:
         return {name: min(rank, largest) for name, (_, _, largest) in self.layers.items()}
 
     def check(self, adapter: LoraAdapter, rank: int) -> None:
-        """Raise `AdapterError` naming the first tensor that an adapter of ``rank`` should not have.
+        """Raise `AdapterError` for the first missing, surplus or mis-shaped tensor of ``adapter``.
 
-        Missing, surplus and mis-shaped tensors are all errors: nothing is loaded in silence.
+        ``rank``: of the client whose adapter it is.
         """
         expected: dict[str, tuple[int, ...]] = dict(self.modules_to_save)
         for name, layer_rank in self.layer_ranks(rank).items():
@@ -167,7 +179,7 @@ class AdapterSchema:
 
     def digest(self) -> str:
         """A short hash of names and shapes, without the ranks (they differ between clients)."""
-        layers = {name: dimensions[:2] for name, dimensions in self.layers.items()}
+        layers = {name: shape[:2] for name, shape in self.layers.items()}
         text = json.dumps([sorted(layers.items()), sorted(self.modules_to_save.items())])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -187,7 +199,3 @@ def check_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int
 
 def _ending(tensors: Mapping[str, Tensor], suffix: str) -> dict[str, Tensor]:
     return {n.removesuffix(suffix): t for n, t in tensors.items() if n.endswith(suffix)}
-
-
-def _is_factor(name: str) -> bool:
-    return name.endswith((".lora_A.weight", ".lora_B.weight"))

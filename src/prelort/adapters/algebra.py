@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from prelort.adapters.adapter import Factors, LoraAdapter
-from prelort.adapters.scale import ScaleRule
 from prelort.errors import AdapterError
 
 
 def concatenate(adapters: Sequence[LoraAdapter], weights: Sequence[float]) -> LoraAdapter:
     """The adapter whose product is ``sum_k weights[k] * s(r_k) B_k A_k``, exactly.
 
-    Its rank is the sum of the ranks (FLoRA's stacking, arXiv 2409.05976, eq. 5); weights and
-    scales go into B alone. Extras are averaged with the same weights, as they have no factors.
+    Its rank is the sum of the ranks (FLoRA's stacking, arXiv 2409.05976, eq. 5); weights and scales
+    go into B alone. Modules to save are summed with the same weights. Raises `AdapterError` for
+    different layers, or for a number of weights that is not that of the adapters.
     """
     if not adapters or len(adapters) != len(weights):
         raise AdapterError(f"{len(adapters)} adapters need as many weights, got {len(weights)}")
@@ -78,25 +78,17 @@ def squared_distance(x: LoraAdapter, y: LoraAdapter) -> float:
 
 
 def distance(x: LoraAdapter, y: LoraAdapter) -> float:
-    """The Frobenius norm of the difference of two scaled products."""
-    return norm(difference(x, y))
+    """The Frobenius norm of the difference of two scaled products.
 
-
-def difference(x: LoraAdapter, y: LoraAdapter) -> LoraAdapter:
-    """An adapter whose product is that of x minus that of y; extras are dropped.
-
-    Orthonormalised through QR first, so that `norm` of it does not lose small differences to
-    cancellation as ``|x|^2 - 2<x,y> + |y|^2`` would.
+    Through QR of the stacked B, so that small differences are not lost to cancellation as in
+    ``|x|^2 - 2<x,y> + |y|^2``.
     """
-    bare = [LoraAdapter(a.to(torch.float64).layers, a.scale) for a in (x, y)]
-    stacked = concatenate(bare, [1.0, -1.0])
-    layers = {name: _orthonormal(factors) for name, factors in stacked.layers.items()}
-    scale = {name: stacked.scale(f.rank) for name, f in stacked.layers.items()}
-    rescaled = {
-        name: Factors(f.A, f.B * (scale[name] / stacked.scale(f.rank)))
-        for name, f in layers.items()
-    }
-    return LoraAdapter(rescaled, stacked.scale)
+    stacked = concatenate([a.bare().to(torch.float64) for a in (x, y)], [1.0, -1.0])
+    norms = [
+        stacked.scale(f.rank) * float((torch.linalg.qr(f.B).R @ f.A).norm())
+        for _, f in sorted(stacked.layers.items())
+    ]
+    return math.hypot(*norms)
 
 
 Split = Literal["even", "B", "A"]
@@ -106,9 +98,9 @@ Split = Literal["even", "B", "A"]
 def best_approximation(adapter: LoraAdapter, rank: int, split: Split = "even") -> LoraAdapter:
     """The adapter of this rank whose product is nearest in Frobenius norm (Eckart-Young).
 
-    Slots are in falling order, so that a prefix of the result is the best approximation of its
-    own rank (constant scale rule). Layers whose rank or dimensions are smaller keep what they
-    can. Raises `AdapterError` for a rank below 1.
+    Rank dimensions are in falling order, so that a prefix of the result is the best approximation
+    of its own rank (constant scale rule). No layer exceeds its own rank, d_in or d_out. Raises
+    `AdapterError` for a rank below 1.
     """
     if rank < 1:
         raise AdapterError(f"rank {rank} is not allowed: use at least 1")
@@ -119,11 +111,11 @@ def best_approximation(adapter: LoraAdapter, rank: int, split: Split = "even") -
     return LoraAdapter(layers, adapter.scale, adapter.modules_to_save)
 
 
-def compressed(adapter: LoraAdapter, energy: float = 1.0) -> LoraAdapter:
-    """The adapter with the fewest slots of each layer that keep this share of its energy.
+def compress(adapter: LoraAdapter, energy: float = 1.0) -> LoraAdapter:
+    """The adapter with the fewest rank dimensions of each layer that keep this share of its energy.
 
-    Energy is the sum of the squared singular values of the layer's product. With 1 nothing but
-    rounding (of the type that the factors are stored in) is lost. Keeps one slot at least.
+    Energy is the sum of the squared singular values of the layer's product. With 1 nothing is lost
+    but rounding in the factors' own type. Each layer keeps one dimension at least.
     """
     layers: dict[str, Factors] = {}
     for name, factors in adapter.layers.items():
@@ -166,9 +158,9 @@ def factored_svd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """SVD of ``B A`` (unscaled) as U [d_out, q], S [q], V' [q, d_in] in float64.
 
-    q = min(rank, d_in, d_out), or as many triples as ``kept`` says of all singular values. By QR
-    of both factors and an SVD of the small core. Q is never formed, but multiplied with the triples
-    that are kept, which are a few of many.
+    q = min(rank, d_in, d_out), or the number that ``kept`` returns for all singular values. By QR
+    of both factors and an SVD of the small core. Q is never formed, but applied to the few triples
+    that are kept.
     """
     times_b, r_b = _qr(factors.B)
     times_a, r_a = _qr(factors.A.T)
@@ -182,9 +174,9 @@ Times = Callable[[Tensor], Tensor]
 
 
 def _qr(tall: Tensor) -> tuple[Times, Tensor]:
-    """Q, by what it does to columns, and R of a matrix [d, rank]; computed in float64."""
-    if tall.dtype != torch.float64 and (found := _gram_qr(tall.double())) is not None:
-        return found
+    """Q as a function of columns, and R of a matrix [d, rank]; computed in float64."""
+    if tall.dtype != torch.float64 and (factorised := _gram_qr(tall.double())) is not None:
+        return factorised
     packed, sizes = torch.geqrf(tall.double())
     count = len(sizes)
 
@@ -197,15 +189,15 @@ def _qr(tall: Tensor) -> tuple[Times, Tensor]:
 
 
 CONDITION = 3e4
-"""Up to this condition number (its bound by Frobenius norms) a Gram matrix serves for the QR."""
+"""The largest condition number (bounded by Frobenius norms) for QR by the Gram matrix."""
 
 
 def _gram_qr(tall: Tensor) -> tuple[Times, Tensor] | None:
-    """QR by Cholesky's decomposition of the Gram matrix; None where that would not be exact enough.
+    """QR by Cholesky's decomposition of the Gram matrix; None where that is not exact enough.
 
-    Half the time of Householder's. Q is orthonormal up to the square of the condition number times
-    1e-16, which within `CONDITION` is 1e-7 at worst and below the rounding of float32 factors;
-    columns are brought to length 1 first, so that only their directions count.
+    It takes half the time of Householder's. Q is orthonormal up to the square of the condition
+    number times 1e-16, which within `CONDITION` is 1e-7 at worst and below the rounding of float32
+    factors; columns are brought to length 1 first, so that only their directions count.
     """
     gram = tall.T @ tall
     sizes = gram.diagonal().sqrt()
@@ -220,25 +212,19 @@ def _gram_qr(tall: Tensor) -> tuple[Times, Tensor] | None:
     return lambda columns: tall @ ((inverse @ columns) / sizes[:, None]), factor * sizes
 
 
-def zeros(like: LoraAdapter, scale: ScaleRule | None = None) -> LoraAdapter:
-    """A float32 adapter of zeros of the same shapes, contiguous whatever ``like`` is."""
+def zeros(like: LoraAdapter) -> LoraAdapter:
+    """A contiguous float32 adapter of zeros of the same shapes."""
 
     def empty(tensor: Tensor) -> Tensor:
         return torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device)
 
     layers = {name: Factors(empty(f.A), empty(f.B)) for name, f in like.layers.items()}
     modules_to_save = {name: empty(tensor) for name, tensor in like.modules_to_save.items()}
-    return LoraAdapter(layers, scale or like.scale, modules_to_save)
-
-
-def _orthonormal(factors: Factors) -> Factors:
-    """The same product with an orthonormal B, so that its norm is that of A."""
-    q, r = torch.linalg.qr(factors.B.double())
-    return Factors(r @ factors.A.double(), q)
+    return LoraAdapter(layers, like.scale, modules_to_save)
 
 
 def same_layers(adapters: Sequence[LoraAdapter]) -> None:
-    """Raise `AdapterError` naming a layer or an extra tensor that not all adapters have."""
+    """Raise `AdapterError` naming a layer or module to save that not all adapters have."""
     first = adapters[0]
     for other in adapters[1:]:
         for name in first.layers.keys() ^ other.layers.keys():

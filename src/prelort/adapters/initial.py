@@ -1,4 +1,4 @@
-"""How untrained slots begin: A drawn at random, B zero, so that they add nothing yet."""
+"""Initial factors: A drawn at random, B zero, so that the adapter changes nothing yet."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from prelort.seeds import torch_generator
 def draw_a(seed: int, layer: str, rank: int, d_in: int) -> Tensor:
     """A of one layer, [rank, d_in] float32, uniform in +-1/sqrt(d_in) as PEFT and nn.Linear do.
 
-    The same arguments give the same numbers on every machine, so a client can draw by itself what
-    it then need not be sent. Draw at the full rank and cut: fewer rows are other draws.
+    The same arguments give the same numbers on every machine, so a client can draw A itself instead
+    of receiving it. Draw at the full rank and cut: fewer rows are other draws.
     """
     generator = torch_generator(seed, "initial adapter", layer)
     # Kaiming with a = sqrt(5) is this bound.
@@ -25,7 +25,7 @@ def draw_a(seed: int, layer: str, rank: int, d_in: int) -> Tensor:
 
 
 def fresh(like: LoraAdapter, seed: int) -> LoraAdapter:
-    """An adapter of the shapes of ``like`` with drawn A and zero B; extras as they are."""
+    """``like`` with drawn A and zero B; its modules to save are kept."""
     layers = {
         name: Factors(
             draw_a(seed, name, f.rank, f.A.shape[1]),
@@ -37,10 +37,10 @@ def fresh(like: LoraAdapter, seed: int) -> LoraAdapter:
 
 
 def filled(adapter: LoraAdapter, like: LoraAdapter, seed: int) -> LoraAdapter:
-    """``adapter`` with as many slots as ``like``: the new ones drawn, with B = 0.
+    """``adapter`` at the ranks of ``like``: A of the new rank dimensions is drawn, their B is zero.
 
-    Slots of A that are zero are drawn too where B is zero as well: such a slot could never learn,
-    since each factor's gradient is a multiple of the other.
+    A dimension whose A and B are both zero is drawn too: it could never learn, since each factor's
+    gradient is a multiple of the other.
     """
     layers: dict[str, Factors] = {}
     for name, target in like.layers.items():

@@ -26,7 +26,7 @@ from prelort.errors import AdapterError
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
-"""What PEFT puts before the base model's own names."""
+"""PEFT's prefix of the base model's own names."""
 
 _UNSUPPORTED = {
     "use_dora": "DoRA",
@@ -40,44 +40,43 @@ _UNSUPPORTED = {
     "monteclora_config": "MonteCLoRA layers",
     "layer_replication": "repeated layers",
 }
-"""What makes PEFT compute something else than ``s B A`` on the base model."""
+"""Options under which PEFT computes something else than ``s B A`` on the base model."""
 
 _CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
-"""Initialisations that take something out of the base model's own weights."""
+"""Initialisations that change the base model's own weights."""
 
 
 def save(adapter: LoraAdapter, folder: Path, template: LoraConfig) -> None:
     """Write ``adapter`` as a PEFT folder.
 
-    ``template`` holds what the tensors do not tell (base model, task, target modules); its rank,
-    alpha and patterns are replaced by the adapter's. An existing folder's files are replaced.
+    ``template`` gives what the tensors do not (base model, task, target modules); its rank, alpha
+    and patterns are replaced by the adapter's. Existing files are overwritten.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         PREFIX + name: t.detach().cpu().contiguous() for name, t in adapter.tensors().items()
     }
     rule = {"scale_rule": adapter.scale.kind, "scale": adapter.scale.value}
-    # Not save_file: it tells a full disk by an error of its own instead of an OSError.
+    # save_file reports a full disk by an error of its own instead of an OSError.
     data = to_bytes(tensors, metadata={"format": "pt", "prelort": json.dumps(rule)})
-    (folder / WEIGHTS).write_bytes(_ordered(data))
+    (folder / WEIGHTS).write_bytes(_sort_metadata(data))
     config_for(adapter, template).save_pretrained(str(folder))
-    _in_order(folder / CONFIG)
+    _sort_sets(folder / CONFIG)
 
 
 def config_for(adapter: LoraAdapter, template: LoraConfig) -> LoraConfig:
     """The PEFT configuration under which plain PEFT computes the same function."""
     ranks = {name: factors.rank for name, factors in adapter.layers.items()}
-    most = adapter.rank
-    different = {name: rank for name, rank in ranks.items() if rank != most}
+    different = {name: rank for name, rank in ranks.items() if rank != adapter.rank}
     rule = adapter.scale
     return dataclasses.replace(
         template,
-        r=most,
-        lora_alpha=_whole(rule.lora_alpha(most)),
+        r=adapter.rank,
+        lora_alpha=_integer(rule.lora_alpha(adapter.rank)),
         use_rslora=rule.kind == "rslora",
-        rank_pattern={_exactly(name): rank for name, rank in different.items()},
+        rank_pattern={_pattern(name): rank for name, rank in different.items()},
         alpha_pattern={
-            _exactly(name): _whole(rule.lora_alpha(rank)) for name, rank in different.items()
+            _pattern(name): _integer(rule.lora_alpha(rank)) for name, rank in different.items()
         },
         inference_mode=True,
     )
@@ -86,8 +85,8 @@ def config_for(adapter: LoraAdapter, template: LoraConfig) -> LoraConfig:
 def load(folder: Path) -> tuple[LoraAdapter, LoraConfig]:
     """Read a PEFT folder strictly.
 
-    Raises `AdapterError` naming the file or tensor for anything missing, surplus, mis-shaped,
-    unsupported (DoRA, LoRA on embeddings, biases) or at a scale that is not one rule.
+    Raises `AdapterError` naming the file or tensor for anything missing, surplus, mis-shaped or
+    unsupported (DoRA, LoRA on embeddings, biases), and for scales that do not follow one rule.
     """
     config = _load_config(folder)
     tensors, recorded = _load_tensors(folder / WEIGHTS)
@@ -100,7 +99,7 @@ def load(folder: Path) -> tuple[LoraAdapter, LoraConfig]:
         bare[name.removeprefix(PREFIX)] = tensor
     try:
         adapter = LoraAdapter.from_tensors(bare, ScaleRule())
-        _check_extras(adapter, config)
+        _check_modules(adapter, config)
         rule = _scale_rule(adapter, config, recorded)
     except AdapterError as error:
         raise AdapterError(f"{folder}: {error}") from None
@@ -156,11 +155,11 @@ def _load_tensors(path: Path) -> tuple[dict[str, Tensor], ScaleRule | None]:
         raise AdapterError(f"{str(path)!r} does not exist") from None
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{str(path)!r} is not a whole safetensors file: {error}") from None
-    return tensors, _recorded(path, metadata.get("prelort"))
+    return tensors, _header_rule(path, metadata.get("prelort"))
 
 
-def _recorded(path: Path, text: str | None) -> ScaleRule | None:
-    """The exact scale rule in the header, None in a folder that we did not write."""
+def _header_rule(path: Path, text: str | None) -> ScaleRule | None:
+    """The exact scale rule in the header; None in a folder of another tool."""
     if text is None:
         return None
     try:
@@ -170,7 +169,7 @@ def _recorded(path: Path, text: str | None) -> ScaleRule | None:
         raise AdapterError(f"{str(path)!r}: its header is damaged: {text!r} ({error})") from None
 
 
-def _check_extras(adapter: LoraAdapter, config: LoraConfig) -> None:
+def _check_modules(adapter: LoraAdapter, config: LoraConfig) -> None:
     """Every tensor that is no factor must belong to a module that PEFT trains in full.
 
     PEFT takes the modules whose name ends with a word of ``modules_to_save``.
@@ -206,15 +205,15 @@ def _scale_rule(adapter: LoraAdapter, config: LoraConfig, recorded: ScaleRule | 
     values = [rule.value for rule in rules]
     if max(values) - min(values) > 1e-9 * max(values):
         raise AdapterError(f"the layers' scales differ ({sorted(set(values))}): one rule is needed")
-    found = rules[0]
+    rule = rules[0]
     if recorded is None:
-        return found
-    if recorded.kind != found.kind or not math.isclose(recorded.value, found.value, rel_tol=1e-9):
-        raise AdapterError(f"{WEIGHTS} says scale {recorded}, but {CONFIG} says {found}")
+        return rule
+    if recorded.kind != rule.kind or not math.isclose(recorded.value, rule.value, rel_tol=1e-9):
+        raise AdapterError(f"{WEIGHTS} says scale {recorded}, but {CONFIG} says {rule}")
     return recorded
 
 
-def _ordered(data: bytes) -> bytes:
+def _sort_metadata(data: bytes) -> bytes:
     """Safetensors bytes with the metadata in order, so that equal adapters are equal files."""
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
@@ -224,7 +223,7 @@ def _ordered(data: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
-def _in_order(path: Path) -> None:
+def _sort_sets(path: Path) -> None:
     """PEFT writes its sets in any order; sort them, so that equal adapters are equal files."""
     values = json.loads(path.read_text(encoding="utf-8"))
     for key in ("target_modules", "exclude_modules"):
@@ -233,7 +232,7 @@ def _in_order(path: Path) -> None:
     path.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def _exactly(name: str) -> str:
+def _pattern(name: str) -> str:
     """A pattern for one layer: PEFT matches its keys, as regular expressions, at a name's end."""
     return f"^{re.escape(name)}"
 
@@ -246,6 +245,6 @@ def _by_pattern(pattern: Mapping[str, Any] | None, name: str, default: Any) -> A
     return default
 
 
-def _whole(value: float) -> float:
+def _integer(value: float) -> float:
     """An int where the value is one, as PEFT writes it."""
     return int(value) if float(value).is_integer() else value

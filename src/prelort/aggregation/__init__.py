@@ -1,1 +1,1 @@
-"""Accumulators: weighted means of adapters of mixed ranks, one reply at a time."""
+"""Accumulators that the methods share: means of rank dimensions, and means of products."""

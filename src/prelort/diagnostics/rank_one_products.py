@@ -1,9 +1,9 @@
-"""Sums of slots, and the inner products of slots, without a matrix of a layer's size.
+"""Sums of rank-one products, and their inner products, without a matrix of a layer's size.
 
-A product ``B A`` is the sum of its slots, column j of B times row j of A. The inner product of two
-slots is that of their columns times that of their rows, so that one matrix over all slots of a
-layer, ``(B'B) * (A A')``, gives the norm of any sum of slots, and of any difference, from its
-coefficients alone.
+A product ``B A`` is the sum of its rank dimensions, column j of B times row j of A. The inner
+product of two of them is that of their columns times that of their rows, so that one matrix over
+all rank dimensions of a layer, ``(B'B) * (A A')``, gives the norm of any sum of them, and of any
+difference, from its coefficients alone.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ Numbers = npt.NDArray[np.int64]
 Matrix = npt.NDArray[np.float64]
 
 Product = tuple[Numbers, Matrix] | None
-"""A sum of slots: their numbers [n] and coefficients [n]; None for the zero product."""
+"""A sum of rank dimensions: their numbers [n] and coefficients [n]; None for the zero product."""
 
 
 class LayerDimensions:
-    """The slots of one layer that a round has to do with, numbered, and their inner products.
+    """The rank dimensions of one layer that occur in a round, numbered, and their inner products.
 
-    What a client merely received is found again among the slots that are there, bit for bit: it
+    What a client merely received is recognised among the numbered dimensions, bit for bit: so it
     costs nothing, and cancels exactly.
     """
 
@@ -38,7 +38,7 @@ class LayerDimensions:
         self._known: list[tuple[Factors, Numbers]] = []
 
     def add(self, factors: Factors, *, known: bool = False) -> Numbers:
-        """Number new slots; ``known``: `find` is to know them from now on."""
+        """Number new dimensions; ``known``: `find` recognises them from now on."""
         numbers = np.arange(self.count, self.count + factors.rank)
         self.count += factors.rank
         self._taken.append(factors)
@@ -47,31 +47,30 @@ class LayerDimensions:
         return numbers
 
     def find(self, factors: Factors) -> Numbers | None:
-        """The numbers of slots of which some may be known; None where all of them are zero."""
+        """The numbers of dimensions, of which some may be known; None where all are zero."""
         for block, numbers in self._known:
             if _begins_with(block, factors):
                 return numbers[: factors.rank]
         if not bool(factors.B.any()):
             return None
-        found = np.full(factors.rank, -1)
+        result = np.full(factors.rank, -1)
         for block, numbers in self._known:
             place = places(factors, block)
-            found = np.where((found < 0) & (place >= 0), numbers[place], found)
-            if (found >= 0).all():
-                return found
-        (unknown,) = (found < 0).nonzero()
-        found[unknown] = self.add(factors.take(torch.from_numpy(unknown)), known=True)
-        return found
+            result = np.where((result < 0) & (place >= 0), numbers[place], result)
+        (unknown,) = (result < 0).nonzero()
+        if len(unknown):
+            result[unknown] = self.add(factors.take(torch.from_numpy(unknown)), known=True)
+        return result
 
     def grams(self) -> tuple[Matrix, Matrix]:
-        """``A A'`` and ``B'B`` over all slots, float64 [count, count] each."""
+        """``A A'`` and ``B'B`` over all dimensions, float64 [count, count] each."""
         a = torch.cat([factors.A for factors in self._taken]).double().cpu().numpy()
         b = torch.cat([factors.B for factors in self._taken], dim=1).double().cpu().numpy()
-        # NumPy knows x x' to be symmetric and takes half the time for it, torch does not.
+        # NumPy recognises x x' as symmetric and takes half the time for it; torch does not.
         return a @ a.T, b.T @ b
 
     def rows(self, products: Sequence[Product]) -> Matrix:
-        """Each product as the coefficients of all slots: float64 [products, count]."""
+        """Each product as the coefficients of all dimensions: float64 [products, count]."""
         rows = np.zeros((len(products), self.count))
         for row, product in zip(rows, products, strict=True):
             if product is not None:
@@ -80,9 +79,9 @@ class LayerDimensions:
 
 
 def places(part: Factors, whole: Factors) -> Numbers:
-    """For each slot of ``part`` the slot of ``whole`` that is the same to the bit, or -1."""
+    """For each dimension of ``part``, that of ``whole`` with the same bits, or -1: int64 [r]."""
     nowhere = torch.full((part.rank,), -1, device=part.A.device)
-    # A few numbers tell almost all slots apart; only those that agree in them are compared.
+    # A few numbers tell almost all dimensions apart; only those that agree in them are compared.
     alike = (part.A[:, None, :8] == whole.A[None, :, :8]).all(dim=2)
     if not bool(alike.any()):
         return nowhere.cpu().numpy()
@@ -112,13 +111,13 @@ def effective_rank(energies: Matrix) -> float:
 
 
 def _begins_with(whole: Factors, factors: Factors) -> bool:
-    """Whether the first slots of ``whole`` are those of ``factors``, to the bit."""
+    """Whether the first dimensions of ``whole`` are those of ``factors``, bit for bit."""
     rank = factors.rank
     return equal(whole.A[:rank], factors.A) and equal(whole.B[:, :rank], factors.B)
 
 
 def equal(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors are the same to the bit; views of the same memory are not compared."""
+    """Whether two tensors have the same bits; views of the same memory are not compared."""
     if x.dtype != y.dtype or x.shape != y.shape:
         return False
     return (x.data_ptr() == y.data_ptr() and x.stride() == y.stride()) or torch.equal(x, y)

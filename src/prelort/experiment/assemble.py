@@ -21,7 +21,7 @@ from prelort.data.federated import ClientRows, FederatedRows
 from prelort.errors import ConfigError
 from prelort.federation.allocation import Allocation, ByLoss
 from prelort.federation.client import ClientRuntime, LocalClient
-from prelort.federation.client_manager import AdapterSpec
+from prelort.federation.messages import AdapterSpec
 from prelort.federation.personal import PersonalStore
 from prelort.federation.sampling import check_numbers
 from prelort.methods import find, trait
@@ -42,7 +42,7 @@ class Assembly:
 
     config: Config
     rows: FederatedRows
-    sites: tuple[LocalClient, ...]
+    clients: tuple[LocalClient, ...]
     test: Sequence[Example]
     runtime: ClientRuntime
     tokenizer: Any
@@ -115,7 +115,7 @@ def assemble(
 
     by_loss = allocation.by_loss is not None
     measured_there = config.evaluation.at_clients or trait(find(config.method.name), "personal")
-    sites = tuple(
+    clients = tuple(
         LocalClient(
             name=client.name,
             rank=rank,
@@ -128,7 +128,7 @@ def assemble(
         )
         for client, rank, largest in zip(rows.clients, offered, max_rank, strict=True)
     )
-    if measured_there and not any(site.test for site in sites):
+    if measured_there and not any(client.test for client in clients):
         raise ConfigError(
             "no client has test rows of its own to measure on: leave data.test out, so that each "
             "holds out data.test_fraction of its rows, or give it the column that natural clients "
@@ -140,7 +140,7 @@ def assemble(
         lambda: _at_most(config, enough("the test set", encode(_test_rows(config, rows)))),
     )
     template = runtime.model.peft_config[ADAPTER]
-    return Assembly(config, rows, sites, test, runtime, tokenizer, initial, template, allocation)
+    return Assembly(config, rows, clients, test, runtime, tokenizer, initial, template, allocation)
 
 
 def planned_ranks(config: Config, rows: FederatedRows) -> tuple[list[int], list[int], Allocation]:

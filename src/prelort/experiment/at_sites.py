@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +17,32 @@ from prelort.config import SITES, Config
 from prelort.data import federated, ranks
 from prelort.errors import ConfigError
 from prelort.experiment.assemble import assemble, prepare_model
+from prelort.experiment.backend import Backend, Connect, Evaluate, Progress
 from prelort.experiment.measure import Measured, measure
-from prelort.experiment.stage import Stage
 from prelort.federation.allocation import Allocation, ByLoss
 from prelort.federation.client import ClientRuntime, LocalClient
-from prelort.federation.client_manager import AdapterSpec
 from prelort.federation.flower import Grid
+from prelort.federation.messages import AdapterSpec
 from prelort.federation.personal import PersonalStore
-from prelort.federation.server import serve
-from prelort.federation.transport import Engine
+from prelort.federation.transport import Transport
 from prelort.models import base
 from prelort.models.lora import ADAPTER, shapes
 from prelort.planning.skeleton import skeleton
 from prelort.tasks.interface import Example
 
 
-def at_sites(config: Config, grid: Grid) -> Stage:
-    """The stage of a run over a Flower grid whose nodes are real sites.
+def at_sites(grid: Grid) -> Connect:
+    """The backend of a run over a Flower grid whose nodes are real sites."""
+
+    @contextmanager
+    def connect(config: Config, folder: Path) -> Iterator[Backend]:
+        yield backend_at_sites(config, grid)
+
+    return connect
+
+
+def backend_at_sites(config: Config, grid: Grid) -> Backend:
+    """What the server sets up for a run whose data are at real sites.
 
     The global adapter has the highest rank of ``ranks.mix``; each site says its own. The server
     measures where it has rows (``data.test``, or a ``data.source`` that is not "sites" and is dealt
@@ -47,17 +57,19 @@ def at_sites(config: Config, grid: Grid) -> Stage:
         )
     if config.data.source != SITES:
         assembly = assemble(config)
-        setting = _with_rows(config, assembly.runtime, assembly.initial, assembly.test)
+        served = _served(config, assembly.runtime, assembly.initial, assembly.test)
     else:
-        setting = _setting(config, max(planned))
+        served = _without_rows(config, max(planned))
     federation = config.federation
-    engine = Engine(grid, None, deadline=federation.timeout, patience=federation.wait)
     by_loss = ByLoss(max(planned), config.ranks.high_share)
-    return replace(
-        setting,
+    return Backend(
+        spec=served.spec,
+        initial=served.initial,
+        template=served.template,
+        transport=Transport(grid, deadline=federation.timeout, patience=federation.wait),
         allocation=Allocation({}, by_loss if config.ranks.allocation == "by-loss" else None),
-        carry_out=lambda plan: serve(plan, engine),
-        planned=planned,
+        evaluate=served.evaluate,
+        planned_ranks=planned,
     )
 
 
@@ -104,17 +116,27 @@ def dealt_site(
 
     ``rank``: instead of the one that it was dealt. Raises `ConfigError`.
     """
-    sites = assemble(config, folder).sites
-    if not 0 <= index < len(sites):
+    clients = assemble(config, folder).clients
+    if not 0 <= index < len(clients):
         raise ConfigError(
-            f"partition = {index} is not allowed: the data are dealt to {len(sites)} clients, "
+            f"partition = {index} is not allowed: the data are dealt to {len(clients)} clients, "
             "counted from 0"
         )
-    found = sites[index]
+    found = clients[index]
     return found if rank is None else replace(found, rank=rank, max_rank=rank)
 
 
-def _setting(config: Config, rank: int) -> Stage:
+@dataclass(frozen=True, slots=True)
+class _Served:
+    """What the server can say by itself."""
+
+    spec: AdapterSpec
+    initial: LoraAdapter
+    template: LoraConfig
+    evaluate: Evaluate | None = None
+
+
+def _without_rows(config: Config, rank: int) -> _Served:
     """The server's part: a model where it has rows to measure on or a head, else its shapes."""
     labels = config.data.labels or ()
     classes = config.task == "classification"
@@ -131,23 +153,23 @@ def _setting(config: Config, rank: int) -> Stage:
     if config.data.test is not None:
         rows = federated.load_test(config)
         examples = runtime.task.encode(rows, tokenizer, config.data, labels)
-    return _with_rows(config, runtime, initial, examples)
+    return _served(config, runtime, initial, examples)
 
 
-def _with_rows(
+def _served(
     config: Config, work: ClientRuntime, initial: LoraAdapter, examples: Sequence[Example]
-) -> Stage:
+) -> _Served:
     template: LoraConfig = work.model.peft_config[ADAPTER]
     if not examples:
-        return Stage(work.spec, initial, template)
+        return _Served(work.spec, initial, template)
 
-    def measured(adapters: Mapping[int, LoraAdapter], told: Callable[[int, int], None]) -> Measured:
-        return measure(config, [work], examples, adapters, told)
+    def evaluate(adapters: Mapping[int, LoraAdapter], progress: Progress) -> Measured:
+        return measure(config, [work], examples, adapters, progress)
 
-    return Stage(work.spec, initial, template, measure=measured)
+    return _Served(work.spec, initial, template, evaluate)
 
 
-def _without_weights(config: Config, rank: int) -> Stage:
+def _without_weights(config: Config, rank: int) -> _Served:
     """The agreement and the initial adapter from the model's configuration alone."""
     task = tasks.get(config.task)
     plain = config.model.model_copy(update={"quantization": "none"})  # the shapes are the same
@@ -155,4 +177,4 @@ def _without_weights(config: Config, rank: int) -> Stage:
     scale = ScaleRule(config.lora.scale_rule, config.lora.scale)
     initial = fresh(shapes(model, scale), config.seed)
     spec = AdapterSpec(base.fingerprint(config.model), AdapterSchema.of(initial), scale)
-    return Stage(spec, initial, model.peft_config[ADAPTER])
+    return _Served(spec, initial, model.peft_config[ADAPTER])

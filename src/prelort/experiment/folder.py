@@ -7,33 +7,30 @@ log.txt              tracebacks of clients that failed
 checkpoints/00012/   the server's state after a round, the last two kept
 adapters/rank-8/     the result: standard PEFT folders, one for each rank
 results.md, *.png    tables and pictures
-report.html          the page that `prelort report` writes
-trackers.json        the ids that `--track` got, to go on under them
+report.html          the page
+trackers.json        the ids of the run in the trackers, and the last rounds logged there
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
 import platform
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
 from prelort import config as configuration
 from prelort.config import Config
 from prelort.errors import ConfigError
+from prelort.events import EventLog
 from prelort.files import write_atomically
+from prelort.history import RunHistory
 
 LIBRARIES = ("prelort", "torch", "transformers", "peft", "datasets", "flwr", "safetensors", "numpy")
 
-METHODS_FILE = "methods.json"
-"""In the folder of several runs: the names of their methods, in order."""
-
-_LEFTOVERS = (".config.toml.tmp", ".methods.json.tmp")
+_LEFTOVERS = (".config.toml.tmp", ".study.toml.tmp", ".lock")
 _BEFORE_THE_ROUNDS = (
     "config.toml",
     "versions.json",
@@ -65,8 +62,8 @@ class RunFolder:
         try:
             if is_taken(self.path):
                 raise ConfigError(
-                    f"{str(self.path)!r} exists and is not empty: choose another --out, or go on "
-                    f"with the run in it by --resume {self.path}"
+                    f"{str(self.path)!r} exists and is not empty: choose another --out, or "
+                    f"continue the run in it by --resume {self.path}"
                 )
             self._made = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
@@ -113,32 +110,14 @@ class RunFolder:
         """Let another process have it."""
         self._lock.release()
 
-    def event_log(self) -> EventLog:
-        """The log, to append to."""
+    @property
+    def events(self) -> EventLog:
+        """The run's log."""
         return EventLog(self.metrics_file)
 
-
-class EventLog:
-    """Appends events to ``metrics.jsonl``, each flushed, so that a killed run has lost none."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __call__(self, event: dict[str, Any]) -> None:
-        """Write one event."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_strict(event), allow_nan=False) + "\n")
-
-    @property
-    def size(self) -> int:
-        """Bytes written so far."""
-        return self._path.stat().st_size if self._path.exists() else 0
-
-    def cut(self, size: int) -> None:
-        """Forget what was written after the first ``size`` bytes (rounds that are run again)."""
-        if self.size > size:
-            with self._path.open("r+b") as file:
-                file.truncate(size)
+    def history(self) -> RunHistory:
+        """What the log tells so far. Raises `PrelortError` for a damaged one."""
+        return RunHistory.of(self.events.read())
 
 
 def is_taken(path: Path) -> bool:
@@ -149,47 +128,6 @@ def is_taken(path: Path) -> bool:
     if path.is_dir():
         return any(child.name not in _LEFTOVERS for child in path.iterdir())
     return path.exists()
-
-
-def methods_in(path: Path) -> list[str] | None:
-    """The methods of a folder of several runs, None if it is none."""
-    file = path / METHODS_FILE
-    if not file.is_file():
-        return None
-    try:
-        return [str(name) for name in json.loads(file.read_text(encoding="utf-8"))]
-    except ValueError as error:
-        raise ConfigError(f"{str(file)!r} is damaged: {error}") from None
-
-
-def logs_in(path: Path) -> dict[str, Path]:
-    """The event logs of a folder's runs by method, or of its only run (by no name), in order.
-
-    They need not be there yet, nor need the folder. Raises `ConfigError` for one that holds
-    something else, so that no run will ever be there.
-    """
-    together = methods_in(path)
-    if together is not None:
-        return {name: RunFolder(path / folder_name(name)).metrics_file for name in together}
-    folder = RunFolder(path)
-    # In this order, since a run may begin just now: its config.toml is its first file.
-    if is_taken(path) and not folder.config_file.is_file() and methods_in(path) is None:
-        raise ConfigError(f"{str(path)!r} holds no run: config.toml is missing")
-    return {"": folder.metrics_file}
-
-
-def folder_name(method: str) -> str:
-    """A method's name as a folder's."""
-    return method.replace(":", "-").replace("/", "-")
-
-
-def _strict(value: Any) -> Any:
-    """The value with null for numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _strict(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def versions() -> dict[str, str]:

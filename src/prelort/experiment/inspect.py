@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from prelort import config as configuration
 from prelort import methods
 from prelort.adapters import peft_folder
 from prelort.data import federated
 from prelort.errors import CheckpointError, ConfigError
+from prelort.events import Evaluated
 from prelort.experiment import checkpoint
 from prelort.experiment.assemble import assemble, prepare_model
 from prelort.experiment.checkpoint import Checkpoint
+from prelort.experiment.evaluation import check_ranks, global_adapters
 from prelort.experiment.folder import RunFolder, is_taken
-from prelort.experiment.measure import global_adapters, measure, prefixes
+from prelort.experiment.measure import measure
 from prelort.models import base
 from prelort.models.lora import ADAPTER, install
 
 
-def evaluate_run(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The event ``evaluated`` of a run's newest adapter, the untuned base with it.
+def evaluate_run(path: Path, overrides: Sequence[str] = ()) -> Evaluated:
+    """Measure a run's newest adapter and the untuned base again.
 
     ``overrides`` change the configuration (data, evaluation); the model must stay the same.
     """
@@ -33,20 +35,16 @@ def evaluate_run(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     rule = assembly.runtime.spec.scale
     if found.state.adapter.scale != rule:
         raise ConfigError(f"the run's scale is {found.state.adapter.scale}, not {rule}")
-    levels = sorted({site.rank for site in assembly.sites} | assembly.allocation.levels())
-    prefixes(config, levels, assembly.initial.rank)
+    check_ranks(config, assembly.initial.rank)
     method = methods.build(config.method, config.seed)
     if methods.trait(method, "personal"):
         raise ConfigError(f"method {config.method.name!r} leaves no global model to measure")
     work, test = assembly.runtime, assembly.test
+    started = time.monotonic()
     untuned = measure(config, [work], test, {0: assembly.initial})[0]
-    measured = measure(config, [work], test, global_adapters(config, method, found.state, levels))
-    return {
-        "event": "evaluated",
-        "round": found.state.round,
-        "base": untuned,
-        "prefixes": {str(rank): values for rank, values in measured.items()},
-    }
+    measured = measure(config, [work], test, global_adapters(config, method, found.state))
+    seconds = time.monotonic() - started
+    return Evaluated(found.state.round, measured, seconds, base=untuned)
 
 
 def export_run(path: Path, out: Path, rank: int | None, *, merge: bool) -> Path:

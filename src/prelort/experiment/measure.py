@@ -10,11 +10,9 @@ import torch
 
 from prelort.adapters import LoraAdapter
 from prelort.config import Config
-from prelort.errors import ConfigError
 from prelort.experiment.workers import RuntimePool
 from prelort.federation.client import ClientRuntime
 from prelort.federation.in_process import worker_threads
-from prelort.methods.interface import Method, ServerState
 from prelort.metrics.evaluate import AtRanks, evaluate, ranks_at_once
 from prelort.models.lora import install
 from prelort.tasks.interface import Example
@@ -34,7 +32,7 @@ def measure(
 ) -> Measured:
     """The configured metrics of each of ``adapters`` (by the rank they stand for) on examples.
 
-    Rank 0 is the base: its adapter's extras count, its factors do not. ``at_once``: how many share
+    Rank 0 is the base: its adapter's modules to save count, its factors do not. ``at_once``: how many share
     a forward pass; default: what the device is best at. Otherwise each of the workspaces measures
     adapters in a thread of its own.
     """
@@ -131,35 +129,3 @@ def _measured(
         progress=progress,
         at_once=at_once,
     )
-
-
-def global_adapters(
-    config: Config, method: Method, state: ServerState, levels: Sequence[int]
-) -> dict[int, LoraAdapter]:
-    """The global adapters to measure and to leave: one for each rank, by that rank.
-
-    Where the method keeps more than the highest level holds, that whole is one of them.
-    """
-    whole = method.global_adapter(state)
-    wanted = _wanted(config, levels)
-    found = {rank: method.global_adapter(state, min(rank, whole.rank)) for rank in wanted}
-    if config.evaluation.prefixes is None and whole.rank > wanted[-1]:
-        found[whole.rank] = whole
-    return found
-
-
-def prefixes(config: Config, levels: Sequence[int], rank: int) -> tuple[int, ...]:
-    """The ranks to measure at. Raises `ConfigError` for one above the global adapter's."""
-    for key, ranks in (
-        ("evaluation.prefixes", config.evaluation.prefixes),
-        ("method.truncations", config.method.truncations),
-    ):
-        highest = max(ranks or (0,))
-        if highest > rank:
-            raise ConfigError(f"{key}: {highest} is above the global adapter's rank {rank}")
-    return _wanted(config, levels)
-
-
-def _wanted(config: Config, levels: Sequence[int]) -> tuple[int, ...]:
-    trained = {*levels, *(config.method.truncations or ())}
-    return tuple(sorted(set(config.evaluation.prefixes or trained)))

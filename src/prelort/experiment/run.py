@@ -3,49 +3,74 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from peft import LoraConfig
+from rich.console import Console
 
 from prelort import config as configuration
-from prelort import methods
+from prelort import diagnostics, methods
 from prelort.adapters import LoraAdapter, peft_folder
 from prelort.config import Config
+from prelort.data.federated import FederatedRows
 from prelort.errors import CheckpointError, ConfigError
+from prelort.events import (
+    Checkpointed,
+    Checkpointing,
+    Event,
+    Listener,
+    Loading,
+    Metrics,
+    RoundFinished,
+    RunFinished,
+    RunResumed,
+    RunStarted,
+)
 from prelort.experiment import checkpoint
+from prelort.experiment.backend import Backend, Connect, InProcess
 from prelort.experiment.checkpoint import Checkpoint
 from prelort.experiment.deterministic import deterministic
+from prelort.experiment.evaluation import check_ranks, evaluate, global_adapters
 from prelort.experiment.folder import RunFolder
-from prelort.experiment.measure import Measured, global_adapters, prefixes
-from prelort.experiment.stage import Stage, StageOf, in_process
-from prelort.federation.server import Ask, ServerPlan, Standing
-from prelort.methods.interface import Method, ServerState
-from prelort.report import events as reading
-from prelort.report import trackers
+from prelort.federation.federation import Federation
+from prelort.history import RunHistory
+from prelort.methods.interface import ServerState
+from prelort.report import describe, trackers
 
-Listener = Callable[[dict[str, Any]], None]
-"""Called with each event of a run, after it has been written."""
-
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """What a finished run leaves.
-
-    ``metrics``: rank -> metric -> value after the last round; ``base``: of the untuned base.
-    """
+    """What a finished run leaves: its folder, the global adapter, and what was measured."""
 
     path: Path
     adapter: LoraAdapter
-    levels: tuple[int, ...]
-    base: dict[str, float]
-    metrics: dict[int, dict[str, float]]
+    history: RunHistory
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """The distinct ranks of the clients, rising."""
+        return self.history.started.levels if self.history.started is not None else ()
+
+    @property
+    def base(self) -> Metrics:
+        """The untuned base model's metrics."""
+        return self.history.base
+
+    @property
+    def metrics(self) -> dict[int, Metrics]:
+        """Rank -> the global adapter's metrics after the last round; empty without one."""
+        final = self.history.final
+        return final.prefixes if final is not None else {}
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Every value that was measured: round, rank (0: the untuned base), metric, value."""
+        return self.history.to_pandas()
 
 
 def run(
@@ -54,21 +79,157 @@ def run(
     *,
     resume: bool = False,
     listeners: Sequence[Listener] = (),
-    stage_of: StageOf = in_process,
+    backend: Connect | None = None,
     track: Sequence[str] = (),
     patience: float = 0.0,
 ) -> RunResult:
-    """Run the whole of ``config`` in the folder ``out``, by default all in this process.
+    """Run the whole of ``config`` in the folder ``out``.
 
-    With ``resume`` go on with the run in the folder, from its last checkpoint, to the same
-    adapters, bit for bit (same machine, same number of threads). ``patience``: seconds to wait for
-    another process to leave the folder. Raises `ConfigError`,
-    `CheckpointError`, `QuorumError`; nothing that was finished is lost by any of them. A new run
-    that is refused before it begins leaves nothing behind. ``track`` names experiment trackers
-    (`prelort.report.trackers`); of those, none can stop a run that has begun.
+    Args:
+        config: the resolved configuration.
+        out: the run's folder; for a new run it must be empty or not exist.
+        resume: continue the run in ``out`` from its last checkpoint, to the same adapters, bit for
+            bit (same machine, same number of threads).
+        listeners: called with each event.
+        backend: where the run takes place; by default in this process.
+        track: names of experiment trackers (`prelort.report.trackers`). None of them can stop a
+            run that has begun.
+        patience: seconds to wait for another process to leave the folder.
+
+    Raises:
+        ConfigError: before any training, naming what is wrong; a new run then leaves nothing.
+        CheckpointError: where the checkpoints are damaged or belong to another run.
+        QuorumError: where too few clients take part or answer. What was finished is kept.
     """
     trackers.check(track)
     folder = RunFolder(Path(out))
+    with (
+        _claimed(folder, config, resume=resume, patience=patience), _logging_to(folder.log_file),
+        deterministic(config.threads),
+        trackers.Tracking(track, folder.path, configuration.flat(config)) as tracker,
+    ):
+        log = RunLog(folder, [*listeners, tracker])
+        name, rounds = config.method.name, config.federation.rounds
+        log(Loading(0, name, rounds, config.seed))
+        with (backend or InProcess())(config, folder.path) as connected:
+            return train(config, folder, connected, log)
+
+
+def train(config: Config, folder: RunFolder, backend: Backend, log: RunLog) -> RunResult:
+    """The rounds of a run, from the last checkpoint in ``folder`` or from the beginning."""
+    method = methods.build(config.method, config.seed)
+    federation = Federation(
+        config,
+        backend.transport,
+        backend.spec,
+        log,
+        allocation=backend.allocation,
+        planned_ranks=backend.planned_ranks,
+        observe=diagnostics.observer(config),
+    )
+    rounds, personal = config.federation.rounds, methods.trait(method, "personal")
+    with closing(federation):
+        state = _last_state(config, folder, backend, log)
+        state = federation.connect(method, state)
+        check_ranks(config, backend.initial.rank)
+        if state.round == 0:
+            if backend.rows is not None:
+                _describe(backend.rows, folder.path)
+            clients = len(federation.clients)
+            log(RunStarted(0, method.name, config.task, config.seed, rounds, clients, state.levels))
+            log(evaluate(config, backend, federation, method, state, log))
+            _save(state, config, folder, backend, log)
+        else:
+            log(RunResumed(state.round))
+        for server_round in range(state.round + 1, rounds + 1):
+            state, stats = federation.train(method, state, server_round)
+            log(RoundFinished(server_round, stats))
+            if _evaluation_due(config, server_round):
+                if config.evaluation.at_clients or personal:
+                    log(federation.evaluate_clients(method, state))
+                if not personal:
+                    log(evaluate(config, backend, federation, method, state, log))
+            _save(state, config, folder, backend, log)
+    if not personal:
+        export(backend, global_adapters(config, method, state), folder.adapters)
+    log(RunFinished(state.round))
+    return RunResult(folder.path, method.global_adapter(state), log.history)
+
+
+class RunLog:
+    """Takes the run's events: writes them, adds them to the history, tells the listeners."""
+
+    def __init__(self, folder: RunFolder, listeners: Sequence[Listener]) -> None:
+        self.file = folder.events
+        self.history = RunHistory()
+        self._listeners = listeners
+
+    def __call__(self, event: Event) -> None:
+        """Take one event."""
+        if event.logged:
+            self.file.append(event)
+        self.history.apply(event)
+        for listener in self._listeners:
+            listener(event)
+
+    def restore(self, size: int) -> None:
+        """Keep the events of the first ``size`` bytes, which the checkpoint has seen.
+
+        Listeners are told how the run started.
+        """
+        self.file.truncate(size)
+        self.history = RunHistory.of(self.file.read())
+        if self.history.started is not None:
+            for listener in self._listeners:
+                listener(self.history.started)
+
+
+def export(backend: Backend, adapters: Mapping[int, LoraAdapter], folder: Path) -> None:
+    """Write each rank's adapter as a PEFT folder ``rank-N``."""
+    for rank, adapter in adapters.items():
+        peft_folder.save(adapter, folder / f"rank-{rank}", backend.template)
+
+
+def _describe(rows: FederatedRows, folder: Path) -> None:
+    """Leave a table and a picture of which client holds what."""
+    with (folder / "clients.txt").open("w", encoding="utf-8") as file:
+        Console(file=file, width=120).print(describe.summary(rows, rows.label_column))
+    describe.picture(rows, rows.label_column, folder / "clients.png")
+
+
+def _evaluation_due(config: Config, server_round: int) -> bool:
+    every = config.evaluation.every
+    return server_round == config.federation.rounds or (every > 0 and server_round % every == 0)
+
+
+def _last_state(config: Config, folder: RunFolder, backend: Backend, log: RunLog) -> ServerState:
+    """The last checkpoint's state, with the log as it was then; or the initial state."""
+    found = checkpoint.load_latest(folder.checkpoints, backend.spec.base)
+    if found is None or found.state.round == 0:
+        log.restore(0)  # what comes before the first round is done again: it costs little
+        return ServerState(backend.initial) if found is None else found.state
+    if found.seed != config.seed:
+        raise CheckpointError(
+            f"{str(folder.checkpoints)!r} has seed {found.seed}, not {config.seed}"
+        )
+    log.restore(found.metrics_bytes)
+    return found.state
+
+
+def _save(
+    state: ServerState, config: Config, folder: RunFolder, backend: Backend, log: RunLog
+) -> None:
+    """Write a checkpoint: the log ends where it says, so that a resumed run repeats no line."""
+    log(Checkpointing(state.round))
+    checkpoint.save(
+        Checkpoint(state, config.seed, backend.spec.base, log.file.size), folder.checkpoints
+    )
+    log(Checkpointed(state.round))
+
+
+@contextmanager
+def _claimed(folder: RunFolder, config: Config, *, resume: bool, patience: float) -> Iterator[None]:
+    """The folder for this process alone; a new run that is refused leaves nothing behind."""
     if resume:
         _check_same(folder.read_config(), config, folder.path)
     else:
@@ -76,13 +237,7 @@ def run(
         folder.create(config)
     folder.lock(patience)
     try:
-        tracked = trackers.TrackedRun(folder.path, configuration.flat(config))
-        with (
-            _logging_to(folder.log_file),
-            deterministic(config.threads),
-            trackers.follower(track, tracked) as following,
-        ):
-            return _Run(folder, config, [*listeners, following]).go(stage_of)
+        yield
     except ConfigError:
         folder.unlock()
         if not resume:
@@ -90,179 +245,6 @@ def run(
         raise
     finally:
         folder.unlock()
-
-
-class _Run:
-    """The state of one run in this process."""
-
-    def __init__(self, folder: RunFolder, config: Config, listeners: Sequence[Listener]) -> None:
-        self.folder = folder
-        self.config = config
-        self.listeners = listeners
-        self.log = folder.event_log()
-        self.stage: Stage
-        self.method: Method
-        self.result: RunResult
-
-    def go(self, stage_of: StageOf) -> RunResult:
-        """Set the stage, find the last checkpoint, and let the server app do the rounds."""
-        method, rounds = self.config.method.name, self.config.federation.rounds
-        loading = {"method": method, "rounds": rounds, "seed": self.config.seed}
-        self.tell({"event": "loading", "round": 0, **loading})
-        self.stage = stage_of(self.config, self.folder.path)
-        plan = ServerPlan(
-            config=self.config,
-            state=self._last_state(),
-            spec=self.stage.spec,
-            emit=self.emit,
-            before_rounds=self.before_rounds,
-            after_round=self.after_round,
-            finished=self.finished,
-            allocation=self.stage.allocation,
-            planned=self.stage.planned,
-        )
-        self.stage.carry_out(plan)
-        return self.result
-
-    def before_rounds(self, now: Standing) -> None:
-        """Write the first event, measure the untuned base and checkpoint the beginning."""
-        self._method_for(now)
-        prefixes(self.config, now.levels, self.stage.initial.rank)
-        facts = self._facts(now)
-        if now.state.round > 0:
-            self.tell({"event": "run_started", "round": 0, **facts})
-            self.tell({"event": "resumed", "round": now.state.round, **facts})
-            return
-        self.stage.describe(self.folder.path)
-        self.emit({"event": "run_started", "round": 0, **facts})
-        self._measure(now, with_prefixes=self.config.evaluation.every > 0)
-        self._checkpoint(now.state)
-
-    def after_round(self, now: Standing) -> None:
-        """Measure if it is due, then checkpoint."""
-        self._method_for(now)
-        every = self.config.evaluation.every
-        last = now.state.round == self.config.federation.rounds
-        if last or (every > 0 and now.state.round % every == 0):
-            self._measure(now)
-        self._checkpoint(now.state)
-
-    def finished(self, now: Standing) -> None:
-        """Leave the adapters, tell the totals."""
-        self._method_for(now)
-        state = now.state
-        found = global_adapters(self.config, self.method, state, now.levels)
-        if not methods.trait(self.method, "personal"):
-            export(self.stage.template, found, self.folder.adapters)
-        written = reading.read(self.folder.metrics_file)
-        totals = reading.totals(written)
-        self.emit(
-            {
-                "event": "run_finished",
-                "round": state.round,
-                "seconds": totals.seconds,
-                "phases": reading.phases(written),
-                "bytes_up": totals.bytes_up,
-                "bytes_down": totals.bytes_down,
-            }
-        )
-        final = reading.final_evaluation(written)
-        metrics = final.prefixes if final is not None else {}
-        base_row = reading.base_row(written)
-        adapter = self.method.global_adapter(state)
-        self.result = RunResult(self.folder.path, adapter, now.levels, base_row, metrics)
-
-    def _method_for(self, now: Standing) -> None:
-        self.method = methods.build(self.config.method, self.config.seed)
-
-    def emit(self, event: dict[str, Any]) -> None:
-        """Write an event, then tell it."""
-        if event["event"] != "client_refused" or event["round"] == 0:
-            self.log(event)  # on resuming, who was refused is there already
-        self.tell(event)
-
-    def tell(self, event: dict[str, Any]) -> None:
-        """Call the listeners."""
-        for listener in self.listeners:
-            listener(event)
-
-    def _facts(self, now: Standing) -> dict[str, Any]:
-        config = self.config
-        return {
-            "method": config.method.name,
-            "task": config.task,
-            "seed": config.seed,
-            "rounds": config.federation.rounds,
-            "clients": len(now.clients),
-            "levels": list(now.levels),
-        }
-
-    def _last_state(self) -> ServerState:
-        """The state to go on from: the last checkpoint's, or the initial one."""
-        base = self.stage.spec.base
-        found = checkpoint.load_latest(self.folder.checkpoints, base)
-        if found is None:
-            self.log.cut(0)
-            return ServerState(self.stage.initial)
-        if found.seed != self.config.seed:
-            raise CheckpointError(
-                f"{str(self.folder.checkpoints)!r} has seed {found.seed}, not {self.config.seed}"
-            )
-        # Before the first round everything is done again: it costs little.
-        self.log.cut(found.metrics_bytes if found.state.round > 0 else 0)
-        return found.state
-
-    def _measure(self, now: Standing, with_prefixes: bool = True) -> None:
-        """Measure the global adapter at its prefixes, before the first round the base too."""
-        started = time.monotonic()
-        state, personal = now.state, methods.trait(self.method, "personal")
-        asked = {0: state.adapter} if state.round == 0 else {}
-        if with_prefixes and not personal:
-            asked |= global_adapters(self.config, self.method, state, now.levels)
-        event: dict[str, Any] = {"event": "evaluated", "round": state.round}
-        if self.stage.measure is not None:
-            measured = self.stage.measure(asked, self._evaluating(state.round))
-        else:
-            measured, more = _at_clients(now.ask, asked)
-            event |= more
-        if 0 in measured:
-            event["base"] = measured.pop(0)
-        event["prefixes"] = {str(rank): values for rank, values in measured.items()}
-        self.emit({**event, "seconds": time.monotonic() - started})
-
-    def _evaluating(self, server_round: int) -> Callable[[int, int], None]:
-        def progress(done: int, total: int) -> None:
-            self.tell({"event": "evaluating", "round": server_round, "done": done, "total": total})
-
-        return progress
-
-    def _checkpoint(self, state: ServerState) -> None:
-        base = self.stage.spec.base
-        self.tell({"event": "checkpointing", "round": state.round})
-        checkpoint.save(
-            Checkpoint(state, self.config.seed, base, self.log.size), self.folder.checkpoints
-        )
-        # Not written: the log ends where its checkpoint says, so that resuming repeats no line.
-        self.tell({"event": "checkpointed", "round": state.round})
-
-
-def _at_clients(ask: Ask, adapters: Mapping[int, LoraAdapter]) -> tuple[Measured, dict[str, Any]]:
-    """The metrics over the clients' own test rows, and on how many of them.
-
-    Where the base (rank 0) is measured alone it is an adapter whose B is zero.
-    """
-    sent = {rank: adapter.prefix(1) if rank == 0 else adapter for rank, adapter in adapters.items()}
-    pools = ask(sent)
-    counted = {str(rank): pool.examples for rank, pool in pools.items()}
-    clients = {str(rank): pool.clients for rank, pool in pools.items()}
-    measured = {rank: pool.metrics() for rank, pool in pools.items() if pool.clients}
-    return measured, {"where": "clients", "examples": counted, "clients": clients}
-
-
-def export(template: LoraConfig, adapters: Mapping[int, LoraAdapter], folder: Path) -> None:
-    """Write each rank's adapter as a PEFT folder ``rank-N``."""
-    for rank, adapter in adapters.items():
-        peft_folder.save(adapter, folder / f"rank-{rank}", template)
 
 
 def _check_same(old: Config, new: Config, path: Path) -> None:

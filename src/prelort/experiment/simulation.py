@@ -9,7 +9,10 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,33 +20,48 @@ from prelort import config as configuration
 from prelort.config import Config
 from prelort.errors import ConfigError
 from prelort.experiment.assemble import Assembly, assemble
+from prelort.experiment.backend import Backend, with_all_data
 from prelort.experiment.deterministic import deterministic
-from prelort.experiment.stage import Stage, with_all_data
+from prelort.experiment.run import RunResult, run
 from prelort.federation.client import respond
 from prelort.federation.client_app import Kind, client_app
-from prelort.federation.flower import ClientApp, Context, RecordDict, simulate
-from prelort.federation.server import ServerPlan, make_server_app
-from prelort.federation.transport import Engine
+from prelort.federation.flower import (
+    ClientApp,
+    Context,
+    Grid,
+    RecordDict,
+    ServerApp,
+    simulate,
+)
+from prelort.federation.transport import Transport
 
 
-def simulated(config: Config, folder: Path, cpus: int = 1, gpus: float = 0.0) -> Stage:
-    """All clients on this machine, in Ray's workers of so many CPU cores and (shares of) GPUs."""
-    assembly = assemble(config, folder)
-    count = len(assembly.sites)
+def run_simulated(
+    config: Config, out: Path | str, *, cpus: int = 1, gpus: float = 0.0, **options: Any
+) -> RunResult:
+    """`run` within Flower's simulation, with so many CPU cores and (shares of) GPUs for a client.
 
-    def carry_out(plan: ServerPlan) -> None:
-        server_app = make_server_app(
-            plan, lambda grid: Engine(grid, None, float("inf"), nodes=count)
-        )
-        simulate(server_app, _client_app(config, folder), count, cpus=cpus, gpus=gpus)
-
-    return with_all_data(assembly, carry_out)
-
-
-def check_installed() -> None:
-    """Raise `ConfigError` where Ray is not installed."""
+    ``options`` are those of `run`, except for ``backend``. Raises what `run` raises, and
+    `ConfigError` where Ray is not installed.
+    """
     if importlib.util.find_spec("ray") is None:
         raise ConfigError("--engine simulation needs Ray: pip install 'prelort[simulation]'")
+    folder = Path(out)
+    assembly = assemble(config, folder)
+    count = len(assembly.clients)
+    server_app, results = ServerApp(), []
+
+    @server_app.main()  # type: ignore[untyped-decorator]
+    def main(grid: Grid, context: Context) -> None:
+        @contextmanager
+        def backend(config: Config, folder: Path) -> Iterator[Backend]:
+            yield with_all_data(assembly, Transport(grid, nodes=count))
+
+        results.append(run(config, folder, backend=backend, **options))
+
+    simulate(server_app, _client_app(config, folder), count, cpus=cpus, gpus=gpus)
+    result: RunResult = results[0]
+    return result
 
 
 def _client_app(config: Config, folder: Path) -> ClientApp:
@@ -54,8 +72,8 @@ def _client_app(config: Config, folder: Path) -> ClientApp:
 
     def answer(kind: Kind, content: RecordDict, context: Context) -> RecordDict:
         with deterministic(threads):
-            sites = _assembly(settings, where).sites
-            return respond(sites[int(context.node_config["partition-id"])], kind, content)
+            clients = _assembly(settings, where).clients
+            return respond(clients[int(context.node_config["partition-id"])], kind, content)
 
     return client_app(answer)
 

@@ -15,7 +15,7 @@ import torch
 
 from prelort.adapters import LoraAdapter
 from prelort.errors import PrelortError
-from prelort.federation import wire
+from prelort.federation import messages, wire
 from prelort.federation.client import LocalClient, assignment_of, delivered, respond, train_reply
 from prelort.federation.client_app import REFUSED
 from prelort.federation.flower import Context, Error, Message, RecordDict
@@ -25,7 +25,7 @@ from prelort.training.stack import stackable
 
 log = logging.getLogger(__name__)
 
-Order = tuple[int, LocalClient, wire.TrainRequest, LoraAdapter]
+Order = tuple[int, LocalClient, messages.TrainRequest, LoraAdapter]
 """Its place among the messages, whose it is, what is asked, and the adapter that came with it."""
 
 Answer: TypeAlias = RecordDict | PrelortError
@@ -55,7 +55,7 @@ def respond_batched(sites: Sequence[LocalClient], contents: Sequence[RecordDict]
     groups: dict[str, list[Order]] = {}
     for place, (site, content) in enumerate(zip(sites, contents, strict=True)):
         try:
-            request = wire.header(content, wire.TrainRequest)
+            request = wire.header(content, messages.TrainRequest)
             received, frozen = delivered(site, content, request)
         except PrelortError as error:
             answers[place] = error
@@ -82,7 +82,7 @@ def respond_batched(sites: Sequence[LocalClient], contents: Sequence[RecordDict]
     return [answers[place] for place in range(len(sites))]
 
 
-def _kind(request: wire.TrainRequest) -> str:
+def _kind(request: messages.TrainRequest) -> str:
     """What clients must have in common: all but their learning rates."""
     rates = {"learning_rate": 1.0, "head_learning_rate": None}
     return request.training.model_copy(update=rates).model_dump_json() + request.trains

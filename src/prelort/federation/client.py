@@ -14,11 +14,11 @@ from torch import Tensor
 from prelort.adapters import LoraAdapter
 from prelort.adapters.initial import draw_a
 from prelort.errors import PrelortError, UpdateRefused
-from prelort.federation import wire
+from prelort.federation import messages, wire
 from prelort.federation.client_app import Kind, client_app
-from prelort.federation.client_manager import AdapterSpec
 from prelort.federation.encoding import carries_change, change_of
 from prelort.federation.flower import ClientApp, Context, RecordDict
+from prelort.federation.messages import AdapterSpec
 from prelort.federation.personal import PersonalStore
 from prelort.metrics.evaluate import evaluate, ranks_at_once
 from prelort.models.lora import extract, install
@@ -86,10 +86,10 @@ def respond(site: LocalClient, kind: Kind, content: RecordDict) -> RecordDict:
     return _train(site, content) if kind == "train" else _evaluate(site, content)
 
 
-def _introduction(site: LocalClient) -> wire.ClientProperties:
+def _introduction(site: LocalClient) -> messages.ClientProperties:
     facts = site.runtime.spec.header(site.rank).model_dump()
     max_rank = max(site.max_rank, site.rank)
-    return wire.ClientProperties(
+    return messages.ClientProperties(
         **facts, client=site.name, examples=len(site.examples), max_rank=max_rank
     )
 
@@ -97,7 +97,8 @@ def _introduction(site: LocalClient) -> wire.ClientProperties:
 def _train(site: LocalClient, content: RecordDict) -> RecordDict:
     """Check the request, train the adapter that came with it, and pack the reply."""
     work = site.runtime
-    request = wire.header(content, wire.TrainRequest)
+    request = wire.header(content, messages.TrainRequest)
+    request.check_features()
     received, frozen = delivered(site, content, request)
     install(
         work.model,
@@ -137,7 +138,7 @@ def _train(site: LocalClient, content: RecordDict) -> RecordDict:
     return train_reply(site, request, received, Finished(trained, result))
 
 
-def assignment_of(site: LocalClient, request: wire.TrainRequest) -> Assignment:
+def assignment_of(site: LocalClient, request: messages.TrainRequest) -> Assignment:
     """The site's work as the server wants it."""
     return Assignment(
         client=site.name,
@@ -151,7 +152,7 @@ def assignment_of(site: LocalClient, request: wire.TrainRequest) -> Assignment:
 
 
 def train_reply(
-    site: LocalClient, request: wire.TrainRequest, received: LoraAdapter, found: Finished
+    site: LocalClient, request: messages.TrainRequest, received: LoraAdapter, found: Finished
 ) -> RecordDict:
     """The content of the reply of a site that has trained; what it trained must be installed."""
     work, trained, tail = site.runtime, found.adapter, request.tail
@@ -162,7 +163,7 @@ def train_reply(
         before = tail_norm(_pairs(received), tail, rank)
         rank = pruned_rank(_pairs(trained), tail, rank, before)
     offered = site.next_rank(request.round)
-    reply = wire.TrainReply(
+    reply = messages.TrainReply(
         **work.spec.header(rank).model_dump(),
         client=site.name,
         examples=len(site.examples),
@@ -175,7 +176,7 @@ def train_reply(
         next_rank=offered if offered is not None else rank if rank < request.rank else None,
         validation_loss=_validation_loss(site) if request.with_validation else None,
     )
-    staying = wire.staying(request.trains, request.personal)
+    staying = wire.not_sent_up(request.trains, request.personal)
     answer = trained.prefix(rank)
     if reply.change:
         answer = change_of(answer, received)
@@ -188,7 +189,7 @@ def _pairs(adapter: LoraAdapter) -> list[tuple[Tensor, Tensor]]:
 
 def _evaluate(site: LocalClient, content: RecordDict) -> RecordDict:
     """Measure the adapter that came with the request on the site's own test rows."""
-    request = wire.header(content, wire.EvaluateRequest)
+    request = wire.header(content, messages.EvaluateRequest)
     if not site.test:
         raise PrelortError("has no test rows of its own")
     received, frozen = delivered(site, content, request)
@@ -197,7 +198,7 @@ def _evaluate(site: LocalClient, content: RecordDict) -> RecordDict:
     values = _measured(site, site.test, metrics, request)
     prefixes = tuple(dict.fromkeys(request.prefixes))
     at_prefixes = _measured_at(site, site.test, prefixes, metrics, request)
-    reply = wire.EvaluateReply(
+    reply = messages.EvaluateReply(
         **site.runtime.spec.header(request.rank).model_dump(),
         client=site.name,
         round=request.round,
@@ -216,14 +217,14 @@ def _weight(site: LocalClient) -> int:
 
 
 def delivered(
-    site: LocalClient, content: RecordDict, request: wire.Delivery
+    site: LocalClient, content: RecordDict, request: messages.Delivery
 ) -> tuple[LoraAdapter, LoraAdapter | None]:
     """The adapter that was delivered and what is to be frozen beside it, both checked."""
     work = site.runtime
     work.spec.check(request)
     max_rank = max(site.max_rank, site.rank)
     # Measuring needs no gradients: any rank of the federation will do.
-    if isinstance(request, wire.TrainRequest) and request.rank > max_rank:
+    if isinstance(request, messages.TrainRequest) and request.rank > max_rank:
         raise UpdateRefused(f"affords rank {max_rank} at most, asked was {request.rank}")
     received, frozen = wire.adapter(content, request, _known(site, request))
     wire.check_adapter(received, work.spec.schema, request.rank, float("inf"))
@@ -232,7 +233,7 @@ def delivered(
     return received, frozen
 
 
-def _known(site: LocalClient, request: wire.Delivery) -> dict[str, Tensor]:
+def _known(site: LocalClient, request: messages.Delivery) -> dict[str, Tensor]:
     """The tensors that did not travel: drawn from the seed, zero, or the client's own."""
     schema, modules_to_save = site.runtime.spec.schema, site.runtime.modules_to_save
     tensors: dict[str, Tensor] = {}
@@ -246,10 +247,12 @@ def _known(site: LocalClient, request: wire.Delivery) -> dict[str, Tensor]:
     known = {
         name: own.get(name, tensor) for name, tensor in (tensors | dict(modules_to_save)).items()
     }
-    return {name: t for name, t in known.items() if wire.kind_of(name) in request.missing()}
+    return {
+        name: t for name, t in known.items() if wire.kind_of(name) in wire.not_sent_down(request)
+    }
 
 
-def _kept(site: LocalClient, request: wire.Delivery) -> dict[str, Tensor]:
+def _kept(site: LocalClient, request: messages.Delivery) -> dict[str, Tensor]:
     """The client's own B and extras from its last round, at the rank of this one."""
     if site.personal is None:
         raise PrelortError("has no place to keep its own factors: this method needs one")
@@ -265,9 +268,9 @@ def _kept(site: LocalClient, request: wire.Delivery) -> dict[str, Tensor]:
     return kept
 
 
-def _keep(site: LocalClient, request: wire.Delivery, trained: LoraAdapter) -> None:
+def _keep(site: LocalClient, request: messages.Delivery, trained: LoraAdapter) -> None:
     if site.personal is not None:
-        own = wire.of_kinds(trained, request.missing())
+        own = wire.of_kinds(trained, wire.not_sent_down(request))
         site.personal.save(site.name, request.round, own)
 
 
@@ -282,7 +285,7 @@ def _measured(
     site: LocalClient,
     examples: Sequence[Example],
     metrics: Sequence[str],
-    request: wire.EvaluateRequest | None,
+    request: messages.EvaluateRequest | None,
 ) -> dict[str, float | None]:
     """The metrics of what is installed now."""
     return _measured_at(site, examples, (None,), metrics, request)[None]
@@ -293,7 +296,7 @@ def _measured_at(
     examples: Sequence[Example],
     ranks: Sequence[R],
     metrics: Sequence[str],
-    request: wire.EvaluateRequest | None,
+    request: messages.EvaluateRequest | None,
 ) -> dict[R, dict[str, float | None]]:
     """The metrics of prefixes of what is installed now (None: the whole of it)."""
     work = site.runtime

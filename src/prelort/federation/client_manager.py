@@ -1,27 +1,26 @@
-"""Who is there: every node introduces itself, and those that do not fit are refused."""
+"""Who is connected: every node states its client's properties; those that do not fit are refused."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from prelort.adapters import AdapterSchema, ScaleRule
 from prelort.errors import UpdateRefused
 from prelort.federation import wire
 from prelort.federation.flower import Message, MessageType, envelope
-from prelort.federation.transport import POLL_SECONDS, Engine, from_node_asked, pull, push
+from prelort.federation.messages import AdapterSpec, ClientProperties
+from prelort.federation.transport import POLL_SECONDS, Transport, from_node_asked
 from prelort.methods.interface import Client
 
 GRACE_SECONDS = 15.0
-"""How long a round that could begin waits for clients that are just introducing themselves."""
+"""How long a round that could begin waits for clients that are just connecting."""
 START_SECONDS = 120.0
 """How long nodes of this machine may take to start."""
 RETRY_SECONDS = 30.0
-"""After which a client that was left out is asked again: it may have been put right."""
+"""After which a refused client is asked again: its site may have been corrected."""
 PULL_AT_ONCE = 100
-"""Introductions that are asked for at a time: an engine may hand over one for each look at all."""
+"""Replies that are asked for at a time: an engine may hand over one for each look at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,186 +32,153 @@ class ConnectedClient:
     max_rank: int
 
 
-@dataclass(frozen=True, slots=True)
-class AdapterSpec:
-    """What all sides must agree on: base model (fingerprint), adapter's shapes, scale rule."""
-
-    base: str
-    schema: AdapterSchema
-    scale: ScaleRule
-
-    def header(self, rank: int) -> wire.Header:
-        """The facts as they stand in every message about an adapter of ``rank``."""
-        return wire.Header(
-            base=self.base,
-            layers=self.schema.digest(),
-            scale_rule=self.scale.kind,
-            scale=self.scale.value,
-            rank=rank,
-        )
-
-    def check(self, head: wire.Header, rank: int | None = None) -> None:
-        """Raise `UpdateRefused` naming the first thing on which the sender disagrees."""
-        if head.base != self.base:
-            raise UpdateRefused(
-                f"has another base model: fingerprint {head.base}, expected {self.base}"
-            )
-        digest = self.schema.digest()
-        if head.layers != digest:
-            raise UpdateRefused(f"adapts other layers: digest {head.layers}, expected {digest}")
-        if head.rule != self.scale:
-            raise UpdateRefused(
-                f"uses another scale rule: {head.rule}, but the federation's is {self.scale}; "
-                "set lora.scale_rule and lora.scale alike at every site"
-            )
-        if rank is not None and head.rank != rank:
-            raise UpdateRefused(f"answers with rank {head.rank}, expected {rank}")
-
-
 class ClientManager:
-    """Who is there: the nodes that have introduced themselves and fit, round by round.
+    """The nodes that are connected and fit, round by round.
 
-    A node introduces itself when it appears, and again after it was away or has failed: it may
-    have come back with another rank. ``refused`` is called with a node's or client's name and the
-    reason for each that is left out.
+    A node is asked for its properties when it appears, and again after it was away or has failed:
+    it may have come back with another rank. ``refused`` is called with a node's or client's name
+    and the reason for each that is refused.
     """
 
-    def __init__(self, spec: AdapterSpec, refused: Callable[[str, str], None]) -> None:
+    def __init__(
+        self, transport: Transport, spec: AdapterSpec, refused: Callable[[str, str], None]
+    ) -> None:
+        self._transport = transport
         self._spec = spec
         self._refused = refused
-        self._known: dict[int, ConnectedClient] = {}
-        self._taken: set[str] = set()
-        """The names of those in ``_known``."""
-        self._asked: dict[str, Message] = {}
-        self._left_out: dict[int, tuple[float, str]] = {}
+        self._connected: dict[int, ConnectedClient] = {}
+        """By node."""
+        self._node_of: dict[str, int] = {}
+        """The node of each connected client, by name."""
+        self._queries: dict[str, Message] = {}
+        """Message id -> the envelope of a query that is not answered yet."""
+        self._refusals: dict[int, tuple[float, str]] = {}
         """Node -> when it was refused, and why."""
-        self._names: set[str] = set()
-        self._met = False
+        self._seen: set[str] = set()
+        """The names of all clients that have ever taken part."""
+        self._gathered = False
 
     @property
-    def present(self) -> list[ConnectedClient]:
-        """Those that are there, by name, so that every engine has one order."""
-        return sorted(
-            self._known.values(), key=lambda connected_client: connected_client.client.name
-        )
+    def connected(self) -> list[ConnectedClient]:
+        """The connected clients, by name, so that every engine has one order."""
+        return sorted(self._connected.values(), key=lambda one: one.client.name)
 
     @property
     def missing(self) -> list[str]:
-        """The names of those that were there once and are not now."""
-        return sorted(self._names - self._taken)
+        """The names of those that were connected once and are not now."""
+        return sorted(self._seen - self._node_of.keys())
 
-    def doubt(self, connected_client: ConnectedClient) -> None:
-        """Let a client that has failed introduce itself again before it is asked for more."""
-        self._forget(connected_client.node_id)
+    def disconnect(self, name: str) -> None:
+        """Treat a client as new: it states its properties again before it takes part."""
+        node = self._node_of.pop(name, None)
+        if node is not None:
+            del self._connected[node]
 
     def gather(
-        self, engine: Engine, wanted: int, waiting: Callable[[float], None] = lambda seconds: None
+        self, needed: int, waiting: Callable[[float], None] = lambda seconds: None
     ) -> list[ConnectedClient]:
-        """Those that are there, once there are ``wanted`` or the engine's patience is at its end.
+        """The connected clients, once there are ``needed`` or the transport's patience is over.
 
-        Where nobody comes or goes everyone is asked once. ``waiting`` is called with the seconds
-        that are left, when the waiting begins and whenever someone has come or gone since.
+        Where no client comes or goes everyone is asked once. ``waiting`` is called with the seconds
+        that are left, when the waiting begins and whenever a client has come or gone since.
         """
-        if engine.patience is None and self._met:
-            return self.present
-        started = time.monotonic()
-        patience = engine.patience or 0.0
-        told: list[str] | None = None
+        clock, patience = self._transport.clock, self._transport.patience
+        if patience is None and self._gathered:
+            return self.connected
+        started = clock.monotonic()
+        reported: list[str] | None = None
         while True:
-            progress = self._look(engine)
-            spent = time.monotonic() - started
-            enough = len(self._known) >= wanted
-            if not self._worth_waiting(engine, enough, spent):
+            progress = self._look()
+            elapsed = clock.monotonic() - started
+            enough = len(self._connected) >= needed
+            if not self._worth_waiting(enough, elapsed):
                 break
-            names = [connected_client.client.name for connected_client in self.present]
-            introducing = self._asked and spent <= GRACE_SECONDS
-            if not enough and not introducing and names != told:
-                waiting(patience - spent)
-                told = names
+            names = [one.client.name for one in self.connected]
+            connecting = self._queries and elapsed <= GRACE_SECONDS
+            if not enough and not connecting and names != reported:
+                waiting((patience or 0.0) - elapsed)
+                reported = names
             if not progress:
-                time.sleep(POLL_SECONDS)
-        self._met = True
-        self._names |= self._taken
-        return self.present
+                clock.sleep(POLL_SECONDS)
+        self._gathered = True
+        self._seen |= self._node_of.keys()
+        return self.connected
 
-    def _worth_waiting(self, engine: Engine, enough: bool, spent: float) -> bool:
+    def _worth_waiting(self, enough: bool, elapsed: float) -> bool:
         """Whether to look again after so many seconds.
 
-        Those that are about to introduce themselves are waited for, but not for long where there
-        are enough: one that hangs must not keep the others.
+        Clients that are just connecting are waited for, but not for long where there are enough:
+        one that hangs must not keep the others.
         """
-        if engine.patience is None:
-            starting = len(self._known) + len(self._left_out) < engine.nodes
-            return (bool(self._asked) and spent <= engine.deadline) or (
-                starting and spent <= START_SECONDS
+        if self._transport.patience is None:
+            starting = len(self._connected) + len(self._refusals) < self._transport.nodes
+            return (bool(self._queries) and elapsed <= self._transport.deadline) or (
+                starting and elapsed <= START_SECONDS
             )
         if enough:
-            return bool(self._asked) and spent <= GRACE_SECONDS
-        return spent <= engine.patience
+            return bool(self._queries) and elapsed <= GRACE_SECONDS
+        return elapsed <= self._transport.patience
 
-    def _look(self, engine: Engine) -> bool:
-        """One look at the nodes: ask new ones, take answers, forget who is gone."""
-        nodes = list(engine.grid.get_node_ids())
+    def _look(self) -> bool:
+        """One look at the nodes: query new ones, take replies, forget those that are gone."""
+        nodes = list(self._transport.grid.get_node_ids())
         online = set(nodes)
-        for node in self._known.keys() - online:
-            self._forget(node)
-        self._asked = {i: m for i, m in self._asked.items() if m.metadata.dst_node_id in online}
-        asked = {message.metadata.dst_node_id for message in self._asked.values()}
-        now = time.monotonic()
+        for node in self._connected.keys() - online:
+            self.disconnect(self._connected[node].client.name)
+        self._queries = {i: m for i, m in self._queries.items() if m.metadata.dst_node_id in online}
+        queried = {message.metadata.dst_node_id for message in self._queries.values()}
+        retry = math.inf if self._transport.patience is None else RETRY_SECONDS
+        now = self._transport.clock.monotonic()
         for node in nodes:
-            when, _ = self._left_out.get(node, (-math.inf, ""))
-            retry = math.inf if engine.patience is None else RETRY_SECONDS
-            if node not in self._known and node not in asked and now - when >= retry:
-                self._ask(engine, node)
-        waiting, came = list(self._asked), False
-        for first in range(0, len(waiting), PULL_AT_ONCE):
-            came |= self._take_all(engine, waiting[first : first + PULL_AT_ONCE])
-        return came
+            refused_at, _ = self._refusals.get(node, (-math.inf, ""))
+            if node not in self._connected and node not in queried and now - refused_at >= retry:
+                self._query(node)
+        ids, received = list(self._queries), False
+        for first in range(0, len(ids), PULL_AT_ONCE):
+            received |= self._receive(ids[first : first + PULL_AT_ONCE])
+        return received
 
-    def _take_all(self, engine: Engine, ids: list[str]) -> bool:
-        """Take what answers these messages have, until no more come; whether there were any."""
-        came = False
-        while ids and (replies := pull(engine, ids)):
-            came = True
-            for reply in replies:
-                message = self._asked.pop(reply.metadata.reply_to_message_id, None)
-                if message is not None:
-                    self._take(message.metadata.dst_node_id, from_node_asked(message, reply))
-            ids = [message_id for message_id in ids if message_id in self._asked]
-        return came
-
-    def _ask(self, engine: Engine, node: int) -> None:
+    def _query(self, node: int) -> None:
         content = wire.pack(self._spec.header(1))
         message = Message(content, dst_node_id=node, message_type=MessageType.QUERY)
-        message_id = push(engine, message)
+        message_id = self._transport.push(message)
         if message_id is not None:
-            self._asked[message_id] = envelope(message)
+            self._queries[message_id] = envelope(message)
 
-    def _take(self, node: int, reply: Message) -> None:
+    def _receive(self, ids: list[str]) -> bool:
+        """Take the replies to these queries, until no more come; whether there were any."""
+        received = False
+        while ids and (replies := self._transport.pull(ids)):
+            received = True
+            for reply in replies:
+                message = self._queries.pop(reply.metadata.reply_to_message_id, None)
+                if message is not None:
+                    self._accept(message.metadata.dst_node_id, from_node_asked(message, reply))
+            ids = [message_id for message_id in ids if message_id in self._queries]
+        return received
+
+    def _accept(self, node: int, reply: Message) -> None:
         name = f"node {node}"
         try:
-            intro = wire.header(wire.answered(reply), wire.ClientProperties)
-            name = intro.client
-            self._known[node] = self._checked(node, intro)
-            self._taken.add(intro.client)
-            self._left_out.pop(node, None)
+            properties = wire.header(wire.answered(reply), ClientProperties)
+            name = properties.client
+            self._connected[node] = self._checked(node, properties)
+            self._node_of[name] = node
+            self._refusals.pop(node, None)
         except UpdateRefused as error:
-            _, before = self._left_out.get(node, (0.0, ""))
-            self._left_out[node] = (time.monotonic(), str(error))
-            if str(error) != before:  # it is asked again and again, and told once
+            _, reported = self._refusals.get(node, (0.0, ""))
+            self._refusals[node] = (self._transport.clock.monotonic(), str(error))
+            if str(error) != reported:  # it is asked again and again, and reported once
                 self._refused(name, str(error))
 
-    def _checked(self, node: int, intro: wire.ClientProperties) -> ConnectedClient:
-        self._spec.check(intro)
-        max_rank = self._spec.schema.rank
-        if intro.rank > max_rank:
-            raise UpdateRefused(f"offers rank {intro.rank}, but the global adapter has {max_rank}")
-        if intro.client in self._taken:
-            raise UpdateRefused("a client of this name is there already")
-        client = Client(intro.client, intro.rank, intro.examples)
-        return ConnectedClient(node, client, min(intro.max_rank, max_rank))
-
-    def _forget(self, node: int) -> None:
-        gone = self._known.pop(node, None)
-        if gone is not None:
-            self._taken.discard(gone.client.name)
+    def _checked(self, node: int, properties: ClientProperties) -> ConnectedClient:
+        self._spec.check(properties)
+        highest = self._spec.schema.rank
+        if properties.rank > highest:
+            raise UpdateRefused(
+                f"offers rank {properties.rank}, but the global adapter has {highest}"
+            )
+        if properties.client in self._node_of:
+            raise UpdateRefused("a client of this name is connected already")
+        client = Client(properties.client, properties.rank, properties.examples)
+        return ConnectedClient(node, client, min(properties.max_rank, highest))

@@ -2,8 +2,8 @@
 
 float32 is exact. bfloat16 and float16 round each number by itself: to 8 significant bits, and to
 11 where it is at least 6.1e-5 (below, to a multiple of 6e-8). int8 has one float32 scale for each
-slot, that is a row of A and a column of B, and for each row of any other tensor (one in all, where
-it has fewer than two dimensions): ``value = scale * q`` with whole q from -127 to 127.
+row: a row of A, a column of B (one rank dimension each), a row of any other tensor (one in all,
+where it has fewer than two axes): ``value = scale * q`` with integer q from -127 to 127.
 
 A lossy type rounds a trained adapter harmlessly where it carries the *change* of it, since the
 receiver of a reply has what the change is from in full precision. Rounded values would put the
@@ -30,9 +30,9 @@ DTYPES: dict[str, torch.dtype] = {
     "int8": torch.int8,
 }
 LARGEST = 127
-"""The largest whole number of an int8 slot; -128 is never used."""
+"""The largest int8 value; -128 is never used."""
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
-"""A slot of a smaller scale is one of zeros: below, float32 has no full precision."""
+"""A row with a smaller scale is all zeros: below, float32 loses precision."""
 
 _SCALE = ":scale"
 """After the name of an int8 tensor: that of its scales."""
@@ -48,17 +48,17 @@ def carries_change(dtype: str) -> bool:
 def encode(tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
     """Named tensors in the type in which they travel; for int8 with ``<name>:scale`` beside each.
 
-    int8: a number is off by ``scale / 2`` at most (to float32's own rounding), where the slot's
+    int8: a number is off by ``scale / 2`` at most (to float32's own rounding), where the row's
     scale is the largest magnitude in it over 127, cut to 17 significant bits; zeros are exact, and
-    a slot whose scale would be below `SMALLEST_SCALE` (magnitudes below 1.5e-36) is zeros of
-    scale 0. To encode what was decoded changes no bit. A slot that holds a number which is not
-    finite has a scale which is not, so that its receiver refuses it.
+    a row whose scale would be below `SMALLEST_SCALE` (magnitudes below 1.5e-36) is zeros of
+    scale 0. Encoding what was decoded changes no bit. A row with a number that is not
+    finite has a scale that is not, so that its receiver refuses it.
     """
     if dtype != "int8":
         return {name: tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}
     encoded: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        rows = _slots(name, tensor).float()
+        rows = _rows(name, tensor).float()
         scales = _scales(rows)
         divisors = scales.where(scales != 0, torch.inf).unsqueeze(1)
         whole = torch.round(rows / divisors).clamp(-LARGEST, LARGEST)
@@ -86,7 +86,7 @@ def decode(tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
 
 
 def change_of(trained: LoraAdapter, received: LoraAdapter) -> LoraAdapter:
-    """What training has added to what was received; ``trained`` may have fewer slots, the first."""
+    """What training has added to what was received; ``trained`` may have a lower rank."""
     base = received.prefix(trained.rank).tensors()
     changes = {name: t - base[name].float() for name, t in trained.tensors().items()}
     return LoraAdapter.from_tensors(changes, trained.scale)
@@ -95,7 +95,7 @@ def change_of(trained: LoraAdapter, received: LoraAdapter) -> LoraAdapter:
 def with_change(
     sent: LoraAdapter, change: LoraAdapter, unchanged: Mapping[str, Tensor]
 ) -> LoraAdapter:
-    """The first slots of what was sent (as many as ``change`` has), in float32, with the change.
+    """The prefix of what was sent (of the rank of ``change``), in float32, with the change.
 
     The names of ``unchanged`` are as they were sent, whatever stands for them in ``change``.
     """
@@ -108,7 +108,7 @@ def with_change(
 
 
 def _scales(rows: Tensor) -> Tensor:
-    """One scale for each of the rows [slots, width]: the largest magnitude over 127."""
+    """One scale for each of the rows [rows, width]: the largest magnitude over 127."""
     largest = rows.abs().amax(1) if rows.numel() else torch.zeros(len(rows))
     scales = ((largest / LARGEST).view(torch.int32) & _SPARE).view(torch.float32)
     return torch.where(scales < SMALLEST_SCALE, torch.zeros_like(scales), scales)
@@ -119,7 +119,7 @@ def _decoded(name: str, whole: Tensor, scales: Tensor | None) -> Tensor:
     if scales is None:
         raise UpdateRefused(f"tensor {name + _SCALE!r} is missing")
     _check_type(name + _SCALE, scales, torch.float32, "int8")
-    rows = _slots(name, whole)
+    rows = _rows(name, whole)
     if scales.shape != rows.shape[:1]:
         raise UpdateRefused(
             f"tensor {name + _SCALE!r} has shape {list(scales.shape)}, expected {[len(rows)]}"
@@ -134,8 +134,8 @@ def _decoded(name: str, whole: Tensor, scales: Tensor | None) -> Tensor:
     return values.T.contiguous() if _is_b(name, whole) else values.reshape(whole.shape)
 
 
-def _slots(name: str, tensor: Tensor) -> Tensor:
-    """A view of the tensor as [slots, width]: what one scale is for is a row."""
+def _rows(name: str, tensor: Tensor) -> Tensor:
+    """A view of the tensor as [rows, width], each row with a scale of its own."""
     if _is_b(name, tensor):
         return tensor.T
     return tensor.flatten(1) if tensor.ndim > 1 else tensor.reshape(1, -1)

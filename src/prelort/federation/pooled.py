@@ -1,4 +1,4 @@
-"""One adapter's metrics over the clients that measured it, each on its own test rows."""
+"""One adapter's metrics over the clients that measured it, each on its own test examples."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from prelort.adapters import LoraAdapter
-from prelort.federation.wire import EvaluateReply
+from prelort.federation.messages import EvaluateReply
 from prelort.metrics import scores
 
 
@@ -41,7 +41,7 @@ class PooledMetrics:
                 self._sums[name] = (total + value * reply.examples, examples + reply.examples)
 
     def metrics(self) -> dict[str, float]:
-        """Metric -> value; empty where nobody has measured."""
+        """Metric -> value; empty where no client has measured."""
         values = {name: total / examples for name, (total, examples) in self._sums.items()}
         if self._weight:
             values["loss"] = self._nll / self._weight
@@ -50,10 +50,10 @@ class PooledMetrics:
         return values
 
 
-def together(adapters: Mapping[int, LoraAdapter]) -> list[list[int]]:
+def prefix_groups(adapters: Mapping[int, LoraAdapter]) -> list[list[int]]:
     """The ranks in groups: the first of a group's adapters, and those that are prefixes of it.
 
-    Rank 0 stands for the base: it is a prefix of whatever has its extras.
+    Rank 0 stands for the base: a prefix of any adapter with the same modules to save.
     """
     groups: list[list[int]] = []
     for rank in sorted(adapters, reverse=True):

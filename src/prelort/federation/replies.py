@@ -7,13 +7,13 @@ import math
 from prelort.config import FederationConfig
 from prelort.errors import UpdateRefused
 from prelort.federation import wire
-from prelort.federation.client_manager import AdapterSpec
 from prelort.federation.encoding import with_change
 from prelort.federation.flower import Message
+from prelort.federation.messages import AdapterSpec, EvaluateReply, TrainReply
 from prelort.methods.interface import Broadcast, Client, Update
 
 
-def checked(
+def checked_update(
     reply: Message,
     client: Client,
     round_index: int,
@@ -21,7 +21,7 @@ def checked(
     limits: FederationConfig,
     sent: Broadcast,
     may_prune: bool = False,
-) -> tuple[Update, wire.TrainReply]:
+) -> tuple[Update, TrainReply]:
     """The update in a reply and its header; what it did not train is as it was ``sent``.
 
     Where the reply carries a change, the update is what was ``sent``, in the server's own
@@ -33,7 +33,7 @@ def checked(
     not finite or absurdly large.
     """
     content = wire.answered(reply)
-    head = wire.header(content, wire.TrainReply)
+    head = wire.header(content, TrainReply)
     asked = sent.trainable.rank
     spec.check(head, None if may_prune and head.rank < asked else asked)
     if head.client != client.name:
@@ -53,7 +53,7 @@ def checked(
         )
     wire.check_dtype(head, limits.wire_dtype)
     base = sent.trainable.prefix(head.rank)
-    kept = wire.of_kinds(base, wire.staying(sent.trains, sent.personal))
+    kept = wire.of_kinds(base, wire.not_sent_up(sent.trains, sent.personal))
     adapter, surplus = wire.adapter(content, head, kept)
     if surplus is not None:
         raise UpdateRefused("sends a frozen adapter, which nobody asked for")
@@ -64,15 +64,15 @@ def checked(
     return Update(client, adapter, head.examples), head
 
 
-def measured(
+def checked_metrics(
     reply: Message, client: Client, finished: int, spec: AdapterSpec
-) -> wire.EvaluateReply:
+) -> EvaluateReply:
     """What a client measured after so many ``finished`` rounds.
 
     Raises `UpdateRefused` with the reason: an error or no answer, or another base, layers, scale,
     client or round than asked.
     """
-    head = wire.header(wire.answered(reply), wire.EvaluateReply)
+    head = wire.header(wire.answered(reply), EvaluateReply)
     spec.check(head)
     if head.client != client.name:
         raise UpdateRefused(f"answers for {head.client!r}")

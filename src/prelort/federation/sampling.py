@@ -28,7 +28,7 @@ def sample(clients: Sequence[T], wanted: int | float, *, seed: int, round_index:
     return [clients[index] for index in sorted(chosen)]
 
 
-def needed(federation: FederationConfig) -> int:
+def min_connected(federation: FederationConfig) -> int:
     """The clients that must be there before a round begins, where they come and go."""
     per_round, quorum = federation.clients_per_round, federation.quorum
     wanted = federation.min_clients

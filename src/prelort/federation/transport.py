@@ -1,4 +1,4 @@
-"""Sending messages over any Flower grid and taking the replies as they arrive."""
+"""Sending messages over a Flower grid and receiving the replies as they arrive."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
+from typing import Protocol
 
 from prelort.federation.content import blob_in
 from prelort.federation.flower import Error, Grid, Message, envelope, is_busy
@@ -23,109 +24,132 @@ NOT_SENT = 102
 PULL_BYTES = 64 * 2**20
 """How much is pulled at a time, if replies are as large as what was sent; one reply at least."""
 MARGIN_SECONDS = 30.0
-"""How long after its deadline a message that nobody has taken yet is thrown away."""
+"""How long after its deadline a message that nobody has fetched is thrown away."""
+
+
+class Clock(Protocol):
+    """What waits: the module `time`, or a test's clock."""
+
+    def monotonic(self) -> float:
+        """Seconds that never go back."""
+        ...
+
+    def sleep(self, seconds: float, /) -> None:
+        """Wait."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
-class Engine:
-    """A Flower grid and how it is to be used.
+class Sent:
+    """A message under way: its envelope, and the bytes of the adapter that was in it."""
 
-    ``in_flight``: messages out at a time (None: all at once). ``deadline``: seconds for one round
-    trip with all clients; infinite where each client's own time-out is enough. ``patience``:
-    seconds to wait for enough clients to be there; None where nobody comes or goes. ``nodes``: how
-    many there will be in the end, where they take a while to start.
-    """
-
-    grid: Grid
-    in_flight: int | None
-    deadline: float
-    patience: float | None = None
-    nodes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """A message that is out: its envelope, and the bytes of the adapter that was in it."""
-
-    message: Message
+    envelope: Message
     size: int
 
 
-def exchange(engine: Engine, messages: Iterable[Message]) -> Iterator[Message]:
-    """Yield exactly one reply for each message, as they arrive; its source is the node asked.
+@dataclass(frozen=True, slots=True)
+class Transport:
+    """A Flower grid and how it is used.
 
-    A client that does not answer by the deadline is answered for by an error message. Messages
-    are taken from the iterable only when they can go out, so that the server never holds more of
-    them than needed; replies that are ready wait at the SuperLink until those before them have
-    been taken, unless they are small.
+    ``max_in_flight``: messages under way at a time (None: all at once). ``deadline``: seconds for a
+    round trip with all clients; infinite where each client's own time-out is enough. ``patience``:
+    seconds to wait for enough clients; None where no client comes or goes. ``nodes``: how many
+    there will be, where they take a while to start.
     """
-    queue = iter(messages)
-    asked: dict[str, Asked] = {}
-    deadline = time.monotonic() + engine.deadline
-    while time.monotonic() <= deadline:
-        yield from _send(engine, queue, asked)
-        if not asked:
-            return
-        any_came = False
-        for ids in portions({message_id: one.size for message_id, one in asked.items()}):
-            replies = deque(pull(engine, ids))
-            any_came |= bool(replies)
-            while replies:
-                reply = replies.popleft()
-                known = asked.pop(reply.metadata.reply_to_message_id, None)
-                if known is not None:
-                    yield from_node_asked(known.message, reply)
-                del reply  # or it would stay until the next one is here
-        if not any_came:
-            time.sleep(POLL_SECONDS)
-    late = f"did not answer within {engine.deadline:g} s"
-    for message in chain((one.message for one in asked.values()), queue):
-        yield Message(Error(NO_ANSWER, late), reply_to=message)
+
+    grid: Grid
+    max_in_flight: int | None = None
+    deadline: float = math.inf
+    patience: float | None = None
+    nodes: int = 0
+    clock: Clock = time
+
+    def send_and_receive(self, messages: Iterable[Message]) -> Iterator[Message]:
+        """Yield exactly one reply for each message, as they arrive; its source is the node asked.
+
+        A client that does not answer by the deadline is answered for by an error message. Messages
+        are taken from the iterable only when they can go out, so that the server never holds more
+        of them than needed; replies that are ready wait at the SuperLink until those before them
+        have been received, unless they are small.
+        """
+        queue = iter(messages)
+        sent: dict[str, Sent] = {}
+        deadline = self.clock.monotonic() + self.deadline
+        while self.clock.monotonic() <= deadline:
+            yield from self._send(queue, sent)
+            if not sent:
+                return
+            received = False
+            for ids in portions({message_id: one.size for message_id, one in sent.items()}):
+                replies = deque(self.pull(ids))
+                received |= bool(replies)
+                while replies:
+                    reply = replies.popleft()
+                    known = sent.pop(reply.metadata.reply_to_message_id, None)
+                    if known is not None:
+                        yield from_node_asked(known.envelope, reply)
+                    del reply  # or it would stay until the next one is here
+            if not received:
+                self.clock.sleep(POLL_SECONDS)
+        late = f"did not answer within {self.deadline:g} s"
+        for message in chain((one.envelope for one in sent.values()), queue):
+            yield Message(Error(NO_ANSWER, late), reply_to=message)
+
+    def push(self, message: Message) -> str | None:
+        """Send one message; returns its id, or None where the grid refuses it or is busy.
+
+        One that nobody fetches in time expires: a node that comes back later does not begin with
+        work that nobody waits for any more.
+        """
+        if math.isfinite(self.deadline):
+            message.metadata.ttl = self.deadline + MARGIN_SECONDS
+        try:
+            ids = list(self.grid.push_messages([message]))
+        except Exception as error:
+            if not is_busy(error):
+                raise
+            log.warning("the SuperLink is busy, a message could not be sent: %s", error)
+            return None
+        return ids[0] if ids else None
+
+    def pull(self, ids: list[str]) -> list[Message]:
+        """The replies to these messages that are ready; none where the SuperLink is busy."""
+        try:
+            return list(self.grid.pull_messages(ids))
+        except Exception as error:
+            if not is_busy(error):
+                raise
+            log.warning("the SuperLink is busy, its replies are asked for again: %s", error)
+            return []
+
+    def _send(self, queue: Iterator[Message], sent: dict[str, Sent]) -> Iterator[Message]:
+        """Push as many messages as may be in flight; yields errors for those that are not sent.
+
+        Only their envelopes are kept: the adapters need not stay in memory until all have answered.
+        """
+        while self.max_in_flight is None or len(sent) < self.max_in_flight:
+            message = next(queue, None)
+            if message is None:
+                return
+            message_id = self.push(message)
+            if message_id is None:
+                yield Message(Error(NOT_SENT, "cannot be reached"), reply_to=message)
+            else:
+                sent[message_id] = Sent(envelope(message), len(blob_in(message.content) or b""))
+            del message  # before the next one is made
 
 
-def portions(sizes: Mapping[str, int], max_rank: int = PULL_BYTES) -> list[list[str]]:
-    """Message ids in their order, cut so that the bytes of each part are at most ``max_rank``.
-
-    A part has one id at least, whatever its size.
-    """
+def portions(sizes: Mapping[str, int], max_bytes: int = PULL_BYTES) -> list[list[str]]:
+    """Message ids in their order, cut so that each part has at most ``max_bytes`` (or one id)."""
     parts: list[list[str]] = []
     room = 0
     for message_id, size in sizes.items():
         if not parts or size > room:
             parts.append([])
-            room = max_rank
+            room = max_bytes
         parts[-1].append(message_id)
         room -= size
     return parts
-
-
-def pull(engine: Engine, ids: list[str]) -> list[Message]:
-    """The replies to these messages that are there; none where the SuperLink is busy just now."""
-    try:
-        return list(engine.grid.pull_messages(ids))
-    except Exception as error:
-        if not is_busy(error):
-            raise
-        log.warning("the SuperLink is busy, its replies are asked for again: %s", error)
-        return []
-
-
-def push(engine: Engine, message: Message) -> str | None:
-    """Send one message; returns its id, or None where the grid does not take it or is busy.
-
-    One that nobody fetches in time is void: a node that comes back later does not begin with
-    work that nobody waits for any more.
-    """
-    if math.isfinite(engine.deadline):
-        message.metadata.ttl = engine.deadline + MARGIN_SECONDS
-    try:
-        ids = list(engine.grid.push_messages([message]))
-    except Exception as error:
-        if not is_busy(error):
-            raise
-        log.warning("the SuperLink is busy, a message could not be sent: %s", error)
-        return None
-    return ids[0] if ids else None
 
 
 def from_node_asked(message: Message, reply: Message) -> Message:
@@ -134,20 +158,3 @@ def from_node_asked(message: Message, reply: Message) -> Message:
         return Message(reply.error, reply_to=message)
     reply.metadata.group_id = message.metadata.group_id  # as asked, whatever the node says
     return reply
-
-
-def _send(engine: Engine, queue: Iterator[Message], asked: dict[str, Asked]) -> Iterator[Message]:
-    """Push messages until as many are out as the engine allows; yields errors for the unsendable.
-
-    Only their envelopes are kept: the adapters need not stay in memory until all have answered.
-    """
-    while engine.in_flight is None or len(asked) < engine.in_flight:
-        message = next(queue, None)
-        if message is None:
-            return
-        message_id = push(engine, message)
-        if message_id is None:
-            yield Message(Error(NOT_SENT, "cannot be reached"), reply_to=message)
-        else:
-            asked[message_id] = Asked(envelope(message), len(blob_in(message.content) or b""))
-        del message  # before the next one is made

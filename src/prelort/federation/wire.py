@@ -1,8 +1,8 @@
-"""What server and clients say to each other, and the checks before anything is believed.
+"""Messages as bytes, and the checks before anything in them is believed.
 
-A message is one header (JSON, a pydantic model) and, where an adapter travels, one safetensors
-blob: it carries bfloat16 as it is, is read without unpickling, and fails as a whole if a byte of
-its structure is wrong. The same bytes go through every engine.
+A message is one header (JSON) and, where an adapter travels, one safetensors blob: it carries
+bfloat16 as it is, is read without unpickling, and fails as a whole if a byte of its structure is
+wrong. The same bytes go through every engine.
 """
 
 from __future__ import annotations
@@ -10,143 +10,24 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal, TypeVar
+from typing import TypeVar
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from prelort.adapters import AdapterSchema, LoraAdapter, ScaleRule, Trained
-from prelort.config import TrainingConfig
+from prelort.adapters import AdapterSchema, LoraAdapter, Trained
 from prelort.errors import AdapterError, UpdateRefused
-from prelort.federation.content import blob_in, content_of, record_of, text_in
+from prelort.federation.content import blob_in, content_of, text_in
 from prelort.federation.encoding import Dtype, carries_change, decode, encode
-from prelort.federation.flower import ArrayRecord, Message, RecordDict
-from prelort.methods.objective import Kind, Objective, TailPenalty
-
-PROTOCOL = 3
-Seconds = Annotated[float, PlainSerializer(lambda value: f"{value:.6e}", when_used="json")]
-"""A time, always as many bytes long, so that equal runs count equal bytes."""
+from prelort.federation.flower import Message, RecordDict
+from prelort.federation.messages import PROTOCOL, Delivery, Header, TrainReply
 
 _FROZEN = "frozen:"
 """Before the names of the tensors that are folded into the base for the round."""
-_A, _B, _EXTRA = "A", "B", "extra"
-
-
-class Header(BaseModel):
-    """What every message states about the adapter it is about."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    protocol: int = PROTOCOL
-    base: str
-    """Fingerprint of the base model."""
-    layers: str
-    """Digest of the adapter's layer names and shapes."""
-    scale_rule: Literal["constant", "rslora"]
-    scale: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-    rank: Annotated[int, Field(ge=1)]
-
-    @property
-    def rule(self) -> ScaleRule:
-        """The scale rule that the sender uses."""
-        return ScaleRule(self.scale_rule, self.scale)
-
-
-class ClientProperties(Header):
-    """A client's answer to the server's first question."""
-
-    client: Annotated[str, Field(min_length=1, max_length=200)]
-    examples: Annotated[int, Field(ge=1)]
-    max_rank: Annotated[int, Field(ge=1)]
-    """The largest rank that the client can be raised to; ``rank`` is the one to begin with."""
-
-
-class Delivery(Header):
-    """How to make the adapter that a request is about out of what came with it.
-
-    ``rank`` is the adapter's. Factors that the client draws itself (``drawn``) or keeps from its
-    last round (``personal``) do not travel.
-    """
-
-    dtype: Dtype
-    round: int
-    """Counts from 0."""
-    seeded_factors: Literal["nothing", "A", "A and B"] = "nothing"
-    factor_seed: int = 0
-    personal: bool = False
-    scale_multiplier: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
-
-    def missing(self) -> tuple[str, ...]:
-        """The kinds of tensors that do not travel."""
-        drawn = {"nothing": (), "A": (_A,), "A and B": (_A, _B)}[self.seeded_factors]
-        return (*drawn, _B, _EXTRA) if self.personal else drawn
-
-
-class TrainRequest(Delivery):
-    """The server's order to train the adapter that comes with it."""
-
-    rounds: int
-    seed: int
-    training: TrainingConfig
-    objective: Kind
-    levels: tuple[int, ...]
-    level_weights: tuple[float, ...]
-    tail: TailPenalty | None = None
-    trains: Trained = "AB"
-    with_validation: bool = False
-    """Whether the server wants the loss on the client's validation rows."""
-    timeout: float
-
-    def to_objective(self) -> Objective:
-        """The objective that the client optimises."""
-        return Objective(self.objective, self.levels, self.level_weights, self.tail)
-
-
-class EvaluateRequest(Delivery):
-    """The server's order to measure the adapter that comes with it on the client's test rows."""
-
-    prefixes: tuple[Annotated[int, Field(ge=0)], ...] = ()
-    """Ranks of which the adapter's prefixes are measured too (0: the base with the extras)."""
-    metrics: tuple[str, ...] | None
-    batch_size: int
-    max_new_tokens: int
-    max_generated: int
-
-
-class EvaluateReply(Header):
-    """What a client measured: metric -> value, over so many test examples.
-
-    ``prefixes``: rank -> the same for each of the prefixes that were asked for.
-    ``weight``: the tokens (causal) or examples that the loss is a mean over.
-    """
-
-    client: str
-    round: int
-    examples: Annotated[int, Field(ge=1)]
-    weight: Annotated[int, Field(ge=1)]
-    metrics: dict[str, float | None]
-    prefixes: dict[int, dict[str, float | None]] = Field(default_factory=dict)
-
-
-class TrainReply(Header):
-    """What a client says with its trained adapter. ``round`` counts from 0."""
-
-    dtype: Dtype
-    change: bool
-    """Whether the adapter is the change of what the client received, and not the trained one."""
-    client: str
-    round: int
-    examples: int
-    steps: int
-    loss: float
-    seconds: Seconds
-    next_rank: Annotated[int, Field(ge=1)] | None = None
-    """The rank that the client offers from now on; not set: the one it has."""
-    validation_loss: float | None = None
-
+_A, _B, _MODULES = "A", "B", "modules to save"
 
 H = TypeVar("H", bound=Header)
 
@@ -169,11 +50,6 @@ def pack(
         # Copies: safetensors refuses tensors that share memory, as views of one state may.
         tensors |= {_FROZEN + name: tensor.clone() for name, tensor in frozen.tensors().items()}
     return content_of(header.model_dump_json(), _bytes(encode(tensors, dtype)))
-
-
-def record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
-    """Named tensors as Flower's record: one safetensors blob."""
-    return record_of(_bytes(tensors))
 
 
 def size(content: RecordDict) -> int:
@@ -232,10 +108,16 @@ def check_dtype(head: TrainReply, asked: Dtype) -> None:
         )
 
 
-def staying(trains: Trained, personal: bool) -> tuple[str, ...]:
+def not_sent_down(request: Delivery) -> tuple[str, ...]:
+    """The kinds of tensors that do not travel with a request."""
+    seeded = {"nothing": (), "A": (_A,), "A and B": (_A, _B)}[request.seeded_factors]
+    return (*seeded, _B, _MODULES) if request.personal else seeded
+
+
+def not_sent_up(trains: Trained, personal: bool) -> tuple[str, ...]:
     """The kinds of tensors that do not travel back with a reply."""
     if personal:
-        return (_B, _EXTRA)
+        return (_B, _MODULES)
     return {"AB": (), "A": (_B,), "B": (_A,)}[trains]
 
 
@@ -289,10 +171,10 @@ def answered(reply: Message) -> RecordDict:
 
 
 def kind_of(name: str) -> str:
-    """Whether a tensor is an A, a B or an extra."""
+    """Whether a tensor is an A, a B or of a module that is trained in full."""
     if name.endswith(".lora_A.weight"):
         return _A
-    return _B if name.endswith(".lora_B.weight") else _EXTRA
+    return _B if name.endswith(".lora_B.weight") else _MODULES
 
 
 def _check_protocol(stated: object) -> None:

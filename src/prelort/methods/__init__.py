@@ -1,4 +1,4 @@
-"""Published methods by name. To add one, write one file and one line here, or use your own class.
+"""Published methods by name. To add one, write one file and one line here.
 
 A class outside the package is named ``package.module:Class`` in ``method.name``.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import os
 import sys
 
@@ -63,9 +64,6 @@ REGISTRY: dict[str, type[Method]] = {
     )
 }
 
-_PARTS = ("check", "broadcast", "objective", "aggregator", "global_adapter")
-"""What a class must have to be a `Method`."""
-
 __all__ = [
     "REGISTRY",
     "Aggregator",
@@ -84,8 +82,8 @@ __all__ = [
 def find(name: str) -> type[Method]:
     """The class of a registered method, or of ``package.module:Class``.
 
-    The module is looked for in the current folder too. Raises `ConfigError` with the nearest known
-    name, or with what is wrong with the class.
+    Modules are also searched in the current folder. Raises `ConfigError` with the nearest known
+    name, or with what the class lacks to be a `Method`.
     """
     if name in REGISTRY:
         return REGISTRY[name]
@@ -97,7 +95,7 @@ def find(name: str) -> type[Method]:
 
 
 def build(config: MethodConfig, seed: int) -> Method:
-    """The configured method.
+    """The configured method; ``seed`` is the run's.
 
     Raises `ConfigError` for options of a method that does not exist.
     """
@@ -108,7 +106,7 @@ def build(config: MethodConfig, seed: int) -> Method:
 
 
 def trait(method: Method | type[Method], name: str) -> bool:
-    """One of the traits of `PrefixMethod` (``personal``, ``ignores_ranks``); False if not given."""
+    """A trait of `PrefixMethod` (``personal``, ``ignores_ranks``); False where it has none."""
     return bool(getattr(method, name, False))
 
 
@@ -117,14 +115,26 @@ def _imported(name: str) -> type[Method]:
     if os.getcwd() not in sys.path:  # an installed command does not search it by itself
         sys.path.append(os.getcwd())
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        method = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # the user's own code may raise anything
         raise ConfigError(
             f"method {name!r} cannot be imported: {type(error).__name__}: {error}"
         ) from error
-    if not isinstance(found, type):
+    if not isinstance(method, type):
         raise ConfigError(f"method {name!r} is not a class")
-    lacking = [part for part in _PARTS if not callable(getattr(found, part, None))]
+    parts = {n: f for n, f in inspect.getmembers(Method, inspect.isfunction) if n[0] != "_"}
+    lacking = [part for part in parts if not callable(getattr(method, part, None))]
     if lacking:
         raise ConfigError(f"method {name!r} is no method: it lacks {', '.join(lacking)}")
-    return found
+    for part, definition in parts.items():
+        parameters = inspect.signature(definition).parameters.values()
+        required = [p.name for p in parameters if p.default is p.empty]
+        optional = {p.name: p.default for p in parameters if p.default is not p.empty}
+        try:
+            inspect.signature(getattr(method, part)).bind(*required, **optional)
+        except TypeError as error:
+            call = ", ".join([*required, *(f"{n}={value}" for n, value in optional.items())])
+            raise ConfigError(
+                f"method {name!r} is no method: it must allow {part}({call}), but {error}"
+            ) from None
+    return method

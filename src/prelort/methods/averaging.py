@@ -29,9 +29,14 @@ def weighting(name: str) -> Weighting:
 
 
 class Averaging:
-    """The aggregator of the methods that average slots; ``finish`` is where they differ.
+    """The aggregator of the methods that average rank dimensions.
 
-    ``dimensions_of`` says which slots a client trained, where these are not the first ones.
+    Args:
+        state: before the round.
+        weight: of a reply.
+        finish: makes the mean the new adapter, given the old one; here the methods differ.
+        dimensions_of: the rank dimensions that a client trained (layer -> int64 [rank]), where
+            these are not the first ones.
     """
 
     def __init__(
@@ -48,12 +53,11 @@ class Averaging:
         self.mean = RankwiseMean(state.adapter)
 
     def add(self, update: Update) -> None:
-        """Fold in a reply's slots."""
+        """Fold in a reply's rank dimensions."""
         dimensions = self.dimensions_of(update) if self.dimensions_of is not None else None
         self.mean.add(update.adapter, self.weight(update), dimensions)
 
     def result(self) -> ServerState:
         """The state after the round; its adapter is the old one where no reply had a weight."""
         old = self.state.adapter
-        adapter = self.finish(self.mean, old) if self.mean.total > 0 else old
-        return self.state.advanced(adapter)
+        return self.state.advanced(self.finish(self.mean, old) if self.mean.total > 0 else old)

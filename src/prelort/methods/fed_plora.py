@@ -24,41 +24,47 @@ from prelort.config import MethodConfig, Section
 from prelort.methods.averaging import Averaging, weighting
 from prelort.methods.interface import Broadcast, Client, ServerState
 from prelort.methods.prefix import PrefixMethod
-from prelort.methods.selection import find, folded, rest, scale_multiplier_of, selected, taken
+from prelort.methods.selection import (
+    complement,
+    find_order,
+    freeze,
+    scale_multiplier_of,
+    select,
+    take,
+)
 
 
 class FedPloraOptions(Section):
-    """``[method.options.fed-plora]``: 'uniform', 'in-turn', 'prefix' or 'module:function'."""
+    """``[method.options.fed-plora]``."""
 
     selection: str = "uniform"
+    """'uniform', 'in-turn', 'prefix' or 'module:function'."""
 
 
 class FedPlora(PrefixMethod):
     """Clients train a random selection of modules with the rest folded into the base."""
 
     name: ClassVar[str] = "fed-plora"
-    summary: ClassVar[str] = "clients train randomly drawn slots, the others folded into their base"
+    summary: ClassVar[str] = "clients train random rank dimensions, the rest folded into the base"
     paper: ClassVar[str] = "Fed-PLoRA, Zhang et al. 2026, arXiv 2602.16936"
     may_nest: ClassVar[bool] = False
     Options: ClassVar[type[Section]] = FedPloraOptions
 
     def __init__(self, config: MethodConfig, seed: int) -> None:
         super().__init__(config, seed)
-        self.order = find(self.options.selection)
+        self.order = find_order(self.options.selection)
 
     def modules(self, state: ServerState, client: Client) -> dict[str, Tensor]:
-        """K of one client and round: layer -> slots."""
-        return selected(self.order, self.seed, state.round, client, state.adapter)
+        """K of one client and round: layer -> rank dimensions."""
+        return select(self.order, self.seed, state.round, client, state.adapter)
 
     def broadcast(self, state: ServerState, client: Client) -> Broadcast:
         """The selected modules to train, all others frozen."""
         chosen = self.modules(state, client)
         return Broadcast(
-            taken(state.adapter, chosen),
-            frozen=folded(state.adapter, rest(chosen, state.adapter)),
-            scale_multiplier=scale_multiplier_of(
-                state.adapter.scale, state.adapter, client.rank, self.name
-            ),
+            take(state.adapter, chosen),
+            frozen=freeze(state.adapter, complement(chosen, state.adapter)),
+            scale_multiplier=scale_multiplier_of(state.adapter, client.rank, self.name),
         )
 
     def aggregator(self, state: ServerState) -> Averaging:

@@ -1,9 +1,10 @@
 """FedEx-LoRA (Singhal et al., arXiv 2410.09432) for mixed ranks: the residual makes averages exact.
 
 FedIT's mean of the factors misses the mean of the products by a residual; FedEx folds it into every
-client's base. For mixed ranks, our extension: A and B are averaged slot by slot over their holders,
-and a client of rank r trains the first r slots with everything else of the global function frozen
-beside it: the residual and the slots above r. With F_k that frozen part,
+client's base. For mixed ranks, our extension: A and B are averaged dimension by dimension over
+their holders, and a client of rank r trains the first r dimensions with everything else of the
+global function frozen beside it: the residual and the dimensions above r. With F_k that frozen
+part,
 
     residual' = sum_k p_k (s B_k A_k + F_k) - s B' A'
 
@@ -14,6 +15,7 @@ as factors through QR and a small SVD, never as a d_out x d_in matrix, whole or 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Annotated, ClassVar
 
@@ -21,15 +23,15 @@ import torch
 from pydantic import Field
 
 from prelort.adapters import Factors, LoraAdapter
-from prelort.adapters.algebra import best_approximation, compressed, concatenate
-from prelort.aggregation.products import ProductSum, summed
+from prelort.adapters.algebra import best_approximation, compress, concatenate
+from prelort.aggregation.products import ProductSum, sum_products
 from prelort.aggregation.rankwise_mean import RankwiseMean
 from prelort.config import Section
 from prelort.methods.averaging import Averaging, Weighting, weighting
 from prelort.methods.interface import Broadcast, Client, ServerState, Update
+from prelort.methods.memory import recall, store
 from prelort.methods.prefix import PrefixMethod
-from prelort.methods.product_method import memorised, remembered
-from prelort.methods.selection import folded, scale_multiplier_of
+from prelort.methods.selection import above, freeze, scale_multiplier_of
 
 RESIDUAL = "residual"
 """The key of the residual in the server's memory."""
@@ -50,16 +52,15 @@ class FedExLora(PrefixMethod):
     Options: ClassVar[type[Section]] = FedExOptions
 
     def broadcast(self, state: ServerState, client: Client) -> Broadcast:
-        """The prefix to train; the residual and the slots above it frozen."""
+        """The prefix to train; the residual and the dimensions above it frozen."""
         whole = state.adapter
-        above = {n: torch.arange(min(client.rank, f.rank), f.rank) for n, f in whole.layers.items()}
-        residual = remembered(state.memory, RESIDUAL, whole)
-        parts = [part for part in (residual, folded(whole, above)) if part is not None]
-        scale_multiplier = scale_multiplier_of(whole.scale, whole, client.rank, self.name)
+        residual = recall(state.memory, RESIDUAL, whole)
+        rest = freeze(whole, above(client.rank, whole))
+        parts = [part for part in (residual, rest) if part is not None]
         return Broadcast(
             whole.prefix(client.rank),
-            frozen=summed(parts) if parts else None,
-            scale_multiplier=scale_multiplier,
+            frozen=sum_products(parts) if parts else None,
+            scale_multiplier=scale_multiplier_of(whole, client.rank, self.name),
         )
 
     def aggregator(self, state: ServerState) -> WithResidual:
@@ -68,21 +69,21 @@ class FedExLora(PrefixMethod):
             state, weighting(self.config.weights), self.options.residual_rank, self.name
         )
 
-    def global_adapter(self, state: ServerState, rank: int | None = None) -> LoraAdapter:
+    def global_adapter(
+        self, state: ServerState, rank: int | None = None, layers: Collection[str] | None = None
+    ) -> LoraAdapter:
         """The best approximation of adapter plus residual (None: their sum)."""
-        residual = remembered(state.memory, RESIDUAL, state.adapter)
+        own = state.adapter.select(layers)
+        residual = recall(state.memory, RESIDUAL, own)
         if residual is None:
-            return state.adapter if rank is None else state.adapter.prefix(rank)
-        bare = replace(state.adapter, modules_to_save={})
-        whole = replace(
-            compressed(concatenate([bare, residual], [1.0, 1.0])),
-            modules_to_save=state.adapter.modules_to_save,
-        )
+            return super().global_adapter(state, rank, layers)
+        total = compress(concatenate([own.bare(), residual], [1.0, 1.0]))
+        whole = replace(total, modules_to_save=own.modules_to_save)
         return whole if rank is None else best_approximation(whole, rank)
 
 
 class WithResidual(Averaging):
-    """Beside the slots' means, the mean of the clients' whole functions."""
+    """Beside the dimensions' means, the mean of the clients' whole functions."""
 
     def __init__(self, state: ServerState, weight: Weighting, rank: int | None, name: str) -> None:
         super().__init__(state, weight, RankwiseMean.over_holders)
@@ -91,13 +92,10 @@ class WithResidual(Averaging):
         self.products = ProductSum()
 
     def add(self, update: Update) -> None:
-        """Fold in a reply's slots and its product."""
+        """Fold in a reply's dimensions and its product."""
         super().add(update)
-        whole = self.state.adapter
-        scale_multiplier = scale_multiplier_of(whole.scale, whole, update.adapter.rank, self.name)
-        product = (
-            replace(update.adapter, modules_to_save={}).to(torch.float32).scaled(scale_multiplier)
-        )
+        multiplier = scale_multiplier_of(self.state.adapter, update.adapter.rank, self.name)
+        product = update.adapter.bare().to(torch.float32).scaled(multiplier)
         self.products.add(product, self.weight(update))
 
     def result(self) -> ServerState:
@@ -106,19 +104,18 @@ class WithResidual(Averaging):
         old, mean = self.state.adapter, self.products.mean()
         if mean is None:
             return state
-        before = remembered(self.state.memory, RESIDUAL, old)
-        bare = replace(state.adapter, modules_to_save={})
+        before = recall(self.state.memory, RESIDUAL, old)
         # What the clients trained, plus what each had frozen, minus what the adapter now is.
-        parts, signs = [mean, self._kept_by_those_who_lack(old), bare], [1.0, 1.0, -1.0]
+        parts, signs = [mean, self._frozen_above(old), state.adapter.bare()], [1.0, 1.0, -1.0]
         if before is not None:
             parts, signs = [*parts, before], [*signs, 1.0]
-        residual = compressed(concatenate(parts, signs))
+        residual = compress(concatenate(parts, signs))
         if self.rank is not None:
             residual = best_approximation(residual, self.rank)
-        return replace(state, memory=memorised(RESIDUAL, residual))
+        return replace(state, memory=store(RESIDUAL, residual))
 
-    def _kept_by_those_who_lack(self, old: LoraAdapter) -> LoraAdapter:
-        """``sum_k p_k`` of the old slots above the rank of client k."""
+    def _frozen_above(self, old: LoraAdapter) -> LoraAdapter:
+        """``sum_k p_k`` of the old dimensions above the rank of client k."""
         layers = {}
         for name, factors in old.layers.items():
             lacking = (1 - self.mean.held[name] / self.mean.total).to(torch.float32)

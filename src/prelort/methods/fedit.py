@@ -42,5 +42,5 @@ class FedIT(PrefixMethod):
         return plain(client.rank)
 
     def aggregator(self, state: ServerState) -> Averaging:
-        """The weighted mean of the replies (with one rank, every slot is held by everyone)."""
+        """The weighted mean of the replies (with one rank, every dimension is held by everyone)."""
         return Averaging(state, weighting(self.config.weights), RankwiseMean.over_holders)

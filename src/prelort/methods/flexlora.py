@@ -7,7 +7,7 @@ and a client of rank r receives the best approximation of its rank: ``B = U_r S_
 again. The SVD is that of the stacked factors (QR, then a small core).
 
 Directions that the round's products do not have (singular value 0) get a drawn A with B = 0: the
-function is the same, and the slots can learn.
+function is the same, and the dimensions can learn.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from prelort.adapters.initial import filled
 from prelort.aggregation.products import ProductSum
 from prelort.methods.averaging import Weighting, weighting
 from prelort.methods.interface import ServerState, Update
-from prelort.methods.product_method import ProductMethod
+from prelort.methods.prefix import ProductMethod
 from prelort.seeds import derive
 
 
@@ -70,12 +70,12 @@ class SvdOfMean:
 def cut(
     product: LoraAdapter, like: LoraAdapter, split: Split, seed: int, round_index: int
 ) -> LoraAdapter:
-    """The best approximation with the slots of ``like`` (layers keep their own ranks)."""
+    """The best approximation at the ranks of ``like``, whose empty directions can learn."""
     near = best_approximation(product, like.rank, split)
     layers: dict[str, Factors] = {}
     for name, factors in near.layers.items():
         dimensions = like.layers[name].rank
-        # The slots count at the scale of the rank that the layer has in the end.
+        # The dimensions count at the scale of the rank that the layer has in the end.
         ratio = near.scale(factors.rank) / near.scale(dimensions)
         to_a, to_b = {"even": (0.5, 0.5), "A": (1.0, 0.0), "B": (0.0, 1.0)}[split]
         first = factors.prefix(dimensions)
@@ -85,7 +85,7 @@ def cut(
 
 
 def _alive(adapter: LoraAdapter) -> LoraAdapter:
-    """The slots up to the last one of each layer that adds anything, but one."""
+    """The rank dimensions of each layer that add anything; the first one at least."""
     layers = {}
     for name, factors in adapter.layers.items():
         energy = factors.A.norm(dim=1) * factors.B.norm(dim=0)

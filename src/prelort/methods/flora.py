@@ -10,24 +10,26 @@ In the paper every client receives the stack of every round, whether it takes pa
 it in for good. Here a client keeps nothing: it receives the sum of all stacks so far, compressed
 without loss, as a frozen second path. That is what is counted as sent. Fresh adapters are drawn
 from the seed and do not travel. There are no prefixes: at a rank, the sum's best approximation is
-measured; whole, it has as many slots as it needs.
+measured; whole, it has as many dimensions as it needs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import replace
 from typing import Annotated, ClassVar
 
 from pydantic import Field
 
 from prelort.adapters import LoraAdapter
-from prelort.adapters.algebra import best_approximation, compressed, concatenate
+from prelort.adapters.algebra import best_approximation, compress, concatenate
 from prelort.adapters.initial import fresh
 from prelort.aggregation.products import ProductSum
 from prelort.config import Section
 from prelort.methods.averaging import Weighting, weighting
 from prelort.methods.interface import Broadcast, Client, ServerState, Update
+from prelort.methods.memory import recall, store
 from prelort.methods.prefix import PrefixMethod
-from prelort.methods.product_method import memorised, remembered
 from prelort.seeds import derive
 
 FOLDED = "folded"
@@ -51,7 +53,7 @@ class Flora(PrefixMethod):
         seed = derive(self.seed, "fresh adapter", state.round, client.name)
         return Broadcast(
             fresh(state.adapter, seed).prefix(client.rank),
-            frozen=remembered(state.memory, FOLDED, state.adapter),
+            frozen=recall(state.memory, FOLDED, state.adapter),
             seeded_factors="A and B",
             factor_seed=seed,
         )
@@ -60,12 +62,15 @@ class Flora(PrefixMethod):
         """The stack of the replies, added to what is folded already."""
         return Stacking(state, weighting(self.config.weights), self.energy())
 
-    def global_adapter(self, state: ServerState, rank: int | None = None) -> LoraAdapter:
+    def global_adapter(
+        self, state: ServerState, rank: int | None = None, layers: Collection[str] | None = None
+    ) -> LoraAdapter:
         """The best approximation of the sum of all rounds (None: the sum)."""
-        total = remembered(state.memory, FOLDED, state.adapter)
+        own = state.adapter.select(layers)
+        total = recall(state.memory, FOLDED, own)
         if total is None:
-            return state.adapter if rank is None else state.adapter.prefix(rank)
-        whole = LoraAdapter(total.layers, total.scale, state.adapter.modules_to_save)
+            return super().global_adapter(state, rank, layers)
+        whole = replace(total, modules_to_save=own.modules_to_save)
         return whole if rank is None else best_approximation(whole, rank)
 
 
@@ -102,17 +107,16 @@ class Stacking:
         self.products.add(update.adapter, self.weight(update))
 
     def result(self) -> ServerState:
-        """The state after the round: a longer sum, new extras, the same fresh adapter."""
+        """The state after the round: a longer sum, new modules to save, the same fresh adapter."""
         state, stack = self.state, self.products.mean()
         if stack is None:
             return state.advanced(state.adapter)
         if self.energy < 1:
-            stack = compressed(stack, self.energy)
-        before = remembered(state.memory, FOLDED, state.adapter)
-        bare = LoraAdapter(stack.layers, stack.scale)
+            stack = compress(stack, self.energy)
+        before, bare = recall(state.memory, FOLDED, state.adapter), stack.bare()
         total = bare if before is None else concatenate([before, bare], [1.0, 1.0])
-        # An SVD of a sum that is no wider than its layers would take time and leave it as it is.
+        # A sum that is no wider than its layers needs no SVD, which would only take time.
         if any(f.rank > min(f.A.shape[1], f.B.shape[0]) for f in total.layers.values()):
-            total = compressed(total)
-        adapter = LoraAdapter(state.adapter.layers, state.adapter.scale, stack.modules_to_save)
-        return state.advanced(adapter, memorised(FOLDED, total))
+            total = compress(total)
+        adapter = replace(state.adapter, modules_to_save=stack.modules_to_save)
+        return state.advanced(adapter, store(FOLDED, total))

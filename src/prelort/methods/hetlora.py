@@ -42,7 +42,7 @@ class HetLora(PrefixMethod):
     Options: ClassVar[type[Section]] = HetLoraOptions
 
     def objective(self, state: ServerState, client: Client) -> Objective:
-        """Ordinary training with the tail's penalty; an adapter of one slot has no tail."""
+        """Ordinary training with the tail's penalty; an adapter of one dimension has no tail."""
         tail = TailPenalty(self.options.penalty, self.options.gamma, state.levels[0])
         objective = super().objective(state, client)
         return replace(objective, tail=tail) if client.rank > 1 else objective

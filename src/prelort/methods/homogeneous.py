@@ -7,6 +7,7 @@ what they cannot afford, so it exists in simulation only: a real site refuses.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import ClassVar
 
@@ -35,10 +36,13 @@ class HomogeneousMin(PrefixMethod):
         """As of a client of that rank."""
         return super().objective(state, replace(client, rank=self.rank(state)))
 
-    def global_adapter(self, state: ServerState, rank: int | None = None) -> LoraAdapter:
-        """What was trained, or a prefix of it: the slots above must not change its scale."""
+    def global_adapter(
+        self, state: ServerState, rank: int | None = None, layers: Collection[str] | None = None
+    ) -> LoraAdapter:
+        """What was trained, or a prefix of it: the dimensions above must not change its scale."""
         trained = self.rank(state)
-        return super().global_adapter(state, trained if rank is None else min(rank, trained))
+        rank = trained if rank is None else min(rank, trained)
+        return super().global_adapter(state, rank, layers)
 
 
 class HomogeneousMax(HomogeneousMin):

@@ -1,15 +1,15 @@
 """What a method is. One published method, one file, one class that follows `Method`.
 
 A method says what a client of rank r receives (`broadcast`), how it trains (`objective`), how the
-server folds the replies in (`aggregator`), and what the global adapter of a rank is (`global_adapter`).
-Everything else is the same for every method.
+server aggregates the replies (`aggregator`), and what the global adapter of a rank is
+(`global_adapter`). Everything else is the same for every method.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
 
@@ -20,7 +20,7 @@ from prelort.methods.objective import Objective
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """What the server knows of a client. Its rank may change from round to round."""
+    """A client as the server knows it. Its rank may change from round to round."""
 
     name: str
     rank: int
@@ -32,28 +32,28 @@ class Broadcast:
     """What one client receives for one round, and which part of it learns.
 
     The reply holds the trained factors of ``trainable``, in its shapes (the prefix shapes of one
-    rank), and the extras.
+    rank), and the modules to save.
     """
 
     trainable: LoraAdapter
     frozen: LoraAdapter | None = None
-    """A second adapter beside the base that does not learn: what is folded into it this round."""
+    """A second adapter beside the base model that does not learn: folded into it this round."""
     trains: Trained = "AB"
     scale_multiplier: float = 1.0
     """Multiplies the scale of ``trainable`` while it trains."""
     seeded_factors: Literal["nothing", "A", "A and B"] = "nothing"
-    """Which factors need not travel: A is `draw_a` of ``factor_seed`` at the global rank, B zero."""
+    """Factors that do not travel: A is `draw_a` of ``factor_seed`` at the maximum rank, B zero."""
     factor_seed: int = 0
     personal: bool = False
-    """B and the extras stay with the client, from round to round; they neither come nor go."""
+    """B and the modules to save stay with the client from round to round and do not travel."""
 
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """A client's checked reply: its trained adapter and the number of examples it stands for.
+    """A client's checked reply: its trained adapter and its number of training examples.
 
     Where only one factor was trained the other is as it was broadcast. ``client.rank`` is the rank
-    that the client had when it was asked; a client that prunes itself answers with fewer slots.
+    at which the client was asked; a client that prunes itself replies with a lower rank.
     """
 
     client: Client
@@ -65,9 +65,13 @@ class Update:
 class ServerState:
     """What the server keeps between rounds; all of it is checkpointed.
 
-    ``round`` counts finished rounds. ``memory`` is the method's own (server momentum, say).
-    ``ranks``: the clients whose rank is no longer the one that they introduced themselves with.
-    ``levels``: all ranks that have been in use. The server keeps these two, not the method.
+    Args:
+        adapter: the global adapter, at the maximum rank.
+        round: number of finished rounds.
+        memory: the method's own tensors (server momentum, for example).
+        ranks: client name -> rank, where it is no longer that of the client's properties.
+        levels: all ranks that have been in use, rising. The server keeps ``ranks`` and ``levels``,
+            not the method.
     """
 
     adapter: LoraAdapter
@@ -92,7 +96,22 @@ class Aggregator(Protocol):
         ...
 
     def result(self) -> ServerState:
-        """The state after the round. Needs at least one reply."""
+        """The state after the round: with the old adapter where no reply had a weight."""
+        ...
+
+
+class RoundObserver(Protocol):
+    """Measures one round beside its aggregation, changes nothing and never raises."""
+
+    seconds: float
+    """Time spent measuring so far."""
+
+    def add(self, sent: Broadcast, update: Update) -> None:
+        """Take a reply that counts, and what the client had been sent."""
+        ...
+
+    def result(self, after: ServerState) -> dict[str, Any]:
+        """The round's numbers, ready for JSON; ``{"failed": reason}`` where measuring failed."""
         ...
 
 
@@ -116,7 +135,7 @@ class Method(Protocol):
     def broadcast(self, state: ServerState, client: Client) -> Broadcast:
         """What the client receives and trains: views into the state where that is possible.
 
-        A pure function of its arguments: it is asked again when the reply has come.
+        A pure function: the server calls it again when the reply arrives.
         """
         ...
 
@@ -128,9 +147,19 @@ class Method(Protocol):
         """An aggregator for one round that starts from ``state``."""
         ...
 
-    def global_adapter(self, state: ServerState, rank: int | None = None) -> LoraAdapter:
-        """The global adapter of this rank (None: the whole), as measured and exported.
+    def global_adapter(
+        self, state: ServerState, rank: int | None = None, layers: Collection[str] | None = None
+    ) -> LoraAdapter:
+        """The global adapter, as evaluated and exported.
 
-        Layer by layer: diagnostics ask it of a state that holds some of the layers only.
+        Args:
+            state: after any round.
+            rank: its maximum rank (None: the whole).
+            layers: names of the layers to return (None: all). Diagnostics ask for a sample, since
+                all layers may cost more than the round's aggregation.
         """
         ...
+
+
+Observe = Callable[[Method, ServerState, Sequence[Client]], RoundObserver]
+"""Begins to observe a round of these clients."""

@@ -2,7 +2,7 @@
 
 For a client of rank r and the federation's rank levels, T = {levels <= r} (r is always one of
 them). The objective is ``L = sum over rho in T of weight[rho] * L(f_rho)``, where f_rho uses the
-first rho slots at scale s(rho) (our reading of PreLort, arXiv 2606.15963: the paper's abstract
+first rho dimensions at scale s(rho) (our reading of PreLort, arXiv 2606.15963: the paper's abstract
 says that each adapter is optimised under multiple rank truncations).
 
 Every kind is an unbiased estimate of that one sum and differs only in its price:
@@ -50,7 +50,7 @@ class TailPenalty:
     """HetLoRA's regulariser and self-pruning (arXiv 2401.06432).
 
     ``weight * sum over layers of |B[:, q:]| |A[q:]|`` joins the loss, with q = floor(keep * r).
-    Where training has made that product norm smaller the client cuts its adapter to q slots, but
+    Where training has made that product norm smaller the client prunes its adapter to rank q, but
     not below ``lowest``.
     """
 
@@ -59,7 +59,7 @@ class TailPenalty:
     lowest: int
 
     def cut(self, rank: int) -> int:
-        """Q of an adapter of this rank: it always leaves a slot, and leaves out at least one."""
+        """Q of an adapter of this rank: at least 1, and below the rank where that is above 1."""
         return max(1, min(math.floor(self.keep * rank), rank - 1))
 
 

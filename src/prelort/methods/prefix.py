@@ -1,24 +1,25 @@
-"""What most methods have in common: a client of rank r holds the first r slots.
+"""What most methods have in common: a client of rank r holds the first r rank dimensions.
 
 A method's own file overrides the part where its paper differs, so that it shows nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar
 
 from prelort.adapters import LoraAdapter
+from prelort.aggregation.products import between
 from prelort.aggregation.rankwise_mean import RankwiseMean
 from prelort.config import MethodConfig, NoOptions, Section
 from prelort.errors import ConfigError
 from prelort.methods.averaging import Averaging, weighting
-from prelort.methods.interface import Broadcast, Client, ServerState
+from prelort.methods.interface import Aggregator, Broadcast, Client, ServerState
 from prelort.methods.objective import Kind, Objective, configured
 
 
 class PrefixMethod:
-    """Prefixes down, prefixes up, each slot averaged over the clients that hold it."""
+    """Prefixes down, prefixes up, each rank dimension averaged over the clients that hold it."""
 
     name: ClassVar[str]
     summary: ClassVar[str]
@@ -28,13 +29,13 @@ class PrefixMethod:
     """The keys of ``[method.options.<name>]``."""
     default_objective: ClassVar[Kind] = "plain"
     rank_exponent: ClassVar[float] = 0.0
-    """Clients of rank r train at (highest rank / r) to this power times the learning rate."""
+    """Clients of rank r train at (maximum rank / r) to this power times the learning rate."""
     may_nest: ClassVar[bool] = True
-    """Whether ``method.objective`` may ask for prefixes of what a client trains."""
+    """Whether ``method.objective`` may ask for truncations of what a client trains."""
     personal: ClassVar[bool] = False
-    """Whether there is no global model, so that only clients can measure."""
+    """Whether there is no global model, so that only clients can evaluate."""
     ignores_ranks: ClassVar[bool] = False
-    """A reference row: clients train at a rank that they cannot afford (simulation only)."""
+    """A reference: clients train at a rank that they cannot afford (simulation only)."""
 
     def __init__(self, config: MethodConfig, seed: int) -> None:
         if not self.may_nest and config.objective not in (None, "plain"):
@@ -58,10 +59,32 @@ class PrefixMethod:
         """The method's own objective, unless the configuration asks for another."""
         return configured(self.config, client.rank, state.levels, default=self.default_objective)
 
-    def aggregator(self, state: ServerState) -> Any:
-        """Segment-wise: each slot's mean over its holders, or its previous value."""
+    def aggregator(self, state: ServerState) -> Aggregator:
+        """Segment-wise: each dimension's mean over its holders, or its previous value."""
         return Averaging(state, weighting(self.config.weights), RankwiseMean.over_holders)
 
-    def global_adapter(self, state: ServerState, rank: int | None = None) -> LoraAdapter:
+    def global_adapter(
+        self, state: ServerState, rank: int | None = None, layers: Collection[str] | None = None
+    ) -> LoraAdapter:
         """The prefix of this rank (None: the whole)."""
-        return state.adapter if rank is None else state.adapter.prefix(rank)
+        whole = state.adapter
+        return (whole if rank is None else whole.prefix(rank)).select(layers)
+
+
+class ProductMethod(PrefixMethod):
+    """Methods that average products: rank dimensions are singular triples in falling order.
+
+    So the first r of them are the best approximation of rank r, with the product that they have
+    within the whole.
+    """
+
+    def broadcast(self, state: ServerState, client: Client) -> Broadcast:
+        """The best approximation of the client's rank."""
+        return Broadcast(self.global_adapter(state, client.rank))
+
+    def global_adapter(
+        self, state: ServerState, rank: int | None = None, layers: Collection[str] | None = None
+    ) -> LoraAdapter:
+        """The best approximation of this rank (None: the whole)."""
+        whole = state.adapter.select(layers)
+        return whole if rank is None else between(whole, 0, rank)

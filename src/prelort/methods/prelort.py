@@ -39,5 +39,5 @@ class PreLort(PrefixMethod):
     default_objective: ClassVar[Kind] = "example"
 
     def aggregator(self, state: ServerState) -> Averaging:
-        """Segment-wise: each slot's mean over its holders, or its previous value."""
+        """Segment-wise: each dimension's mean over its holders, or its previous value."""
         return Averaging(state, weighting(self.config.weights), RankwiseMean.over_holders)

@@ -1,22 +1,23 @@
 """Sorted prefixes: our extension of PreLort where clients of high rank are few (the tail problem).
 
-Averaging slots lets a tail segment become whatever the one or two clients who hold it and happen to
-take part have made of it. Here the server works on products, on changes, and sorts:
+Averaging dimensions lets a tail segment become whatever the one or two clients who hold it and
+happen to take part have made of it. Here the server works on products, on changes, and sorts:
 
     Delta W  <-  Delta W + sum_j sum_{k: r_k >= j} (w_k / N_j) (P_kj - P_j)
 
     N_j = sum_{k: r_k >= j} w_k
 
-with P_j = s B_j A_j the product of slot j as it was broadcast and P_kj as client k returned it. A
-slot that a client lacks is no change there. The sum is a stack of factors; its SVD at the global
-rank becomes the new adapter, the singular values split evenly. So the slots are sorted by strength
-after every round, whoever trained them, and any prefix is the best approximation of its rank.
+with P_j = s B_j A_j the product of rank dimension j as it was broadcast and P_kj as client k
+returned it. A dimension that a client lacks is no change there. The sum is a stack of factors; its
+SVD at the global rank becomes the new adapter, the singular values split evenly. So the dimensions
+are sorted by strength after every round, whoever trained them, and any prefix is the best
+approximation of its rank.
 
 Clients of a lower rank train at a higher rate, (R / r) ** 0.4 times the highest rank's
-(`training.rank_exponent`): with one scale for all ranks, fewer slots move the function less.
+(`training.rank_exponent`): with one scale for all ranks, fewer dimensions move the function less.
 
-With one rate for all and a holder of every slot this is raFLoRA (arXiv 2602.13486): ours is the
-rate by rank. The options span the family that was tried, each off by default since none of them
+With one rate for all and a holder of every dimension this is raFLoRA (arXiv 2602.13486): ours is
+the rate by rank. The options span the family that was tried, each off by default since none of them
 helped. ``step``: the mean of several changes is shorter than each of them, the more the less they
 agree, and a step of a segment beyond its mean D can make up for that. With D_k the changes of its
 holders, weighted as above,
@@ -27,14 +28,14 @@ is 1 where all agree, and where one client holds a segment alone; step = 1/2 giv
 the length of a single one (their root mean square), a step between goes part of the way. FedExP
 (arXiv 2301.09604) extrapolates by half that ratio. m, the number of holders by weight, is what
 unrelated changes give: those against each other are not stretched further. ``unchanged``: a
-missing vote counts as 'no change' (a slot's change times N_j's share of all weight to this
+missing vote counts as 'no change' (a dimension's change times N_j's share of all weight to this
 power). ``momentum`` of the server, ``averaging`` over rounds, and ``presence`` (the share of rounds
-in which a client trains its prefix with the slots above it folded into its base).
+in which a client trains its prefix with the dimensions above it folded into its base).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Annotated, ClassVar
 
@@ -44,13 +45,14 @@ from torch import Tensor
 
 from prelort.adapters import LoraAdapter
 from prelort.adapters.algebra import best_approximation, concatenate, squared_distance
-from prelort.aggregation.products import Segment, SegmentSums, between, rescaled, summed
+from prelort.aggregation.products import Segment, SegmentSums, between, sum_products
 from prelort.config import Section
 from prelort.methods.averaging import Weighting, weighting
 from prelort.methods.flexlora import cut
 from prelort.methods.interface import Broadcast, Client, ServerState, Update
-from prelort.methods.product_method import ProductMethod, memorised, remembered
-from prelort.methods.selection import folded
+from prelort.methods.memory import recall, store
+from prelort.methods.prefix import ProductMethod
+from prelort.methods.selection import above, freeze
 from prelort.seeds import numpy_generator
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -71,38 +73,35 @@ class SortedOptions(Section):
 
 
 class PreLortSorted(ProductMethod):
-    """Changes averaged segment by segment as products, slots sorted by SVD."""
+    """Changes averaged segment by segment as products, dimensions sorted by SVD."""
 
     name: ClassVar[str] = "prelort-sorted"
-    summary: ClassVar[str] = "our extension: averages changes as products, sorts slots by strength"
+    summary: ClassVar[str] = "our extension: averages changes as products, sorts them by strength"
     paper: ClassVar[str] = "this project, after arXiv 2606.15963 and 2602.13486"
     Options: ClassVar[type[Section]] = SortedOptions
     rank_exponent: ClassVar[float] = 0.4
 
     def broadcast(self, state: ServerState, client: Client) -> Broadcast:
-        """The prefix of the client's rank; in a share of the rounds, the other slots frozen."""
+        """The prefix of the client's rank; in a share of the rounds, the rest frozen beside it."""
         whole, frozen = state.adapter, None
         drawn = numpy_generator(self.seed, "presence", client.name, state.round).random()
         if drawn < self.options.presence:
-            ranks = {name: factors.rank for name, factors in whole.layers.items()}
-            above = {n: torch.arange(min(client.rank, rank), rank) for n, rank in ranks.items()}
-            frozen = folded(whole, above)
-        return Broadcast(rescaled(whole, client.rank), frozen=frozen)
+            frozen = freeze(whole, above(client.rank, whole))
+        return Broadcast(between(whole, 0, client.rank), frozen=frozen)
 
     def aggregator(self, state: ServerState) -> Changes:
-        """The mean change of each slot, sorted into the new adapter."""
+        """The mean change of each dimension, sorted into the new adapter."""
         weight = weighting(self.config.weights)
         return Changes(state, weight, self.options, self.seed)
 
-    def global_adapter(self, state: ServerState, rank: int | None = None) -> LoraAdapter:
+    def global_adapter(
+        self, state: ServerState, rank: int | None = None, layers: Collection[str] | None = None
+    ) -> LoraAdapter:
         """The best approximation of this rank (None: the whole), averaged over rounds if asked."""
-        mean = remembered(state.memory, AVERAGE, state.adapter)
-        whole = (
-            state.adapter
-            if mean is None
-            else replace(mean, modules_to_save=state.adapter.modules_to_save)
-        )
-        return whole if rank is None else rescaled(whole, rank)
+        own = state.adapter.select(layers)
+        mean = recall(state.memory, AVERAGE, own)
+        whole = own if mean is None else replace(mean, modules_to_save=own.modules_to_save)
+        return whole if rank is None else between(whole, 0, rank)
 
 
 class Changes:
@@ -134,19 +133,20 @@ class Changes:
         moved, modules_to_save = self._moved()
         if self.options.momentum > 0:
             moved, velocity = _with_momentum(moved, old, memory, self.options.momentum)
-            memory |= memorised(VELOCITY, velocity)
+            memory |= store(VELOCITY, velocity)
         adapter = cut(
             replace(moved, modules_to_save=modules_to_save), old, "even", self.seed, state.round
         )
         if self.options.averaging > 0:
-            memory |= memorised(AVERAGE, _averaged(adapter, memory, self.options.averaging))
+            memory |= store(AVERAGE, _averaged(adapter, memory, self.options.averaging))
         return state.advanced(adapter, memory)
 
     def _moved(self) -> tuple[LoraAdapter, Mapping[str, Tensor]]:
-        """The stack whose product is the old product with every slot's change; the extras.
+        """The stack of the old product plus every dimension's change, and the modules to save.
 
-        A slot takes ``eta`` times its holders' mean and keeps ``1 - eta`` of its old product, which
-        is nothing by default: then it is left out, since slots of zeros make the SVD slow.
+        A dimension takes ``eta`` times its holders' mean and keeps ``1 - eta`` of its old product,
+        which is nothing by default: then it is left out, since dimensions of zeros make the SVD
+        slow.
         """
         old, parts = self.state.adapter, []
         modules_to_save: Mapping[str, Tensor] = {}
@@ -160,7 +160,7 @@ class Changes:
             eta *= (segment.products.total / self.sums.total) ** self.options.unchanged
             parts += [mean] if eta == 1 else [before.scaled(1 - eta), mean.scaled(eta)]
             modules_to_save = mean.modules_to_save or modules_to_save
-        return summed(parts), modules_to_save
+        return sum_products(parts), modules_to_save
 
 
 def stretch(segment: Segment, mean: LoraAdapter, step: float) -> float:
@@ -179,16 +179,16 @@ def _with_momentum(
     moved: LoraAdapter, old: LoraAdapter, memory: Mapping[str, Tensor], decay: float
 ) -> tuple[LoraAdapter, LoraAdapter]:
     """``old + (1 - decay) v``, and ``v = decay v_before + change`` cut to three times the rank."""
-    before, bare = remembered(memory, VELOCITY, old), replace(old, modules_to_save={})
+    before, bare = recall(memory, VELOCITY, old), old.bare()
     change = concatenate([moved, bare], [1.0, -1.0])
-    sum_ = change if before is None else concatenate([before, change], [decay, 1.0])
-    velocity = best_approximation(sum_, 3 * old.rank)
+    total = change if before is None else concatenate([before, change], [decay, 1.0])
+    velocity = best_approximation(total, 3 * old.rank)
     return concatenate([bare, velocity], [1.0, 1.0 - decay]), velocity
 
 
 def _averaged(adapter: LoraAdapter, memory: Mapping[str, Tensor], decay: float) -> LoraAdapter:
     """The running mean of the rounds' products, cut to the global rank."""
-    before, bare = remembered(memory, AVERAGE, adapter), replace(adapter, modules_to_save={})
+    before, bare = recall(memory, AVERAGE, adapter), adapter.bare()
     if before is None:
         return bare
     return best_approximation(concatenate([before, bare], [decay, 1.0 - decay]), adapter.rank)

@@ -1,13 +1,13 @@
 """raFLoRA (arXiv 2602.13486): the product-space counterpart of segment-wise averaging.
 
-The configured ranks cut the slots into segments (l, h]. Each segment's product is averaged over the
-clients that hold it,
+The configured ranks cut the dimensions into segments (l, h]. Each segment's product is averaged
+over the clients that hold it,
 
     Delta W = sum_h sum_{k: r_k >= h} (n_k / N_h) s B_k[:, l:h] A_k[l:h],   N_h = sum_{r_k >= h} n_k
 
-which is again a stack of factors, each slot with a weight of its own; its SVD at the global rank,
-singular values split evenly, is the new adapter, of which clients receive prefixes. A segment that
-nobody holds this round keeps its old product (our reading; the notes do not say).
+which is again a stack of factors, each dimension with a weight of its own; its SVD at the global
+rank, singular values split evenly, is the new adapter, of which clients receive prefixes. A segment
+that nobody holds this round keeps its old product (our reading; the notes do not say).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import ClassVar
 
 import torch
 
-from prelort.aggregation.products import SegmentSums, between, summed
+from prelort.aggregation.products import SegmentSums, between, sum_products
 from prelort.methods.averaging import Weighting, weighting
 from prelort.methods.flexlora import cut
 from prelort.methods.interface import ServerState, Update
-from prelort.methods.product_method import ProductMethod
+from prelort.methods.prefix import ProductMethod
 
 
 class RaFlora(ProductMethod):
@@ -60,6 +60,6 @@ class SegmentProducts:
             between(old, segment.low, segment.high).to(torch.float32) if mean is None else mean
             for segment, mean in means
         ]
-        product = replace(summed(parts), modules_to_save=everyones.modules_to_save)
+        product = replace(sum_products(parts), modules_to_save=everyones.modules_to_save)
         adapter = cut(product, old, "even", self.seed, self.state.round)
         return self.state.advanced(adapter)

@@ -2,7 +2,7 @@
 
 While one factor is frozen and the same for all, the mean of the other is exact, so neither round
 has aggregation noise. B goes first: with B = 0, A has no gradient. For mixed ranks, our extension:
-prefixes, and each slot averaged over the clients that hold it. Clients keep nothing between
+prefixes, and each dimension averaged over the clients that hold it. Clients keep nothing between
 rounds, so both factors travel down, and only the trained one up.
 """
 

@@ -1,4 +1,4 @@
-"""Which slots a client trains where these are not simply the first ones."""
+"""Which rank dimensions a client trains where these are not simply the first ones."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from prelort.adapters import LoraAdapter, ScaleRule
+from prelort.adapters import Factors, LoraAdapter
 from prelort.errors import ConfigError
 from prelort.methods.interface import Client
 from prelort.seeds import torch_generator
 
 Order = Callable[[int, int, str, int], Tensor]
-"""(seed, round from 0, client, number of slots) -> the slots in the order of preference."""
+"""(seed, round from 0, client, number of rank dimensions) -> dimensions in order of preference."""
 
 
 def uniform(seed: int, round_index: int, client: str, dimensions: int) -> Tensor:
     """Drawn anew for every client and round."""
+    # The word "slots" is part of the seed: another one would give other draws.
     generator = torch_generator(seed, "slots", client, round_index)
     return torch.randperm(dimensions, generator=generator)
 
 
 def in_turn(seed: int, round_index: int, client: str, dimensions: int) -> Tensor:
-    """A window that moves on by one slot a round, from a place drawn for the client."""
+    """A window that moves by one dimension a round, from a place drawn for the client."""
     generator = torch_generator(seed, "slots", client)
     start = int(torch.randint(dimensions, (), generator=generator)) + round_index
     return (torch.arange(dimensions) + start) % dimensions
@@ -38,8 +39,11 @@ def prefix(seed: int, round_index: int, client: str, dimensions: int) -> Tensor:
 ORDERS: Mapping[str, Order] = {"uniform": uniform, "in-turn": in_turn, "prefix": prefix}
 
 
-def find(name: str) -> Order:
-    """A rule by its name, or the user's own as ``package.module:function``."""
+def find_order(name: str) -> Order:
+    """A rule by its name, or the user's own as ``package.module:function``.
+
+    Raises `ConfigError` for a name that is neither.
+    """
     if name in ORDERS:
         return ORDERS[name]
     module, colon, attribute = name.partition(":")
@@ -48,18 +52,18 @@ def find(name: str) -> Order:
             f"selection = {name!r} is not allowed: use {', '.join(ORDERS)} or 'module:function'"
         )
     try:
-        found: Order = getattr(importlib.import_module(module), attribute)
+        order: Order = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"selection {name!r} cannot be imported: {error}") from None
-    return found
+    return order
 
 
-def selected(
+def select(
     order: Order, seed: int, round_index: int, client: Client, adapter: LoraAdapter
 ) -> dict[str, Tensor]:
-    """Layer -> the client's slots, rising: min(rank of client, rank of layer) of them.
+    """Layer -> the client's dimensions, rising: int64 [min(rank of client, rank of layer)].
 
-    One order serves all layers; a layer with fewer slots takes what it has of it.
+    One order serves all layers; a layer of a lower rank takes those of it that it has.
     """
     preferred = order(seed, round_index, client.name, adapter.rank)
     return {
@@ -68,54 +72,58 @@ def selected(
     }
 
 
-def rest(dimensions: Mapping[str, Tensor], adapter: LoraAdapter) -> dict[str, Tensor]:
-    """Layer -> the slots that are not among ``dimensions``, rising."""
-    remaining: dict[str, Tensor] = {}
+def complement(dimensions: Mapping[str, Tensor], adapter: LoraAdapter) -> dict[str, Tensor]:
+    """Layer -> the dimensions that are not among ``dimensions``, rising: int64."""
+    others: dict[str, Tensor] = {}
     for name, factors in adapter.layers.items():
-        chosen = torch.zeros(factors.rank, dtype=torch.bool)
-        chosen[dimensions[name]] = True
-        remaining[name] = (~chosen).nonzero().flatten()
-    return remaining
+        free = torch.ones(factors.rank, dtype=torch.bool)
+        free[dimensions[name]] = False
+        others[name] = free.nonzero().flatten()
+    return others
 
 
-def taken(
-    adapter: LoraAdapter, dimensions: Mapping[str, Tensor], *, modules_to_save: bool = True
-) -> LoraAdapter:
-    """These slots of every layer, as copies; layers without any are left out."""
+def above(rank: int, adapter: LoraAdapter) -> dict[str, Tensor]:
+    """Layer -> the dimensions beyond the first ``rank``: int64."""
+    return {n: torch.arange(min(rank, f.rank), f.rank) for n, f in adapter.layers.items()}
+
+
+def take(adapter: LoraAdapter, dimensions: Mapping[str, Tensor]) -> LoraAdapter:
+    """These dimensions of every layer, as copies; layers without any are left out."""
     layers = {
         name: factors.take(dimensions[name])
         for name, factors in adapter.layers.items()
         if len(dimensions[name])
     }
-    return LoraAdapter(layers, adapter.scale, adapter.modules_to_save if modules_to_save else {})
+    return LoraAdapter(layers, adapter.scale, adapter.modules_to_save)
 
 
-def folded(adapter: LoraAdapter, dimensions: Mapping[str, Tensor]) -> LoraAdapter | None:
-    """These slots as an adapter to freeze beside the base, None if there are none.
+def freeze(adapter: LoraAdapter, dimensions: Mapping[str, Tensor]) -> LoraAdapter | None:
+    """These dimensions as an adapter to freeze beside the base; None if there are none.
 
     They count at the scale that they have in ``adapter``, whatever their number.
     """
-    part = taken(adapter, dimensions, modules_to_save=False)
+    part = take(adapter, dimensions)
     if not part.layers:
         return None
     layers = {
-        name: type(f)(f.A, f.B * (adapter.scale(adapter.layers[name].rank) / part.scale(f.rank)))
+        name: Factors(f.A, f.B * (adapter.scale(adapter.layers[name].rank) / part.scale(f.rank)))
         for name, f in part.layers.items()
     }
     return LoraAdapter(layers, part.scale)
 
 
-def scale_multiplier_of(scale: ScaleRule, adapter: LoraAdapter, rank: int, name: str) -> float:
-    """By what the scale of a part of ``rank`` slots is multiplied to count as in the whole.
+def scale_multiplier_of(adapter: LoraAdapter, rank: int, method: str) -> float:
+    """The multiplier with which a part of ``rank`` dimensions counts as in the whole: s(R) / s(r).
 
-    Raises `ConfigError` where that differs between layers.
+    Raises `ConfigError` naming ``method`` where it differs between layers.
     """
-    scale_multipliers = {
+    scale = adapter.scale
+    multipliers = {
         round(scale(f.rank) / scale(min(rank, f.rank)), 12) for f in adapter.layers.values()
     }
-    if len(scale_multipliers) > 1:
+    if len(multipliers) > 1:
         raise ConfigError(
-            f"method {name!r} with lora.scale_rule = {scale.kind!r} needs layers of one rank: "
+            f"method {method!r} with lora.scale_rule = {scale.kind!r} needs layers of one rank: "
             "leave lora.rank_pattern out, or use the constant rule"
         )
-    return scale_multipliers.pop()
+    return multipliers.pop()

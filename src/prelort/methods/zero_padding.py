@@ -1,9 +1,9 @@
-"""Zero-padding: the baseline that fills a client's missing slots with zeros.
+"""Zero-padding: the baseline that fills a client's missing dimensions with zeros.
 
     A_j = sum_{k: r_k >= j} w_k A_{k,j} / sum_k w_k                     (likewise B_j)
 
-A slot held by a share p of the weight keeps p of each factor, so p^2 of its product: what the
-high-rank clients learned is diluted. A slot that no reply of a round holds keeps its value (as
+A dimension held by a share p of the weight keeps p of each factor, so p^2 of its product: what the
+high-rank clients learned is diluted. A dimension that no reply of a round holds keeps its value (as
 zeros in both factors it could never learn again). Widely used as a baseline (e.g. in FLoRA,
 arXiv 2409.05976).
 """
@@ -22,9 +22,9 @@ class ZeroPadding(PrefixMethod):
     """Pad every reply with zeros to the global rank and average."""
 
     name: ClassVar[str] = "zero-padding"
-    summary: ClassVar[str] = "missing slots count as zeros in a plain average (baseline)"
+    summary: ClassVar[str] = "missing dimensions count as zeros in a plain average (baseline)"
     paper: ClassVar[str] = "baseline of FLoRA, Wang et al. 2024, arXiv 2409.05976, and others"
 
     def aggregator(self, state: ServerState) -> Averaging:
-        """Each slot's sum over its holders, divided by everyone's weight."""
+        """Each dimension's sum over its holders, divided by everyone's weight."""
         return Averaging(state, weighting(self.config.weights), RankwiseMean.over_everyone)

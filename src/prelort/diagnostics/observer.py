@@ -1,0 +1,57 @@
+"""The collector of a round, timed, whose failure never stops a run."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from prelort.diagnostics.collector import Collector
+from prelort.methods.averaging import Weighting
+from prelort.methods.interface import Broadcast, Client, Method, ServerState, Update
+
+log = logging.getLogger(__name__)
+
+
+class SafeCollector:
+    """A `prelort.methods.interface.RoundObserver`: a `Collector` that stops at its first error."""
+
+    def __init__(
+        self,
+        method: Method,
+        state: ServerState,
+        clients: Sequence[Client],
+        weight: Weighting,
+        seed: int,
+    ) -> None:
+        self.seconds = 0.0
+        self._failure = ""
+        with self._guard():
+            self._collector = Collector(method, state, clients, weight, seed)
+
+    def add(self, sent: Broadcast, update: Update) -> None:
+        """Take a reply that counts, and what the client had been sent."""
+        if not self._failure:
+            with self._guard():
+                self._collector.add(sent, update)
+
+    def result(self, after: ServerState) -> dict[str, Any]:
+        """`Collector.result`, or ``{"failed": reason}``."""
+        numbers: dict[str, Any] = {}
+        if not self._failure:
+            with self._guard():
+                numbers = self._collector.result(after)
+        return {"failed": self._failure} if self._failure else numbers
+
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        except Exception as error:  # a user's own method may raise anything
+            log.exception("the round's diagnostics failed")
+            self._failure = f"{type(error).__name__}: {error}"
+        finally:
+            self.seconds += time.monotonic() - started

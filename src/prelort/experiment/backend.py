@@ -1,0 +1,138 @@
+"""Where a run takes place: what is known before its rounds, and how its clients are reached."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+
+from prelort.adapters import LoraAdapter
+from prelort.config import Config
+from prelort.data.federated import FederatedRows
+from prelort.experiment.assemble import Assembly, Encoded, assemble
+from prelort.experiment.measure import Measured, measure
+from prelort.experiment.workers import RuntimePool, default_threads, replica
+from prelort.federation.allocation import Allocation
+from prelort.federation.batched import answer_batched
+from prelort.federation.client import ClientRuntime, LocalClient, respond
+from prelort.federation.client_app import Kind, client_app
+from prelort.federation.flower import Context, RecordDict
+from prelort.federation.in_process import InProcessGrid
+from prelort.federation.messages import AdapterSpec
+from prelort.federation.transport import Transport
+
+Progress = Callable[[int, int], None]
+"""Called with the steps done and their number."""
+
+Evaluate = Callable[[Mapping[int, LoraAdapter], Progress], Measured]
+"""The metrics of adapters, by the rank they stand for (0: the untuned base)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """What a run needs from the place where it is.
+
+    ``initial``: the global adapter before the first round. ``template``: what an exported adapter's
+    PEFT configuration says besides its ranks. ``evaluate``: None where the server has no test
+    examples, so that the clients measure. ``planned_ranks``: rank levels that are expected whoever
+    is connected. ``rows``: who holds which data, where that is known.
+    """
+
+    spec: AdapterSpec
+    initial: LoraAdapter
+    template: LoraConfig
+    transport: Transport
+    allocation: Allocation = field(default_factory=Allocation)
+    evaluate: Evaluate | None = None
+    planned_ranks: tuple[int, ...] = ()
+    rows: FederatedRows | None = None
+
+
+Connect = Callable[[Config, Path], AbstractContextManager[Backend]]
+"""From a configuration and the run's folder to a backend, for as long as the run goes on."""
+
+
+class InProcess:
+    """All clients in this process, with what several runs have in common read only once.
+
+    ``parallel``: how many clients train at a time, in threads; by default as many as suits model
+    and configuration, and ``max_parallel`` at most. Neither changes the results.
+    """
+
+    def __init__(self, parallel: int | None = None, max_parallel: int | None = None) -> None:
+        self._parallel = parallel
+        self._max = max_parallel
+        self._encoded = Encoded()
+
+    @contextmanager
+    def __call__(self, config: Config, folder: Path) -> Iterator[Backend]:
+        """The backend of one run: its clients in threads, or several in one batch."""
+        assembly = assemble(config, folder, self._encoded)
+        runtime, clients = assembly.runtime, assembly.clients
+        batched = clients_per_batch(config, runtime.model.device, len(clients))
+        threads = 1 if batched > 1 else self._parallel or default_threads(config, runtime.model)
+        threads = min(threads, self._max or threads, len(clients))
+        runtimes = [runtime, *(replica(runtime) for _ in range(threads - 1))]
+        pool, ended = RuntimePool(runtimes), threading.Event()
+
+        def client_of(context: Context) -> LocalClient:
+            return clients[int(context.node_config["partition-id"])]
+
+        def answer(kind: Kind, content: RecordDict, context: Context) -> RecordDict:
+            with pool.one() as own:
+                client = replace(client_of(context), runtime=own, stopped=ended.is_set)
+                return respond(client, kind, content)
+
+        grid = InProcessGrid(
+            client_app(answer),
+            [
+                {"partition-id": index, "num-partitions": len(clients)}
+                for index in range(len(clients))
+            ],
+            threads=threads,
+            answer_batch=answer_batched(client_of) if batched > 1 else None,
+            batch_size=batched,
+        )
+        # Two for each thread: one under way, and one that waits while replies are aggregated.
+        in_flight = batched if batched > 1 else 1 if threads == 1 else 2 * threads
+        try:
+            yield with_all_data(assembly, Transport(grid, in_flight), runtimes)
+        finally:
+            ended.set()  # clients that still train need not go on
+            grid.close()
+
+
+def clients_per_batch(config: Config, device: torch.device, clients: int) -> int:
+    """How many of the clients are trained in one batch: "auto" is one on a CPU, all on a GPU.
+
+    Where a GPU's memory does not suffice they are trained in halves.
+    """
+    if config.federation.together != "auto":
+        return config.federation.together
+    return 1 if device.type == "cpu" else clients
+
+
+def with_all_data(
+    assembly: Assembly, transport: Transport, runtimes: Sequence[ClientRuntime] = ()
+) -> Backend:
+    """The backend of a run whose clients' data are all on this machine."""
+    return Backend(
+        spec=assembly.runtime.spec,
+        initial=assembly.initial,
+        template=assembly.template,
+        transport=transport,
+        allocation=assembly.allocation,
+        evaluate=lambda adapters, progress: measure(
+            assembly.config,
+            runtimes or [assembly.runtime],
+            assembly.test,
+            adapters,
+            progress,
+        ),
+        rows=assembly.rows,
+    )

@@ -1,0 +1,76 @@
+"""Measuring the global adapter at every rank, where the test examples are."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from prelort.adapters import LoraAdapter
+from prelort.config import Config
+from prelort.errors import ConfigError
+from prelort.events import ClientSample, Evaluated, Evaluating, Listener
+from prelort.experiment.backend import Backend
+from prelort.federation.federation import Federation
+from prelort.methods import trait
+from prelort.methods.interface import Method, ServerState
+
+
+def evaluate(
+    config: Config,
+    backend: Backend,
+    federation: Federation,
+    method: Method,
+    state: ServerState,
+    log: Listener,
+) -> Evaluated:
+    """Measure the global adapter at its ranks; before the first round the untuned base too.
+
+    On the server's test examples, or by the clients on their own where it has none.
+    """
+    started = time.monotonic()
+    adapters: dict[int, LoraAdapter] = {}
+    if state.round == 0:
+        adapters[0] = state.adapter
+    if not trait(method, "personal") and (state.round > 0 or config.evaluation.every > 0):
+        adapters |= global_adapters(config, method, state)
+    samples = None
+    if backend.evaluate is not None:
+        measured = backend.evaluate(
+            adapters, lambda done, total: log(Evaluating(state.round, done, total))
+        )
+    else:
+        pools = federation.evaluate(state, adapters)
+        samples = {r: ClientSample(pool.clients, pool.examples) for r, pool in pools.items()}
+        measured = {rank: pool.metrics() for rank, pool in pools.items() if pool.clients}
+    base = measured.pop(0, None)
+    seconds = time.monotonic() - started
+    return Evaluated(state.round, measured, seconds, base=base, samples=samples)
+
+
+def global_adapters(config: Config, method: Method, state: ServerState) -> dict[int, LoraAdapter]:
+    """The global adapters to measure and to export: one for each rank, by that rank.
+
+    Where the method keeps more than the highest level holds, that whole is one of them.
+    """
+    whole = method.global_adapter(state)
+    ranks = _ranks(config, state.levels)
+    adapters = {rank: method.global_adapter(state, min(rank, whole.rank)) for rank in ranks}
+    if config.evaluation.prefixes is None and whole.rank > ranks[-1]:
+        adapters[whole.rank] = whole
+    return adapters
+
+
+def check_ranks(config: Config, rank: int) -> None:
+    """Raise `ConfigError` for a rank to measure or train at above ``rank``, the adapter's."""
+    for key, ranks in (
+        ("evaluation.prefixes", config.evaluation.prefixes),
+        ("method.truncations", config.method.truncations),
+    ):
+        highest = max(ranks or (0,))
+        if highest > rank:
+            raise ConfigError(f"{key}: {highest} is above the global adapter's rank {rank}")
+
+
+def _ranks(config: Config, levels: Sequence[int]) -> tuple[int, ...]:
+    trained = {*levels, *(config.method.truncations or ())}
+    return tuple(sorted(set(config.evaluation.prefixes or trained)))

@@ -1,0 +1,346 @@
+"""The clients of a run, as the server sees them: they train rounds and measure adapters."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from datetime import timedelta
+
+from prelort.adapters import LoraAdapter
+from prelort.config import Config
+from prelort.errors import ConfigError, QuorumError, UpdateRefused
+from prelort.events import (
+    ClientJoined,
+    ClientLeft,
+    ClientMetrics,
+    ClientRefused,
+    ClientsEvaluated,
+    EvaluationFailed,
+    Listener,
+    RankChanged,
+    RoundRepeated,
+    RoundStarted,
+    RoundStats,
+    Waiting,
+    utc_now,
+)
+from prelort.federation import wire
+from prelort.federation.allocation import Allocation
+from prelort.federation.client_manager import ClientManager, ConnectedClient
+from prelort.federation.flower import Message, MessageType, RecordDict
+from prelort.federation.messages import AdapterSpec
+from prelort.federation.pooled import PooledMetrics, prefix_groups
+from prelort.federation.replies import checked_metrics
+from prelort.federation.requests import base_as_adapter, evaluate_request, train_request
+from prelort.federation.round import Round
+from prelort.federation.sampling import check_numbers, min_connected, sample
+from prelort.federation.transport import Transport
+from prelort.methods.interface import Broadcast, Client, Method, Observe, ServerState
+
+log = logging.getLogger(__name__)
+
+GOODBYE_SECONDS = 15.0
+"""How long the end of a run waits for sites to take note of it."""
+
+
+class Federation:
+    """Trains rounds with whichever clients are connected, and lets them measure adapters.
+
+    The run calls `connect` once, then `train` round by round, and `close` at the end. Engines
+    differ in the ``transport`` alone.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        transport: Transport,
+        spec: AdapterSpec,
+        log: Listener,
+        *,
+        allocation: Allocation | None = None,
+        planned_ranks: Sequence[int] = (),
+        observe: Observe | None = None,
+    ) -> None:
+        """``planned_ranks``: rank levels that are expected whoever is connected."""
+        self._config = config
+        self._transport = transport
+        self._spec = spec
+        self._log = log
+        self._allocation = allocation or Allocation()
+        self._planned = {*planned_ranks, *self._allocation.levels()}
+        self._observe = observe
+        self._round = 0
+        """Of the events; 0 before the first."""
+        self._finished = 0
+        """Rounds that are done."""
+        self._manager = ClientManager(transport, spec, self._refuse)
+        self._failed: set[str] = set()
+        """Clients that gave no usable answer in the last attempt."""
+        self.clients: list[ConnectedClient] = []
+
+    def connect(self, method: Method, state: ServerState) -> ServerState:
+        """Wait for the clients and check that the method can serve them; the state with levels.
+
+        Raises `ConfigError` for too few or unsuitable clients, `QuorumError` if none come in time.
+        """
+        self._round = self._finished = state.round
+        self.clients = self._gather()
+        if not self.clients:
+            raise ConfigError("no client can take part: all were refused, see the log")
+        if self._transport.patience is None:
+            federation = self._config.federation
+            check_numbers(len(self.clients), federation.clients_per_round, federation.quorum)
+        state = self._with_levels(state)
+        clients = [connected.client for connected in self.clients]
+        method.check(state, clients)
+        for client in clients:  # what cannot be sent is refused now, not in some round
+            method.broadcast(state, client)
+        return state
+
+    def train(
+        self, method: Method, state: ServerState, server_round: int
+    ) -> tuple[ServerState, RoundStats]:
+        """One round; where clients come and go, again if it has too few usable replies.
+
+        Raises `QuorumError` after the last attempt: ``state`` is what holds then.
+        """
+        self._round, self._finished = server_round, state.round
+        comes_and_goes = self._transport.patience is not None
+        attempts = self._config.federation.attempts if comes_and_goes else 1
+        for attempt in range(1, attempts + 1):
+            if comes_and_goes:
+                state = self._update_clients(method, state)
+            try:
+                return self._train_once(method, state, server_round)
+            except QuorumError as error:
+                if attempt == attempts:
+                    raise
+                self._log(RoundRepeated(server_round, attempt + 1, str(error)))
+        raise AssertionError("not reached")
+
+    def evaluate(self, state: ServerState, adapters: Mapping[int, LoraAdapter]) -> Pools:
+        """Each adapter (by its rank; 0: the base) measured by every client on its own test rows.
+
+        Prefixes of one adapter travel and are measured together, since a trip to a real site takes
+        longer than the measuring. A client that fails is left out, with an event.
+        """
+        sent = {r: base_as_adapter(a) if r == 0 else a for r, a in adapters.items()}
+        pools = {rank: PooledMetrics() for rank in adapters}
+        groups = prefix_groups(sent)
+        clients = {connected.node_id: connected.client for connected in self.clients}
+        messages = (
+            Message(
+                evaluate_request(
+                    self._config, self._spec, Broadcast(sent[rank]), state.round, prefixes
+                ),
+                dst_node_id=node_id,
+                message_type=MessageType.EVALUATE,
+                group_id=str(number),  # by which the reply is known to be of this group
+            )
+            for number, (rank, *prefixes) in enumerate(groups)
+            for node_id in clients
+        )
+        for reply in self._transport.send_and_receive(messages):
+            client = clients[reply.metadata.src_node_id]
+            whole, *prefixes = groups[int(reply.metadata.group_id)]
+            try:
+                head = checked_metrics(reply, client, state.round, self._spec)
+                pools[whole].add(head, head.metrics)
+                for rank in prefixes:
+                    pools[rank].add(head, head.prefixes.get(rank, {}))
+            except UpdateRefused as error:
+                self._log(EvaluationFailed(state.round, client.name, whole, str(error)))
+        return pools
+
+    def evaluate_clients(self, method: Method, state: ServerState) -> ClientsEvaluated:
+        """Let every client measure what it would receive now, on its own test rows."""
+        started = time.monotonic()
+        clients = {connected.node_id: _now(connected, state) for connected in self.clients}
+        messages = (
+            self._message(
+                node_id,
+                evaluate_request(
+                    self._config, self._spec, method.broadcast(state, client), state.round
+                ),
+                MessageType.EVALUATE,
+            )
+            for node_id, client in clients.items()
+        )
+        metrics: dict[str, ClientMetrics] = {}
+        failures: dict[str, str] = {}
+        for reply in self._transport.send_and_receive(messages):
+            client = clients[reply.metadata.src_node_id]
+            try:
+                head = checked_metrics(reply, client, state.round, self._spec)
+                values = {n: float("nan") if v is None else v for n, v in head.metrics.items()}
+                metrics[client.name] = ClientMetrics(client.rank, head.examples, values)
+            except UpdateRefused as error:
+                failures[client.name] = str(error)
+        seconds = time.monotonic() - started
+        return ClientsEvaluated(
+            state.round, dict(sorted(metrics.items())), dict(sorted(failures.items())), seconds
+        )
+
+    def close(self) -> None:
+        """Tell real sites that they need not stay ready; those that are gone are not waited for."""
+        if self._transport.patience is None:
+            return
+        content = wire.pack(self._spec.header(1))
+        messages = (
+            Message(content, dst_node_id=one.node_id, message_type=f"{MessageType.QUERY}.end")
+            for one in self._manager.connected
+        )
+        try:
+            list(replace(self._transport, deadline=GOODBYE_SECONDS).send_and_receive(messages))
+        except Exception as error:  # the SuperLink may be gone, and the run's end stands already
+            log.warning("sites could not be told of the end: %s", error)
+
+    def _train_once(
+        self, method: Method, state: ServerState, server_round: int
+    ) -> tuple[ServerState, RoundStats]:
+        sampled = self._sample(server_round)
+        clients = {connected.node_id: _now(connected, state) for connected in sampled}
+        names = tuple(client.name for client in clients.values())
+        self._log(RoundStarted(server_round, names))
+        asked = list(clients.values())
+        current = Round(
+            server_round,
+            method,
+            state,
+            asked,
+            config=self._config,
+            spec=self._spec,
+            log=self._log,
+            observer=self._observe(method, state, asked) if self._observe else None,
+        )
+        for reply in self._transport.send_and_receive(
+            self._train_requests(current, method, state, clients)
+        ):
+            current.receive(clients[reply.metadata.src_node_id], reply)
+            del reply  # before the next one is pulled
+        self._failed = set(current.failures)
+        current.check_quorum()
+        return current.finish(self._next_ranks(current, state))
+
+    def _train_requests(
+        self, current: Round, method: Method, state: ServerState, clients: Mapping[int, Client]
+    ) -> Iterator[Message]:
+        """One message for each client of the round, made when it can go out."""
+        for node_id, client in clients.items():
+            content = train_request(
+                self._config,
+                self._spec,
+                method,
+                state,
+                client,
+                with_validation=self._allocation.asks_everyone(current.number),
+            )
+            current.bytes_down += wire.size(content)
+            message = self._message(node_id, content, MessageType.TRAIN)
+            del content
+            yield message
+            del message  # before the next one is made
+
+    def _message(self, node_id: int, content: RecordDict, kind: str) -> Message:
+        return Message(content, dst_node_id=node_id, message_type=kind, group_id=str(self._round))
+
+    def _sample(self, server_round: int) -> list[ConnectedClient]:
+        """The clients of a round, drawn by the seed."""
+        if self._allocation.asks_everyone(server_round):
+            return self.clients
+        per_round, seed = self._config.federation.clients_per_round, self._config.seed
+        return sample(self.clients, per_round, seed=seed, round_index=server_round - 1)
+
+    def _next_ranks(self, current: Round, state: ServerState) -> dict[str, int]:
+        """The ranks after a round: what clients offered, then what the server decides."""
+        ranks, offers = dict(state.ranks), current.offered_ranks()
+        losses = current.validation_losses()
+        allocated = self._allocation.after(current.number, losses, len(self.clients))
+        for connected in self.clients:
+            name, old = connected.client.name, _now(connected, state).rank
+            offered = offers.get(name, old)
+            new = min(allocated.get(name, offered), max(connected.max_rank, offered))
+            if new != old:
+                ranks[name] = new
+                reason = "the server's allocation" if name in allocated else "the client's offer"
+                self._log(RankChanged(current.number, name, old, new, reason))
+        return ranks
+
+    def _gather(self) -> list[ConnectedClient]:
+        """The connected clients, once there are enough. Raises `QuorumError` if none come."""
+        needed = min_connected(self._config.federation)
+        connected = self._manager.gather(needed, lambda seconds: self._wait(needed, seconds))
+        patience = self._transport.patience
+        if patience is not None and len(connected) < needed:
+            missing = ", ".join(self._manager.missing)
+            raise QuorumError(
+                f"{len(connected)} clients are connected after waiting {patience:g} s "
+                f"(federation.wait), {needed} are needed{f', missing: {missing}' if missing else ''}"
+                f"; the global adapter is as it was after round {self._finished}"
+            )
+        return connected
+
+    def _wait(self, needed: int, seconds: float) -> None:
+        names = tuple(connected.client.name for connected in self._manager.connected)
+        until = utc_now() + timedelta(seconds=seconds)
+        missing = tuple(self._manager.missing)
+        self._log(Waiting(self._finished + 1, names, missing, needed, until))
+
+    def _refuse(self, name: str, reason: str) -> None:
+        self._log(ClientRefused(self._round, name, reason))
+
+    def _update_clients(self, method: Method, state: ServerState) -> ServerState:
+        """Let new clients take part, and those that are gone not; the state for them."""
+        before = {connected.client.name: connected for connected in self.clients}
+        for name in self._failed & before.keys():
+            self._manager.disconnect(name)
+        self._failed = set()
+        now = {c.client.name: c for c in self._suitable(method, state, self._gather(), before)}
+        for name in sorted(before.keys() - now.keys()):
+            self._log(ClientLeft(self._round, name))
+        ranks = dict(state.ranks)
+        for name in sorted(now):
+            rank = now[name].client.rank
+            if name not in before or before[name].client.rank != rank:
+                self._log(ClientJoined(self._round, name, rank))
+                ranks.pop(name, None)  # what it offers now counts, not what it was given before
+        self.clients = list(now.values())
+        return self._with_levels(replace(state, ranks=ranks))
+
+    def _suitable(
+        self,
+        method: Method,
+        state: ServerState,
+        connected: list[ConnectedClient],
+        before: Mapping[str, ConnectedClient],
+    ) -> list[ConnectedClient]:
+        """Those that the method can serve together; the new ones give way."""
+        try:
+            method.check(state, [one.client for one in connected])
+            return connected
+        except ConfigError as error:
+            known = [one for one in connected if before.get(one.client.name) == one]
+            for one in connected:
+                if one not in known:
+                    self._refuse(one.client.name, str(error))
+            return known
+
+    def _with_levels(self, state: ServerState) -> ServerState:
+        """The state with all ranks that were, are or will be in use.
+
+        A level stays when its last client goes, so that a round does not depend on who is away.
+        """
+        offered = {connected.client.rank for connected in self.clients}
+        return replace(state, levels=tuple(sorted({*state.levels, *offered, *self._planned})))
+
+
+Pools = dict[int, PooledMetrics]
+"""Rank (0: the base) -> its metrics over the clients."""
+
+
+def _now(connected: ConnectedClient, state: ServerState) -> Client:
+    """The client at the rank that it has by now."""
+    client = connected.client
+    return replace(client, rank=state.ranks.get(client.name, client.rank))

@@ -1,0 +1,188 @@
+"""What server and clients say to each other: one header for each kind of message.
+
+Compatibility: within one `PROTOCOL` messages may gain optional fields. A receiver ignores a field
+that it does not know, so a newer server works with an older site. A field that changes what a
+client must do is named in ``TrainRequest.requires`` where it is used: a site that does not know the
+name refuses, with a sentence that says so. Everything else is a new protocol.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
+
+from prelort.adapters import AdapterSchema, ScaleRule, Trained
+from prelort.config import TrainingConfig
+from prelort.errors import UpdateRefused
+from prelort.federation.encoding import Dtype
+from prelort.methods.objective import Kind, Objective, TailPenalty
+
+PROTOCOL = 4
+FEATURES: frozenset[str] = frozenset()
+"""What this version knows of the names in ``TrainRequest.requires``."""
+
+Seconds = Annotated[float, PlainSerializer(lambda value: f"{value:.6e}", when_used="json")]
+"""A time, always as many bytes long, so that equal runs count equal bytes."""
+
+Factors = Literal["nothing", "A", "A and B"]
+
+
+class Header(BaseModel):
+    """What every message states about the adapter it is about."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    protocol: int = PROTOCOL
+    base: str
+    """Fingerprint of the base model."""
+    layers: str
+    """Digest of the adapter's layer names and shapes."""
+    scale_rule: Literal["constant", "rslora"]
+    scale: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+    rank: Annotated[int, Field(ge=1)]
+
+    @property
+    def rule(self) -> ScaleRule:
+        """The scale rule that the sender uses."""
+        return ScaleRule(self.scale_rule, self.scale)
+
+
+class ClientProperties(Header):
+    """A client's answer to the server's first message."""
+
+    client: Annotated[str, Field(min_length=1, max_length=200)]
+    examples: Annotated[int, Field(ge=1)]
+    max_rank: Annotated[int, Field(ge=1)]
+    """The largest rank that the client can be raised to; ``rank`` is the one to begin with."""
+
+
+class Delivery(Header):
+    """How to complete the adapter that came with a request.
+
+    ``rank`` is the adapter's. ``seeded_factors`` are drawn by the client from ``factor_seed``, and
+    with ``personal`` B and the modules to save are the client's own from its last round: these do
+    not travel.
+    """
+
+    dtype: Dtype
+    round: int
+    """Counts from 0."""
+    seeded_factors: Factors = "nothing"
+    factor_seed: int = 0
+    personal: bool = False
+    scale_multiplier: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
+
+
+class TrainRequest(Delivery):
+    """The server asks a client to train the adapter that came with it.
+
+    All numbers are resolved: the learning rate is this client's.
+    """
+
+    rounds: int
+    seed: int
+    training: TrainingConfig
+    objective: Kind
+    levels: tuple[int, ...]
+    level_weights: tuple[float, ...]
+    tail: TailPenalty | None = None
+    trains: Trained = "AB"
+    with_validation: bool = False
+    """Whether the server wants the loss on the client's validation rows."""
+    timeout: float
+    """Seconds."""
+    requires: tuple[str, ...] = ()
+    """Features that the client must know."""
+
+    def check_features(self) -> None:
+        """Raise `UpdateRefused` for a feature that this version does not know."""
+        unknown = sorted(set(self.requires) - FEATURES)
+        if unknown:
+            raise UpdateRefused(
+                f"does not know {unknown[0]!r}, which this run uses: update prelort at the site"
+            )
+
+    def to_objective(self) -> Objective:
+        """The objective that the client optimises."""
+        return Objective(self.objective, self.levels, self.level_weights, self.tail)
+
+
+class EvaluateRequest(Delivery):
+    """The server asks a client to measure the adapter that came with it on its test rows."""
+
+    prefixes: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Ranks of prefixes to measure too (0: the base model with the modules to save)."""
+    metrics: tuple[str, ...] | None
+    batch_size: int
+    max_new_tokens: int
+    max_generated: int
+
+
+class EvaluateReply(Header):
+    """What a client measured: metric -> value over its test examples.
+
+    ``prefixes``: rank -> the same for each prefix that was asked for. ``weight``: the number of
+    tokens (causal) or examples that the loss is a mean over.
+    """
+
+    client: str
+    round: int
+    examples: Annotated[int, Field(ge=1)]
+    weight: Annotated[int, Field(ge=1)]
+    metrics: dict[str, float | None]
+    prefixes: dict[int, dict[str, float | None]] = Field(default_factory=dict)
+
+
+class TrainReply(Header):
+    """What a client says with its trained adapter. ``round`` counts from 0."""
+
+    dtype: Dtype
+    change: bool
+    """Whether the adapter is the change of what the client received, and not the trained one."""
+    client: str
+    round: int
+    examples: int
+    steps: int
+    loss: float
+    seconds: Seconds
+    next_rank: Annotated[int, Field(ge=1)] | None = None
+    """The rank that the client offers from now on; None: the one it has."""
+    validation_loss: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSpec:
+    """What all sides must share: base model (fingerprint), the adapter's shapes, scale rule."""
+
+    base: str
+    schema: AdapterSchema
+    scale: ScaleRule
+
+    def header(self, rank: int) -> Header:
+        """The specification as it stands in every message about an adapter of ``rank``."""
+        return Header(
+            base=self.base,
+            layers=self.schema.digest(),
+            scale_rule=self.scale.kind,
+            scale=self.scale.value,
+            rank=rank,
+        )
+
+    def check(self, head: Header, rank: int | None = None) -> None:
+        """Raise `UpdateRefused` naming the first thing in which the sender differs."""
+        if head.base != self.base:
+            raise UpdateRefused(
+                f"has another base model: fingerprint {head.base}, expected {self.base}"
+            )
+        digest = self.schema.digest()
+        if head.layers != digest:
+            raise UpdateRefused(f"adapts other layers: digest {head.layers}, expected {digest}")
+        if head.rule != self.scale:
+            raise UpdateRefused(
+                f"uses another scale rule: {head.rule}, but the federation's is {self.scale}; "
+                "set lora.scale_rule and lora.scale alike at every site"
+            )
+        if rank is not None and head.rank != rank:
+            raise UpdateRefused(f"answers with rank {head.rank}, expected {rank}")

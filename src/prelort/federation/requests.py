@@ -1,0 +1,98 @@
+"""What a client is asked: the content of the messages that the server sends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from prelort.adapters import LoraAdapter
+from prelort.config import Config, TrainingConfig
+from prelort.federation import wire
+from prelort.federation.flower import RecordDict
+from prelort.federation.messages import AdapterSpec, EvaluateRequest, TrainRequest
+from prelort.methods.interface import Broadcast, Client, Method, ServerState
+
+
+def train_request(
+    config: Config,
+    spec: AdapterSpec,
+    method: Method,
+    state: ServerState,
+    client: Client,
+    *,
+    with_validation: bool,
+) -> RecordDict:
+    """Train what the method broadcasts to this client, and how."""
+    objective = method.objective(state, client)
+    broadcast = method.broadcast(state, client)
+    request = TrainRequest(
+        **_delivery(config, spec, broadcast, state.round),
+        rounds=config.federation.rounds,
+        seed=config.seed,
+        training=_training(config, method, spec.schema.rank / broadcast.trainable.rank),
+        objective=objective.kind,
+        levels=objective.levels,
+        level_weights=objective.weights,
+        tail=objective.tail,
+        trains=broadcast.trains,
+        with_validation=with_validation,
+        timeout=config.federation.timeout,
+    )
+    without = wire.not_sent_down(request)
+    return wire.pack(request, broadcast.trainable, broadcast.frozen, without=without)
+
+
+def evaluate_request(
+    config: Config,
+    spec: AdapterSpec,
+    broadcast: Broadcast,
+    finished: int,
+    prefixes: Sequence[int] = (),
+) -> RecordDict:
+    """Measure an adapter after ``finished`` rounds, and prefixes of it by rank (0: the base)."""
+    settings = config.evaluation
+    request = EvaluateRequest(
+        **_delivery(config, spec, broadcast, finished),
+        prefixes=tuple(prefixes),
+        metrics=settings.metrics,
+        batch_size=settings.batch_size,
+        max_new_tokens=settings.max_new_tokens,
+        max_generated=settings.max_generated,
+    )
+    without = wire.not_sent_down(request)
+    return wire.pack(request, broadcast.trainable, broadcast.frozen, without=without)
+
+
+def base_as_adapter(initial: LoraAdapter) -> LoraAdapter:
+    """What stands for the untuned base in a message: an adapter of rank 1 whose B is zero."""
+    return initial.prefix(1)
+
+
+def _delivery(
+    config: Config, spec: AdapterSpec, broadcast: Broadcast, round_index: int
+) -> dict[str, Any]:
+    """The fields that every request states about the adapter that comes with it."""
+    return {
+        **spec.header(broadcast.trainable.rank).model_dump(),
+        "dtype": config.federation.wire_dtype,
+        "round": round_index,
+        "seeded_factors": broadcast.seeded_factors,
+        "factor_seed": broadcast.factor_seed,
+        "personal": broadcast.personal,
+        "scale_multiplier": broadcast.scale_multiplier,
+    }
+
+
+def _training(config: Config, method: Method, rank_ratio: float) -> TrainingConfig:
+    """The settings with this client's own learning rates.
+
+    The factors' rate grows with ``rank_ratio`` = highest rank / client's rank, to the power of the
+    rank exponent; a head has no rank, so all clients share its rate.
+    """
+    training = config.training
+    exponent = training.rank_exponent
+    if exponent is None:
+        exponent = float(getattr(method, "rank_exponent", 0.0))
+    head = training.head_learning_rate or training.learning_rate
+    rate = training.learning_rate * rank_ratio**exponent
+    return training.model_copy(update={"learning_rate": rate, "head_learning_rate": head})

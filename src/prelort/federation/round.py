@@ -1,0 +1,161 @@
+"""One round: who is asked, what comes back, what it costs, and the state after it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from prelort.config import Config
+from prelort.errors import QuorumError, UpdateRefused
+from prelort.events import (
+    ClientFailed,
+    ClientFinished,
+    Listener,
+    RoundSeconds,
+    RoundStats,
+)
+from prelort.federation import wire
+from prelort.federation.flower import Message
+from prelort.federation.messages import AdapterSpec, TrainReply
+from prelort.federation.reorder_buffer import ReorderBuffer
+from prelort.federation.replies import checked_update
+from prelort.federation.sampling import count_of
+from prelort.methods.interface import Client, Method, RoundObserver, ServerState, Update
+
+
+class Round:
+    """One attempt at a round.
+
+    ``clients`` are asked, each at the rank that it has now. Replies are added to the method's
+    aggregator as they arrive, but in the clients' order, so that the result has the same bits
+    whoever answers first. A reply that cannot be used is left out, with an event.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        method: Method,
+        state: ServerState,
+        clients: Sequence[Client],
+        *,
+        config: Config,
+        spec: AdapterSpec,
+        log: Listener,
+        observer: RoundObserver | None = None,
+    ) -> None:
+        self.number = number
+        self.clients = list(clients)
+        self.bytes_down = 0
+        self._method = method
+        self._state = state
+        self._config = config
+        self._spec = spec
+        self._log = log
+        self._observer = observer
+        self._aggregator = method.aggregator(state)
+        self._buffer = ReorderBuffer([client.name for client in clients], self._aggregate)
+        self._started = time.monotonic()
+        self._aggregating = 0.0
+        self._replies: dict[str, TrainReply] = {}
+        self._bytes_up = 0
+        self.failures: dict[str, str] = {}
+        """Client -> why it gave no usable reply."""
+
+    def receive(self, client: Client, reply: Message) -> None:
+        """Check one client's reply and add it, or leave it out with the reason."""
+        broadcast = self._method.broadcast(self._state, client)
+        objective = self._method.objective(self._state, client)
+        try:
+            update, head = checked_update(
+                reply,
+                client,
+                self._state.round,
+                self._spec,
+                self._config.federation,
+                broadcast,
+                may_prune=objective.tail is not None,
+            )
+        except UpdateRefused as error:
+            self.failures[client.name] = str(error)
+            self._log(ClientFailed(self.number, client.name, client.rank, str(error)))
+            self._buffer.skip(client.name)
+            return
+        size = wire.size(reply.content)
+        self._bytes_up += size
+        self._replies[client.name] = head
+        batches = head.steps * self._config.training.gradient_accumulation
+        self._log(
+            ClientFinished(
+                self.number,
+                client=client.name,
+                rank=client.rank,
+                loss=head.loss,
+                examples=head.examples,
+                steps=head.steps,
+                passes=batches * objective.passes_per_batch,
+                seconds=head.seconds,
+                bytes_up=size,
+                validation_loss=head.validation_loss,
+            )
+        )
+        if self._observer is not None:
+            self._observer.add(broadcast, update)
+        self._buffer.put(client.name, update)
+
+    def check_quorum(self) -> None:
+        """Raise `QuorumError` where too few replies can be used."""
+        quorum, asked = self._config.federation.quorum, len(self.clients)
+        needed = count_of(quorum, asked)
+        if len(self._replies) < needed:
+            reasons = [f"{name}: {reason}" for name, reason in self.failures.items()]
+            raise QuorumError(
+                f"round {self.number} has {len(self._replies)} usable replies of {asked}, but "
+                f"federation.quorum = {quorum} needs {needed}; the global adapter is as it was "
+                f"after round {self.number - 1} ({'; '.join(reasons[:3])})"
+            )
+
+    def finish(self, ranks: dict[str, int]) -> tuple[ServerState, RoundStats]:
+        """The state after the round, with these ranks that differ from the clients' own."""
+        started = time.monotonic()
+        after = replace(
+            self._aggregator.result(),
+            round=self.number,
+            ranks=ranks,
+            levels=self._state.levels,
+        )
+        self._aggregating += time.monotonic() - started
+        diagnostics = self._observer.result(after) if self._observer is not None else None
+        diagnosing = self._observer.seconds if self._observer is not None else 0.0
+        total = time.monotonic() - self._started
+        heads = self._replies.values()
+        examples = sum(head.examples for head in heads)
+        stats = RoundStats(
+            replies=len(heads),
+            failures=len(self.failures),
+            loss=sum(head.loss * head.examples for head in heads) / max(examples, 1),
+            bytes_up=self._bytes_up,
+            bytes_down=self.bytes_down,
+            seconds=RoundSeconds(
+                train=total - self._aggregating - diagnosing,
+                aggregate=self._aggregating,
+                diagnose=diagnosing,
+            ),
+            diagnostics=diagnostics,
+        )
+        return after, stats
+
+    def offered_ranks(self) -> dict[str, int]:
+        """Client -> the rank that it offers from now on, where it offers another."""
+        offers = {name: head.next_rank for name, head in self._replies.items()}
+        return {name: rank for name, rank in offers.items() if rank is not None}
+
+    def validation_losses(self) -> dict[str, float]:
+        """Client -> its loss on its validation rows, where it was asked for it."""
+        losses = {name: head.validation_loss for name, head in self._replies.items()}
+        return {name: loss for name, loss in losses.items() if loss is not None}
+
+    def _aggregate(self, update: Update) -> None:
+        started = time.monotonic()
+        self._aggregator.add(update)
+        self._aggregating += time.monotonic() - started
