@@ -25,7 +25,7 @@ $(BIN)/.installed: pyproject.toml
 	@touch $@
 
 quickstart: install ## train mixed-rank clients with two methods: a table, a picture, adapters
-	@if [ -e $(OUT)/methods.json ]; then $(BIN)/prelort run --resume $(OUT); \
+	@if [ -e $(OUT)/study.toml ]; then $(BIN)/prelort run --resume $(OUT); \
 	else $(BIN)/prelort run --method prelort --method zero-padding --out $(OUT); fi
 
 federation: install ## run 1 SuperLink and 3 sites on this machine, with TLS and keys, to the end

@@ -57,8 +57,11 @@ def child(born: float, overrides: list[str]) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
     # What `prelort run` imports.
     from prelort import cli, tasks
-    from prelort.experiment import assemble, several, stage  # noqa: F401
+    from prelort.events import Evaluated, Event, RoundStarted
+    from prelort.experiment import assemble
+    from prelort.experiment import run as running
     from prelort.report import progress
+    from prelort.study import run as _  # noqa: F401
 
     spent["other imports"] = time.time() - born - sum(spent.values())
 
@@ -75,17 +78,17 @@ def child(born: float, overrides: list[str]) -> None:
     timed(assemble.federated, "load", "data")
     timed(assemble.base, "load_tokenizer", "load model")
     timed(assemble, "prepare_model", "load model")
-    timed(stage, "_describe", "pictures")
+    timed(running, "_describe", "pictures")
     for name in tasks.TASKS:
         timed(type(tasks.get(name)), "encode", "tokenisation")
 
-    def listen(self: Any, event: dict[str, Any]) -> None:
-        if event["event"] == "evaluated":
-            spent["evaluation"] = event["seconds"]
-        if event["event"] == "round_started":
+    def listen(self: Any, name: str, event: Event) -> None:
+        if isinstance(event, Evaluated):
+            spent["evaluation"] = event.seconds
+        if isinstance(event, RoundStarted):
             raise _Begun
 
-    progress.LiveProgress.__call__ = listen  # type: ignore[method-assign]
+    progress.StudyProgress.event = listen  # type: ignore[method-assign]
     options = [part for override in overrides for part in ("--set", override)]
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.suppress(_Begun):

@@ -20,12 +20,22 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from command_line import CommandLine
 from prelort.config import Config, check
 
 torch.set_num_threads(1)
 
 SENTENCE = "the quick brown fox jumps over a lazy dog while seven red cats sleep near blue boxes"
 WORDS = SENTENCE.split()
+
+
+@pytest.fixture
+def command_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> CommandLine:
+    """``command_line("run", "--out", ...)`` does what a shell would."""
+    monkeypatch.setenv("COLUMNS", "120")
+    return CommandLine(monkeypatch, capsys)
 
 
 @pytest.fixture(scope="session")

@@ -24,14 +24,15 @@ ALLOWED = {
     },
     "data": {"tasks"},
     "diagnostics": {"adapters", "aggregation", "methods"},
-    "report": {"metrics"},
+    "report": {"data", "metrics", "tasks"},
     "planning": {"adapters", "data", "methods", "models", "tasks", "training"},
     "experiment": {
         *("adapters", "aggregation", "data", "diagnostics", "federation", "methods", "metrics"),
         *("models", "planning", "report", "tasks", "training"),
     },
-    "deployment": {"data", "experiment", "federation", "planning", "report"},
-    "cli": {"deployment", "experiment", "methods", "planning", "report"},
+    "study": {"experiment", "methods", "report", "tasks"},
+    "deployment": {"data", "experiment", "federation", "planning", "report", "study"},
+    "cli": {"deployment", "experiment", "methods", "planning", "report", "study"},
 }
 CORE = {
     *("adapters", "aggregation", "methods", "models", "tasks", "metrics", "training"),

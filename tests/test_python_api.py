@@ -7,6 +7,19 @@ import pytest
 
 import prelort
 from prelort.config import Config, to_toml
+from prelort.events import (
+    Checkpointed,
+    Checkpointing,
+    ClientFinished,
+    Evaluated,
+    Evaluating,
+    Event,
+    Loading,
+    RoundFinished,
+    RoundStarted,
+    RunFinished,
+    RunStarted,
+)
 
 
 def test_five_lines(
@@ -20,6 +33,12 @@ def test_five_lines(
     tuned, untuned = result.metrics[4]["perplexity"], result.base["perplexity"]
 
     assert tuned != untuned
+    frame = result.to_pandas()
+    (value,) = frame[(frame["round"] == 2) & (frame["rank"] == 4)]["value"][
+        frame["metric"] == "perplexity"
+    ]
+    assert value == tuned
+    assert prelort.read("runs/first").to_pandas()["value"].tolist() == frame["value"].tolist()
     assert result.levels == (2, 4, 8)
     assert result.adapter.prefix(4).rank == 4
     assert (result.path / "adapters" / "rank-4" / "adapter_model.safetensors").is_file()
@@ -28,28 +47,40 @@ def test_five_lines(
 def test_listeners_hear_the_events_in_order(
     tmp_path: Path, make_config: Callable[..., Config]
 ) -> None:
-    heard: list[str] = []
+    heard: list[Event] = []
     prelort.run(
         make_config(federation={"rounds": 1, "clients_per_round": 2}),
         tmp_path / "run",
-        listeners=[lambda event: heard.append(event["event"])],
+        listeners=[heard.append],
     )
-    assert [name for name in heard if name != "evaluating"] == [
-        "loading",
-        "run_started",
-        "evaluated",
-        "checkpointing",
-        "checkpointed",
-        "round_started",
-        "client_finished",
-        "client_finished",
-        "aggregated",
-        "evaluated",
-        "checkpointing",
-        "checkpointed",
-        "run_finished",
+    assert [type(event) for event in heard if not isinstance(event, Evaluating)] == [
+        Loading,
+        RunStarted,
+        Evaluated,
+        Checkpointing,
+        Checkpointed,
+        RoundStarted,
+        ClientFinished,
+        ClientFinished,
+        RoundFinished,
+        Evaluated,
+        Checkpointing,
+        Checkpointed,
+        RunFinished,
     ]
-    assert "evaluating" in heard
+    assert any(isinstance(event, Evaluating) for event in heard)
+
+
+def test_a_study_is_compared_and_read_again(
+    tmp_path: Path, make_config: Callable[..., Config]
+) -> None:
+    config = make_config(federation={"rounds": 1, "clients_per_round": 2})
+    section = '[compare]\nmethods = ["prelort", "fedit"]\nseeds = [0, 1]\n'
+    (tmp_path / "study.toml").write_text(to_toml(config) + section)
+    results = prelort.compare(tmp_path / "study.toml", tmp_path / "out")
+    assert [cell.status for cell in results.cells] == ["finished", "failed"] * 2
+    assert set(results.to_pandas()["seed"]) == {0, 1}
+    assert prelort.read(tmp_path / "out").to_pandas().equals(results.to_pandas())
 
 
 def test_a_refused_run_leaves_nothing(tmp_path: Path, make_config: Callable[..., Config]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from prelort.experiment.folder import RunFolder
-from prelort.report import events
+from prelort.history import RunHistory
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import report
@@ -29,10 +29,11 @@ def read(cells: Path, metric: str) -> Found:
     found: Found = {}
     for method in sorted(path for path in cells.iterdir() if path.is_dir()):
         for run in sorted(method.glob("seed-*")):
-            told = events.read(RunFolder(run).metrics_file)
-            if not events.is_finished(told):
+            history = RunHistory.read(RunFolder(run).metrics_file)
+            if not history.finished or not history.client_evaluations:
                 continue
-            for task, one in events.at_clients(told).items():
+            last = history.client_evaluations[max(history.client_evaluations)]
+            for task, one in last.clients.items():
                 if metric in one.metrics:
                     values = found.setdefault(task, {}).setdefault(method.name, [])
                     values.append(one.metrics[metric])
@@ -55,7 +56,7 @@ def main() -> None:
     parser.add_argument("study", type=Path, nargs="?", default=Path("runs/studies/tasks-superni"))
     parser.add_argument("--metric", default="rouge_l")
     arguments = parser.parse_args()
-    found = read(arguments.study / "cells", arguments.metric)
+    found = read(arguments.study, arguments.metric)
     if not found:
         raise SystemExit(f"no client measured {arguments.metric!r} in {str(arguments.study)!r}")
     facts = {"command": f"python benchmarks/studies/by_task.py {arguments.study}"}

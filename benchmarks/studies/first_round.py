@@ -27,10 +27,10 @@ from transformers import DistilBertConfig, DistilBertModel
 from prelort import methods
 from prelort.config import Config
 from prelort.experiment.assemble import Assembly, assemble
-from prelort.experiment.compare.study import load
 from prelort.experiment.measure import measure
 from prelort.methods.interface import Client, ServerState, Update
 from prelort.models.lora import extract, install
+from prelort.study.definition import load
 from prelort.training.local import train
 from prelort.training.settings import LocalTraining
 from prelort.training.steps import Assignment

@@ -16,12 +16,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+import altair as alt
+import pandas as pd
 
 from prelort.experiment.folder import RunFolder
+from prelort.report.drawing import save
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import report
@@ -73,18 +72,22 @@ def main() -> None:
 
 def draw(found: dict[str, dict[str, Noise]]) -> None:
     """Both kinds by round."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    styles = ["-", "--", "-.", ":"]
-    for axis, kind in zip(axes, KINDS, strict=True):
-        for index, (method, kinds) in enumerate(found.items()):
-            rounds = sorted(r for r in kinds[kind] if r > 1)
-            means = [statistics.mean(kinds[kind][r]) for r in rounds]
-            axis.plot(rounds, means, styles[index // 5 % 4], color=f"C{index}", label=method)
-        axis.set(xlabel="round", title=kind.replace("_", " "), ylim=(0, None))
-        axis.grid(alpha=0.3)
-    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    panels = []
+    for kind in KINDS:
+        rows = [
+            {"method": method, "round": number, "noise": statistics.mean(values)}
+            for method, kinds in found.items()
+            for number, values in sorted(kinds[kind].items())
+            if number > 1
+        ]
+        colour = alt.Color("method:N", sort=list(found), title=None)
+        dash = alt.StrokeDash("method:N", sort=list(found), title=None)
+        chart = alt.Chart(pd.DataFrame(rows), title=kind.replace("_", " ")).mark_line()
+        panels.append(
+            chart.encode(x="round:Q", y=alt.Y("noise:Q", title=None), color=colour, strokeDash=dash)
+        )
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(PICTURE, dpi=120)
+    save(alt.hconcat(*(panel.properties(width=380, height=300) for panel in panels)), PICTURE)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,9 @@ from collections.abc import Iterable, Set
 from pathlib import Path
 from typing import Any
 
+from prelort.events import RankChanged
 from prelort.experiment.folder import RunFolder
-from prelort.report import events
+from prelort.history import RunHistory
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import prepare
@@ -35,9 +36,9 @@ def table(study: Path, rows: Path, balanced: Set[str] = BALANCED) -> list[dict[s
         row = json.loads(line)
         topics.setdefault(row["client"], Counter())[row["label"]] += 1
     found = []
-    for run in sorted((study / "cells" / "by-loss").glob("seed-*")):
-        told = events.settled(events.read(RunFolder(run).metrics_file))
-        raised = [event["client"] for event in told if event["event"] == "rank_changed"]
+    for run in sorted((study / "by-loss").glob("seed-*")):
+        incidents = RunHistory.read(RunFolder(run).metrics_file).incidents
+        raised = [event.client for event in incidents if isinstance(event, RankChanged)]
         row = {
             "seed": run.name.removeprefix("seed-"),
             "raised": len(raised),

@@ -3,6 +3,7 @@
 >>> import prelort
 >>> result = prelort.run(prelort.Config(), "runs/first")   # doctest: +SKIP
 >>> result.metrics[4]["perplexity"]                        # doctest: +SKIP
+>>> result.to_pandas()                                     # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -16,30 +17,39 @@ if TYPE_CHECKING:
     from prelort.config import Config
     from prelort.config import load as load_config
     from prelort.experiment.run import RunResult, run
+    from prelort.report.results import Results
+    from prelort.study.results import read
+    from prelort.study.run import compare
 
 __version__ = "0.1.0"
 __all__ = [
     "Config",
     "LoraAdapter",
     "PrelortError",
+    "Results",
     "RunResult",
     "ScaleRule",
+    "compare",
     "load_config",
+    "read",
     "run",
 ]
 
 _LAZY = {
     "Config": ("prelort.config", "Config"),
     "LoraAdapter": ("prelort.adapters", "LoraAdapter"),
+    "Results": ("prelort.report.results", "Results"),
     "RunResult": ("prelort.experiment.run", "RunResult"),
     "ScaleRule": ("prelort.adapters", "ScaleRule"),
+    "compare": ("prelort.study.run", "compare"),
     "load_config": ("prelort.config", "load"),
+    "read": ("prelort.study.results", "read"),
     "run": ("prelort.experiment.run", "run"),
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Import pydantic, torch and their kin only when needed: ``prelort --help`` is quick."""
+    """Import pydantic, torch and the like only when needed: ``prelort --help`` is quick."""
     if name in _LAZY:
         import importlib
 

@@ -212,23 +212,25 @@ class RunHistory:
         return pd.DataFrame(rows, columns=["round", "rank", "metric", "value"])
 
     def rounds_to_pandas(self) -> pd.DataFrame:
-        """A row for each round that is done: its replies, loss, bytes and seconds."""
+        """A row for each round that is done: its replies, loss, bytes and seconds by phase."""
         import pandas as pd
 
         rows: list[dict[str, Any]] = []
         for number, record in sorted(self.rounds.items()):
             stats = record.stats
             if stats is not None:
-                row: dict[str, Any] = {
-                    "round": number,
-                    "replies": stats.replies,
-                    "failures": stats.failures,
-                }
-                row |= {"loss": stats.loss, "bytes_up": stats.bytes_up}
-                row |= {"bytes_down": stats.bytes_down, "seconds": stats.seconds.total}
-                rows.append(row)
-        columns = ["round", "replies", "failures", "loss", "bytes_up", "bytes_down", "seconds"]
-        return pd.DataFrame(rows, columns=columns)
+                measured = (self.evaluations.get(number), self.client_evaluations.get(number))
+                evaluate = sum(event.seconds for event in measured if event is not None)
+                row: dict[str, Any] = {"round": number, "replies": stats.replies}
+                row |= {"failures": stats.failures, "loss": stats.loss}
+                row |= {"bytes_up": stats.bytes_up, "bytes_down": stats.bytes_down}
+                row |= {"train_seconds": stats.seconds.train}
+                row |= {"aggregate_seconds": stats.seconds.aggregate}
+                row |= {"diagnose_seconds": stats.seconds.diagnose, "evaluate_seconds": evaluate}
+                rows.append(row | {"seconds": stats.seconds.total + evaluate})
+        columns = ["round", "replies", "failures", "loss", "bytes_up", "bytes_down"]
+        columns += [f"{phase}_seconds" for phase in ("train", "aggregate", "diagnose", "evaluate")]
+        return pd.DataFrame(rows, columns=[*columns, "seconds"])
 
     def _stats(self) -> list[RoundStats]:
         return [record.stats for record in self.rounds.values() if record.stats is not None]

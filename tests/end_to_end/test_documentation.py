@@ -6,14 +6,15 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 import prelort
-from prelort.cli import listing
-from prelort.config import EMBEDDED_FILE, Config, check, read_toml
-from prelort.experiment.compare.study import load as load_study
+from prelort.config import Config
+from prelort.events import Event, name_of
+from prelort.study.definition import load as load_study
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,12 +69,6 @@ def test_the_study_in_the_documentation_is_one(tmp_path: Path) -> None:
     assert variant == "plain"
 
 
-def test_configuration_printed_is_the_embedded_default(capsys: pytest.CaptureFixture[str]) -> None:
-    listing.config()
-    assert capsys.readouterr().out == EMBEDDED_FILE.read_text()
-    assert check(read_toml(EMBEDDED_FILE)) == prelort.load_config()
-
-
 def test_every_method_and_target_that_the_documentation_names_exists() -> None:
     makefile = (ROOT / "Makefile").read_text()
     readme = (ROOT / "README.md").read_text()
@@ -83,3 +78,12 @@ def test_every_method_and_target_that_the_documentation_names_exists() -> None:
 
     for name in REGISTRY:
         assert (ROOT / "docs" / "methods" / f"{name}.md").is_file()
+
+
+def test_every_logged_event_and_its_fields_are_documented() -> None:
+    rows = (ROOT / "docs" / "watching.md").read_text().splitlines()
+    for kind in Event.__subclasses__():
+        if kind.logged:
+            (row,) = (row for row in rows if row.startswith("|") and f"`{name_of(kind)}`" in row)
+            for one in fields(kind):
+                assert one.name in ("round", "time") or f"`{one.name}`" in row, (kind, one.name)

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from prelort.config import Config
-from prelort.experiment import several
+from prelort.config import Config, to_toml
 from prelort.experiment.assemble import Encoded, assemble
+from prelort.study.definition import of_run
+from prelort.study.run import run_study
 from prelort.tasks.causal_lm import CausalLM
 
 
@@ -85,12 +86,17 @@ def test_other_rows_or_tokens_are_made_anew(
     assert found.rows is not before.rows
 
 
-def test_a_comparison_reads_its_rows_once(
+def test_a_study_reads_its_rows_once(
     make_config: Callable[..., Config], encodings: list[int], tmp_path: Path
 ) -> None:
     config = make_config(federation={"rounds": 1, "clients_per_round": 2})
-    together = several.run_methods(config, ["prelort", "zero-padding"], tmp_path / "both")
+    (tmp_path / "run.toml").write_text(to_toml(config))
+    both = of_run(tmp_path / "run.toml", methods=["prelort", "zero-padding"])
+    _, second = run_study(both, tmp_path / "both").cells
     once = len(encodings)
-    apart = several.run_methods(config, ["zero-padding"], tmp_path / "one")
+    alone = of_run(tmp_path / "run.toml", methods=["zero-padding"])
+    (cell,) = run_study(alone, tmp_path / "one").cells
     assert len(encodings) == 2 * once
-    assert together[1].metrics == apart[0].metrics
+    assert second.history.final is not None
+    assert cell.history.final is not None
+    assert second.history.final.prefixes == cell.history.final.prefixes

@@ -3,15 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from command_line import CommandLine
 from prelort.config import Config, to_toml
-
-
-@pytest.fixture
-def command_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> CommandLine:
-    return CommandLine(monkeypatch, capsys)
 
 
 @pytest.fixture(scope="session")

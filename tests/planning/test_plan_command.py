@@ -12,14 +12,6 @@ from prelort.planning.memory import Planner
 
 
 @pytest.fixture
-def command_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> CommandLine:
-    monkeypatch.setenv("COLUMNS", "120")
-    return CommandLine(monkeypatch, capsys)
-
-
-@pytest.fixture
 def options(tiny_llama: Path) -> list[str]:
     small = ["model.device=cpu", "data.max_length=48", "training.batch_size=4"]
     return ["--model", str(tiny_llama), *(part for s in small for part in ("--set", s))]

@@ -1,150 +1,105 @@
-"""Reading a log that grows, is cut, or is not there yet."""
+"""Reading a log that grows, is truncated, or does not exist yet."""
 
 from __future__ import annotations
 
-import json
 import os
+from pathlib import Path
 
 import pytest
 
+from histories import run_events
 from prelort.errors import PrelortError
-from prelort.report.follow import Log, dated, follow
+from prelort.events import Event, encode
+from prelort.history import RunHistory
+from prelort.report.follow import LogFollower
 
-
-def line(**event):
-    return json.dumps(event) + "\n"
-
-
-def numbers(looked):
-    return [event["n"] for event, _ in looked]
+EVENTS = run_events(rounds=20)
 
 
 @pytest.fixture
-def path(tmp_path):
+def path(tmp_path: Path) -> Path:
     return tmp_path / "metrics.jsonl"
 
 
-def append(path, text):
-    with path.open("a") as file:
-        file.write(text)
+def text(events: list[Event]) -> bytes:
+    return "".join(encode(event) + "\n" for event in events).encode()
 
 
-def test_a_log_that_is_not_there_yet_has_no_events(path):
-    log = Log(path)
-    assert log.look(1.0) == ([], False)
-    append(path, line(event="x", n=1))
-    found, cut = log.look(1.0)
-    assert numbers(found) == [1]
-    assert not cut
-    assert log.look(2.0) == ([], False)
-
-
-def test_a_line_half_written_is_left_for_the_next_look(path):
-    log, whole = Log(path), line(event="x", n=2, name="ä")
-    append(path, line(event="x", n=1) + whole[:10])
-    assert numbers(log.look(1.0)[0]) == [1]
-    assert log.look(2.0) == ([], False)
-    append(path, whole[10:-1])
-    assert log.look(3.0) == ([], False)
-    append(path, "\n")
-    assert log.look(4.0) == ([({"event": "x", "n": 2, "name": "ä"}, 4.0)], False)
-
-
-@pytest.mark.parametrize("grown", [0, 1, 200])
-def test_a_log_that_was_cut_is_read_from_the_start(path, grown):
-    log = Log(path)
-    append(path, "".join(line(event="x", n=n) for n in range(100)))
-    log.look(1.0)
-    kept = len("".join(line(event="x", n=n) for n in range(50)))
-    os.truncate(path, kept)
-    append(path, "".join(line(event="x", n=1000 + n) for n in range(grown)))
-    found, cut = log.look(2.0)
-    assert cut
-    assert numbers(found) == [*range(50), *range(1000, 1000 + grown)]
-    append(path, line(event="x", n=7))
-    assert numbers(log.look(3.0)[0]) == [7]
-
-
-def test_a_log_that_is_gone_or_empty_was_cut_to_nothing(path):
-    log = Log(path)
-    append(path, line(event="x", n=1))
-    log.look(1.0)
-    path.unlink()
-    assert log.look(2.0) == ([], True)
-    append(path, line(event="x", n=2))
-    found, cut = log.look(3.0)
-    assert numbers(found) == [2]
-    assert not cut
-    os.truncate(path, 0)
-    assert log.look(4.0) == ([], True)
-
-
-def test_half_a_line_that_is_cut_off_is_no_cut(path):
-    log = Log(path)
-    append(path, line(event="x", n=1))
-    size = path.stat().st_size
-    append(path, '{"event"')
-    log.look(1.0)
-    os.truncate(path, size)
-    assert log.look(2.0) == ([], False)
-
-
-@pytest.mark.parametrize("bad", ["{]", "[1]", '{"round": 1}', "\udcff"])
-def test_a_damaged_line_is_told_with_its_number(path, bad):
-    log = Log(path)
-    append(path, line(event="x", n=1))
-    log.look(1.0)
+def append(path: Path, data: bytes) -> None:
     with path.open("ab") as file:
-        file.write(bad.encode("utf-8", "surrogateescape") + b"\n")
-    with pytest.raises(PrelortError, match="line 2, is not an event of a run"):
-        log.look(2.0)
+        file.write(data)
 
 
-def test_a_log_that_cannot_be_read_is_told(tmp_path):
+def test_a_log_is_followed_from_before_its_first_event(path: Path) -> None:
+    follower = LogFollower(path)
+    assert not follower.poll().events
+    for number in range(3):
+        append(path, text(EVENTS[number : number + 1]))
+        new = follower.poll()
+        assert (list(new.events), new.truncated) == (EVENTS[number : number + 1], False)
+        assert not follower.poll().events
+    assert follower.history == RunHistory.of(EVENTS[:3])
+
+
+def test_an_unfinished_line_is_left_for_the_next_poll(path: Path) -> None:
+    follower, line = LogFollower(path), text(EVENTS[1:2])
+    append(path, text(EVENTS[:1]) + line[:10])
+    assert list(follower.poll().events) == EVENTS[:1]
+    append(path, line[10:-1])
+    assert not follower.poll().events
+    append(path, b"\n")
+    assert list(follower.poll().events) == EVENTS[1:2]
+
+
+@pytest.mark.parametrize("kept", [0, 1, 50])
+@pytest.mark.parametrize("grown", [0, 1, 90])
+def test_a_truncated_log_is_read_again(path: Path, kept: int, grown: int) -> None:
+    """It may have grown beyond its old length by then."""
+    follower, other = LogFollower(path), run_events(rounds=20, seed=7)
+    append(path, text(EVENTS[:100]))
+    follower.poll()
+    os.truncate(path, len(text(EVENTS[:kept])))
+    append(path, text(other[kept : kept + grown]))
+    expected = [*EVENTS[:kept], *other[kept : kept + grown]]
+    new = follower.poll()
+    if kept + grown == 140 and expected[:100] == EVENTS[:100]:  # the same bytes again
+        assert not new.truncated
+    else:
+        assert (list(new.events), new.truncated) == (expected, True)
+    assert follower.history == RunHistory.of(expected)
+    append(path, text(EVENTS[-1:]))
+    assert list(follower.poll().events) == EVENTS[-1:]
+
+
+def test_a_log_that_is_deleted_was_truncated_to_nothing(path: Path) -> None:
+    follower = LogFollower(path)
+    append(path, text(EVENTS[:5]))
+    follower.poll()
+    path.unlink()
+    new = follower.poll()
+    assert (list(new.events), new.truncated, follower.history) == ([], True, RunHistory())
+    append(path, text(EVENTS[:2]))
+    assert list(follower.poll().events) == EVENTS[:2]
+
+
+def test_half_a_line_that_is_cut_off_is_no_truncation(path: Path) -> None:
+    follower = LogFollower(path)
+    append(path, text(EVENTS[:2]) + b'{"event"')
+    follower.poll()
+    os.truncate(path, len(text(EVENTS[:2])))
+    assert not follower.poll().truncated
+
+
+@pytest.mark.parametrize("bad", [b"{]", b"[1]", b'{"round": 1}', b"\xff", b""])
+def test_a_damaged_line_is_named(path: Path, bad: bytes) -> None:
+    follower = LogFollower(path)
+    append(path, text(EVENTS[:1]))
+    follower.poll()
+    append(path, bad + b"\n")
+    with pytest.raises(PrelortError, match="line 2, is not an event"):
+        follower.poll()
+
+
+def test_a_log_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(PrelortError, match="cannot be read"):
-        Log(tmp_path).look(1.0)
-
-
-def test_the_past_is_dated_by_what_its_phases_took():
-    log = [
-        {"event": "run_started", "round": 0},
-        {"event": "evaluated", "round": 0, "seconds": 5.0},
-        {"event": "round_started", "round": 1},
-        {"event": "client_finished", "round": 1, "seconds": 3.0},
-        {"event": "aggregated", "round": 1, "seconds": {"total": 20.0}},
-        {"event": "evaluated", "round": 1, "seconds": 10.0},
-        {"event": "round_started", "round": 2},
-        {"event": "client_finished", "round": 2, "seconds": 4.0},
-        {"event": "client_finished", "round": 2, "seconds": 7.0},
-    ]
-    assert [when for _, when in dated(log, 100.0)] == [58, 63, 63, 63, 83, 93, 93, 100, 100]
-    assert dated([], 1.0) == []
-    odd = [{"event": "aggregated", "seconds": None}, {"event": "evaluated", "seconds": "x"}]
-    assert [when for _, when in dated(odd, 1.0)] == [1.0, 1.0]
-
-
-def test_the_first_look_goes_by_the_time_of_the_file(path):
-    append(path, line(event="x", n=1))
-    os.utime(path, (500.0, 500.0))
-    assert Log(path).look(900.0)[0][0][1] == 500.0
-    assert Log(path).look(400.0)[0][0][1] == 400.0  # another machine's clock
-
-
-def test_several_runs_are_followed_one_after_the_other(tmp_path):
-    paths = {"a": tmp_path / "a", "b": tmp_path / "b"}
-    steps = [
-        lambda: append(paths["a"], line(event="run_started", n=1)),
-        lambda: append(paths["a"], line(event="run_finished", n=2)),
-        lambda: append(paths["b"], line(event="run_started", n=3)),
-        lambda: append(paths["b"], line(event="run_finished", n=4)),
-    ]
-    found = []
-    for looks in follow(lambda: paths, lambda: 1.0, lambda _: steps.pop(0)()):
-        found.append([(look.name, numbers(look.events), look.afresh) for look in looks])
-    assert found == [
-        [("a", [], True)],
-        [("a", [1], False)],
-        [("a", [2], False), ("b", [], True)],
-        [("b", [3], False)],
-        [("b", [4], False)],
-    ]
+        LogFollower(tmp_path).poll()

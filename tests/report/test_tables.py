@@ -1,150 +1,240 @@
+"""Tables of runs and studies: content, marks, notes, and untrusted texts."""
+
 import io
+import math
 import re
+from dataclasses import replace
 
 import pytest
+from results_of import OTHER, REFERENCE, TWO, runs, study
 from rich.console import Console
-from rich.table import Table
 
-from prelort.errors import PrelortError
-from prelort.report.tables import BASE, blocks, comparison_markdown, comparison_table
-
-
-def cells(markdown):
-    """The rows of the (first) Markdown table: name to cells."""
-    lines = [line for line in markdown.splitlines() if line.startswith("|")]
-    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
-    return rows[0], {row[0]: row[1:] for row in rows[2:]}
+from histories import HOSTILE, round_diagnostics, run_history
+from prelort.history import RunHistory
+from prelort.report import tables
+from prelort.report.results import CellResult, Results
+from prelort.report.tables import BASE
 
 
-def shown(table, width=80, colour=True):
-    out = io.StringIO()
-    Console(file=out, width=width, force_terminal=colour).print(table)
-    return out.getvalue()
-
-
-def test_markdown_has_the_base_first_and_the_best_bold(two_runs):
-    head, rows = cells(comparison_markdown(two_runs))
-    assert head[1:] == [
-        "ppl ↓ rank 2", "ppl ↓ rank 4", "ppl ↓ rank 8", "ppl ↓ rank 16", "ppl ↓ AURAC",
-        "bytes ↓ up", "bytes ↓ down", "time ↓",
-    ]  # fmt: skip
-    assert list(rows) == [BASE, "prelort", "zero-padding"]
-    assert rows[BASE] == ["700.0"] * 5 + ["–"] * 3
-    assert rows["prelort"][:4] == ["27.0", "**24.0**", "**22.0**", "**21.0**"]
-    area = (27 / 2 + 24 + 22 + 21 / 2) / 3
-    assert rows["prelort"][4] == f"**{area:.1f}**"
-    assert rows["zero-padding"][:5] == ["**26.2**", "26.1", "26.1", "26.1", "26.1"]
-    # Equal for both, so nothing is best.
-    assert rows["prelort"][5:] == rows["zero-padding"][5:] == ["60 kB", "90 kB", "30 s"]
-
-
-def test_terminal_table_says_the_same_within_80_columns(two_runs):
-    table = comparison_table(two_runs)
-    assert isinstance(table, Table)
-    text = shown(table)
-    assert max(len(line) for line in shown(table, colour=False).splitlines()) <= 80
-    names = re.findall(r"untuned base|zero-padding|prelort", text)
-    assert names == [BASE, "prelort", "zero-padding"]
-    bold = re.findall(r"\x1b\[1m *([\d.]+)\x1b", text)
-    assert bold == ["24.0", "22.0", "21.0", "23.3", "26.2"]
-    assert "lower is better" in text
-    assert "perplexity" in text
-    assert "…" not in text
-
-
-def test_higher_is_better_where_it_is(make_run):
-    runs = {
-        "a": make_run("a", {2: 0.673, 4: 0.7}, base=0.5, metric="accuracy"),
-        "b": make_run("b", {2: 0.6, 4: 0.75}, base=0.65, metric="accuracy"),
+def rows_of(table):
+    """Row -> its texts, with ** around the best."""
+    return {
+        name: [f"**{c.texts[row]}**" if c.best[row] else c.texts[row] for c in table.columns]
+        for row, name in enumerate(table.names)
     }
-    head, rows = cells(comparison_markdown({"b": runs["b"]}))
-    assert head[1] == "acc ↑ rank 2"
-    assert rows[BASE][:3] == ["**65.0**", "65.0", "65.0"]  # worse than the base: it shows
-    assert rows["b"][:3] == ["60.0", "**75.0**", "**67.5**"]
-    text = comparison_markdown(runs)
-    assert "accuracy (%) by rank prefix of the global adapter, higher is better" in text
-    assert "untuned bases differ" in text
-    assert "untuned bases differ" not in comparison_markdown({"a": runs["a"]})
 
 
-def test_bold_goes_to_all_that_read_alike_and_never_to_a_diverged_run(make_run):
-    runs = {
-        "a": make_run("a", {2: 26.11, 4: float("inf")}),
-        "b": make_run("b", {2: 26.12, 4: 25.0}),
-        "c": make_run("c", {2: 30.0, 4: float("nan")}),
-    }
-    _, rows = cells(comparison_markdown(runs))
-    assert [rows[name][0] for name in "abc"] == ["**26.1**", "**26.1**", "30.0"]
-    assert [rows[name][1] for name in "abc"] == ["inf", "**25.0**", "nan"]
+def heads_of(table):
+    return [f"{column.over} {column.under}".rstrip() for column in table.columns]
 
 
-def several_metrics(events):
-    for event in events:
-        for row in [event.get("base", {}), *event.get("prefixes", {}).values()]:
-            if row:
-                row["macro_f1"] = row["accuracy"] / 2
-    return events
+def terminal(results, width=80):
+    console = Console(file=io.StringIO(), width=width)
+    console.print(tables.terminal(results))
+    return console.file.getvalue()
 
 
-def test_several_metrics_a_table_each(make_run):
-    events = several_metrics(make_run("a", {2: 0.6, 4: 0.7}, base=0.5, metric="accuracy"))
-    both = comparison_markdown({"a": events})
-    assert both.count("| untuned base |") == 2
-    assert both.index("acc ↑ rank 2") < both.index("F1 ↑ rank 2")
-    text = shown(comparison_table({"a": events}), colour=False)
-    assert text.count("untuned base") == 2
-    assert "macro-F1 (%)" in text
-    only = comparison_markdown({"a": events}, metric="macro_f1")
-    assert only.count("| untuned base |") == 1
-    assert "acc" not in only
-    assert "loss ↓" in comparison_markdown({"a": events}, metric="loss")
-    with pytest.raises(PrelortError, match="'rouge_l' was not measured: there is accuracy, loss"):
-        comparison_table({"a": events}, metric="rouge_l")
+@pytest.fixture
+def two_runs():
+    return runs(
+        **{
+            "prelort": run_history(),
+            "zero-padding": run_history(finals={2: 26.2, 4: 26.1, 8: 26.1, 16: 26.1}),
+        }
+    )
 
 
-def test_a_run_without_prefixes_leaves_the_others_their_area(two_runs, make_run):
-    two_runs["flora"] = make_run("flora", {16: 22.4})
-    _, rows = cells(comparison_markdown(two_runs))
-    assert rows["flora"][:5] == ["–", "–", "–", "22.4", "–"]
-    assert rows["prelort"][4] == "**23.3**"
+class TestOneSeed:
+    def test_base_first_then_the_metric_at_each_rank_area_and_costs(self, two_runs):
+        (table,) = tables.of_setting(two_runs, "")
+        assert heads_of(table) == [
+            "ppl ↓ rank 2", "ppl ↓ rank 4", "ppl ↓ rank 8", "ppl ↓ rank 16", "ppl ↓ AURAC",
+            "bytes ↓ up", "bytes ↓ down", "time ↓",
+        ]  # fmt: skip
+        rows = rows_of(table)
+        assert list(rows) == [BASE, "prelort", "zero-padding"]
+        assert rows[BASE] == ["150.0"] * 5 + ["–"] * 3
+        # The area by hand: (27 / 2 + 24 + 22 + 21 / 2) / 3.
+        ours = ["27.0", "**24.0**", "**22.0**", "**21.0**", "**23.3**", "20 kB", "30 kB", "9.4 s"]
+        assert rows["prelort"] == ours
+        assert rows["zero-padding"][:2] == ["**26.2**", "26.1"]
+        assert "lower is better" in table.title
+        assert table.notes == []
+
+    def test_terminal_and_markdown_have_the_same_texts_within_80_columns(self, two_runs):
+        text = terminal(two_runs)
+        assert "…" not in text
+        assert re.search(r"prelort +27.0 +24.0 +22.0 +21.0 +23.3 +20 kB +30 kB +9.4 s", text)
+        markdown = tables.markdown(two_runs)
+        assert "| prelort | 27.0 | **24.0** | **22.0** | **21.0** | **23.3** | 20 kB |" in markdown
+
+    def test_an_unfinished_run_is_marked_and_has_no_best_cost(self, two_runs):
+        cells = [two_runs.cells[0], CellResult("", "b", 0, run_history(stop=2, every=2))]
+        results = Results(cells, "prelort")
+        (table,) = tables.of_setting(results, "")
+        assert "b *" in table.names
+        assert table.notes == ["* b: measured after round 2 of 4."]
+        assert not any("**" in text for text in rows_of(table)["b *"][-3:])
+        assert "b, seed 0 unfinished: after round 2 of 4" in terminal(results, 120)
+
+    def test_the_best_are_all_that_read_alike_and_never_a_diverged_run(self):
+        results = runs(
+            a=run_history(finals={2: 20.001, 4: math.nan}),
+            b=run_history(finals={2: 20.0, 4: 30.0}),
+            c=run_history(finals={2: 25.0, 4: math.inf}),
+        )
+        rows = rows_of(tables.of_setting(results, "")[0])
+        assert [rows[name][0] for name in "abc"] == ["**20.0**", "**20.0**", "25.0"]
+        assert [rows[name][1] for name in "abc"] == ["nan", "**30.0**", "inf"]
+
+    def test_higher_is_better_and_percent(self):
+        results = runs(
+            a=run_history(finals={2: 0.5}, metric="accuracy", base=0.25),
+            b=run_history(finals={2: 0.612}, metric="accuracy", base=0.25),
+        )
+        (table,) = tables.of_setting(results, "")
+        assert table.title.startswith("Accuracy (%)")
+        assert "higher is better" in table.title
+        rows = rows_of(table)
+        assert (rows[BASE][0], rows["a"][0], rows["b"][0]) == ("25.0", "50.0", "**61.2**")
+
+    def test_bases_that_differ_are_noted(self):
+        results = runs(a=run_history(base=150.0), b=run_history(base=140.0))
+        assert any("bases differ" in note for note in tables.of_setting(results, "")[0].notes)
+
+    def test_clients_own_metrics_with_the_worst_client(self):
+        own = {"asyncio": 4.0, "json": 9.0, "email": 5.0, "xml": 2.0}
+        results = runs(prelort=run_history(finals={2: 27.0, 8: 22.0}, own=own))
+        table = tables.of_setting(results, "")[1]
+        assert heads_of(table) == [
+            "ppl ↓ mean", "ppl ↓ worst", "ppl ↓ rank 2", "ppl ↓ rank 8",
+        ]  # fmt: skip
+        assert rows_of(table)["prelort"] == ["5.00", "9.00", "5.00", "5.00"]
+
+    def test_nothing_measured_still_has_a_table(self):
+        (table,) = tables.of_setting(runs(prelort=run_history(base=None, stop=1)), "")
+        assert list(rows_of(table)) == [BASE, "prelort *"]
+        assert "measured after round 0 of 4" in table.notes[0]
+        assert tables.of_setting(runs(prelort=RunHistory()), "") == []
 
 
-def test_areas_are_over_the_ranks_that_all_runs_have(make_run):
-    runs = {
-        "a": make_run("a", {2: 40.0, 4: 30.0, 8: 20.0}),
-        "b": make_run("b", {4: 28.0, 8: 24.0}),
-    }
-    text = comparison_markdown(runs)
-    _, rows = cells(text)
-    assert rows["a"][3] == "**25.0**"
-    assert rows["b"][3] == "26.0"
-    assert "AURAC over ranks 4 and 8" in text
+class TestSeveralSeeds:
+    def test_means_with_deviation_and_separate_costs(self):
+        scores, apart, costs = tables.of_setting(study(TWO), "")
+        rows = rows_of(scores)
+        assert rows["prelort"][0] == "**32.0 ± 2.6**"
+        assert rows["zero-padding"][-1] == "31.3 ± 2.3"
+        assert "over 3 seeds" in scores.title
+        assert "whatever the spread" in scores.notes[0]
+        assert rows_of(costs)["prelort"] == ["20 kB", "30 kB", "9.4 s", "8 s", "160"]
+        assert rows_of(apart) == {
+            "zero-padding": ["+0.33 [-1.00, +1.00]", "+4.00 [+3.00, +5.00]",
+                             "+7.67 [+7.00, +9.00]", "+4.00 [+3.00, +5.00]"]
+        }  # fmt: skip
+        assert "above 0 the method is worse" in apart.notes[0]
+        assert "3 pairs" in apart.notes[1]
+
+    def test_missing_seeds_are_counted_and_unfinished_cells_explained(self):
+        results = study(TWO)
+        bad = replace(results.cells[5], history=RunHistory(), reason="out of\x1b[31m memory")
+        results = replace(results, cells=[*results.cells[:5], bad])
+        scores = tables.of_setting(results, "")[0]
+        assert "* zero-padding: 2 of 3 seeds." in scores.notes
+        (table,) = tables.unfinished(results)
+        assert rows_of(table) == {"zero-padding, seed 2": ["failed", "out of [31m memory"]}
+        assert "failed: out of [31m memory" in terminal(results, 120)
+        assert tables.unfinished(study(TWO)) == []
+
+    def test_over_settings_a_seed_counts_once_with_its_mean(self):
+        results = study(TWO, ("a", "b"))
+        worse = {seed: {n: v + 2 for n, v in curve.items()} for seed, curve in OTHER.items()}
+        shifted = study({"zero-padding": worse}, ("b",)).cells
+        results = replace(results, cells=[*results.cells[:9], *shifted])
+        (table,) = tables.of_all_settings(results)
+        assert heads_of(table) == ["difference a", "difference b", "difference all settings"]
+        assert rows_of(table)["zero-padding"] == [
+            "+4.00 [+3.00, +5.00]", "+6.00 [+5.00, +7.00]", "+5.00 [+4.00, +6.00]",
+        ]  # fmt: skip
+        fewer = replace(results, cells=results.cells[:-1])
+        (table,) = tables.of_all_settings(fewer)
+        assert rows_of(table)["zero-padding"][-1] == "+4.50 [+4.00, +5.00]"
+        assert tables.of_all_settings(study(TWO)) == []
+        assert "## All settings" in tables.markdown(results)
+
+    def test_other_batches_than_the_references_are_noted(self):
+        results = study(TWO)
+        lost = run_history("zero-padding", OTHER[0], failures={1: ["xml"]})
+        cells = [*results.cells[:3], replace(results.cells[3], history=lost), *results.cells[4:]]
+        notes = tables.of_setting(replace(results, cells=cells), "")[0].notes
+        assert any(note.startswith("Zero-padding did not train on the same") for note in notes)
 
 
-def test_an_unfinished_run_is_marked_and_wins_no_cost(two_runs, make_run):
-    stopped = make_run("prelort", {2: 27.0, 4: 24.0, 8: 22.0, 16: 21.0}, every=2)
-    cut = next(i for i, e in enumerate(stopped) if e.get("round") == 6)
-    two_runs["stopped"] = stopped[:cut]
-    text = comparison_markdown(two_runs)
-    head, rows = cells(text)
-    assert "\\* stopped: measured after round 4 of 12." in text
-    assert rows["stopped *"][5] == "25 kB"
-    assert not any("**" in cell for cell in rows["stopped *"][5:])
-    assert len(head) == 9
+class TestDiagnostics:
+    def test_numbers_of_the_last_round(self):
+        results = runs(
+            **{
+                "prelort": run_history(rounds=12, diagnostics=round_diagnostics),
+                "fedsa-lora": run_history(),
+                "flora": run_history(
+                    rounds=12, diagnostics=lambda number: round_diagnostics(number, noise=0.0)
+                ),
+            }
+        )
+        (table,) = tables.diagnostics(results, "")
+        assert heads_of(table) == [
+            "noise of averaging", "noise of start", "client drift", "client spread",
+            "cut to lowest", "best cut", "eff. rank", "tail kept",
+        ]  # fmt: skip
+        rows = rows_of(table)
+        assert list(rows) == ["prelort", "flora"]
+        assert rows["prelort"] == ["0.14", "0.3", "0.027", "0.7", "0.9", "0.63", "7", "0.062"]
+        assert rows["flora"][0] == "0"
+        assert "After round 12, over 28 of 28 layers." in table.notes
+
+    def test_undefined_numbers_are_dashes(self):
+        def empty(number):
+            numbers = round_diagnostics(number)
+            levels = dict.fromkeys(numbers["truncation_noise"])
+            numbers |= {"aggregation_noise": None, "tail_kept": levels, "slot_energy": []}
+            return numbers | {"truncation_noise": levels, "least_truncation_noise": levels}
+
+        (table,) = tables.diagnostics(runs(a=run_history(rounds=1, diagnostics=empty)), "")
+        assert rows_of(table)["a"] == ["–", "–", "–", "0.7", "–", "–", "7", "–"]
+
+    def test_none_without_diagnostics(self):
+        assert tables.diagnostics(runs(prelort=run_history()), "") == []
 
 
-def test_nothing_measured_still_begins_with_the_base(make_run):
-    events = make_run("prelort", {2: 27.0})[:1]
-    _, rows = cells(comparison_markdown({"prelort": events}))
-    assert list(rows) == [BASE, "prelort *"]
-    assert "not measured yet" in shown(comparison_table({"prelort": events}), colour=False)
-    assert next(iter(cells(comparison_markdown({}))[1])) == BASE
+def test_markdown_shows_hostile_names_as_text():
+    name = f"a|b*c`d`[x](y) {HOSTILE} \x1b[31m"
+    text = tables.markdown(replace(runs(**{name: run_history()}), title=name))
+    assert "\x1b" not in text
+    assert "<script" not in text
+    assert r"a\|b\*c\`d\`[x]\(y) &lt;script>" in text
+    tops = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in tops}) == 1
 
 
-def test_names_cannot_break_the_table(make_run):
-    events = make_run("x", {2: 27.0})
-    name = "a|b [red]c\x1b[31m\nd"
-    [block] = blocks({name: events})
-    assert block.names[1] == "a|b [red]c [31m d"
-    assert "a\\|b" in comparison_markdown({name: events})
-    assert "[red]c" in shown(comparison_table({name: events}), width=120)
+def test_markdown_has_a_section_for_each_setting_and_facts():
+    results = replace(study({"prelort": REFERENCE}, ("iid", "skewed")), facts={"task": "x"})
+    text = tables.markdown(results)
+    assert re.findall(r"^#.*", text, re.MULTILINE)[:3] == ["# a study", "## iid", "## skewed"]
+    assert "task: x" in text
+
+
+def test_client_table_has_own_metrics_and_who_was_not_asked():
+    results = runs(prelort=run_history(own={"json": 3.0}, failures={2: ["xml"]}))
+    (table,) = tables.clients(results)
+    row = rows_of(table)["json"]
+    assert heads_of(table)[-3:] == ["own ppl ↓", "bytes up", "time"]
+    assert row == ["8", "102", "4", "4", "0", "3.97", "3.00", "4 kB", "0.4 s"]
+    assert rows_of(table)["xml"][4] == "1"
+    assert tables.clients(runs(prelort=RunHistory())) == []
+
+
+def test_phases_have_their_share():
+    (table,) = tables.phases(runs(prelort=run_history()))
+    assert rows_of(table) == {
+        "train": ["8 s", "85%"], "evaluate": ["1 s", "11%"], "aggregate": ["0.4 s", "4%"],
+    }  # fmt: skip
+    assert tables.phases(runs(prelort=RunHistory())) == []

@@ -1,322 +1,253 @@
-"""`prelort watch`: who is doing what, drawn in any terminal, from a log that is being written."""
+"""`prelort watch`: live status of every client, from logs that are being written."""
 
 from __future__ import annotations
 
 import io
-import json
-import os
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
-from page_events import troubled
 from rich.console import Console
 
-from prelort.report.watch import screen, watch
-from prelort.report.watched import Watched
+from histories import START, run_events, troubled_events
+from prelort.events import (
+    ClientFailed,
+    ClientFinished,
+    ClientJoined,
+    ClientLeft,
+    Event,
+    RankChanged,
+    RoundStarted,
+    RunFinished,
+    RunStarted,
+    Waiting,
+    encode,
+)
+from prelort.history import RunHistory
+from prelort.report.watch import most_urgent, screen, watch
 
 HOSTILE = "[red]evil[/red] :smile:\x1b[31m\nx"
 SHOWN = "[red]evil[/red] :smile: [31m x"
+STARTED = RunStarted(0, "prelort", "causal-lm", 0, 4, 3, (2, 4), time=START)
 
 
-def started(number, *names):
-    return {"event": "round_started", "round": number, "clients": list(names)}
+def reply(number: int, name: str, loss: float = 2.5) -> ClientFinished:
+    return ClientFinished(number, name, 4, loss, 40, 5, 5, 12.0, 9, time=START)
 
 
-def finished(number, name, **more):
-    facts = {"rank": 4, "loss": 2.5, "examples": 40, "steps": 5, "seconds": 12.0, "bytes_up": 9}
-    return {"event": "client_finished", "round": number, "client": name, **facts, **more}
+def failure(number: int, name: str, reason: str = "slow") -> ClientFailed:
+    return ClientFailed(number, name, 2, reason, time=START)
 
 
-def failed(number, name, reason):
-    event = {"event": "client_failed", "round": number, "client": name, "rank": 2}
-    return event | {"reason": reason}
+def asked(number: int, *names: str) -> RoundStarted:
+    return RoundStarted(number, names, time=START)
 
 
-RUN = {"event": "run_started", "round": 0, "method": "prelort", "rounds": 4, "clients": 3}
-
-
-def after(*events, step=1.0):
-    watched, now = Watched("run"), 1000.0
-    for event in events:
-        watched.absorb(event, now)
-        now += step
-    return watched
-
-
-def drawn(watched, width=80, height=23, now=1010.0):
-    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
-    console.print(screen(watched, width, height, now))
-    text = console.file.getvalue()
-    lines = text.splitlines()
+def drawn(
+    events: Iterable[Event], width: int = 80, height: int = 23, seconds: float = 10
+) -> list[str]:
+    """The lines of the screen so long after the start."""
+    out = io.StringIO()
+    console = Console(file=out, width=width, force_terminal=True, color_system=None)
+    now = START + timedelta(seconds=seconds)
+    console.print(screen("prelort", RunHistory.of(events), width, height, now))
+    lines = out.getvalue().splitlines()
     assert len(lines) <= height
     assert all(len(line) <= width for line in lines)
-    assert "\x1b" not in text
+    assert "\x1b" not in out.getvalue()
     return [line.rstrip() for line in lines]
 
 
-class TestWhoDoesWhat:
-    def test_a_client_goes_from_training_to_answered_or_failed(self):
-        watched = after(RUN, started(1, "a", "b", "c"), finished(1, "a"), failed(1, "b", "slow"))
-        rows = {row.name: (row.status, row.reason, row.rank) for row in watched.by_name()}
-        assert rows == {
-            "a": ("answered", "", 4),
-            "b": ("failed", "slow", 2),
-            "c": ("training", "", None),
-        }
-        watched.absorb(started(2, "b"), 1010.0)
-        assert [row.status for row in watched.by_name()] == ["not asked", "training", "not asked"]
-
-    def test_a_repeated_round_counts_once(self):
-        watched = after(RUN, started(1, "a"), finished(1, "a"), started(1, "a"), finished(1, "a"))
-        assert watched.rows["a"].rounds == 1
-        watched.absorb(finished(2, "a"), 1.0)
-        assert watched.rows["a"].rounds == 2
-
-    def test_who_comes_goes_and_changes_its_rank(self):
-        watched = after(
-            RUN,
-            {"event": "client_joined", "round": 1, "client": "a", "rank": 8},
-            {"event": "rank_changed", "round": 1, "client": "a", "from": 8, "to": 16},
-            {"event": "client_left", "round": 2, "client": "a"},
-        )
-        assert (watched.rows["a"].rank, watched.rows["a"].status) == (16, "gone")
-        assert list(watched.happenings) == [
-            "round 1: a joined: with rank 8",
-            "round 1: a rank changed: from rank 8 to 16",
-            "round 2: a went away",
-        ]
-        watched.absorb(started(2, "b"), 1.0)
-        assert watched.rows["a"].status == "gone"
-        watched.absorb({"event": "client_joined", "round": 3, "client": "a", "rank": 2}, 1.0)
-        assert (watched.rows["a"].rank, watched.rows["a"].status) == (2, "not asked")
-
-    def test_seconds_run_while_a_client_trains(self):
-        watched = after(RUN, started(1, "a", "b"), finished(1, "a"))
-        rows = watched.rows
-        assert watched.seconds(rows["a"], 1061.5) == 12.0
-        assert watched.seconds(rows["b"], 1061.5) == 60.0
-        assert watched.seconds(rows["b"], 0.0) == 0.0
-
-    def test_waiting_ends_with_the_round(self):
-        waiting = {"event": "waiting", "round": 1, "present": [], "missing": [], "needed": 1}
-        watched = after(waiting)
-        assert watched.waiting == waiting
-        watched.absorb(RUN, 1.0)
-        watched.absorb(waiting, 1.0)
-        watched.absorb(started(1, "a"), 1.0)
-        assert watched.waiting is None
-        assert not watched.happenings
-
-    def test_where_there_is_no_room_the_urgent_come_first(self):
-        names = [f"site-{n:03d}" for n in range(100)]
-        watched = after(RUN, started(1, *names), *(finished(1, name) for name in names[:90]))
-        watched.absorb(failed(1, "site-095", "slow"), 1.0)
-        rows, others = watched.most_urgent(13)
-        assert [row.name for row in rows][:3] == ["site-095", "site-090", "site-091"]
-        assert others == "and 87 others (answered)"
-        rows, others = watched.most_urgent(5)
-        assert others == "and 95 others (5 training and 90 answered)"
-        assert watched.most_urgent(99)[1] == "and 1 other (answered)"
-        rows, others = watched.most_urgent(100)
-        assert ([row.name for row in rows], others) == (names, "")
-        assert watched.most_urgent(0)[0] == []
-
-    def test_bytes_are_the_rounds_so_far_and_then_the_runs_own(self, make_run):
-        events = make_run("prelort", {2: 27.0}, rounds=3)
-        assert (after(*events[:-2]).bytes_up, after(*events[:-2]).bytes_down) == (15000, 22500)
-        last = events[-1] | {"bytes_up": 1, "bytes_down": 2}
-        assert (after(*events[:-1], last).bytes_up, after(*events[:-1], last).bytes_down) == (1, 2)
-
-
 class TestScreen:
-    def test_of_a_round_in_hand(self, make_run):
-        run = make_run("prelort", {2: 27.0, 16: 21.0}, every=1)
-        events = [event for event in run if event.get("round", 0) <= 2]
-        lines = drawn(after(*events, started(3, "email", "new"), finished(3, "email")))
-        assert lines[0].startswith("prelort  round 3/12  0:10, ")
+    def test_of_a_round_under_way(self) -> None:
+        run = run_events(finals={2: 27.0, 16: 21.0}, every=1, rounds=12, stop=2)
+        lines = drawn([*run, asked(3, "email", "new"), reply(3, "email")], seconds=20)
+        assert lines[0].startswith("prelort  round 3/12  0:20, ")
         assert lines[0].endswith("left  1 training and 1 answered")
         assert lines[1].startswith("loss 2.500  ppl ")
         assert lines[1].endswith("10 kB up, 15 kB down")
         assert " ".join(lines[2].split()) == "client rank status loss examples time rounds"
         assert lines[4].split() == ["email", "4", "answered", "2.500", "40", "12", "s", "3"]
-        assert lines[6].split() == ["new", "–", "training", "0", "s", "0"]
+        assert lines[6].split() == ["new", "–", "training", "20", "s", "0"]
 
-    def test_whom_it_waits_for_and_until_when(self):
-        until = datetime.now(UTC).replace(microsecond=0)
-        waiting = {"event": "waiting", "round": 1, "present": ["a"], "missing": [HOSTILE]}
-        waiting |= {"needed": 3, "until": until.isoformat()}
-        here = until.astimezone().strftime("%H:%M:%S")
-        lines = drawn(after(waiting), width=120)
-        assert f"waiting for 2 more sites until {here} (missing: {SHOWN})" in lines
-
-    def test_what_happened_to_the_run_and_not_to_a_client(self):
-        again = {"event": "round_repeated", "round": 1, "attempt": 2, "reason": "too few"}
-        resumed = {"event": "resumed", "round": 1}
-        assert list(after(RUN, again, resumed).happenings) == [
-            "round 1 repeated: attempt 2: too few",
-            "round 1 resumed: went on from the checkpoint after round 1",
+    def test_of_clients_that_fail_leave_and_come_back(self) -> None:
+        events = [STARTED, asked(1, "a", "b"), reply(1, "a"), failure(1, "b")]
+        rows = {line.split()[0]: " ".join(line.split()[1:4]) for line in drawn(events)[3:5]}
+        assert rows == {"a": "4 answered 2.500", "b": "2 failed: slow"}
+        events += [ClientLeft(1, "a", time=START), RankChanged(1, "b", 2, 8, "", time=START)]
+        assert [line.split()[1:3] for line in drawn(events)[3:5]] == [
+            ["4", "left"],
+            ["8", "failed:"],
         ]
+        events += [ClientJoined(2, "a", 16, time=START), asked(2, "b")]
+        assert [line.split()[1:3] for line in drawn(events)[3:5]] == (
+            [["16", "idle"], ["8", "training"]]
+        )
 
-    def test_names_and_reasons_are_shown_literally(self):
-        watched = after(RUN, started(1, HOSTILE, "b"), failed(1, HOSTILE, HOSTILE))
-        text = "\n".join(drawn(watched, width=160))
-        assert text.count(SHOWN) == 4  # the client, its reason; both in what happened
-        assert SHOWN in "\n".join(drawn(after(RUN | {"method": HOSTILE})))
+    def test_of_a_run_that_waits(self) -> None:
+        events = [STARTED, Waiting(1, ("a",), (HOSTILE,), 3, START, time=START)]
+        (line,) = (line for line in drawn(events, width=120) if line.startswith("waiting for"))
+        assert SHOWN in line
+        assert not any("waiting" in line for line in drawn([*events, asked(1, "a")]))
 
-    def test_a_run_that_is_silent_may_have_been_stopped(self):
-        watched = after(RUN, started(1, "a"))
-        assert "last event" not in drawn(watched)[1]
-        assert drawn(watched, now=1301.0)[1].endswith("last event 5 min 00 s ago")
+    def test_names_and_reasons_are_shown_literally(self) -> None:
+        events = [STARTED, asked(1, HOSTILE), failure(1, HOSTILE, HOSTILE)]
+        text = "\n".join(drawn(events, width=160))
+        assert text.count(SHOWN) == 4  # in the client's row and among the incidents
+
+    def test_a_silent_run_may_have_been_stopped(self) -> None:
+        events = [STARTED, asked(1, "a")]
+        assert "last event" not in drawn(events)[1]
+        assert drawn(events, seconds=300)[1].endswith("last event 5 min 00 s ago")
+        assert "last event" not in drawn([*events, RunFinished(1, time=START)], seconds=300)[1]
 
     @pytest.mark.parametrize("width", [10, 30, 44, 60, 80, 200])
-    @pytest.mark.parametrize("height", [1, 2, 3, 4, 5, 8, 23])
-    def test_fits_every_terminal(self, width, height):
+    @pytest.mark.parametrize("height", [1, 2, 3, 5, 8, 23])
+    def test_fits_every_terminal(self, width: int, height: int) -> None:
         names = [f"a-hospital-with-a-long-name-{n}" for n in range(40)]
-        events = [*troubled(), RUN, started(5, *names, HOSTILE, "\u202eツ" * 50)]
-        watched = after(*events, failed(5, names[7], "long " * 100))
-        waiting = {"event": "waiting", "round": 5, "present": [], "missing": names, "needed": 50}
+        events = [*troubled_events(), asked(5, *names, HOSTILE, "\u202eツ" * 50)]
+        events.append(failure(5, names[7], "long " * 100))
         for _ in range(2):
-            lines = drawn(watched, width, height)
+            lines = drawn(events, width, height)
             assert lines[0].startswith("prelort"[:width])
-            watched.absorb(waiting, 1.0)
-        if height >= 5 and width >= 30:
-            assert any("failed" in line for line in lines[1:])
+            if height >= 8 and width >= 30:
+                assert any("failed" in line for line in lines[1:])
+            events.append(Waiting(5, (), tuple(names), 50, START, time=START))
 
-    def test_of_many_clients_says_how_many_are_not_shown(self):
+    def test_says_how_many_clients_are_not_shown(self) -> None:
         names = [f"site-{n:03d}" for n in range(100)]
-        watched = after(RUN, started(1, *names))
-        lines = drawn(watched, height=17)
-        assert lines[-1] == "and 87 others (training)"
+        assert drawn([STARTED, asked(1, *names)], height=17)[-1] == "and 87 others (training)"
 
-    def test_a_loss_that_is_no_number(self):
-        assert drawn(after(RUN, started(1, "a"), finished(1, "a", loss=None)))
+    def test_shows_the_urgent_first_where_there_is_no_room(self) -> None:
+        names = [f"site-{n:03d}" for n in range(100)]
+        replies = [reply(1, name) for name in names[:90]]
+        history = RunHistory.of([STARTED, asked(1, *names), *replies, failure(1, "site-095")])
+        clients = history.clients.values()
+        rows, others = most_urgent(clients, 13)
+        assert [row.name for row in rows][:3] == ["site-095", "site-090", "site-091"]
+        assert others == "and 87 others (answered)"
+        assert most_urgent(clients, 5)[1] == "and 95 others (5 training and 90 answered)"
+        assert most_urgent(clients, 99)[1] == "and 1 other (answered)"
+        rows, others = most_urgent(clients, 100)
+        assert ([row.name for row in rows], others) == (names, "")
+        assert most_urgent(clients, 0)[0] == []
 
 
-class Written:
-    """A run's folder that somebody writes while `watch` sleeps."""
+Step = Callable[[], None] | BaseException
 
-    def __init__(self, folder, steps):
-        self.file = folder / "metrics.jsonl"
-        self.steps = list(steps)
-        self.now = 1000.0
 
-    def sleep(self, seconds):
-        self.now += seconds
+class Writer:
+    """Somebody writes runs' logs while `watch` sleeps, one step at a time."""
+
+    def __init__(self, folder: Path, *names: str) -> None:
+        self.logs = {name: folder / f"{name}.jsonl" for name in names}
+        self.steps: list[Step] = []
+        self.seconds = 0.0
+
+    def then(self, name: str, events: Iterable[Event], *, anew: bool = False) -> None:
+        """Append the events, or write the log anew, as a resumed run truncates it."""
+        text = "".join(encode(event) + "\n" for event in events)
+
+        def step() -> None:
+            with self.logs[name].open("w" if anew else "a") as file:
+                file.write(text)
+
+        self.steps.append(step)
+
+    def sleep(self, seconds: float) -> None:
+        self.seconds += seconds
         step = self.steps.pop(0)
         if isinstance(step, BaseException):
             raise step
-        if callable(step):
-            step(self)
-        else:
-            self.append(*step)
+        step()
 
-    def append(self, *events):
-        with self.file.open("a") as file:
-            file.writelines(json.dumps(event) + "\n" for event in events)
-        os.utime(self.file, (self.now, self.now))
-
-    def watched(self, *, terminal=False, width=80, height=24):
-        out = io.StringIO()
+    def watched(self, *, terminal: bool, out: io.StringIO | None = None) -> str:
+        out = out or io.StringIO()
         environ = {"TERM": "xterm"} if terminal else {"TERM": "dumb"}
-        console = Console(
-            file=out, width=width, height=height, force_terminal=terminal, _environ=environ
+        console = Console(file=out, width=100, height=24, force_terminal=terminal, _environ=environ)
+        watch(
+            lambda: self.logs,
+            "runs/x",
+            console,
+            clock=lambda: START + timedelta(seconds=self.seconds),
+            sleep=self.sleep,
         )
-        logs = {"": self.file}
-        watch(lambda: logs, "runs/x", console, clock=lambda: self.now, sleep=self.sleep)
         assert not self.steps
         return out.getvalue()
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_a_run_is_watched_from_before_its_beginning_to_its_end(tmp_path, make_run, terminal):
-    events = make_run("prelort", {2: 27.0, 16: 21.0}, rounds=3)
-    text = Written(tmp_path, [[e] for e in events]).watched(terminal=terminal)
-    assert "runs/x has not begun: waiting for its first event" in text
-    assert "perplexity by rank prefix" in text
+def test_a_run_is_watched_from_before_its_start_to_its_end(tmp_path: Path, terminal: bool) -> None:
+    writer = Writer(tmp_path, "prelort")
+    for event in run_events(rounds=3):
+        writer.then("prelort", [event])
+    text = writer.watched(terminal=terminal)
+    assert text.count("runs/x has not started") == 1
     assert ("round 3/3  " if terminal else "prelort: round 3/3, 5/5 clients") in text
-    assert text.count("has not begun") == 1
+    if not terminal:
+        assert [line.split(",")[0] for line in text.splitlines()[1:]] == [
+            f"prelort: round {number}/3" for number in range(4)
+        ]
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_a_run_that_is_finished_is_shown_at_once(tmp_path, make_run, terminal):
-    run = Written(tmp_path, [])
-    run.append(*make_run("prelort", {2: 27.0, 16: 21.0}, rounds=3))
-    text = run.watched(terminal=terminal)
-    assert "has not begun" not in text
-    assert text.index("round 3/3") < text.index("perplexity by rank prefix")
-
-
-def test_in_a_pipe_it_prints_the_lines_of_a_run(tmp_path, make_run):
-    events = make_run("prelort", {2: 27.0}, rounds=3)
-    run = Written(tmp_path, [[e] for e in events])
-    lines = run.watched().splitlines()
-    assert [line.split(",")[0] for line in lines[1:5]] == [
-        f"prelort: round {i}/3" for i in range(4)
-    ]
-
-
-def cut(events):
-    """The log goes back to these events, as on resuming."""
-
-    def step(run):
-        run.file.write_text("")
-        run.append(*events)
-
-    return step
+def test_a_finished_run_is_shown_at_once(tmp_path: Path, terminal: bool) -> None:
+    writer = Writer(tmp_path, "prelort")
+    writer.then("prelort", run_events(rounds=3))
+    writer.sleep(0)
+    text = writer.watched(terminal=terminal)
+    assert "has not started" not in text
+    assert "round 3/3" in text
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_a_log_that_is_cut_on_resuming_is_read_again(tmp_path, make_run, terminal):
-    events = make_run("prelort", {2: 27.0}, rounds=3)
-    third = next(i for i, e in enumerate(events) if e.get("round") == 3)
-    second = next(i for i, e in enumerate(events) if e.get("round") == 2)
-    begun, rest = events[: third + 3], events[second:]
-    text = Written(tmp_path, [begun, cut(events[:second]), rest]).watched(terminal=terminal)
-    if terminal:
-        last = text.rsplit("round 3/3", 1)[1]
-        (row,) = [line.split() for line in last.splitlines() if "asyncio" in line]
-        assert row[-1] == "3"  # rounds: what was cut off does not count
-        return
-    lines = text.splitlines()
-    assert "the log was cut back: the run goes on after round 1" in lines
-    rounds = [line.split(",")[0] for line in lines if line.startswith("prelort: round")]
-    assert rounds == [f"prelort: round {i}/3" for i in (0, 1, 2, 2, 3)]
+def test_a_log_truncated_by_a_resumed_run_is_read_again(tmp_path: Path, terminal: bool) -> None:
+    events = run_events(rounds=3)
+    second = next(i for i, e in enumerate(events) if e.round == 2)
+    third = next(i for i, e in enumerate(events) if e.round == 3)
+    writer = Writer(tmp_path, "prelort")
+    writer.then("prelort", events[: third + 3])
+    writer.then("prelort", events[:second], anew=True)
+    writer.then("prelort", events[second:])
+    text = writer.watched(terminal=terminal)
+    assert "round 3/3" in text
+    if not terminal:
+        lines = [line.split(",")[0] for line in text.splitlines()[1:]]
+        assert lines.count("prelort: round 1/3") == 1
+        assert "truncated" in text
+        assert "after round 1" in text
+
+
+def test_cells_that_run_side_by_side_are_all_told(tmp_path: Path) -> None:
+    first, second = run_events("prelort", rounds=2), run_events("fedit", rounds=2)
+    writer = Writer(tmp_path, "prelort", "fedit")
+    for place in range(0, len(first), 5):
+        writer.then("prelort", first[place : place + 5])
+        writer.then("fedit", second[place : place + 5])
+    text = writer.watched(terminal=False)
+    for name in ("prelort", "fedit"):
+        assert f"{name}: round 2/2" in text
+
+
+def test_on_a_terminal_one_cell_is_shown_until_it_ends(tmp_path: Path) -> None:
+    writer = Writer(tmp_path, "prelort", "fedit")
+    writer.then("fedit", run_events("fedit", rounds=2)[:-1])
+    writer.then("prelort", run_events("prelort", rounds=3)[:-1])
+    writer.then("fedit", run_events("fedit", rounds=2)[-1:])
+    writer.then("prelort", run_events("prelort", rounds=3)[-1:])
+    screens = writer.watched(terminal=True).split("of 2 cells finished")[2:6]
+    shown = [next(n for n in ("fedit", "prelort") if n in one) for one in screens]
+    assert shown == ["fedit", "fedit", "prelort", "prelort"]
+    assert "round 3/3" in screens[-1]
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_a_log_that_is_cut_to_nothing_begins_again(tmp_path, make_run, terminal):
-    events = make_run("prelort", {2: 27.0}, rounds=2)
-    text = Written(tmp_path, [events[:4], cut([]), events]).watched(terminal=terminal)
-    assert text.count("has not begun") == 2
-    assert "perplexity by rank prefix" in text
-    assert terminal or "prelort: round 2/2" in text
-
-
-@pytest.mark.parametrize("terminal", [False, True])
-def test_ctrl_c_leaves_what_was_seen(tmp_path, make_run, terminal):
-    events = make_run("prelort", {2: 27.0}, rounds=3)
-    place = next(i for i, e in enumerate(events) if e["event"] == "aggregated")
-    out = io.StringIO()
-    run = Written(tmp_path, [events[: place + 1], KeyboardInterrupt()])
-    console = Console(file=out, width=80, height=24, force_terminal=terminal)
+def test_ctrl_c_leaves_what_was_seen(tmp_path: Path, terminal: bool) -> None:
+    events = run_events(rounds=3)
+    writer, out = Writer(tmp_path, "prelort"), io.StringIO()
+    writer.then("prelort", [e for e in events if e.round <= 1])
+    writer.steps.append(KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
-        watch(lambda: {"": run.file}, "x", console, clock=lambda: run.now, sleep=run.sleep)
+        writer.watched(terminal=terminal, out=out)
     assert "round 1/3" in out.getvalue()
-
-
-def test_of_several_methods_the_one_that_runs_is_watched(tmp_path, make_run):
-    logs = {name: tmp_path / f"{name}.jsonl" for name in ("prelort", "fedit")}
-
-    def write(name):
-        events = make_run(name, {2: 27.0}, rounds=1)
-        logs[name].write_text("".join(json.dumps(e) + "\n" for e in events))
-
-    write("prelort")
-    out = io.StringIO()
-    console = Console(file=out, width=120)
-    watch(lambda: logs, "runs/x", console, clock=lambda: 1.0, sleep=lambda _: write("fedit"))
-    text = out.getvalue()
-    assert "fedit in runs/x has not begun" in text
-    for name in logs:
-        assert f"{name}: round 1/1" in text
-        assert f"\n {name} " in text  # its row of the table

@@ -13,7 +13,15 @@ from typing import Any
 
 import pytest
 
-from prelort.experiment.compare.study import load
+from prelort.events import (
+    ClientMetrics,
+    ClientsEvaluated,
+    Event,
+    EventLog,
+    RankChanged,
+    RunFinished,
+)
+from prelort.study.definition import load
 
 ROOT = Path(__file__).parents[2]
 STUDIES = ROOT / "benchmarks" / "studies"
@@ -246,26 +254,25 @@ class TestRates:
 
 class TestReadFromRuns:
     @staticmethod
-    def told(folder: Path, *events: dict[str, Any]) -> None:
+    def log(folder: Path, *events: Event) -> None:
         folder.mkdir(parents=True)
-        lines = [json.dumps(event) + "\n" for event in events]
-        (folder / "metrics.jsonl").write_text("".join(lines))
+        for event in events:
+            EventLog(folder / "metrics.jsonl").append(event)
 
     def test_a_metric_task_by_task_is_what_the_clients_measured_last(self, tmp_path: Path) -> None:
-        def measured(round_: int, **values: float) -> dict[str, Any]:
+        def measured(number: int, **values: float) -> ClientsEvaluated:
             clients = {
-                task: {"rank": 4, "examples": 2, "metrics": {"rouge_l": value}}
-                for task, value in values.items()
+                task: ClientMetrics(4, 2, {"rouge_l": value}) for task, value in values.items()
             }
-            return {"event": "evaluated_at_clients", "round": round_, "clients": clients}
+            return ClientsEvaluated(number, clients, {}, 0.1)
 
-        cells, end = tmp_path / "cells", {"event": "run_finished"}
+        cells, end = tmp_path / "study", RunFinished(2)
         for seed, values in enumerate([(10.0, 1.0), (20.0, 3.0)]):
             folder = cells / "prelort" / f"seed-{seed}"
             last = measured(2, a=values[0], b=values[1])
-            self.told(folder, measured(1, a=99.0, b=99.0), last, end)
-        self.told(cells / "zero-padding" / "seed-0", measured(2, a=5.0, b=7.0), end)
-        self.told(cells / "zero-padding" / "seed-1", measured(1, a=99.0, b=99.0))
+            self.log(folder, measured(1, a=99.0, b=99.0), last, end)
+        self.log(cells / "zero-padding" / "seed-0", measured(2, a=5.0, b=7.0), end)
+        self.log(cells / "zero-padding" / "seed-1", measured(1, a=99.0, b=99.0))
         found = by_task.read(cells, "rouge_l")
         assert found == {
             "a": {"prelort": [10.0, 20.0], "zero-padding": [5.0]},
@@ -285,8 +292,8 @@ class TestReadFromRuns:
             for label in own
         ]
         rows.write_text("".join(lines))
-        changed = [{"event": "rank_changed", "round": 1, "client": c} for c in ("c10", "c01")]
-        self.told(tmp_path / "cells" / "by-loss" / "seed-3", *changed)
+        changed = [RankChanged(1, client, 4, 8, "by loss") for client in ("c10", "c01")]
+        self.log(tmp_path / "by-loss" / "seed-3", *changed)
         (row,) = raised.table(tmp_path, rows, balanced={"c00", "c01"})
         assert list(row.values()) == ["3", 2, 1, "75", "38", "62"]
 

@@ -13,7 +13,7 @@ import warnings
 import typer
 from rich.console import Console
 
-from prelort.cli import comparing, listing, looking, planning, running, sites
+from prelort.cli import info, inspect, plan, run, sites
 from prelort.cli.screen import escaped, warn
 from prelort.errors import PrelortError
 from prelort.library_logging import quiet_libraries
@@ -25,19 +25,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(epilog=running.EXAMPLES)(running.run)
-app.command(epilog=comparing.EXAMPLES)(comparing.compare)
-app.command(epilog=looking.WATCH_EXAMPLES)(looking.watch)
-app.command(epilog=looking.EVALUATE_EXAMPLES)(looking.evaluate)
-app.command(epilog=looking.REPORT_EXAMPLES)(looking.report)
-app.command(epilog=looking.EXPORT_EXAMPLES)(looking.export)
-app.command(epilog=planning.EXAMPLES)(planning.plan)
-app.command()(listing.methods)
+app.command(epilog=run.RUN_EXAMPLES)(run.run)
+app.command(epilog=run.COMPARE_EXAMPLES)(run.compare)
+app.command(epilog=inspect.WATCH_EXAMPLES)(inspect.watch)
+app.command(epilog=plan.EXAMPLES)(plan.plan)
+app.command(epilog=inspect.EVALUATE_EXAMPLES)(inspect.evaluate)
+app.command(epilog=inspect.REPORT_EXAMPLES)(inspect.report)
+app.command(epilog=inspect.EXPORT_EXAMPLES)(inspect.export)
+app.command()(info.methods)
 app.command(epilog=sites.NEW_EXAMPLES)(sites.new)
-app.command()(listing.config)
+app.command()(info.config)
 app.add_typer(sites.site_app, name="site", no_args_is_help=True)
 
-_OF_THE_DISK = (
+_USER_ERRORS = (
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EFBIG,
@@ -48,11 +48,11 @@ _OF_THE_DISK = (
     errno.EISDIR,
     errno.ENAMETOOLONG,
 )
-"""No room, no permission, no such place: what a user can put right."""
+"""Full disk, no permission, no such place: the user can correct it."""
 
 
 def main() -> None:
-    """Run the command line; what a user can put right is told in one sentence, exit code 2."""
+    """Run the command line; an error that the user can correct is one sentence, exit code 2."""
     warnings.showwarning = warn
     quiet_libraries()
     console = Console(stderr=True)
@@ -62,13 +62,12 @@ def main() -> None:
         console.print(f"[bold red]error:[/bold red] {escaped(error)}", soft_wrap=True)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in _OF_THE_DISK:
+        if error.errno not in _USER_ERRORS:
             raise
         where = f" {error.filename!r}" if error.filename else ""
         console.print(
-            f"[bold red]error:[/bold red] {escaped(error.strerror or str(error))}{where}: what was "
-            "finished is kept; make room or choose another folder, then prelort run --resume "
-            "FOLDER",
+            f"[bold red]error:[/bold red] {escaped(error.strerror or str(error))}{where}: finished "
+            "rounds are kept; make room or choose another folder, then prelort run --resume FOLDER",
             soft_wrap=True,
         )
         sys.exit(2)

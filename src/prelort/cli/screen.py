@@ -1,4 +1,4 @@
-"""What is printed: consoles, warnings, and texts that are not markup."""
+"""Consoles, warnings, and texts that are not markup."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def wide_console() -> Console:
-    """Standard output; in a file or a pipe wide enough for the tables."""
+    """Standard output; wide enough for the tables where it is a file or a pipe."""
     console = Console()
     return console if console.is_terminal else Console(width=max(console.width, 120))
 
 
 def warn(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-    """A warning of ours is one line; a library's is not the user's business."""
+    """Print our warnings in one line, and no library's."""
     if category is UserWarning and not from_library(str(where[0]) if where else ""):
         Console(stderr=True).print(f"[yellow]warning:[/yellow] {escaped(message)}", soft_wrap=True)
 
 
 def from_library(filename: str) -> bool:
-    """Whether a file is a library's, which may stand in a folder of our name."""
+    """Whether a file belongs to a library, which may stand in a folder of our name."""
     ours = Path(filename).is_relative_to(PACKAGE)
     return "site-packages" in filename and not ours
 
 
 def escaped(text: object) -> str:
-    """Square brackets in a message are not markup."""
+    """The text with its square brackets escaped: they are not markup."""
     from rich.markup import escape
 
     return escape(str(text))

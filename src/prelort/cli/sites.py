@@ -15,21 +15,21 @@ NEW_EXAMPLES = (
 
 
 def new(
-    folder: Annotated[Path, typer.Argument(help="Folder to make; its name is the app's.")],
-    sites: Annotated[int, typer.Option("--sites", min=1, help="Sites to try it out with.")] = 3,
+    folder: Annotated[Path, typer.Argument(help="Folder to create; its name becomes the app's.")],
+    sites: Annotated[int, typer.Option("--sites", min=1, help="Number of sites in the demo.")] = 3,
 ) -> None:
     """Write a federation of real sites: a Flower app, scripts, and the operator's page."""
     from prelort.deployment.new import create
 
     create(folder, sites)
     console = Console()
-    console.print(f"wrote {folder}: read {folder / 'README.md'}, or see it work at once:")
+    console.print(f"wrote {folder}: read {folder / 'README.md'}, or run the demo:")
     console.print(f"  {folder / 'scripts' / 'demo.sh'}", soft_wrap=True)
 
 
-site_app = typer.Typer(help="At a real site: check its settings, end its trainer.")
+site_app = typer.Typer(help="At a real site: check its settings, stop its trainer.")
 
-SiteFile = Annotated[Path, typer.Argument(help="The site's own file, site.toml.")]
+SiteFile = Annotated[Path, typer.Argument(help="The site's file, site.toml.")]
 
 
 @site_app.command(
@@ -43,25 +43,25 @@ def site_check(
         Path, typer.Option("--federation", "-f", help="The federation's configuration.")
     ],
 ) -> None:
-    """Load what the site would load, and show all that the server would learn of it."""
+    """Load what the site would load, and show everything that the server would learn about it."""
     from prelort import config as configuration
     from prelort.deployment import settings
     from prelort.deployment.worker import make_client
 
-    found = make_client(configuration.load(federation), settings.read(file), file)
-    spec = found.runtime.spec
+    site = make_client(configuration.load(federation), settings.read(file), file)
+    spec = site.runtime.spec
     console = Console()
-    console.print(f"{len(found.examples)} examples to train on, {len(found.test)} to test on")
-    console.print("the server learns these, and nothing else before the first round:")
-    facts = {"client": found.name, "examples": len(found.examples), "rank": found.rank}
-    facts |= {"max_rank": max(found.max_rank, found.rank), "base": spec.base}
+    console.print(f"{len(site.examples)} examples to train on, {len(site.test)} to test on")
+    console.print("the server learns this, and nothing else before the first round:")
+    facts = {"client": site.name, "examples": len(site.examples), "rank": site.rank}
+    facts |= {"max_rank": max(site.max_rank, site.rank), "base": spec.base}
     for key, value in facts.items():
         console.print(f"  {key} = {value!r}", highlight=False)
 
 
 @site_app.command("stop")
 def site_stop(file: SiteFile) -> None:
-    """End the site's trainer, if it runs: the next message would start another."""
+    """Stop the site's trainer, if it runs: the next message would start another."""
     from prelort.deployment import trainer_client
 
     trainer_client.stop(file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
 from prelort.errors import ConfigError
@@ -43,28 +44,22 @@ def run_over_sites(federation: Path, out: Path, overrides: list[str], grid: Grid
     """Start the run in ``out`` or continue it, and write its results. Raises `PrelortError`."""
     from rich.console import Console
 
-    from prelort import config as configuration
-    from prelort.experiment import results
     from prelort.experiment.at_sites import at_sites
-    from prelort.experiment.folder import RunFolder
     from prelort.experiment.run import run
-    from prelort.report.progress import LiveProgress
+    from prelort.report import tables
+    from prelort.report.progress import StudyProgress
+    from prelort.study.definition import of_run
+    from prelort.study.results import is_finished
+    from prelort.study.run import run_study
 
     console = Console(file=sys.stdout, width=120)
-    config = configuration.load(federation, overrides)
-    folder = RunFolder(out)
-    started = folder.config_file.is_file()
-    if started and folder.history().finished:
+    study = of_run(federation, overrides)
+    if is_finished(out):
         console.print(f"the run in {out} is finished", markup=False, soft_wrap=True)
         return
-    with LiveProgress(console) as progress:
-        run(
-            config,
-            out,
-            resume=started,
-            listeners=[progress],
-            backend=at_sites(grid),
-            patience=LEAVING_SECONDS,
-        )
-    results.write(out)
-    results.show(console, out)
+    run_at_sites = partial(run, backend=at_sites(grid), patience=LEAVING_SECONDS)
+    with StudyProgress(console) as progress:
+        results = run_study(study, out, progress, run=run_at_sites)
+    console.print(tables.terminal(results))
+    for path in (out / "results.md", out / "report.html", out / "adapters"):
+        console.print(f"wrote  {path}", markup=False, soft_wrap=True)

@@ -7,8 +7,8 @@ log.txt              tracebacks of clients that failed
 checkpoints/00012/   the server's state after a round, the last two kept
 adapters/rank-8/     the result: standard PEFT folders, one for each rank
 results.md, *.png    tables and pictures
-report.html          the page that `prelort report` writes
-trackers.json        the ids that `--track` got, to go on under them
+report.html          the page
+trackers.json        the ids of the run in the trackers, and the last rounds logged there
 """
 
 from __future__ import annotations
@@ -30,10 +30,7 @@ from prelort.history import RunHistory
 
 LIBRARIES = ("prelort", "torch", "transformers", "peft", "datasets", "flwr", "safetensors", "numpy")
 
-METHODS_FILE = "methods.json"
-"""In the folder of several runs: the names of their methods, in order."""
-
-_LEFTOVERS = (".config.toml.tmp", ".methods.json.tmp")
+_LEFTOVERS = (".config.toml.tmp", ".study.toml.tmp", ".lock")
 _BEFORE_THE_ROUNDS = (
     "config.toml",
     "versions.json",
@@ -65,8 +62,8 @@ class RunFolder:
         try:
             if is_taken(self.path):
                 raise ConfigError(
-                    f"{str(self.path)!r} exists and is not empty: choose another --out, or go on "
-                    f"with the run in it by --resume {self.path}"
+                    f"{str(self.path)!r} exists and is not empty: choose another --out, or "
+                    f"continue the run in it by --resume {self.path}"
                 )
             self._made = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
@@ -131,38 +128,6 @@ def is_taken(path: Path) -> bool:
     if path.is_dir():
         return any(child.name not in _LEFTOVERS for child in path.iterdir())
     return path.exists()
-
-
-def methods_in(path: Path) -> list[str] | None:
-    """The methods of a folder of several runs, None if it is none."""
-    file = path / METHODS_FILE
-    if not file.is_file():
-        return None
-    try:
-        return [str(name) for name in json.loads(file.read_text(encoding="utf-8"))]
-    except ValueError as error:
-        raise ConfigError(f"{str(file)!r} is damaged: {error}") from None
-
-
-def logs_in(path: Path) -> dict[str, Path]:
-    """The event logs of a folder's runs by method, or of its only run (by no name), in order.
-
-    They need not be there yet, nor need the folder. Raises `ConfigError` for one that holds
-    something else, so that no run will ever be there.
-    """
-    together = methods_in(path)
-    if together is not None:
-        return {name: RunFolder(path / folder_name(name)).metrics_file for name in together}
-    folder = RunFolder(path)
-    # In this order, since a run may begin just now: its config.toml is its first file.
-    if is_taken(path) and not folder.config_file.is_file() and methods_in(path) is None:
-        raise ConfigError(f"{str(path)!r} holds no run: config.toml is missing")
-    return {"": folder.metrics_file}
-
-
-def folder_name(method: str) -> str:
-    """A method's name as a folder's."""
-    return method.replace(":", "-").replace("/", "-")
 
 
 def versions() -> dict[str, str]:

@@ -23,7 +23,7 @@ from prelort.models.lora import ADAPTER, install
 
 
 def evaluate_run(path: Path, overrides: Sequence[str] = ()) -> Evaluated:
-    """The evaluation of a run's newest adapter, the untuned base with it.
+    """Measure a run's newest adapter and the untuned base again.
 
     ``overrides`` change the configuration (data, evaluation); the model must stay the same.
     """

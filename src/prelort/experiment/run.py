@@ -15,7 +15,6 @@ from prelort import config as configuration
 from prelort import diagnostics, methods
 from prelort.adapters import LoraAdapter, peft_folder
 from prelort.config import Config
-from prelort.data import describe
 from prelort.data.federated import FederatedRows
 from prelort.errors import CheckpointError, ConfigError
 from prelort.events import (
@@ -39,7 +38,7 @@ from prelort.experiment.folder import RunFolder
 from prelort.federation.federation import Federation
 from prelort.history import RunHistory
 from prelort.methods.interface import ServerState
-from prelort.report import trackers
+from prelort.report import describe, trackers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -104,18 +103,17 @@ def run(
     """
     trackers.check(track)
     folder = RunFolder(Path(out))
-    with _claimed(folder, config, resume=resume, patience=patience):
-        tracked = trackers.TrackedRun(folder.path, configuration.flat(config))
-        with (
-            _logging_to(folder.log_file),
-            deterministic(config.threads),
-            trackers.follower(track, tracked) as tracker,
-        ):
-            log = RunLog(folder, [*listeners, tracker])
-            name, rounds = config.method.name, config.federation.rounds
-            log(Loading(0, name, rounds, config.seed))
-            with (backend or InProcess())(config, folder.path) as connected:
-                return train(config, folder, connected, log)
+    with (
+        _claimed(folder, config, resume=resume, patience=patience),
+        _logging_to(folder.log_file),
+        deterministic(config.threads),
+        trackers.Tracking(track, folder.path, configuration.flat(config)) as tracker,
+    ):
+        log = RunLog(folder, [*listeners, tracker])
+        name, rounds = config.method.name, config.federation.rounds
+        log(Loading(0, name, rounds, config.seed))
+        with (backend or InProcess())(config, folder.path) as connected:
+            return train(config, folder, connected, log)
 
 
 def train(config: Config, folder: RunFolder, backend: Backend, log: RunLog) -> RunResult:

@@ -1,9 +1,11 @@
-"""Following a run on a terminal, from another process than its own: `prelort watch`."""
+"""Following runs on a terminal, from another process than theirs: `prelort watch`."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
@@ -11,31 +13,32 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from prelort.report import events
-from prelort.report.follow import Look, follow
-from prelort.report.happened import waits_for
-from prelort.report.progress import LiveProgress
-from prelort.report.tables import comparison_table
-from prelort.report.watched import Row, Status, Watched, counts
-from prelort.report.wording import clock_time, human_bytes, human_seconds, plain
+from prelort.events import Waiting, utc_now
+from prelort.history import ClientRecord, RunHistory, Status
+from prelort.report.follow import LogFollower, NewEvents
+from prelort.report.formatting import clock_time, human_bytes, human_seconds, listing, plain
+from prelort.report.incidents import lines, waits_for
+from prelort.report.progress import Clock, StudyProgress, elapsed, latest_metric, remaining
 
-QUIET_SECONDS = 60.0
-"""Silence of the log after which it is mentioned: the run may have been stopped."""
-HAPPENINGS = 5
-"""So many are shown, at most."""
-
-_OF_A_ROUND_DONE = ("aggregated", "evaluated", "evaluated_at_clients")
-
-Logs = Callable[[], Mapping[str, Path]]
-"""Name to event log of a run, or of several that run one after the other; may change."""
+POLL_SECONDS = 0.5
+"""Time between two looks at the logs."""
+SILENCE_SECONDS = 60.0
+"""Silence of a log that is mentioned: the run may have been stopped."""
+INCIDENTS = 5
+"""Maximum number of incidents on the screen."""
 
 _STYLES: dict[Status, str] = {
     "failed": "red",
     "training": "cyan",
     "answered": "green",
-    "not asked": "dim",
-    "gone": "dim",
+    "idle": "dim",
+    "left": "dim",
 }
+URGENCY: tuple[Status, ...] = tuple(_STYLES)
+"""Who is shown first where there is no room for all."""
+
+Logs = Callable[[], Mapping[str, Path]]
+"""A study's cells and their logs; neither need exist yet."""
 
 
 def watch(
@@ -43,107 +46,144 @@ def watch(
     place: str,
     console: Console,
     *,
-    clock: Callable[[], float] = time.time,
+    clock: Clock = utc_now,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Show the run in ``place`` until it is finished, then its table.
+    """Show the runs of ``place`` until all are finished.
 
-    On a terminal a picture that is drawn anew, elsewhere plain lines as a run prints them itself.
-    ``clock`` returns seconds since the epoch. Raises `PrelortError` for a damaged log.
+    On a terminal a screen that is drawn anew, elsewhere the plain lines that a run prints. Raises
+    `PrelortError` for a damaged log.
     """
-    looks = follow(logs, clock, sleep)
-    if console.is_terminal and not console.is_dumb_terminal:
-        _draw(looks, place, console, clock)
-    else:
-        _print(looks, place, console)
-    runs = {name: events.read(log) for name, log in logs().items()}
-    methods = {name: plain(events.started(run).get("method", "run")) for name, run in runs.items()}
-    console.print(comparison_table({name or methods[name]: run for name, run in runs.items()}))
+    live = console.is_terminal and not console.is_dumb_terminal
+    followers: dict[str, LogFollower] = {}
+    with _Screen(place, console, clock) if live else _Lines(place, console) as view:
+        while True:
+            followers = {
+                name: followers.get(name) or LogFollower(path) for name, path in logs().items()
+            }
+            news = {
+                name: follower.poll()
+                for name, follower in followers.items()
+                if not follower.history.finished
+            }
+            histories = {name: follower.history for name, follower in followers.items()}
+            view.show(histories, news)
+            if histories and all(history.finished for history in histories.values()):
+                return
+            sleep(POLL_SECONDS)
 
 
-def screen(watched: Watched, width: int, height: int, now: float) -> RenderableType:
-    """A run as it stands, in ``height`` lines of ``width`` characters or fewer."""
-    lines = [_headline(watched, now), _numbers(watched, now)]
-    if watched.waiting is not None:
-        lines.append(Text(f"waiting for {waits_for(watched.waiting)}", style="yellow"))
-    lines = lines[: max(height, 1)]
-    room = height - len(lines)
-    happened = list(watched.happenings)[-min(HAPPENINGS, max(room // 3, 0)) :] if room > 2 else []
-    room -= len(happened)
-    parts: list[RenderableType] = [_cropped(line) for line in lines]
-    if watched.rows and room >= 2:  # the table's head and a client
+def screen(
+    name: str, history: RunHistory, width: int, height: int, now: datetime
+) -> RenderableType:
+    """A run's state in at most ``height`` lines of ``width`` characters."""
+    top = [_headline(name, history, now), _numbers(history, now)]
+    if history.waiting is not None:
+        top.append(Text(f"waiting for {waits_for(history.waiting)}", style="yellow"))
+    top = top[: max(height, 1)]
+    room = height - len(top)
+    news = [
+        text
+        for event in history.incidents[-INCIDENTS:]
+        if not isinstance(event, Waiting)  # which has a line of its own while it lasts
+        for text in lines(event)
+    ]
+    news = news[-min(INCIDENTS, max(room // 3, 0)) :] if room > 2 else []
+    room -= len(news)
+    parts: list[RenderableType] = [_cropped(line) for line in top]
+    if history.clients and room >= 2:  # the table's head and a client
         count = room - 1
-        if len(watched.rows) > count:
+        if len(history.clients) > count:
             count -= 1  # the line on the others
-        shown, others = watched.most_urgent(count)
+        shown, others = most_urgent(history.clients.values(), count)
         if shown:
-            parts.append(_table(watched, shown, width, now))
+            parts.append(_table(history, shown, width, now))
         if others:
             parts.append(_cropped(Text(others, style="dim")))
-    parts += [_cropped(Text(line, style="dim")) for line in happened]
-    return Group(*parts)
+    return Group(*parts, *(_cropped(Text(line, style="dim")) for line in news))
 
 
-def _headline(watched: Watched, now: float) -> Text:
-    run = watched.run
-    head = Text(plain(watched.name), style="bold")
-    if run is None:
-        return head
-    clock = clock_time(max(run.elapsed(now), 0.0))
-    left = run.left(now)
+def most_urgent(clients: Iterable[ClientRecord], count: int) -> tuple[list[ClientRecord], str]:
+    """``count`` clients by name, and a line on the others (empty: all are shown).
+
+    Where they do not all fit, those that failed or are training come first.
+    """
+    rows = sorted(clients, key=lambda client: client.name)
+    if len(rows) <= count:
+        return rows, ""
+    rows.sort(key=lambda client: URGENCY.index(client.status))
+    rest = rows[max(count, 0) :]
+    doing = _counts(rest) if len({row.status for row in rest}) > 1 else rest[0].status
+    return rows[: max(count, 0)], f"and {len(rest)} other{'' if len(rest) == 1 else 's'} ({doing})"
+
+
+def _counts(clients: Iterable[ClientRecord]) -> str:
+    """How many have which status: ``1 failed and 2 training``."""
+    numbers = Counter(client.status for client in clients)
+    return listing(f"{numbers[status]} {status}" for status in URGENCY if numbers[status])
+
+
+def _headline(name: str, history: RunHistory, now: datetime) -> Text:
+    rounds = history.started.rounds if history.started is not None else "?"
+    spent = clock_time(elapsed(history, now))
+    left = remaining(history, now)
     if left is not None:
-        clock += f", {clock_time(max(left, 0.0))} left"
-    asked = [row for row in watched.rows.values() if row.status not in ("not asked", "gone")]
-    doing = "finished" if watched.finished else counts(asked)
-    more = [f"round {run.round}/{run.rounds or '?'}", clock, *([doing] if doing else [])]
-    return head.append("  " + "  ".join(more), style="not bold")
+        spent += f", {clock_time(left)} left"
+    asked = [c for c in history.clients.values() if c.status not in ("idle", "left")]
+    doing = "finished" if history.finished else _counts(asked)
+    parts = [f"round {history.round}/{rounds}", spent, *filter(None, [doing])]
+    head = Text(plain(name), style="bold")
+    return head.append("  " + "  ".join(parts), style="not bold")
 
 
-def _numbers(watched: Watched, now: float) -> Text:
-    run = watched.run
+def _numbers(history: RunHistory, now: datetime) -> Text:
     parts: list[str] = []
-    if run is not None and run.loss is not None:
-        parts.append(f"loss {run.loss:.3f}")
-    if run is not None and run.measured:
-        parts.append(run.measured)
-    if watched.bytes_up or watched.bytes_down:
-        up, down = human_bytes(watched.bytes_up), human_bytes(watched.bytes_down)
+    record = history.rounds.get(history.round)
+    if record is not None and record.loss is not None:
+        parts.append(f"loss {record.loss:.3f}")
+    parts += filter(None, [latest_metric(history)])
+    if history.bytes_up or history.bytes_down:
+        up, down = human_bytes(history.bytes_up), human_bytes(history.bytes_down)
         parts.append(f"{up} up, {down} down")
-    silent = now - watched.last
-    if silent > QUIET_SECONDS and not watched.finished:
-        parts.append(f"last event {human_seconds(silent)} ago")
+    if history.time is not None and not history.finished:
+        silence = (now - history.time).total_seconds()
+        if silence > SILENCE_SECONDS:
+            parts.append(f"last event {human_seconds(silence)} ago")
     return Text("  ".join(parts) or "nothing trained yet")
 
 
-def _table(watched: Watched, rows: list[Row], width: int, now: float) -> Table:
+def _table(history: RunHistory, clients: list[ClientRecord], width: int, now: datetime) -> Table:
     """One line a client; columns that a narrow terminal has no room for are left out."""
     table = Table(box=None, expand=True, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("client", no_wrap=True, overflow="ellipsis", max_width=max(8, width // 4))
     table.add_column("rank", justify="right", no_wrap=True)
     table.add_column("status", no_wrap=True, overflow="ellipsis", ratio=1)
-    cells: list[tuple[int, str, Callable[[Row], str]]] = [
-        (44, "loss", lambda row: "" if row.loss is None else f"{row.loss:.3f}"),
-        (60, "examples", lambda row: "" if row.examples is None else str(row.examples)),
-        (52, "time", lambda row: _taken(watched.seconds(row, now))),
-        (68, "rounds", lambda row: str(row.rounds)),
+    columns: list[tuple[int, str, Callable[[ClientRecord], str]]] = [
+        (44, "loss", lambda client: f"{client.last.loss:.3f}" if client.last else ""),
+        (60, "examples", lambda client: str(client.last.examples) if client.last else ""),
+        (52, "time", lambda client: _time(history, client, now)),
+        (68, "rounds", lambda client: str(client.rounds)),
     ]
-    cells = [cell for cell in cells if width >= cell[0]]
-    for _, head, _ in cells:
+    columns = [column for column in columns if width >= column[0]]
+    for _, head, _ in columns:
         table.add_column(head, justify="right", no_wrap=True)
-    for row in rows:
-        old = "" if row.status == "answered" else "dim"  # numbers of an earlier round
-        status = row.status + (f": {row.reason}" if row.reason else "")
+    for client in clients:
+        old = "" if client.status == "answered" else "dim"  # numbers of an earlier round
+        status = client.status + (f": {plain(client.reason)}" if client.reason else "")
         table.add_row(
-            Text(row.name),
-            Text("–" if row.rank is None else str(row.rank)),
-            Text(status, style=_STYLES[row.status]),
-            *(Text(show(row), style=old) for _, _, show in cells),
+            Text(plain(client.name)),
+            Text("–" if client.rank is None else str(client.rank)),
+            Text(status, style=_STYLES[client.status]),
+            *(Text(show(client), style=old) for _, _, show in columns),
         )
     return table
 
 
-def _taken(seconds: float | None) -> str:
-    return "" if seconds is None else human_seconds(seconds)
+def _time(history: RunHistory, client: ClientRecord, now: datetime) -> str:
+    """How long a client's last reply took, or the current one has taken so far."""
+    if client.status == "training" and history.current is not None:
+        return human_seconds(max((now - history.current.started).total_seconds(), 0.0) // 1)
+    return human_seconds(client.last.seconds) if client.last is not None else ""
 
 
 def _cropped(line: Text) -> Text:
@@ -152,78 +192,72 @@ def _cropped(line: Text) -> Text:
     return line
 
 
-def _not_begun(place: str, looks: list[Look]) -> Text:
-    name = looks[-1].name if looks else ""
-    where = f"{plain(name)} in {plain(place)}" if name else plain(place)
-    return Text(f"{where} has not begun: waiting for its first event")
+def _not_started(place: str) -> Text:
+    return Text(f"{plain(place)} has not started: waiting for its first event")
 
 
-def _draw(
-    looks: Iterator[list[Look]], place: str, console: Console, clock: Callable[[], float]
-) -> None:
-    watched = Watched("")
-    # Drawn by hand after each look: a thread that draws would see events half taken in.
-    with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
-        for found in looks:
-            for look in found:
-                if look.afresh:
-                    watched = Watched(look.name or "run")
-                for event, when in look.events:
-                    watched.absorb(event, when)
-            if watched.run is None:
-                shown: RenderableType = _not_begun(place, found)
-            else:
-                width, height = console.size
-                # One line less than there are: the cursor stands below.
-                shown = screen(watched, width, max(height - 1, 1), clock())
-            live.update(shown, refresh=True)
+class _Screen:
+    """The screen of the cell that is running."""
 
+    def __init__(self, place: str, console: Console, clock: Clock) -> None:
+        self._place, self._console, self._clock = place, console, clock
+        # Drawn after each poll, not by a thread, which would see a history half updated.
+        self._live = Live(console=console, auto_refresh=False, vertical_overflow="crop")
+        self._name = ""
 
-def _print(looks: Iterator[list[Look]], place: str, console: Console) -> None:
-    lines, told = _Lines(console), ""
-    try:
-        for found in looks:
-            for look in found:
-                lines.take(look)
-            words = str(_not_begun(place, found))
-            if not lines.begun and words != told:
-                console.print(Text(words), soft_wrap=True, highlight=False)
-            told = "" if lines.begun else words
-    finally:
-        lines.close()
+    def __enter__(self) -> _Screen:
+        self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._live.stop()
+
+    def show(self, histories: Mapping[str, RunHistory], news: Mapping[str, NewEvents]) -> None:
+        """Draw the cell shown before until it is finished, then the next that has started."""
+        begun = [name for name, history in histories.items() if history.time is not None]
+        running = [name for name in begun if not histories[name].finished]
+        if self._name not in running:
+            self._name = next(iter(running), self._name or next(reversed(begun), ""))
+        parts: list[RenderableType] = []
+        if len(histories) > 1:
+            finished = sum(history.finished for history in histories.values())
+            parts.append(Text(f"{finished} of {len(histories)} cells finished", style="dim"))
+        if self._name:
+            width, height = self._console.size
+            room = max(height - 1 - len(parts), 1)  # the cursor stands on the last line
+            title = self._name
+            parts.append(screen(title, histories[title], width, room, self._clock()))
+        else:
+            parts.append(_cropped(_not_started(self._place)))
+        self._live.update(Group(*parts), refresh=True)
 
 
 class _Lines:
-    """Runs as plain lines; what was told is not told again when a log is cut back."""
+    """The lines that the runs print themselves where there is no terminal."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._now = 0.0
-        self._progress = self._new()
-        self.begun = False
-        """Whether the log that is being read has an event."""
+    def __init__(self, place: str, console: Console) -> None:
+        self._place, self._console = place, console
+        self._progress = StudyProgress(console)
+        self._started: set[str] = set()
+        self._announced = False
 
-    def take(self, look: Look) -> None:
-        """Print what a look has found."""
-        found = list(look.events)
-        if look.again:
-            done = [i for i, (event, _) in enumerate(found) if event["event"] in _OF_A_ROUND_DONE]
-            back = int(found[done[-1]][0].get("round", 0)) if done else 0
-            goes_on = f"goes on after round {back}" if back else "begins again"
-            words = f"the log was cut back: the run {goes_on}"
-            self._console.print(Text(words), soft_wrap=True, highlight=False)
-            if back:
-                resumed = ({"event": "resumed", "round": back}, found[done[-1]][1])
-                found = [resumed, *found[done[-1] + 1 :]]
-            else:
-                self._progress = self._new()
-        self.begun = bool(found) or (self.begun and not look.afresh)
-        for event, self._now in found:
-            self._progress(event)
+    def __enter__(self) -> _Lines:
+        return self
 
-    def close(self) -> None:
-        """Print what is held back."""
-        self._progress.__exit__(None, None, None)
+    def __exit__(self, *error: object) -> None:
+        self._progress.close()
 
-    def _new(self) -> LiveProgress:
-        return LiveProgress(self._console, clock=lambda: self._now)
+    def show(self, histories: Mapping[str, RunHistory], news: Mapping[str, NewEvents]) -> None:
+        """Print the new events; after a truncation not again what was printed."""
+        for name, new in news.items():
+            if name not in self._started and new.events:
+                self._started.add(name)
+                self._progress.started(name)
+            if new.truncated:
+                self._progress.replaced(name, histories[name])
+                continue
+            for event in new.events:
+                self._progress.event(name, event)
+        if not self._started and not self._announced:
+            self._announced = True
+            self._console.print(_not_started(self._place), soft_wrap=True, highlight=False)

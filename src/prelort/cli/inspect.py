@@ -1,0 +1,104 @@
+"""``prelort watch | evaluate | report | export``: commands on existing runs."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from prelort.cli.options import Overrides, Quiet
+from prelort.cli.screen import escaped, wide_console
+
+WATCH_EXAMPLES = """[bold]Examples[/bold]
+
+  prelort watch runs/first
+
+  prelort watch runs/first/prelort
+
+  prelort watch runs/first | tee first.log
+
+It only reads the event logs, waits for a run that has not started, and ends with the run or on
+Ctrl-C, which does not stop the run.
+"""
+
+EVALUATE_EXAMPLES = (
+    "[bold]Examples[/bold]\n\n  prelort evaluate runs/first/prelort\n\n"
+    "  prelort evaluate runs/first/prelort --set data.test=other.csv"
+)
+
+REPORT_EXAMPLES = (
+    "[bold]Examples[/bold]\n\n  prelort report runs/first\n\n"
+    "  prelort report runs/first/prelort --out prelort.html"
+)
+
+EXPORT_EXAMPLES = (
+    "[bold]Examples[/bold]\n\n"
+    "  prelort export runs/first/prelort --rank 4 --out adapter-r4\n\n"
+    "  prelort export runs/first/prelort --rank 16 --merge --out model-tuned"
+)
+
+
+def watch(
+    run: Annotated[Path, typer.Argument(help="Folder of a run or a study; it need not exist yet.")],
+) -> None:
+    """Watch a run from another terminal: live status of every client."""
+    from prelort.report import tables
+    from prelort.report import watch as watching
+    from prelort.study.results import logs_of, read
+
+    console = wide_console()
+    with suppress(KeyboardInterrupt):  # the run goes on
+        watching.watch(logs_of(run), str(run), console)
+        console.print(tables.terminal(read(run)))
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    overrides: Overrides = None,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a run's adapter again at every rank prefix, for instance on other data."""
+    from prelort.experiment.inspect import evaluate_run
+    from prelort.history import RunHistory
+    from prelort.report import tables
+    from prelort.report.results import CellResult, Results
+
+    console = wide_console()
+    with console.status("measuring", spinner="dots") if not quiet else nullcontext():
+        evaluated = evaluate_run(run, overrides or [])
+    cell = CellResult("", run.resolve().name, 0, RunHistory.of([evaluated]))
+    console.print(tables.terminal(Results([cell], cell.method)))
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a run or a study; finished or not.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="File to write (default: RUN/report.html).")
+    ] = None,
+) -> None:
+    """Write one page of HTML: curves, who failed and why, clients, configuration."""
+    from prelort.report.write import PAGE_FILE, write_page
+    from prelort.study.results import read
+
+    written = write_page(read(run), out or run / PAGE_FILE)
+    Console().print(f"wrote {escaped(written)}", soft_wrap=True)
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    rank: Annotated[
+        int | None, typer.Option("--rank", "-r", help="Rank to cut to (default: the largest).")
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Write the whole model, adapter merged into the base.")
+    ] = False,
+) -> None:
+    """Write any prefix of a run's adapter as a PEFT folder, or merged into the base model."""
+    from prelort.experiment.inspect import export_run
+
+    written = export_run(run, out, rank, merge=merge)
+    Console().print(f"wrote {escaped(written)}", soft_wrap=True)

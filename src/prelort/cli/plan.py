@@ -1,0 +1,101 @@
+"""``prelort plan``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from prelort.cli.options import Overrides
+from prelort.cli.screen import escaped, wide_console
+from prelort.errors import ConfigError
+
+EXAMPLES = """[bold]Examples[/bold]
+
+  prelort plan --model Qwen/Qwen3-0.6B --memory 8GiB
+
+  prelort plan my.toml --memory 16GB --set model.quantization=4bit
+
+  prelort plan my.toml --set training.batch_size=2 --set data.max_length=512
+
+  prelort plan --ranks 8,12,16 --json
+
+Only the model's configuration is read, never its weights. Everything else (batch size, tokens,
+precision, method, ...) comes from CONFIG as in `prelort run`. Leave a margin: docs/choose-ranks.md
+says what is not counted.
+"""
+
+
+def plan(
+    config: Annotated[
+        Path | None, typer.Argument(help="TOML file; default: the embedded configuration.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Overrides model.name: a folder or a hub name.")
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option("--memory", help="Memory for training, e.g. 8GiB (default: what is free)."),
+    ] = None,
+    ranks: Annotated[
+        str | None,
+        typer.Option("--ranks", help="Ranks to show, e.g. 4,8 (default: powers of two to 256)."),
+    ] = None,
+    labels: Annotated[
+        int, typer.Option("--labels", min=2, help="Classes, for task = 'classification'.")
+    ] = 2,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, sizes in bytes.")] = False,
+) -> None:
+    """Estimate the memory and traffic of each rank, and name the largest rank that fits."""
+    from prelort import config as configuration
+
+    named = [f"model.name={json.dumps(model)}"] if model is not None else []
+    settings = configuration.load(config, [*(overrides or []), *named])
+    chosen = _ranks(ranks) if ranks is not None else None
+
+    from prelort.planning import sizes, tables
+    from prelort.planning.measured import free_memory
+    from prelort.planning.memory import Planner
+
+    if memory is None:
+        budget, where = free_memory(settings.model.device)
+    else:
+        budget, where = sizes.parse(memory, "--memory"), "--memory"
+    console = wide_console()
+    with console.status("planning", spinner="dots") if not as_json else nullcontext():
+        planner = Planner(settings, labels)
+        most = max(min(256, planner.max_rank), *(chosen or [1]))
+        shown = chosen or [2**power for power in range(1, 9) if 2**power <= most] or [1]
+        estimates = [planner.estimate(rank, most) for rank in shown]
+        try:
+            largest, refusal = planner.largest(budget, most), None
+        except ConfigError as error:
+            largest, refusal = None, error
+    if as_json:
+        sys.stdout.write(json.dumps(tables.as_values(estimates, budget, largest), indent=2) + "\n")
+    else:
+        title = (
+            f"{escaped(settings.model.name)}: batches of {settings.training.batch_size} x "
+            f"{settings.data.max_length} tokens, {escaped(settings.method.name)}"
+        )
+        console.print(tables.estimates_table(estimates, budget, title))
+    if refusal is not None:
+        raise refusal
+    if not as_json and largest is not None:
+        console.print(tables.conclusion(largest, budget, where, most), soft_wrap=True)
+
+
+def _ranks(text: str) -> list[int]:
+    """The ranks of ``--ranks``, in rising order."""
+    entries = [entry.strip() for entry in text.split(",")]
+    wrong = next((e for e in entries if not (e.isascii() and e.isdigit() and int(e) > 0)), None)
+    if wrong is not None:
+        raise ConfigError(
+            f"--ranks {text!r}: {wrong!r} is not a rank: give whole numbers from 1 on, e.g. 4,8,16"
+        )
+    return sorted({int(entry) for entry in entries})

@@ -1,1 +1,0 @@
-"""`prelort compare`: methods x seeds x settings, a run for each cell."""

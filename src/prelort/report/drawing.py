@@ -1,0 +1,264 @@
+"""How charts are drawn: line charts over ranks and rounds, colours, scales, and files.
+
+pandas and Altair are slow to import: import this module where charts are made.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import pandas as pd
+
+from prelort.errors import PrelortError
+from prelort.files import write_atomically
+from prelort.report.formatting import listing, plain
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+"""Okabe and Ito's palette, which colour-blind readers can tell apart, without its faint yellow."""
+
+SHAPES = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "triangle-right")
+DASHES = ([1, 0], [6, 3], [2, 2])
+GREY = "#5c656e"
+FONT = "system-ui, 'Noto Sans', 'Liberation Sans', 'DejaVu Sans', sans-serif"
+TITLE: dict[str, Any] = {
+    "anchor": "start", "frame": "group", "offset": 10, "fontSize": 13, "subtitleFontSize": 11,
+    "subtitleColor": GREY,
+}  # fmt: skip
+
+MAX_BARS, MAX_BANDS, MAX_POINTS = 6, 5, 30
+"""Series with error bars or bands, and points on a line: more would cover each other."""
+
+MAX_ROUNDS = 200
+"""Values of a line; of more rounds every second one and so on."""
+
+BASE_ROOM = 2.5
+"""The base is drawn if the axis need not become longer than by this factor."""
+
+LEAST_SPAN = 0.05
+"""An axis shows at least this share of its values, lest rounding look like a trend."""
+
+
+def lines(
+    data: pd.DataFrame,
+    names: Sequence[str],
+    title: str,
+    *notes: str,
+    y_title: str,
+    show: Callable[[float], str],
+    x_title: str = "round",
+    log_x: bool = False,
+    log_ratio: float | None = None,
+    zero: bool = False,
+    base: float | None = None,
+    dotted: pd.DataFrame | None = None,
+    mean: str = "",
+    spread: str = "",
+    format: str = ".6~g",
+) -> alt.LayerChart | None:
+    """A line for each series of ``data``; None if no value is finite.
+
+    ``data``: series, x, value, and low and high (NaN: no spread). ``names``: all series, in the
+    order of their styles. ``notes``: parts of the subtitle, to which what is left out is added.
+    ``show``: the text of a value. ``log_x``: x are ranks on a logarithmic axis, not rounds.
+    ``log_ratio``: the y axis is logarithmic if values differ by more than this factor. ``zero``: a
+    linear y axis begins at 0. ``base``: the value of a horizontal rule. ``dotted``: thin lines
+    (series, x, value). ``mean`` and ``spread``: what values, and low and high are, for the
+    subtitle. ``format``: d3 format of the y axis.
+    """
+    names = [plain(name) for name in names]
+    remarks = [*notes]
+    step = math.ceil(data["x"].nunique() / MAX_ROUNDS)
+    if step > 1:
+        data = data[(data["x"].max() - data["x"]) % step == 0]
+        remarks.append(f"every {step} rounds")
+    frame = finite(data, "value")
+    lost = [name for name in names if name in set(data["series"]) - set(frame["series"])]
+    remarks += [f"not finite: {listing(lost)}"] if lost else []
+    log = is_log([value for value in frame["value"] if value > 0 or not zero], log_ratio)
+    frame = frame[(frame["value"] > 0) | (not log)]
+    if not len(frame):
+        return None
+    series = [name for name in names if name in set(frame["series"])]
+    drawn = len(series) <= (MAX_BARS if log_x else MAX_BANDS)
+    spreads = finite(frame, "low") if drawn else frame[:0]
+    spreads = spreads[(spreads["low"] > 0) | (not log)]
+    remarks.append(spread if len(spreads) else mean)
+    beside = frame[:0] if dotted is None else dotted[(dotted["value"] > 0) | (not log)]
+    values = [*frame["value"], *spreads["low"], *spreads["high"], *beside["value"]]
+    rule = base is not None and math.isfinite(base) and has_room(values, base, log)
+    if base is not None:
+        values += [base] if rule else []
+        remarks += [] if rule else [f"untuned base {show(base)} (off the scale)"]
+
+    x = x_axis(sorted(set(frame["x"])), x_title, log_x)
+    y = y_axis(values, y_title, log, zero=zero, format=format)
+    several = len(series) > 1
+    colour = style("color", names, several)
+    aside = dict.fromkeys(series, 1.0)
+    if log_x and several and len(spreads):  # lest the bars of a rank cover each other
+        aside = {n: 2 ** (0.12 * (i / (len(series) - 1) - 0.5)) for i, n in enumerate(series)}
+
+    def moved(part: pd.DataFrame) -> pd.DataFrame:
+        return part.assign(
+            at=[x * aside[s] for x, s in zip(part["x"], part["series"], strict=True)]
+        )
+
+    layers: list[alt.Chart] = []
+    if len(spreads):
+        bars = alt.Chart(moved(spreads))
+        bars = bars.mark_rule(clip=True) if log_x else bars.mark_area(opacity=0.12, clip=True)
+        layers.append(bars.encode(x=x, y="low:Q", y2="high:Q", color=colour))
+    if rule:
+        text = f"untuned base {show(base or 0.0)}"
+        line = alt.Chart(pd.DataFrame([{"value": base, "text": text}])).encode(y=y)
+        layers.append(line.mark_rule(color=GREY, strokeDash=[5, 3], clip=True))
+        label = line.mark_text(color=GREY, align="left", dy=-6)
+        layers.append(label.encode(x=alt.value(4), text="text:N"))
+    if len(beside):
+        thin = alt.Chart(moved(beside)).mark_line(strokeWidth=1.3, strokeDash=[2, 2], clip=True)
+        layers.append(thin.encode(x=x, y=y, color=colour))
+
+    key = re.sub(r"\W", "_", title)  # Altair wants names that differ from chart to chart
+    pick = alt.selection_point(name=f"pick_{key}", fields=["series"], bind="legend")
+    zoom = alt.selection_interval(name=f"zoom_{key}", bind="scales", zoom="wheel![event.altKey]")
+    opacity = alt.condition(pick, alt.value(1), alt.value(0.12)) if several else alt.value(1)
+    few = frame.groupby("series").size().max() <= MAX_POINTS
+    tip = [alt.Tooltip("series:N", title=" "), alt.Tooltip("x:Q", title=x_title.split(" ")[0]),
+           alt.Tooltip("shown:N", title=y_title)]  # fmt: skip
+    main = moved(frame).assign(shown=[show(value) for value in frame["value"]])
+    both = alt.Chart(main[["series", "x", "at", "value", "shown"]]).encode(x=x, y=y, color=colour)
+    line = both.mark_line(strokeWidth=2, clip=True).encode(
+        strokeDash=style("strokeDash", names, several), opacity=opacity, order="x:Q"
+    )
+    point = both.mark_point(filled=True, size=45 if few else 25, clip=True).encode(
+        shape=style("shape", names, several),
+        opacity=opacity if few else alt.value(0),  # points for the tooltips alone
+        tooltip=tip,
+    )
+    layers += [line.add_params(zoom, *([pick] if several else [])), point]
+    return titled(alt.layer(*layers), title, *remarks)
+
+
+def style(channel: str, names: Sequence[str], legend: bool) -> Any:
+    """The encoding of the series by colour, shape or dash: the same for a name in every chart."""
+    count = len(COLOURS)
+    kind, values = {
+        "color": (alt.Color, [COLOURS[i % count] for i in range(len(names))]),
+        "shape": (alt.Shape, [SHAPES[(i + i // count) % count] for i in range(len(names))]),
+        "strokeDash": (alt.StrokeDash, [DASHES[i // count % 3] for i in range(len(names))]),
+    }[channel]
+    shown = alt.Legend(title=None, orient="bottom", symbolOpacity=1)
+    scale = alt.Scale(domain=list(map(plain, names)), range=values)
+    return kind("series:N", scale=scale, legend=shown if legend else None)
+
+
+def is_log(values: Sequence[float], ratio: float | None) -> bool:
+    """Whether these values need a logarithmic axis."""
+    if ratio is None or not values or min(values) <= 0:
+        return False
+    return max(values) > ratio * min(values)
+
+
+def has_room(values: Sequence[float], base: float, log: bool) -> bool:
+    """Whether the base fits without squeezing the curves into a small part of the axis."""
+    if log and base <= 0:
+        return False
+    curves = [math.log(v) if log else v for v in values]
+    at = math.log(base) if log else base
+    # Curves that hardly differ have no scale of their own: a tenth of their height is one.
+    span = max(max(curves) - min(curves), 0.1 * abs(max(curves)))
+    return max(*curves, at) - min(*curves, at) <= BASE_ROOM * span
+
+
+def x_axis(ticks: Sequence[float], title: str, log: bool) -> alt.X:
+    """Ranks with a tick at each, on a log2 axis, or whole rounds; the field is ``at``."""
+    low, high = ticks[0], ticks[-1]
+    if log:
+        scale = alt.Scale(type="log", base=2, domain=[low / 2**0.25, high * 2**0.25], nice=False)
+        axis = alt.Axis(title=title, format="d", values=list(ticks))
+    else:
+        margin = max(0.5, 0.03 * (high - low))
+        scale = alt.Scale(domain=[low - margin, high + margin], nice=False)
+        axis = alt.Axis(title=title, format="d", grid=False, tickMinStep=1, tickCount=8)
+    return alt.X("at:Q", scale=scale, axis=axis)
+
+
+def y_axis(
+    values: Sequence[float], title: str, log: bool, *, zero: bool = False, format: str = ".6~g"
+) -> alt.Y:
+    """An axis with a margin around the values; the field is ``value``."""
+    low, high = min(values), max(values)
+    if log:
+        title, margin = f"{title}, log scale", (high / low) ** 0.05
+        scale = alt.Scale(type="log", domain=[low / margin, high * margin], nice=False)
+    elif zero:
+        scale = alt.Scale(domain=[0, 1.08 * high if high > 0 else 1], nice=False)
+    else:
+        missing = max(0.0, LEAST_SPAN * max(abs(low), abs(high)) - (high - low))
+        margin = 0.06 * (high - low) + missing / 2 or 0.5
+        scale = alt.Scale(domain=[low - margin, high + margin], nice=False, zero=False)
+    return alt.Y(
+        "value:Q", scale=scale, axis=alt.Axis(title=title, format=format, tickCount=5 if log else 6)
+    )
+
+
+def titled(chart: alt.LayerChart, title: str, *notes: str) -> alt.LayerChart:
+    """The chart with its title, and notes below it."""
+    text = textwrap.wrap("; ".join(filter(None, notes)), 62)
+    return chart.properties(title=alt.TitleParams(title, subtitle=text, **TITLE))
+
+
+def side_by_side(charts: Iterable[alt.LayerChart], columns: int, shared: bool) -> Any:
+    """Charts in a grid, with one legend if they share their series."""
+    sized = [chart.properties(width=360, height=290) for chart in charts]
+    how = "shared" if shared else "independent"
+    grid = alt.concat(*sized, columns=columns, spacing=28)
+    return grid.resolve_scale(color=how, shape=how, strokeDash=how)
+
+
+def finite(frame: pd.DataFrame, column: str) -> pd.DataFrame:
+    """The rows with a finite value in this column."""
+    return frame.loc[[math.isfinite(value) for value in frame[column].astype(float)]]
+
+
+def specification(chart: Any, legend_columns: int = 5) -> dict[str, Any]:
+    """The chart as Vega-Lite, with its data and the fonts and lines that all charts share."""
+    grey = {"domainColor": "#8a929a", "tickColor": "#8a929a"}
+    ink = {"labelColor": "#3a4148", "titleColor": "#3a4148", "titleFontWeight": "normal"}
+    whole = (
+        chart.configure(font=FONT, background="white", padding=12)
+        .configure_view(stroke=None)
+        .configure_axis(gridColor="#e3e6e9", labelFontSize=11, titleFontSize=12, **grey, **ink)
+        .configure_legend(
+            columns=legend_columns,
+            labelLimit=150,
+            labelFontSize=12,
+            symbolSize=80,
+            symbolStrokeWidth=0,
+        )
+    )
+    with alt.data_transformers.enable("default", max_rows=None):
+        return dict(whole.to_dict(validate=False))
+
+
+def save(chart: alt.TopLevelMixin, path: Path) -> Path:
+    """Write a chart as PNG or, by the suffix of ``path``, SVG. Raises `PrelortError`."""
+    import vl_convert
+
+    whole = specification(chart)
+    if path.suffix == ".svg":
+        data = vl_convert.vegalite_to_svg(whole).encode()
+    else:
+        data = vl_convert.vegalite_to_png(whole, scale=2)
+    try:
+        write_atomically(path, data)
+    except OSError as error:
+        reason = error.strerror or error
+        raise PrelortError(f"chart {str(path)!r} cannot be written: {reason}") from None
+    return path

@@ -1,0 +1,132 @@
+"""The incidents of a run in words: which clients failed, were refused, joined or left, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+
+from prelort.events import (
+    ClientFailed,
+    ClientJoined,
+    ClientLeft,
+    ClientRefused,
+    ClientsEvaluated,
+    EvaluationFailed,
+    Event,
+    RankChanged,
+    RoundFinished,
+    RoundRepeated,
+    RunResumed,
+    Waiting,
+)
+from prelort.report.formatting import listing, plain, plural, ranges
+
+LONGEST = 400
+"""Characters of a reason that are shown: a client may send a whole traceback."""
+
+
+@dataclass(frozen=True, slots=True)
+class Incident:
+    """One incident of a client or (empty name) of the run, in one or several rounds.
+
+    ``loss``: whether work was lost (a client's reply, an attempt).
+    """
+
+    rounds: list[int]
+    what: str
+    client: str
+    reason: str
+    loss: bool
+
+    @property
+    def when(self) -> str:
+        """The rounds in words: ``1, 3–5``."""
+        return ranges(self.rounds)
+
+
+def incidents(events: Iterable[Event]) -> list[Incident]:
+    """The incidents among the events, by first round.
+
+    The same incident of the same client for the same reason in several rounds is one.
+    """
+    found: dict[tuple[str, str, str], Incident] = {}
+    for event in events:
+        for what, name, text, loss in _described(event):
+            client, reason = plain(name), _short(plain(text))
+            key = (what, client, reason)
+            found.setdefault(key, Incident([], what, client, reason, loss)).rounds.append(
+                event.round
+            )
+    return sorted(found.values(), key=lambda incident: incident.rounds[0])
+
+
+def _described(event: Event) -> Iterator[tuple[str, str, str, bool]]:
+    """What happened, to which client, why, and whether work was lost."""
+    match event:
+        case ClientFailed():
+            yield "failed", event.client, event.reason, True
+        case ClientRefused():
+            yield "refused", event.client, event.reason, True
+        case RankChanged():
+            change = f"from rank {event.old_rank} to {event.new_rank}"
+            yield "rank changed", event.client, f"{change}: {event.reason}", False
+        case RunResumed():
+            yield "resumed", "", f"from the checkpoint after round {event.round}", False
+        case ClientsEvaluated():
+            for client, reason in event.failures.items():
+                yield "not evaluated", client, reason, True
+        case EvaluationFailed():
+            reason = f"the adapter of rank {event.rank}: {event.reason}"
+            yield "not evaluated", event.client, reason, True
+        case RoundFinished() if "failed" in (event.stats.diagnostics or {}):
+            yield "no diagnostics", "", str((event.stats.diagnostics or {})["failed"]), True
+        case Waiting():
+            yield "waited", "", _waiting(event), False
+        case ClientJoined():
+            yield "joined", event.client, f"with rank {event.rank}", False
+        case ClientLeft():
+            yield "left", event.client, "", False
+        case RoundRepeated():
+            yield "round repeated", "", f"attempt {event.attempt}: {event.reason}", True
+
+
+def lines(event: Event) -> Iterator[str]:
+    """An incident as lines of plain text for a terminal; none for other events."""
+    at = f"round {event.round}"
+    if isinstance(event, Waiting):
+        yield f"{at}: waiting for {waits_for(event)}"
+        return
+    for incident in incidents([event]):
+        what = f"{at}: {incident.client} {incident.what}" if incident.client else ""
+        what = what or f"{at} {incident.what.removeprefix('round ')}"
+        yield what + (f": {incident.reason}" if incident.reason else "")
+
+
+def waits_for(event: Waiting) -> str:
+    """``1 more client until 14:05:00 (missing: a)``, in local time."""
+    missing = ", ".join(map(plain, event.missing))
+    count = max(event.needed - len(event.connected), 0)
+    names = f" (missing: {missing})" if missing else ""
+    return f"{plural(count, 'more client')} until {_local_time(event.until)}{names}"
+
+
+def _waiting(event: Waiting) -> str:
+    """``needs 2 clients; connected: a; missing: b; until 2026-11-21 12:00:00 UTC``."""
+    connected, missing = (
+        listing(map(plain, n)) or "none" for n in (event.connected, event.missing)
+    )
+    until = event.until.strftime("%Y-%m-%d %H:%M:%S %Z").rstrip()
+    needs = f"needs {plural(event.needed, 'client')}"
+    return f"{needs}; connected: {connected}; missing: {missing}; until {until}"
+
+
+def _local_time(until: datetime) -> str:
+    """The local time of day; with the date if that is not today."""
+    then = until.astimezone()
+    today = then.date() == datetime.now().astimezone().date()
+    return then.strftime("%H:%M:%S" if today else "%Y-%m-%d %H:%M:%S")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST else text[:LONGEST].rstrip() + " …"

@@ -1,0 +1,382 @@
+"""The results of a run or a study as data frames: the one source of tables, charts and files."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from prelort.events import ClientMetrics
+from prelort.history import RunHistory
+from prelort.metrics.scores import aurac
+from prelort.report.formatting import plain
+from prelort.report.spread import difference, spread
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+AURAC = "AURAC"
+"""The place of a score that is the area under the rank curve."""
+
+AT_CLIENTS = "at clients"
+"""The place of a score that is the mean over clients, each at its rank on its own examples."""
+
+CELL = ("setting", "method", "seed")
+
+
+@dataclass(frozen=True, slots=True)
+class CellResult:
+    """One run: its history so far, and why it failed if it did.
+
+    ``config``: the run's configuration as read from TOML; keys may be missing.
+    """
+
+    setting: str
+    method: str
+    seed: int
+    history: RunHistory
+    folder: Path | None = None
+    reason: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Setting, method and seed."""
+        return plain(", ".join([*filter(None, [self.setting, self.method]), f"seed {self.seed}"]))
+
+    @property
+    def status(self) -> Literal["finished", "failed", "unfinished", "not started"]:
+        """How far it is."""
+        if self.history.finished:
+            return "finished"
+        if self.reason:
+            return "failed"
+        begun = self.history.started or self.history.evaluations
+        return "unfinished" if begun else "not started"
+
+    @property
+    def explanation(self) -> str:
+        """Why there is no result: the reason, or how far it is; empty if it is finished."""
+        started = self.history.started
+        if self.reason or started is None or self.history.finished:
+            return plain(self.reason)
+        return f"after round {self.history.done} of {started.rounds}"
+
+    @property
+    def shortfall(self) -> str:
+        """Why the final evaluation is not one of the last round; empty if it is."""
+        final, started = self.history.final, self.history.started
+        if final is None and self.history.client_evaluations:
+            return "no global model: see the clients' own metrics"
+        if final is None:
+            return "not measured yet"
+        if started is not None and final.round < started.rounds:
+            return f"measured after round {final.round} of {started.rounds}"
+        return ""
+
+    def curve(self, metric: str) -> dict[int, float]:
+        """Rank -> the metric in the last evaluation, in the order of the ranks."""
+        final = self.history.final
+        prefixes = sorted(final.prefixes.items()) if final is not None else []
+        return {rank: metrics[metric] for rank, metrics in prefixes if metric in metrics}
+
+    def client_metrics(self) -> dict[str, ClientMetrics]:
+        """Client -> its last metrics on its own test examples."""
+        evaluations = self.history.client_evaluations
+        return evaluations[max(evaluations)].clients if evaluations else {}
+
+
+@dataclass(frozen=True)
+class Results:
+    """The cells of a study, or the one run, with what describes all of them.
+
+    Its frames are computed once: treat them as read-only. ``reference``: the method that the
+    others are compared to. ``metric``: the one shown first. ``configuration``: the TOML of the
+    run or study.
+    """
+
+    cells: Sequence[CellResult]
+    reference: str
+    title: str = ""
+    metric: str | None = None
+    facts: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    configuration: str = ""
+
+    @property
+    def methods(self) -> list[str]:
+        """The methods, in the order of the cells."""
+        return list(dict.fromkeys(cell.method for cell in self.cells))
+
+    @property
+    def settings(self) -> list[str]:
+        """The settings, in the order of the cells; one empty name if there are none."""
+        return list(dict.fromkeys(cell.setting for cell in self.cells))
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds, in the order of the cells."""
+        return list(dict.fromkeys(cell.seed for cell in self.cells))
+
+    @cached_property
+    def metrics(self) -> list[str]:
+        """The metrics that were measured, `metric` first; ``loss`` only if there is no other."""
+        names: dict[str, None] = {}
+        for cell in self.cells:
+            names |= dict.fromkeys(cell.history.metrics())
+            for client in cell.client_metrics().values():
+                names |= dict.fromkeys(client.metrics)
+        chosen = [name for name in names if name != "loss"] or list(names)
+        return sorted(chosen, key=lambda name: name != self.metric)
+
+    def counted(self, setting: str, method: str | None = None) -> list[CellResult]:
+        """The cells of a setting (and method) whose scores count.
+
+        With several seeds only finished ones do, as a mean over runs of unequal length means
+        nothing; with one seed every cell counts with what it has measured so far.
+        """
+        single = len(self.seeds) == 1
+        return [
+            cell
+            for cell in self.cells
+            if cell.setting == setting
+            and method in (None, cell.method)
+            and (cell.history.finished or (single and cell.status != "not started"))
+        ]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Every measured value: setting, method, seed, round, rank (0: base), metric, value."""
+        columns = ("round", "rank", "metric", "value")
+        return self._stack(columns, lambda cell: cell.history.to_pandas().itertuples(index=False))
+
+    @cached_property
+    def rounds(self) -> pd.DataFrame:
+        """A row for each finished round: replies, failures, loss, bytes, seconds by phase."""
+        columns = RunHistory().rounds_to_pandas().columns
+        return self._stack(
+            columns, lambda cell: cell.history.rounds_to_pandas().itertuples(index=False)
+        )
+
+    @cached_property
+    def replies(self) -> pd.DataFrame:
+        """A row for each client that was asked in a round; loss etc. are NaN without a reply."""
+        columns = ("round", "client", "rank", "failed", "loss", "examples", "steps", "seconds",
+                   "bytes_up")  # fmt: skip
+
+        def rows(cell: CellResult) -> Iterator[tuple[Any, ...]]:
+            for number, record in sorted(cell.history.rounds.items()):
+                for name in dict.fromkeys([*record.clients, *record.replies, *record.failures]):
+                    if (reply := record.replies.get(name)) is not None:
+                        yield (number, name, reply.rank, False, reply.loss, reply.examples,
+                               reply.steps, reply.seconds, reply.bytes_up)  # fmt: skip
+                    else:
+                        failure = record.failures.get(name)
+                        rank = failure.rank if failure is not None else None
+                        yield (number, name, rank, failure is not None, *[None] * 5)
+
+        return self._stack(columns, rows)
+
+    @cached_property
+    def clients(self) -> pd.DataFrame:
+        """A row for each client of each cell, lowest rank first.
+
+        ``ranks``: as text, with every change. ``asked``, ``replies``, ``failures``: rounds.
+        ``loss``: of the last reply, nats. ``bytes_up``: in total. ``seconds``: mean of a round.
+        """
+        columns = ("client", "ranks", "examples", "asked", "replies", "failures", "loss",
+                   "bytes_up", "seconds")  # fmt: skip
+        rounds: dict[tuple[Any, ...], list[Any]] = {}
+        for row in self.replies.itertuples(index=False):
+            rounds.setdefault((row.setting, row.method, row.seed, row.client), []).append(row)
+
+        def rows(cell: CellResult) -> Iterator[tuple[Any, ...]]:
+            order = {c.name: (c.rank or math.inf, c.name) for c in cell.history.clients.values()}
+            for name, record in sorted(cell.history.clients.items(), key=lambda c: order[c[0]]):
+                asked = rounds.get((cell.setting, cell.method, cell.seed, name), [])
+                replies = [row for row in asked if row.steps == row.steps]  # not NaN
+                last = record.last
+                ranks = [int(row.rank) for row in asked if row.rank == row.rank]
+                ranks += [record.rank] if record.rank is not None else []
+                changes = [str(rank) for rank, _ in itertools.groupby(ranks)]
+                seconds = sum(row.seconds for row in replies) / (len(replies) or math.nan)
+                failures = sum(row.failed for row in asked)
+                examples, loss = (last.examples, last.loss) if last else (None, None)
+                sent = sum(row.bytes_up for row in replies)
+                counts = (examples, len(asked), len(replies), failures)
+                yield name, " → ".join(changes), *counts, loss, sent, seconds
+
+        return self._stack(columns, rows)
+
+    @cached_property
+    def client_metrics(self) -> pd.DataFrame:
+        """Clients' own metrics: round, client, rank, examples, metric, value after the cell."""
+
+        def rows(cell: CellResult) -> Iterator[tuple[Any, ...]]:
+            for number, event in sorted(cell.history.client_evaluations.items()):
+                for name, one in event.clients.items():
+                    for metric, value in one.metrics.items():
+                        yield number, name, one.rank, one.examples, metric, value
+
+        columns = ("round", "client", "rank", "examples", "metric", "value")
+        return self._stack(columns, rows)
+
+    @cached_property
+    def diagnostics(self) -> pd.DataFrame:
+        """Diagnostics (docs/diagnostics.md): setting, method, seed, round, quantity, at, value.
+
+        ``at`` is a rank, the number of a rank dimension, ``mean`` or ``max``, or empty.
+        """
+
+        def rows(cell: CellResult) -> Iterator[tuple[Any, ...]]:
+            for number, record in sorted(cell.history.rounds.items()):
+                numbers = (record.stats.diagnostics if record.stats else None) or {}
+                for quantity, values in numbers.items() if "failed" not in numbers else ():
+                    if isinstance(values, list):
+                        values = dict(enumerate(values, start=1))
+                    for at, value in (values if isinstance(values, dict) else {"": values}).items():
+                        if value is not None:  # 0 / 0
+                            yield number, quantity, str(at), float(value)
+
+        return self._stack(("round", "quantity", "at", "value"), rows)
+
+    @cached_property
+    def overview(self) -> pd.DataFrame:
+        """A row for each cell: its status and what it cost."""
+        columns = ("status", "reason", "folder", "rounds", "bytes_up", "bytes_down", "passes",
+                   "train_seconds", "seconds")  # fmt: skip
+
+        def rows(cell: CellResult) -> Iterator[tuple[Any, ...]]:
+            run = cell.history
+            cost = (run.done, run.bytes_up, run.bytes_down, run.passes, run.client_seconds)
+            folder = str(cell.folder or "")
+            yield (cell.status, cell.reason, folder, *cost, sum(run.seconds.values()))
+
+        return self._stack(columns, rows)
+
+    @cached_property
+    def scores(self) -> pd.DataFrame:
+        """The final values of the cells that count: setting, method, seed, metric, at, value.
+
+        ``at``: a rank, `AURAC` over the ranks that all cells of the setting have, or `AT_CLIENTS`.
+        """
+        shared = {
+            (setting, metric): _shared([cell.curve(metric) for cell in self.counted(setting)])
+            for setting in self.settings
+            for metric in self.metrics
+        }
+
+        def rows(cell: CellResult) -> Iterator[tuple[Any, ...]]:
+            for metric in self.metrics if cell in self.counted(cell.setting, cell.method) else ():
+                curve, ranks = cell.curve(metric), shared[cell.setting, metric]
+                yield from ((metric, str(rank), value) for rank, value in curve.items())
+                if ranks and set(ranks) <= curve.keys():
+                    yield metric, AURAC, aurac({rank: curve[rank] for rank in ranks})
+                own = [one.metrics[metric] for one in cell.client_metrics().values()
+                       if metric in one.metrics]  # fmt: skip
+                if (mean := spread(own)) is not None:
+                    yield metric, AT_CLIENTS, mean.mean
+
+        return self._stack(("metric", "at", "value"), rows)
+
+    @cached_property
+    def differences(self) -> pd.DataFrame:
+        """Scores less the reference's of the same setting and seed: columns of `scores`."""
+        paired = ["setting", "seed", "metric", "at"]
+        reference = self.scores[self.scores["method"] == self.reference]
+        frame = self.scores.merge(reference, on=paired, suffixes=("", "_reference"))
+        frame = frame[frame["method"] != self.reference]
+        frame["value"] = frame["value"] - frame["value_reference"]
+        return frame[[*CELL, "metric", "at", "value"]]
+
+    @cached_property
+    def summary(self) -> pd.DataFrame:
+        """A row for each setting, metric, method and place, in that order.
+
+        ``seeds``, ``mean`` and ``deviation`` (sample standard deviation) of the scores; ``pairs``,
+        ``difference``, ``low`` and ``high`` (95 % bootstrap interval) of the paired differences.
+        """
+        import pandas as pd
+
+        by = ["setting", "method", "metric", "at"]
+        scores = self.scores.groupby(by)["value"].agg(list).to_dict()
+        pairs = self.differences.groupby(by)["value"].agg(list).to_dict()
+        rows = []
+        for setting in self.settings:
+            for metric in self.metrics:
+                for method in self.methods:
+                    for at in self.places(setting, metric):
+                        key = (setting, method, metric, at)
+                        own, apart = spread(scores.get(key, ())), difference(pairs.get(key, ()))
+                        mean = (own.count, own.mean, own.deviation) if own else (0, None, None)
+                        paired = (apart.pairs, apart.mean, apart.low, apart.high) if apart else None
+                        rows.append(
+                            (*key, *mean, self.reference, *(paired or (0, None, None, None)))
+                        )
+        columns = [*by, "seeds", "mean", "deviation", "reference", "pairs", "difference"]
+        return pd.DataFrame(rows, columns=[*columns, "low", "high"])
+
+    def ranks(self, setting: str, metric: str) -> list[int]:
+        """All ranks at which the metric was measured."""
+        return sorted({rank for cell in self.counted(setting) for rank in cell.curve(metric)})
+
+    def shared_ranks(self, setting: str, metric: str) -> list[int]:
+        """The ranks of the area under the rank curve: those of all cells that have several."""
+        return _shared([cell.curve(metric) for cell in self.counted(setting)])
+
+    def places(self, setting: str, metric: str) -> list[str]:
+        """Where the metric has scores: ranks, `AURAC`, `AT_CLIENTS`."""
+        scores = self.scores
+        found = set(scores[(scores["setting"] == setting) & (scores["metric"] == metric)]["at"])
+        ranks = map(str, self.ranks(setting, metric))
+        return [*ranks, *(place for place in (AURAC, AT_CLIENTS) if place in found)]
+
+    def base(self, setting: str, metric: str) -> dict[int, float]:
+        """Seed -> the untuned base model's metric (the seed chooses the test examples)."""
+        values: dict[int, float] = {}
+        for cell in self.counted(setting):
+            if metric in cell.history.base:
+                values.setdefault(cell.seed, cell.history.base[metric])
+        return values
+
+    def mismatched(self, setting: str) -> list[str]:
+        """Methods whose clients did not train on what the reference's trained on.
+
+        In each round the same clients should train on equally many examples and steps.
+        """
+        trained = {
+            (cell.method, cell.seed): {
+                (number, name, reply.examples, reply.steps)
+                for number, record in cell.history.rounds.items()
+                for name, reply in record.replies.items()
+            }
+            for cell in self.counted(setting)
+        }
+        differing = (
+            method
+            for (method, seed), work in trained.items()
+            if trained.get((self.reference, seed), work) != work
+        )
+        return list(dict.fromkeys(differing))
+
+    def _stack(
+        self, columns: Iterable[str], rows: Callable[[CellResult], Iterable[Sequence[Any]]]
+    ) -> pd.DataFrame:
+        """One frame of the rows of all cells, each after its setting, method and seed."""
+        import pandas as pd
+
+        every = [
+            (cell.setting, cell.method, cell.seed, *row)
+            for cell in self.cells
+            for row in rows(cell)
+        ]
+        return pd.DataFrame(every, columns=[*CELL, *columns])
+
+
+def _shared(curves: Sequence[Mapping[int, float]]) -> list[int]:
+    """The ranks of all curves; curves of a single rank are left aside if others are longer."""
+    wide = [set(curve) for curve in curves if len(curve) > 1] or [set(c) for c in curves if c]
+    return sorted(set.intersection(*wide)) if wide else []

@@ -1,0 +1,139 @@
+"""What a study's folder holds: the histories of its cells, and why cells have none."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from prelort.errors import ConfigError, PrelortError
+from prelort.experiment.folder import RunFolder, is_taken
+from prelort.files import write_atomically
+from prelort.history import RunHistory
+from prelort.report.results import CellResult, Results
+from prelort.study.definition import STUDY_FILE, Cell, Study, of_folder
+
+FAILURES_FILE = "failures.json"
+
+
+def read(path: Path | str) -> Results:
+    """The results in the folder of a run or a study, finished or not.
+
+    Args:
+        path: the folder that `prelort.run`, `prelort run` or `prelort compare` wrote.
+
+    Raises:
+        ConfigError: the folder holds neither.
+        PrelortError: a run's event log is damaged.
+    """
+    out = Path(path)
+    return results_of(of_folder(out), out)
+
+
+def results_of(study: Study, out: Path) -> Results:
+    """The results so far of a study in the folder ``out``. Raises `PrelortError` as `read`."""
+    failures = read_failures(out)
+    base = study.base
+    facts = {
+        "task": base.task,
+        "model": base.model.name,
+        "data": base.data.source,
+        "rounds": str(base.federation.rounds),
+        "seeds": ", ".join(map(str, study.seeds)),
+    }
+    if len(study.cells) > 1:
+        facts["compared to"] = study.reference
+    return Results(
+        cells=[_result(study, cell, out, failures.get(cell.name, "")) for cell in study.cells],
+        reference=study.reference,
+        title=out.resolve().name,
+        metric=study.compare.metric,
+        facts=facts,
+        versions=_versions(study, out),
+        configuration=_text(study, out),
+    )
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run in a folder is finished; not if its log is damaged."""
+    try:
+        return RunFolder(folder).history().finished
+    except PrelortError:
+        return False
+
+
+def read_failures(out: Path) -> dict[str, str]:
+    """A cell's name -> why it failed when it was run last."""
+    try:
+        found = json.loads((out / FAILURES_FILE).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return {str(name): str(reason) for name, reason in found.items()}
+
+
+def write_failures(out: Path, failures: Mapping[str, str]) -> None:
+    """Keep why cells failed; no file where none did."""
+    if failures:
+        write_atomically(out / FAILURES_FILE, json.dumps(failures, indent=2).encode())
+    else:
+        (out / FAILURES_FILE).unlink(missing_ok=True)
+
+
+def logs_of(out: Path) -> Callable[[], Mapping[str, Path]]:
+    """The names and logs of the cells in a folder, which need not exist yet, at each call.
+
+    Cells that failed are left out. The call raises `ConfigError` for a folder that holds something
+    else, so that no run can start there.
+    """
+    study: Study | None = None
+
+    def logs() -> Mapping[str, Path]:
+        nonlocal study
+        if study is None:
+            # In this order, since a run may start just now: these files are its first.
+            taken = is_taken(out)
+            if (out / STUDY_FILE).is_file() or RunFolder(out).config_file.is_file():
+                study = of_folder(out)
+            elif taken:
+                raise ConfigError(f"{str(out)!r} holds no run: config.toml is missing")
+            else:
+                return {}
+        failures = read_failures(out)
+        return {
+            cell.name: RunFolder(out / cell.folder).metrics_file
+            for cell in study.cells
+            if cell.name not in failures
+        }
+
+    return logs
+
+
+def _result(study: Study, cell: Cell, out: Path, reason: str) -> CellResult:
+    try:
+        history = RunFolder(out / cell.folder).history()
+    except PrelortError as error:
+        if study.is_run:
+            raise
+        history, reason = RunHistory(), reason or str(error)
+    config = cell.config.model_dump(mode="json")
+    return CellResult(cell.setting, cell.method, cell.seed, history, cell.folder, reason, config)
+
+
+def _text(study: Study, out: Path) -> str:
+    """The configuration as it is written, or will be."""
+    file = RunFolder(out).config_file if study.is_run else out / STUDY_FILE
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError:
+        return study.to_toml()
+
+
+def _versions(study: Study, out: Path) -> dict[str, str]:
+    """Those with which the first cell that has any was run."""
+    for cell in study.cells:
+        try:
+            found = json.loads(RunFolder(out / cell.folder).versions_file.read_bytes())
+        except (OSError, ValueError):
+            continue
+        return {str(name): str(version) for name, version in found.items()}
+    return {}

@@ -1,0 +1,296 @@
+"""Running a study: all cells, one after the other or several at a time, and their results."""
+
+from __future__ import annotations
+
+import os
+import queue
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+from filelock import FileLock, Timeout
+
+from prelort import config as configuration
+from prelort.config import Config
+from prelort.errors import ConfigError
+from prelort.events import Event
+from prelort.experiment.folder import RunFolder, is_taken
+from prelort.files import write_atomically
+from prelort.report.results import Results
+from prelort.report.write import PAGE_FILE, write_page, write_results, write_tables
+from prelort.study.definition import STUDY_FILE, Cell, Study, load
+from prelort.study.results import is_finished, results_of, write_failures
+from prelort.study.worker import PATIENCE, Order, Run, Worker, reason_of, run_cell
+
+WRITE_SECONDS = 15.0
+"""Minimum time between two updates of the results while cells run."""
+
+
+class StudyListener(Protocol):
+    """Follows a study; called from any thread. A subclass may leave out what it does not need."""
+
+    def kept(self, cells: int) -> None:
+        """So many cells were finished by an earlier call."""
+        return
+
+    def started(self, name: str) -> None:
+        """A cell starts, or continues."""
+        return
+
+    def event(self, name: str, event: Event) -> None:
+        """A cell's run has an event."""
+        return
+
+    def ended(self, name: str, reason: str = "") -> None:
+        """A cell is finished, or has failed for a reason."""
+        return
+
+
+class _Silent(StudyListener):
+    """Does nothing."""
+
+
+def compare(study: Study | Path | str, out: Path | str, *, jobs: int = 1) -> Results:
+    """Run a study, or continue it, and return its results; `prelort compare` from Python.
+
+    Args:
+        study: the study's TOML file, or what `prelort.study.definition.load` made of it.
+        out: the study's folder; the same call again continues a study that was stopped.
+        jobs: number of cells to run at a time, each in a process of its own.
+
+    Raises:
+        ConfigError: the study is wrong, or ``out`` holds something else. A cell that fails raises
+            nothing: the results have its reason.
+    """
+    loaded = study if isinstance(study, Study) else load(study)
+    return run_study(loaded, Path(out), jobs=jobs)
+
+
+def run_study(
+    study: Study,
+    out: Path,
+    listener: StudyListener | None = None,
+    *,
+    new: bool = False,
+    jobs: int = 1,
+    run: Run | None = None,
+    track: Sequence[str] = (),
+) -> Results:
+    """Run the cells of a study that are not finished in ``out``, and write all results there.
+
+    Args:
+        study: what to run.
+        out: its folder.
+        listener: is told of all cells and their events.
+        new: refuse a folder that holds anything.
+        jobs: with more than one, so many cells run at a time, each in a process of its own with
+            its share of the cores (where ``threads`` is not set).
+        run: `prelort.run` at some place; default: in this process (none with several jobs).
+        track: names of experiment trackers.
+
+    Returns:
+        The results. A cell that failed has its reason there, and the others are run.
+
+    Raises:
+        ConfigError: ``out`` holds something else or cells of another configuration (nothing is
+            touched then), or all cells were refused (nothing is left then).
+        Exception: whatever a plain run raises.
+    """
+    listener = listener or _Silent()
+    if new and is_taken(out):
+        raise ConfigError(
+            f"{str(out)!r} exists and is not empty: choose another --out, or continue what is in "
+            f"it by --resume {out}"
+        )
+    made = not out.exists()
+    with _claimed(study, out):
+        todo = _unfinished(study, out, track)
+        listener.kept(len(study.cells) - len(todo))
+        state = _State(study, out, listener)
+        try:
+            if jobs > 1 and not study.is_run:
+                _side_by_side(todo, state, track, jobs)
+            else:
+                _one_by_one(todo, state, track, run)
+        except KeyboardInterrupt:
+            state.write(last=True)
+            raise
+        begun = any(RunFolder(out / cell.folder).config_file.is_file() for cell in study.cells)
+        if begun:
+            return state.write(last=True)
+    _discard(out, made)
+    raise ConfigError(next(iter(state.failures.values())))
+
+
+class _State:
+    """How far the cells are, in a folder. Used by one thread."""
+
+    def __init__(self, study: Study, out: Path, listener: StudyListener) -> None:
+        self.study, self.out, self.listener = study, out, listener
+        self.failures: dict[str, str] = {}
+        self._written = time.monotonic()
+
+    def ended(self, cell: Cell, reason: str) -> None:
+        """A cell is finished, or has failed for a reason."""
+        self.listener.ended(cell.name, reason)
+        if reason:
+            self.failures[cell.name] = reason
+            write_failures(self.out, self.failures)
+        elif time.monotonic() - self._written > WRITE_SECONDS:
+            self.write()
+
+    def listens(self, cell: Cell) -> Callable[[Event], None]:
+        """The listener of a cell's run."""
+        return lambda event: self.listener.event(cell.name, event)
+
+    def write(self, *, last: bool = False) -> Results:
+        """Write the tables so far; at the end the pictures and the page too."""
+        results = results_of(self.study, self.out)
+        if last:
+            write_results(results, self.out)
+            write_page(results, self.out / PAGE_FILE)
+        else:
+            write_tables(results, self.out)
+        self._written = time.monotonic()
+        return results
+
+
+def _one_by_one(
+    cells: Sequence[Cell], state: _State, track: Sequence[str], run: Run | None
+) -> None:
+    if run is None:
+        from prelort.experiment.backend import InProcess
+        from prelort.experiment.run import run as run_in_process
+
+        run = partial(run_in_process, backend=InProcess())  # which reads shared rows once
+    if not state.study.is_run:
+        run = partial(run, patience=PATIENCE)
+    for cell in cells:
+        folder, reason = state.out / cell.folder, ""
+        state.listener.started(cell.name)
+        order = Order(_with_own_threads(folder, cell.config), folder, track)
+        try:
+            run_cell(order, state.listens(cell), run)
+        except Exception as error:
+            if state.study.is_run:
+                raise
+            reason = reason_of(error)  # whatever it is, the other cells can be run
+        state.ended(cell, reason)
+
+
+def _side_by_side(cells: Sequence[Cell], state: _State, track: Sequence[str], jobs: int) -> None:
+    """Each thread has a process that runs its cells; this thread writes the results."""
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    workers = [Worker() for _ in range(jobs)]
+    free: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+    for worker in workers:
+        free.put(worker)
+
+    def work(cell: Cell) -> str:
+        folder, config = state.out / cell.folder, cell.config
+        if config.threads is None:
+            config = config.model_copy(update={"threads": threads})
+        config = _with_own_threads(folder, config)
+        state.listener.started(cell.name)
+        worker = free.get()
+        try:
+            max_parallel = max(1, threads // (config.threads or threads))
+            return worker.run(Order(config, folder, track), state.listens(cell), max_parallel)
+        finally:
+            free.put(worker)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = {pool.submit(work, cell): cell for cell in cells}
+        try:
+            for future in as_completed(futures):
+                state.ended(futures[future], future.result())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        finally:
+            for worker in workers:
+                worker.close()
+
+
+def _with_own_threads(folder: Path, config: Config) -> Config:
+    """The configuration to run a cell with: one that has begun keeps its number of threads.
+
+    Its result depends on it in the last bits, while ``jobs`` may change from call to call.
+    """
+    run = RunFolder(folder)
+    if not run.config_file.is_file():
+        return config
+    return config.model_copy(update={"threads": run.read_config().threads})
+
+
+def _unfinished(study: Study, out: Path, track: Sequence[str]) -> list[Cell]:
+    """The cells to run. Raises `ConfigError` for one that was run with another configuration.
+
+    A plain run is resumed also when it is finished, as is every run for the sake of trackers.
+    """
+    for cell in study.cells:
+        folder = RunFolder(out / cell.folder)
+        if folder.config_file.is_file():
+            differ = configuration.differences(folder.read_config(), cell.config)
+            if cell.config.threads is None:  # then a begun run keeps its own
+                differ = [key for key in differ if key != "threads"]
+            if differ:
+                raise ConfigError(
+                    f"{str(folder.path)!r} was run with another configuration; these keys differ: "
+                    f"{', '.join(differ)}. Choose another --out, or delete that folder to run it "
+                    "again"
+                )
+    always = study.is_run or bool(track)
+    return [cell for cell in study.cells if always or not is_finished(out / cell.folder)]
+
+
+@contextmanager
+def _claimed(study: Study, out: Path) -> Iterator[None]:
+    """A study's folder, made if need be, with its file, for this process alone.
+
+    A plain run does so itself. Raises `ConfigError` where the folder is in use, holds something
+    else or cannot be written.
+    """
+    if study.is_run:
+        yield
+        return
+    lock = FileLock(out / ".lock")
+    try:
+        if out.exists() and not out.is_dir():
+            raise ConfigError(f"{str(out)!r} is a file: choose another --out")
+        if is_taken(out) and not (out / STUDY_FILE).is_file():
+            raise ConfigError(
+                f"{str(out)!r} exists and holds no study ({STUDY_FILE} is missing): choose "
+                "another --out"
+            )
+        out.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(
+            f"{str(out)!r} is in use: another prelort process is running it"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"{str(out)!r} cannot be written: {error.strerror or error}") from None
+    try:
+        _unfinished(study, out, ())  # before the study's file changes
+        write_atomically(out / STUDY_FILE, study.to_toml().encode())
+        write_failures(out, {})
+        yield
+    finally:
+        lock.release()
+
+
+def _discard(out: Path, made: bool) -> None:
+    """Leave nothing of a study of which no cell was started."""
+    for file in (STUDY_FILE, "failures.json", ".lock"):
+        (out / file).unlink(missing_ok=True)
+    for folder in sorted(out.rglob("*"), reverse=True):
+        with suppress(OSError):  # the user may have put something there
+            folder.rmdir()
+    if made:
+        with suppress(OSError):
+            out.rmdir()

@@ -1,0 +1,194 @@
+"""A cell's run, in this process or in a process that runs cells one after the other.
+
+As a program (``python -m prelort.study.worker PARENT``, the number of the process with which it
+ends) it reads a line of JSON for each cell and answers with the run's events, one a line, and then
+with a line that has the reason why the cell failed (empty: it did not).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from prelort import config as configuration
+from prelort.config import Config
+from prelort.errors import PrelortError
+from prelort.events import Event, Listener, decode, encode
+from prelort.experiment.folder import RunFolder
+from prelort.experiment.parent_watchdog import end_with_parent
+from prelort.library_logging import quiet_libraries
+
+PATIENCE = 5.0
+"""Seconds to wait for a process to leave the folder: that of a killed study ends soon."""
+
+MAX_REASON = 500
+"""Maximum number of characters of a reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What to run where."""
+
+    config: Config
+    folder: Path
+    track: Sequence[str] = ()
+
+
+class Run(Protocol):
+    """`prelort.experiment.run.run` at some place."""
+
+    def __call__(
+        self,
+        config: Config,
+        out: Path,
+        *,
+        resume: bool,
+        listeners: Sequence[Listener],
+        track: Sequence[str],
+        patience: float = 0.0,
+    ) -> object:
+        """Run the configuration in the folder."""
+
+
+def run_cell(order: Order, listener: Listener, run: Run) -> None:
+    """Start a cell's run, or continue it, in this process."""
+    run(
+        order.config,
+        order.folder,
+        resume=RunFolder(order.folder).config_file.is_file(),
+        listeners=[listener],
+        track=order.track,
+    )
+
+
+def reason_of(error: Exception) -> str:
+    """An error in one line; its type too where it is not ours."""
+    text = " ".join(str(error).split()) or "no reason given"
+    return _short(text if isinstance(error, PrelortError) else f"{type(error).__name__}: {text}")
+
+
+class Worker:
+    """A process that runs cells one after the other.
+
+    It starts with its first cell, and imports libraries and tokenises data once for all of them.
+    One that died is replaced for the next cell.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._closed = False
+        self._process: subprocess.Popen[str] | None = None
+        self._err: IO[str] | None = None
+
+    def run(self, order: Order, listener: Listener, max_parallel: int | None = None) -> str:
+        """Run a cell to its end and return the reason why it failed, empty if it did not.
+
+        A process that dies is a reason too. At most ``max_parallel`` clients train side by side.
+        """
+        started = self._start()
+        if started is None:
+            return "stopped"
+        process, err = started
+        assert process.stdin is not None
+        assert process.stdout is not None
+        earlier = os.fstat(err.fileno()).st_size
+        message = {
+            "config": order.config.model_dump(mode="json"),
+            "folder": str(order.folder),
+            "track": list(order.track),
+            "max_parallel": max_parallel,
+        }
+        try:
+            process.stdin.write(json.dumps(message) + "\n")
+            process.stdin.flush()
+        except OSError:  # it died before it could read what to do
+            return _last_words(process.wait(), err, earlier)
+        for line in process.stdout:
+            values = json.loads(line)
+            if "reason" in values:
+                return str(values["reason"])
+            listener(decode(line))
+        return _last_words(process.wait(), err, earlier)
+
+    def close(self) -> None:
+        """Kill the process, if there is one, and start no other. From any thread."""
+        with self._lock:
+            self._closed = True
+            if self._process is not None:
+                self._process.kill()
+                self._process.wait()
+
+    def _start(self) -> tuple[subprocess.Popen[str], IO[str]] | None:
+        with self._lock:
+            if self._closed:
+                return None
+            if self._process is None or self._err is None or self._process.poll() is not None:
+                self._err = tempfile.TemporaryFile("w+")  # noqa: SIM115 -- lives as the process
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", __name__, str(os.getpid())],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=self._err,
+                    text=True,
+                    encoding="utf-8",
+                    start_new_session=True,  # Ctrl-C is for this process
+                )
+            return self._process, self._err
+
+
+def main() -> None:
+    """The program."""
+    quiet_libraries()
+    end_with_parent(int(sys.argv[1]))
+    # What is printed in between, for instance by a method of the user's own, is no answer.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    from prelort.experiment.backend import InProcess
+    from prelort.experiment.run import run
+
+    def answer(line: str) -> None:
+        print(line, file=answers, flush=True)
+
+    def tell(event: Event) -> None:
+        answer(encode(event))
+
+    backends: dict[int | None, InProcess] = {}
+    for line in sys.stdin:
+        message: dict[str, Any] = json.loads(line)
+        order = Order(
+            configuration.check(message["config"]), Path(message["folder"]), message["track"]
+        )
+        most, reason = message["max_parallel"], ""
+        backend = backends.setdefault(most, InProcess(max_parallel=most))
+        try:
+            run_cell(order, tell, partial(run, backend=backend, patience=PATIENCE))
+        except Exception as error:  # whatever it is, the other cells can be run
+            reason = reason_of(error)
+        answer(json.dumps({"reason": reason}))
+
+
+def _last_words(code: int, err: IO[str], earlier: int) -> str:
+    """How a process ended, with what it wrote last after ``earlier`` bytes of other cells."""
+    err.seek(earlier)
+    complaints = err.read().strip().splitlines()
+    last = f": {complaints[-1]}" if complaints else ""
+    if code < 0:
+        return _short(f"its process was killed by signal {-code}{last}")
+    return _short(f"its process ended with code {code}{last}")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= MAX_REASON else text[: MAX_REASON - 1] + "…"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,548 @@
+"""A study is run cell by cell: it continues where it stopped and repeats nothing."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+import prelort
+from prelort.config import Config, to_toml
+from prelort.errors import ConfigError
+from prelort.events import Checkpointed, Event, RoundFinished
+from prelort.experiment.folder import RunFolder
+from prelort.history import RunHistory
+from prelort.methods import REGISTRY
+from prelort.metrics.scores import aurac
+from prelort.report.results import Results
+from prelort.study.definition import Study, load, of_run
+from prelort.study.results import logs_of
+from prelort.study.run import StudyListener, run_study
+from prelort.study.worker import Order, Worker
+from run_files import adapters_of
+
+METHODS = ["prelort", "zero-padding", "mean", "fedit"]
+SECTION = """
+[compare]
+methods = ["prelort", "zero-padding", "mean", "fedit"]
+seeds = [0, 1]
+[compare.settings]
+"two steps" = []
+"three steps" = ["training.local_steps=3", "training.gradient_accumulation=2"]
+[compare.overrides]
+mean = ["method.name=prelort", "method.objective=mean"]
+"""
+ONE = '[compare]\nmethods = ["prelort"]\nseeds = [0]\n'
+TWO = '[compare]\nmethods = ["prelort", "zero-padding"]\nseeds = [0]\n'
+NEEDS_ONE_RANK = "method 'fedit' needs one rank for all clients"
+
+
+@dataclass
+class Record(StudyListener):
+    """What a listener was told."""
+
+    kept_cells: int = 0
+    begun: list[str] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)
+    rounds: dict[str, list[int]] = field(default_factory=dict)
+
+    def kept(self, cells: int) -> None:
+        self.kept_cells = cells
+
+    def started(self, name: str) -> None:
+        self.begun.append(name)
+
+    def event(self, name: str, event: Event) -> None:
+        if isinstance(event, RoundFinished):
+            self.rounds.setdefault(name, []).append(event.round)
+
+    def ended(self, name: str, reason: str = "") -> None:
+        self.reasons[name] = reason
+
+
+Write = Callable[..., Path]
+Finished = tuple[Study, Path, Results, Record]
+
+
+@pytest.fixture(scope="module")
+def write(tmp_path_factory: pytest.TempPathFactory, make_config: Callable[..., Config]) -> Write:
+    """Writes a study's file: a tiny run, and the section ``[compare]``."""
+
+    def write(section: str = SECTION, **changes: Any) -> Path:
+        changes = {"federation": {"rounds": 2, "clients_per_round": 3}, **changes}
+        file = tmp_path_factory.mktemp("study") / "study.toml"
+        file.write_text(to_toml(make_config(**changes)) + section)
+        return file
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, write: Write) -> Finished:
+    """A study that is finished; its fourth method failed in all its cells."""
+    study, out, record = load(write()), tmp_path_factory.mktemp("out") / "study", Record()
+    return study, out, run_study(study, out, record), record
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def history_of(run: Path) -> RunHistory:
+    return RunFolder(run).history()
+
+
+class TestResults:
+    def test_every_cell_has_its_own_run(self, finished: Finished) -> None:
+        study, out, results, record = finished
+        assert len(results.cells) == 16
+        done = {cell.method for cell in results.cells if cell.status == "finished"}
+        assert done == set(METHODS) - {"fedit"}
+        assert record.kept_cells == 0
+        for cell in study.cells:
+            rounds = record.rounds.get(cell.name)
+            assert rounds == (None if cell.method == "fedit" else [1, 2])
+            assert (out / cell.folder / "adapters").is_dir() == (cell.method != "fedit")
+
+    def test_a_cell_that_fails_has_its_reason_and_the_others_are_run(
+        self, finished: Finished
+    ) -> None:
+        _, out, results, record = finished
+        failed = [cell for cell in results.cells if cell.status == "failed"]
+        assert len(failed) == 4
+        assert all(cell.reason.startswith(NEEDS_ONE_RANK) for cell in failed)
+        assert sum(bool(reason) for reason in record.reasons.values()) == 4
+        for name in ("results.md", "report.html", "cells.csv"):
+            assert NEEDS_ONE_RANK.split("'")[2] in (out / name).read_text()
+        assert not (out / "two-steps" / "fedit" / "seed-0").exists()
+
+    def test_are_read_from_the_folder(self, finished: Finished) -> None:
+        _, out, results, _ = finished
+        again = prelort.read(out)
+        assert [(c.name, c.status, c.reason) for c in again.cells] == [
+            (c.name, c.status, c.reason) for c in results.cells
+        ]
+        assert again.to_pandas().equals(results.to_pandas())
+
+    def test_the_measurements_are_those_of_the_runs(self, finished: Finished) -> None:
+        study, out, _, _ = finished
+        rows = table(out / "measurements.csv")
+        for cell in study.cells:
+            history = history_of(out / cell.folder)
+            own = {
+                (int(row["round"]), int(row["rank"])): float(row["value"])
+                for row in rows
+                if (row["setting"], row["method"], row["seed"])
+                == (cell.setting, cell.method, str(cell.seed))
+                and row["metric"] == "perplexity"
+            }
+            final = history.final.prefixes.items() if history.final is not None else ()
+            assert {rank: own[2, rank] for rank, _ in final} == {
+                rank: metrics["perplexity"] for rank, metrics in final
+            }
+            assert own.get((0, 0)) == history.base.get("perplexity")
+
+    def test_the_summary_is_made_of_the_measurements(self, finished: Finished) -> None:
+        _, out, _, _ = finished
+        curves: dict[tuple[str, str, str], dict[int, float]] = {}
+        for row in table(out / "measurements.csv"):
+            if row["metric"] == "perplexity" and row["round"] == "2":
+                key = (row["setting"], row["method"], row["seed"])
+                curves.setdefault(key, {})[int(row["rank"])] = float(row["value"])
+        areas = {key: aurac(curve) for key, curve in curves.items()}
+        (row,) = (
+            row
+            for row in table(out / "summary.csv")
+            if (row["setting"], row["method"], row["metric"], row["at"])
+            == ("two steps", "zero-padding", "perplexity", "AURAC")
+        )
+        own = [areas["two steps", "zero-padding", seed] for seed in "01"]
+        apart = [a - areas["two steps", "prelort", seed] for seed, a in zip("01", own, strict=True)]
+        assert float(row["mean"]) == pytest.approx(statistics.mean(own))
+        assert float(row["deviation"]) == pytest.approx(statistics.stdev(own))
+        assert float(row["difference"]) == pytest.approx(statistics.mean(apart))
+        assert (float(row["low"]), float(row["high"])) == pytest.approx((min(apart), max(apart)))
+
+    def test_costs_are_those_of_the_runs(self, finished: Finished) -> None:
+        study, out, _, _ = finished
+        rows = {(r["setting"], r["method"], r["seed"]): r for r in table(out / "cells.csv")}
+        for cell in study.cells:
+            row = rows[cell.setting, cell.method, str(cell.seed)]
+            if cell.method == "fedit":
+                assert row["status"] == "failed"
+                continue
+            history = history_of(out / cell.folder)
+            assert int(row["bytes_up"]) == history.bytes_up > 0
+            replies = [r for record in history.rounds.values() for r in record.replies.values()]
+            steps, accumulated = (2, 1) if cell.setting == "two steps" else (3, 2)
+            # Rank levels 2, 4 and 8: a client of rank 8 has three of them under `mean`.
+            passes = {2: 1, 4: 2, 8: 3} if cell.method == "mean" else {2: 1, 4: 1, 8: 1}
+            expected = sum(passes[reply.rank] for reply in replies) * steps * accumulated
+            assert int(row["passes"]) == expected
+            assert float(row["train_seconds"]) == pytest.approx(sum(r.seconds for r in replies))
+
+    def test_all_methods_and_settings_are_in_tables_and_page(self, finished: Finished) -> None:
+        study, out, _, _ = finished
+        for name in ("results.md", "report.html"):
+            text = (out / name).read_text()
+            for word in (*METHODS, *study.settings, "AURAC", "lower is better"):
+                assert word in text, (name, word)
+        pictures = list(out.glob("*.png"))
+        assert len(pictures) >= 2
+        assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+
+    def test_all_methods_of_a_cell_have_the_same_base(self, finished: Finished) -> None:
+        _, _, results, _ = finished
+        for setting in results.settings:
+            bases = {
+                (cell.seed, cell.history.base["perplexity"])
+                for cell in results.cells
+                if cell.setting == setting and cell.status == "finished"
+            }
+            assert len(bases) == len(results.seeds)
+
+
+class TestContinuing:
+    def test_finished_cells_are_kept_and_failed_ones_tried_again(self, finished: Finished) -> None:
+        study, out, _, _ = finished
+        logs = sorted(out.rglob("metrics.jsonl"))
+        before = {log: (log.read_bytes(), log.stat().st_mtime_ns) for log in logs}
+        assert len(before) == 12
+        again = Record()
+        run_study(study, out, again)
+        assert again.kept_cells == 12
+        assert len(again.begun) == 4
+        assert all("fedit" in name for name in again.begun)
+        assert {log: (log.read_bytes(), log.stat().st_mtime_ns) for log in logs} == before
+
+    def test_more_seeds_and_methods_join(self, tmp_path: Path, write: Write) -> None:
+        file, more = write(ONE), Record()
+        run_study(load(file), tmp_path / "out")
+        study = load(file, methods=["prelort", "zero-padding"], seeds=[0, 1])
+        results = run_study(study, tmp_path / "out", more)
+        assert more.kept_cells == 1
+        assert "prelort, seed 0" not in more.begun
+        assert len(more.begun) == 3
+        assert all(cell.status == "finished" for cell in results.cells)
+
+    def test_another_configuration_is_refused_before_anything_runs(
+        self, tmp_path: Path, write: Write
+    ) -> None:
+        file, record = write(ONE), Record()
+        run_study(load(file), tmp_path / "out")
+        before = (tmp_path / "out" / "study.toml").read_text()
+        changed = load(file, ["training.learning_rate=0.5"], methods=["zero-padding", "prelort"])
+        with pytest.raises(ConfigError, match=r"these keys differ: training.learning_rate\."):
+            run_study(changed, tmp_path / "out", record)
+        assert record.begun == []
+        assert (tmp_path / "out" / "study.toml").read_text() == before
+
+    def test_a_folder_of_something_else_is_refused(self, tmp_path: Path, write: Write) -> None:
+        (tmp_path / "thesis.txt").write_text("mine")
+        with pytest.raises(ConfigError, match="holds no study"):
+            run_study(load(write()), tmp_path)
+        with pytest.raises(ConfigError, match="is not empty: choose another --out"):
+            run_study(load(write()), tmp_path, new=True)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["thesis.txt"]
+
+    def test_one_process_at_a_time(self, tmp_path: Path, write: Write) -> None:
+        study = load(write(ONE))
+
+        class Second(Record):
+            def started(self, name: str) -> None:
+                with pytest.raises(ConfigError, match="is in use"):
+                    run_study(study, tmp_path / "out")
+                super().started(name)
+
+        record = Second()
+        run_study(study, tmp_path / "out", record)
+        assert record.begun == ["prelort, seed 0"]
+
+    def test_interrupted_it_writes_the_results_so_far(self, tmp_path: Path, write: Write) -> None:
+        study, out = load(write(TWO)), tmp_path / "out"
+
+        class Impatient(Record):
+            def event(self, name: str, event: Event) -> None:
+                if name.startswith("zero") and isinstance(event, Checkpointed) and event.round:
+                    raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run_study(study, out, Impatient())
+        assert "after round 1 of 2" in (out / "results.md").read_text()
+        assert (out / "report.html").is_file()
+        second = Record()
+        results = run_study(study, out, second)
+        assert all(cell.status == "finished" for cell in results.cells)
+        assert second.rounds == {"zero-padding, seed 0": [2]}
+
+    @pytest.mark.parametrize("jobs", [1, 2])
+    def test_if_every_cell_is_refused_nothing_is_left(
+        self, tmp_path: Path, write: Write, jobs: int
+    ) -> None:
+        study = load(write(TWO), ["data.text_column=txt"])
+        with pytest.raises(ConfigError, match="'txt'"):
+            run_study(study, tmp_path / "out", jobs=jobs)
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestRuns:
+    """A plain run is a study of one cell, in the folder itself."""
+
+    def test_leaves_its_results_in_its_folder(self, tmp_path: Path, write: Write) -> None:
+        out, record = tmp_path / "out", Record()
+        results = run_study(of_run(write("")), out, record, new=True)
+        assert record.begun == ["prelort"]
+        assert {"config.toml", "adapters", "results.md", "report.html", "rank_curves.png"} <= {
+            path.name for path in out.iterdir()
+        }
+        assert not (out / "study.toml").exists()
+        (cell,) = results.cells
+        assert cell.status == "finished"
+        assert prelort.read(out).to_pandas().equals(results.to_pandas())
+        before = adapters_of(out)
+        again = Record()
+        run_study(of_run(write("")), out, again)
+        assert (again.rounds, adapters_of(out)) == ({}, before)
+
+    def test_raises_what_the_run_raises(self, tmp_path: Path, write: Write) -> None:
+        def broken(*arguments: Any, **options: Any) -> None:
+            raise ZeroDivisionError("a bug")
+
+        with pytest.raises(ZeroDivisionError):
+            run_study(of_run(write("")), tmp_path / "out", run=broken)
+
+
+class TestReading:
+    def test_a_folder_that_is_no_study_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "mine").write_text("mine")
+        with pytest.raises(ConfigError, match="holds no run"):
+            prelort.read(tmp_path)
+        with pytest.raises(ConfigError, match="holds no run"):
+            logs_of(tmp_path)()
+
+    def test_a_damaged_log_is_the_reason_why_a_cell_has_no_result(
+        self, tmp_path: Path, write: Write
+    ) -> None:
+        out = tmp_path / "out"
+        run_study(load(write(TWO)), out)
+        with (out / "prelort" / "seed-0" / "metrics.jsonl").open("a") as log:
+            log.write("no event\n")
+        first, second = prelort.read(out).cells
+        assert (first.status, second.status) == ("failed", "finished")
+        assert "is not an event" in first.reason
+        with pytest.raises(prelort.PrelortError, match="is not an event"):
+            prelort.read(out / "prelort" / "seed-0")
+
+    def test_the_logs_to_watch_are_those_of_the_cells_that_did_not_fail(
+        self, finished: Finished, tmp_path: Path
+    ) -> None:
+        study, out, _, _ = finished
+        assert logs_of(tmp_path / "to-come")() == {}
+        assert logs_of(out)() == {
+            cell.name: out / cell.folder / "metrics.jsonl"
+            for cell in study.cells
+            if cell.method != "fedit"
+        }
+
+
+KILLED_ROUNDS = 60
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, write: Write) -> tuple[Path, Path]:
+    """A study of two longer runs, and the folder in which it was run to its end."""
+    file = write(
+        TWO,
+        federation={"rounds": KILLED_ROUNDS, "clients_per_round": 1},
+        training={"local_steps": 1},
+        evaluation={"diagnostics": False},
+    )
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    run_study(load(file), out)
+    return file, out
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_killed_it_continues_to_the_same_bits(
+    tmp_path: Path, undisturbed: tuple[Path, Path], jobs: int
+) -> None:
+    file, expected = undisturbed
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "prelort.cli", "compare", str(file), "--out", str(out), "-q"]
+    process = subprocess.Popen([*command, "--jobs", str(jobs)], stderr=subprocess.PIPE)
+    # One at a time, the second cell shows that the first is finished.
+    last = out / "zero-padding" / "seed-0"
+    try:
+        wait_until(lambda: any((last / "checkpoints").glob("000[1-9]*")), process)
+        family = psutil.Process(process.pid).children(recursive=True)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert not history_of(last).finished
+    gone, alive = psutil.wait_procs(family, timeout=20)
+    assert alive == []
+    assert bool(gone) == (jobs > 1)  # they end with the process that started them
+
+    record, study = Record(), load(file)
+    results = run_study(study, out, record)
+    assert all(cell.status == "finished" for cell in results.cells)
+    assert 0 < len(record.rounds["zero-padding, seed 0"]) <= KILLED_ROUNDS - 9
+    if jobs == 1:
+        assert record.begun == ["zero-padding, seed 0"]
+    for cell in study.cells:
+        found, right = adapters_of(out / cell.folder), adapters_of(expected / cell.folder)
+        assert found == right
+        assert len(right) == 3
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    ends = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def own_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Methods of the user's own: one that prints, and one whose process dies."""
+    (tmp_path / "own.py").write_text(
+        "import os, signal, sys\nfrom prelort.methods import PrefixMethod\n"
+        "class Talking(PrefixMethod):\n"
+        "    name = 'talking'\n    summary = paper = ''\n    default_objective = 'plain'\n"
+        "    def check(self, clients):\n"
+        '        print(\'{"reason": "printed"}\', flush=True)\n'
+        "        print('an earlier word', file=sys.stderr)\n"
+        "class Dying(Talking):\n"
+        "    def check(self, clients):\n        os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+
+
+class TestSideBySide:
+    def test_gives_the_same_adapters_and_events(
+        self, finished: Finished, write: Write, tmp_path: Path
+    ) -> None:
+        _, alone, _, _ = finished
+        section = SECTION.replace(SECTION.splitlines()[6], "")
+        study = load(write(section), methods=["zero-padding", "fedit"], seeds=[1])
+        assert study.settings == ("two steps",)
+        record = Record()
+        results = run_study(study, tmp_path / "out", record, jobs=2)
+        assert record.rounds == {"two steps, zero-padding, seed 1": [1, 2]}
+        first, second = results.cells
+        assert (first.status, second.status) == ("finished", "failed")
+        assert second.reason.startswith(NEEDS_ONE_RANK)
+        folder = study.cells[0].folder
+        assert adapters_of(tmp_path / "out" / folder) == adapters_of(alone / folder)
+
+    def test_each_has_its_share_of_the_cores_and_keeps_it(
+        self, tmp_path: Path, write: Write
+    ) -> None:
+        file, out = write(TWO), tmp_path / "out"
+        file.write_text(file.read_text().replace("threads = 1\n", ""))
+        study = load(file)
+        assert study.base.threads is None
+        run_study(study, out, jobs=2)
+        share = max(1, (os.cpu_count() or 1) // 2)
+        for cell in study.cells:
+            assert RunFolder(out / cell.folder).read_config().threads == share
+        record = Record()
+        run_study(study, out, record)  # not another configuration
+        assert record.kept_cells == 2
+        with pytest.raises(ConfigError, match="keys differ: threads"):
+            run_study(load(file, [f"threads={share + 1}"]), out)
+
+    @pytest.mark.usefixtures("own_methods")
+    def test_a_process_that_dies_is_a_reason(self, tmp_path: Path, write: Write) -> None:
+        text = '[compare]\nmethods = ["own:Dying", "prelort"]\nseeds = [0]\n'
+        results = run_study(load(write(text)), tmp_path / "out", jobs=2)
+        dying, sound = results.cells
+        assert (sound.status, dying.status) == ("finished", "failed")
+        assert "killed by signal 9" in dying.reason
+
+    @pytest.mark.usefixtures("own_methods")
+    def test_a_worker_is_kept_for_the_next_cell_and_replaced_if_it_died(
+        self, tmp_path: Path, write: Write
+    ) -> None:
+        names = ["own:Talking", "fedit", "own:Dying", "prelort"]
+        study = load(write(f"[compare]\nmethods = {json.dumps(names)}\nseeds = [0]\n"))
+        worker, reasons = Worker(), []
+        children: list[set[int]] = []
+        try:
+            for cell in study.cells:
+                order = Order(cell.config, tmp_path / "out" / cell.folder)
+                reasons.append(worker.run(order, lambda event: None))
+                children.append({p.pid for p in psutil.Process().children() if p.is_running()})
+        finally:
+            worker.close()
+        assert [reasons[0], reasons[3]] == ["", ""]
+        assert reasons[1].startswith(NEEDS_ONE_RANK)
+        assert reasons[2] == "its process was killed by signal 9"
+        assert children[0] == children[1] != children[3]
+        assert worker.run(order, lambda event: None) == "stopped"
+
+    def test_closed_from_another_thread_it_ends_at_once(self, tmp_path: Path, write: Write) -> None:
+        (cell,) = load(write(ONE, federation={"rounds": 10_000, "clients_per_round": 1})).cells
+        worker = Worker()
+
+        def close(event: Event) -> None:
+            if isinstance(event, RoundFinished):
+                threading.Thread(target=worker.close).start()
+
+        assert "killed by signal 9" in worker.run(Order(cell.config, tmp_path / "out"), close)
+
+
+def test_all_methods_of_a_cell_train_the_same_clients_on_the_same_batches(
+    tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prelort.training import local
+
+    drawn: dict[str, list[Any]] = {}
+    real = local.batches
+
+    class Batches(Record):
+        """Which batches were drawn for each cell."""
+
+        def started(self, name: str) -> None:
+            super().started(name)
+            drawn[name] = []
+
+    record = Batches()
+
+    def recorded(examples: int, config: Any, **what: Any) -> Iterator[list[int]]:
+        for batch in real(examples, config, **what):
+            drawn[record.begun[-1]].append((what["client"], what["round_index"], tuple(batch)))
+            yield batch
+
+    monkeypatch.setattr(local, "batches", recorded)
+    names = [name for name in REGISTRY if name != "fedit"]  # which refuses mixed ranks
+    section = f"[compare]\nmethods = {json.dumps(names)}\nseeds = [0]\n"
+    file = write(section, evaluation={"diagnostics": False})
+    study, out = load(file), tmp_path / "out"
+    results = run_study(study, out, record)
+    assert all(cell.status == "finished" for cell in results.cells)
+    first = drawn["prelort, seed 0"]
+    assert len(first) == 2 * 3 * 2  # rounds, clients, steps
+    for name in names:
+        assert sorted(drawn[f"{name}, seed 0"]) == sorted(first), name
+    clients = {(out / cell.folder / "clients.txt").read_text() for cell in study.cells}
+    assert len(clients) == 1  # which client holds how much, and has which rank
+    assert results.mismatched("") == []
+    run_study(load(file, methods=["prelort"], seeds=[1]), out, record)
+    assert sorted(drawn["prelort, seed 1"]) != sorted(first)
