@@ -128,6 +128,11 @@ class TestByRound:
         assert found["prelort"][4] == pytest.approx((22 + 23 + 23) / 3)
         assert charts.by_round(study(TWO), "", "perplexity") is None  # measured at both ends only
 
+    def test_rounds_are_whole(self):
+        results = runs(a=run_history(rounds=2))
+        (x, *_) = encodings(spec(charts.training_loss(results, "")), "x")
+        assert x["axis"]["values"] == [1, 2]
+
     def test_many_rounds_are_thinned_and_the_last_one_stays(self):
         results = runs(a=run_history(rounds=500, every=1, clients=("json",), finals={2: 3.0}))
         found = points(charts.by_round(results, "", "perplexity"))["rank 2"]

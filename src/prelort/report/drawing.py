@@ -185,7 +185,8 @@ def x_axis(ticks: Sequence[float], title: str, log: bool) -> alt.X:
     else:
         margin = max(0.5, 0.03 * (high - low))
         scale = alt.Scale(domain=[low - margin, high + margin], nice=False)
-        axis = alt.Axis(title=title, format="d", grid=False, tickMinStep=1, tickCount=8)
+        few = {"values": list(ticks), "labelOverlap": True} if len(ticks) < 15 else {"tickCount": 8}
+        axis = alt.Axis(title=title, format="d", grid=False, tickMinStep=1, **few)
     return alt.X("at:Q", scale=scale, axis=axis)
 
 
