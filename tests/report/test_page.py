@@ -165,7 +165,8 @@ def test_draws_its_charts_in_a_browser_without_a_network(tmp_path):
     page = tmp_path / "report.html"
     page.write_text(render(troubled()), encoding="utf-8")
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu",
-               "--virtual-time-budget=9000", "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", "--dump-dom",
+               "--virtual-time-budget=9000", "--host-resolver-rules=MAP * ~NOTFOUND",
+               "--enable-logging=stderr", "--dump-dom",
                f"--user-data-dir={tmp_path / 'profile'}", page.as_uri()]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     charts = len(Page(page.read_text(encoding="utf-8")).charts)

@@ -219,7 +219,8 @@ def client_losses(results: Results) -> alt.LayerChart | None:
         legend=alt.Legend(title="loss (nats)", orient="top", gradientLength=180),
     )
     tip = [alt.Tooltip("client:N"), alt.Tooltip("rounds:N", title="round"),
-           alt.Tooltip("loss:Q", format=".4~g"), alt.Tooltip("bad:Q", title="failures")]  # fmt: skip
+           alt.Tooltip("loss:Q", format=".4~g"),
+           alt.Tooltip("bad:Q", title="failures")]  # fmt: skip
     cross = alt.Chart(cells[cells["bad"] > 0]).mark_point(
         shape="cross", angle=45, size=35, color="#D55E00", filled=True, opacity=1
     )

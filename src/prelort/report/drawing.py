@@ -153,7 +153,7 @@ def style(channel: str, names: Sequence[str], legend: bool) -> Any:
         "shape": (alt.Shape, [SHAPES[(i + i // count) % count] for i in range(len(names))]),
         "strokeDash": (alt.StrokeDash, [DASHES[i // count % 3] for i in range(len(names))]),
     }[channel]
-    shown = alt.Legend(title=None, orient="bottom", columns=5, symbolOpacity=1)
+    shown = alt.Legend(title=None, orient="bottom", symbolOpacity=1)
     scale = alt.Scale(domain=list(map(plain, names)), range=values)
     return kind("series:N", scale=scale, legend=shown if legend else None)
 
@@ -203,7 +203,9 @@ def y_axis(
         missing = max(0.0, LEAST_SPAN * max(abs(low), abs(high)) - (high - low))
         margin = 0.06 * (high - low) + missing / 2 or 0.5
         scale = alt.Scale(domain=[low - margin, high + margin], nice=False, zero=False)
-    return alt.Y("value:Q", scale=scale, axis=alt.Axis(title=title, format=format, tickCount=6))
+    return alt.Y(
+        "value:Q", scale=scale, axis=alt.Axis(title=title, format=format, tickCount=5 if log else 6)
+    )
 
 
 def titled(chart: alt.LayerChart, title: str, *notes: str) -> alt.LayerChart:
@@ -225,7 +227,7 @@ def finite(frame: pd.DataFrame, column: str) -> pd.DataFrame:
     return frame.loc[[math.isfinite(value) for value in frame[column].astype(float)]]
 
 
-def specification(chart: Any) -> dict[str, Any]:
+def specification(chart: Any, legend_columns: int = 5) -> dict[str, Any]:
     """The chart as Vega-Lite, with its data and the fonts and lines that all charts share."""
     grey = {"domainColor": "#8a929a", "tickColor": "#8a929a"}
     ink = {"labelColor": "#3a4148", "titleColor": "#3a4148", "titleFontWeight": "normal"}
@@ -233,7 +235,13 @@ def specification(chart: Any) -> dict[str, Any]:
         chart.configure(font=FONT, background="white", padding=12)
         .configure_view(stroke=None)
         .configure_axis(gridColor="#e3e6e9", labelFontSize=11, titleFontSize=12, **grey, **ink)
-        .configure_legend(labelFontSize=12, labelLimit=260, symbolSize=80, symbolStrokeWidth=0)
+        .configure_legend(
+            columns=legend_columns,
+            labelLimit=150,
+            labelFontSize=12,
+            symbolSize=80,
+            symbolStrokeWidth=0,
+        )
     )
     with alt.data_transformers.enable("default", max_rows=None):
         return dict(whole.to_dict(validate=False))

@@ -15,6 +15,7 @@ from prelort.history import RunHistory
 from prelort.report import tables
 from prelort.report.formatting import human_bytes, human_seconds, listing, plain
 from prelort.report.incidents import Incident, incidents, waits_for
+from prelort.report.result_table import ResultTable
 from prelort.report.results import CellResult, Results
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ MAX_CELLS = 12
 """Cells of a study with a section of their own."""
 
 MAX_INCIDENTS = 400
-CHART_HEIGHT = 250
+CHART_HEIGHT, LEGEND_COLUMNS = 250, 3
 
 
 @dataclass(slots=True)
@@ -49,7 +50,7 @@ class Charts:
                     autosize=alt.AutoSizeParams(type="fit-x", contains="padding"),
                 )
                 numbers.append(len(self.specifications))
-                self.specifications.append(specification(fitted))
+                self.specifications.append(specification(fitted, LEGEND_COLUMNS))
         return numbers
 
 
@@ -58,7 +59,7 @@ class Section:
     """A part of the page: tables, then charts."""
 
     name: str
-    tables: list[tables.ResultTable]
+    tables: list[ResultTable]
     charts: list[int]
 
 
@@ -72,9 +73,9 @@ class CellSection:
     waiting: str
     facts: list[tuple[str, str]]
     charts: list[int]
-    clients: list[tables.ResultTable]
+    clients: list[ResultTable]
     client_charts: list[int]
-    phases: list[tables.ResultTable]
+    phases: list[ResultTable]
     incidents: list[Incident]
     more_incidents: int
     notes: list[str]

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from rich import box
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
 from prelort.report.formatting import (
@@ -22,6 +18,17 @@ from prelort.report.formatting import (
     metric_format,
     plain,
     plural,
+)
+from prelort.report.result_table import (
+    Column,
+    ResultTable,
+    best_rows,
+    difference_text,
+    escaped,
+    plain_column,
+    scored,
+    to_markdown,
+    to_rich,
 )
 from prelort.report.results import AURAC, Results
 from prelort.report.spread import CONFIDENCE, Difference, Spread, difference, spread, warning
@@ -50,26 +57,6 @@ DIAGNOSTICS = (
 """Two parts of a heading, quantity, and where it is read (lowest or highest rank)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Column:
-    """A column: a heading of two parts, and a text per row, the best ones marked."""
-
-    over: str
-    under: str
-    texts: list[str]
-    best: list[bool]
-
-
-@dataclass(frozen=True, slots=True)
-class ResultTable:
-    """A table before it is rendered; ``names`` are the headings of its rows."""
-
-    title: str
-    names: list[str]
-    columns: list[Column]
-    notes: list[str]
-
-
 def terminal(results: Results) -> Group:
     """The tables for the terminal, and the cells without a result.
 
@@ -91,16 +78,17 @@ def terminal(results: Results) -> Group:
 
 def markdown(results: Results) -> str:
     """All tables, with a heading for each setting."""
-    lines = [f"# {_escape(plain(results.title))}", ""]
-    lines += [f"{key}: {_escape(plain(value))}  " for key, value in results.facts.items()]
-    sections = {
-        setting or "Results": [*of_setting(results, setting), *diagnostics(results, setting)]
+    lines = [f"# {escaped(plain(results.title))}", ""]
+    lines += [f"{key}: {escaped(plain(value))}  " for key, value in results.facts.items()]
+    sections = [
+        (setting or "Results", [*of_setting(results, setting), *diagnostics(results, setting)])
         for setting in results.settings
-    }
-    sections |= {"All settings": of_all_settings(results), "Without a result": unfinished(results)}
-    for name, found in sections.items():
+    ]
+    sections += [("All settings", of_all_settings(results))]
+    sections += [("Without a result", unfinished(results))]
+    for name, found in sections:
         if found:
-            lines += ["", f"## {_escape(plain(name))}", "", "\n".join(map(to_markdown, found))]
+            lines += ["", f"## {escaped(plain(name))}", "", "\n".join(map(to_markdown, found))]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -146,8 +134,8 @@ def unfinished(results: Results) -> list[ResultTable]:
     if not cells:
         return []
     columns = [
-        _plain_column("status", "", [cell.status for cell in cells]),
-        _plain_column("why", "", [cell.explanation or "–" for cell in cells]),
+        plain_column("status", "", [cell.status for cell in cells]),
+        plain_column("why", "", [cell.explanation or "–" for cell in cells]),
     ]
     title = f"Without a result: {len(cells)} of {plural(len(results.cells), 'run')}"
     return [ResultTable(title, [cell.name for cell in cells], columns, [])]
@@ -173,7 +161,7 @@ def diagnostics(results: Results, setting: str) -> list[ResultTable]:
     for over, under, quantity, at in DIAGNOSTICS:
         numbers = [value(method, quantity, at) for method in methods]
         texts = ["–" if number is None else f"{number:.2g}" for number in numbers]
-        columns.append(_plain_column(over, under, texts))  # no number is better than another
+        columns.append(plain_column(over, under, texts))  # no number is better than another
     layers = {
         f"{values[m, 'layers', 'measured']:.0f} of {values[m, 'layers', 'of']:.0f}" for m in methods
     }
@@ -197,7 +185,7 @@ def clients(results: Results) -> list[ResultTable]:
 
     def column(over: str, key: str, show: Callable[[Any], str] = str, under: str = "") -> Column:
         texts = ["–" if value is None or value != value else show(value) for value in frame[key]]
-        return _plain_column(over, under, texts)
+        return plain_column(over, under, texts)
 
     columns = [
         column("rank", "ranks"),
@@ -211,7 +199,7 @@ def clients(results: Results) -> list[ResultTable]:
         values = [own[name].metrics.get(words.metric) if name in own else None
                   for name in frame["client"]]  # fmt: skip
         columns.append(
-            _plain_column(f"own {words.short}", words.arrow, list(map(words.show, values)))
+            plain_column(f"own {words.short}", words.arrow, list(map(words.show, values)))
         )
     columns += [
         column("bytes up", "bytes_up", human_bytes),
@@ -233,8 +221,8 @@ def phases(results: Results) -> list[ResultTable]:
         return []
     order = sorted(seconds, key=lambda name: -seconds[name])
     columns = [
-        _plain_column("wall time", "", [human_seconds(seconds[name]) for name in order]),
-        _plain_column("share", "", [f"{seconds[name] / whole:.0%}" for name in order]),
+        plain_column("wall time", "", [human_seconds(seconds[name]) for name in order]),
+        plain_column("share", "", [f"{seconds[name] / whole:.0%}" for name in order]),
     ]
     return [ResultTable("Time by phase; train includes all messages", order, columns, [])]
 
@@ -284,7 +272,7 @@ def _differences(results: Results, setting: str, words: MetricFormat) -> ResultT
             )
             for r in rows
         ]
-        columns.append(_plain_column("difference", _place(at), texts))
+        columns.append(plain_column("difference", _place(at), texts))
     title = f"{_heading(setting, words)}: difference to {plain(results.reference)}, paired by seed"
     return ResultTable(
         title, list(map(plain, others)), columns, _explanation(results, words, counts)
@@ -302,7 +290,7 @@ def _over_settings(results: Results, words: MetricFormat) -> ResultTable:
         return [value for key, value in pairs.items() if key[:2] == (method, setting)]
 
     columns = [
-        _plain_column(
+        plain_column(
             "difference",
             plain(setting),
             [difference_text(words, difference(of(method, setting))) for method in others],
@@ -315,7 +303,7 @@ def _over_settings(results: Results, words: MetricFormat) -> ResultTable:
         complete = [[pairs[key] for key in k] for k in keys.values() if all(i in pairs for i in k)]
         means.append([sum(values) / len(values) for values in complete])
     texts = [difference_text(words, difference(values)) for values in means]
-    columns.append(_plain_column("difference", "all settings", texts))
+    columns.append(plain_column("difference", "all settings", texts))
     title = f"{capital(words.title)}, AURAC: difference to {plain(results.reference)}, by setting"
     notes = _explanation(results, words, {len(values) for values in means})
     notes.append(
@@ -458,102 +446,3 @@ def _heading(setting: str, words: MetricFormat) -> str:
 
 def _place(at: str) -> str:
     return f"rank {at}" if at.isdigit() else at
-
-
-def _plain_column(over: str, under: str, texts: Sequence[str]) -> Column:
-    """A column in which no row is best."""
-    return Column(over, under, list(texts), [False] * len(texts))
-
-
-def scored(words: MetricFormat, under: str, means: Sequence[Spread | None]) -> Column:
-    """A column of a metric's means; the best are marked."""
-    texts = [mean_text(words, mean) for mean in means]
-    values = [None if mean is None else mean.mean for mean in means]
-    best = best_rows(values, texts, words.higher_is_better)
-    return Column(f"{words.short} {words.arrow}", under, texts, best)
-
-
-def mean_text(words: MetricFormat, mean: Spread | None) -> str:
-    """``44.4 ± 0.3``; without a deviation for one value."""
-    if mean is None:
-        return "–"
-    text = words.show(mean.mean)
-    if mean.deviation is None or not math.isfinite(mean.mean):
-        return text
-    return f"{text} ± {mean.deviation * words.factor:.{_digits(mean.mean * words.factor)}f}"
-
-
-def difference_text(words: MetricFormat, apart: Difference | None) -> str:
-    """``+1.25 [+0.40, +2.10]``."""
-    if apart is None:
-        return "–"
-    mean = apart.mean * words.factor
-    if not math.isfinite(mean):
-        return str(mean)
-    if apart.low is None or apart.high is None:
-        return f"{mean:+.{_digits(mean)}f}"
-    low, high = apart.low * words.factor, apart.high * words.factor
-    digits = _digits(max(map(abs, [mean, low, high])))
-    return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
-
-
-def _digits(value: float) -> int:
-    """Decimals of a value of this size, as `MetricFormat.show` has them."""
-    return 0 if abs(value) >= 1000 else 1 if abs(value) >= 10 else 2
-
-
-def best_rows(values: Sequence[float | None], texts: Sequence[str], highest: bool) -> list[bool]:
-    """Which rows to mark: those with the text of the best one, unless all numbers read alike."""
-    numbers = {i: v for i, v in enumerate(values) if v is not None}
-    finite = {i: v for i, v in numbers.items() if math.isfinite(v)}
-    if not finite or len({texts[i] for i in numbers}) < 2:
-        return [False] * len(texts)
-    winner = (max if highest else min)(finite, key=finite.__getitem__)
-    return [i in finite and texts[i] == texts[winner] for i in range(len(texts))]
-
-
-def to_rich(table: ResultTable) -> Table:
-    """A table for the terminal: four ranks and their costs fit into 80 columns."""
-    rich = Table(
-        title=Text(table.title),
-        title_justify="left",
-        title_style="bold",
-        caption=Text("\n".join(table.notes)) if table.notes else None,
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        collapse_padding=True,
-        pad_edge=False,
-    )
-    rich.add_column("", no_wrap=True)
-    for column in table.columns:
-        heading = Text(f"{column.over}\n{column.under}".rstrip())
-        rich.add_column(heading, justify="right", no_wrap=True)
-    for row, name in enumerate(table.names):
-        texts = [Text(c.texts[row], style="bold" if c.best[row] else "") for c in table.columns]
-        rich.add_row(Text(name), *texts)
-    return rich
-
-
-def to_markdown(table: ResultTable) -> str:
-    """A table as Markdown."""
-    headings = [f"{c.over} {c.under}".rstrip() for c in table.columns]
-    lines = [f"**{_escape(table.title)}**", "", _row(["", *map(_escape, headings)])]
-    lines.append("|---|" + "---:|" * len(headings))
-    for row, name in enumerate(table.names):
-        texts = [_escape(column.texts[row]) for column in table.columns]
-        marked = [
-            f"**{t}**" if c.best[row] else t for t, c in zip(texts, table.columns, strict=True)
-        ]
-        lines.append(_row([_escape(name), *marked]))
-    for note in table.notes:
-        lines += ["", _escape(note)]
-    return "\n".join(lines) + "\n"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _escape(text: str) -> str:
-    """Text that Markdown shows as it is: no tables, emphasis, code, links or HTML in it."""
-    return re.sub(r"([\\|*`]|(?<=\])\()", r"\\\1", text).replace("<", "&lt;")
