@@ -9,7 +9,7 @@ BIN := .venv/bin
 TORCH ?= torch==2.13.0
 OUT ?= runs/quickstart
 
-.PHONY: help install quickstart federation test chaos lint types format docs bench evidence-small clean
+.PHONY: help install quickstart federation test test-flwr chaos lint types format docs bench evidence-small clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -34,6 +34,19 @@ federation: install ## run 1 SuperLink and 3 sites on this machine, with TLS and
 
 test: install ## run the tests
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 -m "not chaos"
+
+# The other end of the range of flwr, beside everything else of .venv.
+FLWR ?= $(shell $(BIN)/python -c 'from importlib.metadata import version as v; print("1.41.0" if v("flwr").startswith("1.42") else "1.42.0")')
+
+test-flwr: install ## run the tests that depend on Flower with the other supported version of flwr
+	$(PYTHON) -m venv .venv-flwr
+	$(BIN)/python -c 'import sysconfig as s; print(s.get_path("purelib"))' \
+		> "$$(.venv-flwr/bin/python -c 'import sysconfig as s; print(s.get_path("purelib"))')/base.pth"
+	.venv-flwr/bin/pip uninstall --quiet --disable-pip-version-check --yes setuptools
+	.venv-flwr/bin/pip install --quiet --disable-pip-version-check "flwr==$(FLWR)"
+	.venv-flwr/bin/python -c 'import flwr, importlib.metadata as m; assert m.version("flwr") == "$(FLWR)"'
+	PYTHONPATH=$(CURDIR)/src .venv-flwr/bin/python -m pytest tests/federation tests/deployment tests/sites/test_tls.py \
+		tests/sites/test_engines.py
 
 chaos: install ## run the tests in which whole federations are killed, hang and misbehave: minutes
 	$(BIN)/python -m pytest -n 2 --maxschedchunk 1 -m chaos tests/sites
@@ -65,4 +78,4 @@ evidence-small: install ## all methods x 3 seeds on the embedded model, as in do
 	$(BIN)/prelort compare benchmarks/studies/claim-python.toml --out runs/evidence-small --jobs 2
 
 clean: ## remove the environment and what was built
-	rm -rf .venv site dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-flwr site dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

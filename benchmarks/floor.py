@@ -42,6 +42,7 @@ from prelort.federation.in_process import RUN_ID, InProcessGrid
 from prelort.federation.messages import AdapterSpec, ClientProperties, TrainReply, TrainRequest
 from prelort.federation.transport import Transport
 from prelort.methods.interface import ServerState
+from prelort.training.settings import LocalTraining
 
 LAYERS, WIDTH, RANK = 16, 2048, 16
 SCALE = ScaleRule("constant", 2.0)
@@ -96,7 +97,7 @@ def messages(engine: str, clients: int, number: int) -> list[float]:
         round=0,
         rounds=number,
         seed=0,
-        training=check({}).training,
+        training=LocalTraining.of(check({}).training),
         objective="plain",
         levels=(RANK,),
         level_weights=(1.0,),

@@ -15,6 +15,7 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 
 import torch
 from common import high_water_mib, machine, paired, ratio, report, set_high_water_back
@@ -27,8 +28,10 @@ from prelort.methods.objective import FULL_SHARE, Objective, nested
 from prelort.models.base import load_model
 from prelort.models.lora import attach, initial_adapter, install
 from prelort.tasks.interface import Example
-from prelort.training.batched import Member, train_batched
-from prelort.training.local import Assignment, train
+from prelort.training.local import train
+from prelort.training.runtime import ModelRuntime
+from prelort.training.settings import LocalTraining
+from prelort.training.steps import Assignment
 from prelort.training.truncation import Truncation
 
 LEVELS = (2, 4, 8, 16)
@@ -70,32 +73,22 @@ class Bench:
         self.model = attach(base(device), LoraSettings(), LEVELS[-1], "causal")
         rule = ScaleRule()
         self.adapter = initial_adapter(self.model, rule, seed=0)
-        self.truncation = Truncation(self.model, rule)
+        truncation = Truncation(self.model, rule)
+        self.runtime = ModelRuntime(self.model, truncation, tasks.get("causal-lm"), pad_id=0)
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(3, 500, (64, length), generator=generator).tolist()
         self.examples = [Example(row, row) for row in ids]
         precision = "float32" if device == "cpu" else "bfloat16"
-        self.settings = TrainingConfig(local_steps=STEPS, batch_size=batch, precision=precision)
+        config = TrainingConfig(local_steps=STEPS, batch_size=batch, precision=precision)
+        self.settings = LocalTraining.of(config)
 
     def steps(self, kind: str) -> None:
         """Take `STEPS` steps of an objective from the initial adapter."""
         name, _, way = kind.partition(", ")
         install(self.model, self.adapter)
-        task, work = tasks.get("causal-lm"), Assignment("client", 0, 1, 0, objective(name))
-        if way == "at once":
-            member = Member(self.adapter, self.examples, self.settings, work)
-            train_batched(self.model, self.truncation, task, [member], 0, at_once=True)
-            return
-        train(
-            self.model,
-            self.truncation,
-            task,
-            self.examples,
-            self.settings,
-            work,
-            0,
-            fused=way != "by PEFT",
-        )
+        settings = replace(self.settings, batch_truncations=way == "at once")
+        work = Assignment("client", 0, 1, 0, objective(name))
+        train(self.runtime, self.examples, settings, work, fused=way != "by PEFT")
 
 
 def objective(kind: str) -> Objective:

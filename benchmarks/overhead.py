@@ -28,7 +28,9 @@ from prelort.federation.sampling import sample
 from prelort.federation.transport import Transport
 from prelort.methods.interface import Client, ServerState
 from prelort.models.lora import install
-from prelort.training.local import Assignment, train
+from prelort.training.local import train
+from prelort.training.settings import LocalTraining
+from prelort.training.steps import Assignment
 
 
 def federated(assembly: Assembly) -> float:
@@ -57,9 +59,9 @@ def federated(assembly: Assembly) -> float:
 def bare(assembly: Assembly) -> float:
     """Seconds of the same clients' local training alone, one after the other."""
     config, work = assembly.config, assembly.runtime
-    levels = sorted({site.rank for site in assembly.clients})
     method = methods.build(config.method, config.seed)
-    state = ServerState(assembly.initial, levels=tuple(levels))
+    levels = tuple(sorted({site.rank for site in assembly.clients}))
+    state = ServerState(assembly.initial, levels=levels)
     by_name = sorted(assembly.clients, key=lambda site: site.name)
     seconds = 0.0
     for index in range(config.federation.rounds):
@@ -67,23 +69,11 @@ def bare(assembly: Assembly) -> float:
         for site in sample(by_name, per_round, seed=config.seed, round_index=index):
             client = Client(site.name, site.rank, len(site.examples))
             install(work.model, assembly.initial.prefix(site.rank))
-            assignment = Assignment(
-                site.name,
-                index,
-                config.federation.rounds,
-                config.seed,
-                method.objective(state, client),
-            )
+            objective = method.objective(state, client)
+            rounds, settings = config.federation.rounds, LocalTraining.of(config.training)
+            assignment = Assignment(site.name, index, rounds, config.seed, objective)
             started = time.perf_counter()
-            train(
-                work.model,
-                work.truncation,
-                work.task,
-                site.examples,
-                config.training,
-                assignment,
-                work.pad_id,
-            )
+            train(work, site.examples, settings, assignment)
             seconds += time.perf_counter() - started
     return seconds
 

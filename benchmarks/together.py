@@ -1,4 +1,4 @@
-"""Speed of clients side by side, against plain PEFT clients one after the other.
+"""What do clients side by side gain over plain PEFT clients one after the other?
 
 K clients of ranks 2, 4, 8, 16 (in turn) each take a few steps from their prefix of one adapter. The
 sides take turns:
@@ -41,8 +41,10 @@ from prelort.methods.objective import plain
 from prelort.models.base import load_model
 from prelort.models.lora import attach, extract, initial_adapter, install
 from prelort.tasks.interface import Example
-from prelort.training.batched import Member, train_batched
-from prelort.training.local import Assignment, train
+from prelort.training.batched import BatchedClient, train_batched
+from prelort.training.local import train
+from prelort.training.settings import LocalTraining
+from prelort.training.steps import Assignment
 from prelort.training.truncation import Truncation
 
 RANKS = (2, 4, 8, 16)
@@ -92,16 +94,18 @@ class Bench:
         self.start = initial_adapter(wrapped, RULE, seed=0)
         truncation = Truncation(wrapped, RULE)
         spec = AdapterSpec("base", AdapterSchema.of(self.start), RULE)
-        self.work = ClientRuntime(wrapped, truncation, self.task, 0, spec)
+        self.runtime = ClientRuntime(wrapped, truncation, self.task, 0, spec=spec)
         self.plain_base = load_model(config, self.task.kind, labels, pad_id=0)
         switch_off_dropout(self.plain_base)
         self.targets = sorted({name.split(".")[-1] for name in self.start.layers})
-        self.settings = TrainingConfig(
-            local_steps=STEPS, batch_size=case.batch, learning_rate=1e-3, schedule="constant"
+        self.settings = LocalTraining.of(
+            TrainingConfig(
+                local_steps=STEPS, batch_size=case.batch, learning_rate=1e-3, schedule="constant"
+            )
         )
-        self.replicas = [self.work] if device == "cpu" else []
+        self.replicas = [self.runtime] if device == "cpu" else []
         while device == "cpu" and len(self.replicas) < CORES:
-            self.replicas.append(replica(self.work))
+            self.replicas.append(replica(self.runtime))
 
     def examples(self, client: int) -> list[Example]:
         """Examples for one round, all of one length."""
@@ -112,58 +116,49 @@ class Bench:
             return [Example(row, index % 6) for index, row in enumerate(rows)]
         return [Example(row, row) for row in rows]
 
-    def members(self, count: int) -> list[Member]:
+    def clients(self, count: int) -> list[BatchedClient]:
         """The clients."""
         made = []
         for index in range(count):
             rank = RANKS[index % len(RANKS)]
             work = Assignment(f"client-{index}", 0, 1, 0, plain(rank))
             adapter = self.start.prefix(rank)
-            made.append(Member(adapter, self.examples(index), self.settings, work))
+            made.append(BatchedClient(adapter, self.examples(index), self.settings, work))
         return made
 
-    def after_the_other(self, members: Sequence[Member]) -> None:
+    def after_the_other(self, clients: Sequence[BatchedClient]) -> None:
         """This project's training, client by client."""
-        for member in members:
-            self.alone(self.work, member)
+        for client in clients:
+            self.alone(self.runtime, client)
 
-    def alone(self, work: ClientRuntime, member: Member) -> None:
+    def alone(self, runtime: ClientRuntime, client: BatchedClient) -> None:
         """One client."""
-        install(work.model, member.adapter)
-        train(
-            work.model,
-            work.truncation,
-            work.task,
-            member.examples,
-            member.config,
-            member.assignment,
-            0,
-        )
-        extract(work.model, RULE)
+        install(runtime.model, client.adapter)
+        train(runtime, client.examples, client.settings, client.assignment)
+        extract(runtime.model, RULE)
 
-    def threads(self, members: Sequence[Member]) -> None:
-        """One client per core at a time."""
+    def threads(self, clients: Sequence[BatchedClient]) -> None:
+        """As many clients at a time as there are cores."""
         free = list(self.replicas)
 
-        def one(member: Member) -> None:
-            work = free.pop()
-            self.alone(work, member)
-            free.append(work)
+        def one(client: BatchedClient) -> None:
+            runtime = free.pop()
+            self.alone(runtime, client)
+            free.append(runtime)
 
         with ThreadPoolExecutor(CORES, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            list(pool.map(one, members))
+            list(pool.map(one, clients))
 
-    def one_batch(self, members: Sequence[Member]) -> None:
+    def one_batch(self, clients: Sequence[BatchedClient]) -> None:
         """All clients in one pass."""
-        work = self.work
-        for found in train_batched(work.model, work.truncation, work.task, members, 0):
-            if isinstance(found, Exception):
-                raise found
+        for result in train_batched(self.runtime, clients):
+            if isinstance(result, Exception):
+                raise result
 
-    def peft(self, members: Sequence[Member]) -> None:
-        """Each client with PEFT alone, as in a plain script."""
-        for member in members:
-            rank = member.adapter.rank
+    def peft(self, clients: Sequence[BatchedClient]) -> None:
+        """Each client with PEFT alone, as a plain script would do it."""
+        for client in clients:
+            rank = client.adapter.rank
             config = LoraConfig(
                 r=rank,
                 lora_alpha=RULE.lora_alpha(rank),
@@ -171,13 +166,13 @@ class Bench:
                 task_type="SEQ_CLS" if self.task.kind == "classification" else "CAUSAL_LM",
             )
             model = get_peft_model(self.plain_base, config)
-            received = {f"base_model.model.{n}": t for n, t in member.adapter.tensors().items()}
+            received = {f"base_model.model.{n}": t for n, t in client.adapter.tensors().items()}
             set_peft_model_state_dict(model, received)
             model.train()
             learning = [p for p in model.parameters() if p.requires_grad]
             optimizer = torch.optim.AdamW(learning, lr=1e-3, weight_decay=0.0)
             for step in range(STEPS):
-                rows = member.examples[step * self.case.batch : (step + 1) * self.case.batch]
+                rows = client.examples[step * self.case.batch : (step + 1) * self.case.batch]
                 batch = {
                     name: tensor.to(model.device)
                     for name, tensor in self.task.collate(rows, 0).items()
@@ -212,8 +207,8 @@ def timed(work: Callable[[], None], threads: int, device: str) -> Callable[[], f
 
 
 def measured(bench: Bench, count: int, repeats: int, device: str) -> list[dict[str, Any]]:
-    """One row per side: milliseconds per client step, and the ratio to the best PEFT."""
-    members = bench.members(count)
+    """One row for each side: milliseconds for a client's step, and the gain over the best PEFT."""
+    clients = bench.clients(count)
     work = {"peft": bench.peft, "after the other": bench.after_the_other}
     if count > 1:
         work["one batch"] = bench.one_batch
@@ -222,16 +217,16 @@ def measured(bench: Bench, count: int, repeats: int, device: str) -> list[dict[s
         for threads in (1, CORES) if device == "cpu" else (1,):
             text = f"{name}, {threads} thread{'s' * (threads > 1)}"
             sides[text if device == "cpu" else name] = timed(
-                lambda do=do: do(members), threads, device
+                lambda do=do: do(clients), threads, device
             )
     if device == "cpu" and count > 1:
-        sides[f"threads, {CORES} x 1"] = timed(lambda: bench.threads(members), 1, device)
+        sides[f"threads, {CORES} x 1"] = timed(lambda: bench.threads(clients), 1, device)
     taken = paired(sides, repeats)
-    ofpeft = {name: sorted(s)[len(s) // 2] for name, s in taken.items() if name.startswith("peft")}
-    best = min(ofpeft, key=ofpeft.__getitem__)
+    of_peft = {name: sorted(s)[len(s) // 2] for name, s in taken.items() if name.startswith("peft")}
+    best = min(of_peft, key=of_peft.__getitem__)
     rows = []
     for name in sides:
-        scale_multiplier = {key: 1 / value for key, value in ratio(taken, name, best).items()}
+        gain = {key: 1 / value for key, value in ratio(taken, name, best).items()}
         rows.append(
             {
                 "case": bench.case.name,
@@ -240,9 +235,9 @@ def measured(bench: Bench, count: int, repeats: int, device: str) -> list[dict[s
                 "ms a step and client": 1000
                 * sorted(taken[name])[len(taken[name]) // 2]
                 / (STEPS * count),
-                "x best peft": scale_multiplier["median"],
-                "min": scale_multiplier["max"],
-                "max": scale_multiplier["min"],
+                "x best peft": gain["median"],
+                "min": gain["max"],
+                "max": gain["min"],
             }
         )
     return rows
@@ -265,7 +260,7 @@ def main() -> None:
     facts = {**vars(arguments), **machine(arguments.device)}
     facts["command"] = "python benchmarks/together.py"
     name = "together" if arguments.device == "cpu" else "together_gpu"
-    report(name, "Clients side by side, against plain PEFT one after the other", rows, facts)
+    report(name, "Clients side by side against plain PEFT clients one after the other", rows, facts)
 
 
 if __name__ == "__main__":

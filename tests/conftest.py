@@ -1,4 +1,4 @@
-"""Tiny models and data, made once for all tests: nothing is fetched."""
+"""Tiny models and data, made once per session without downloads."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def make_config(tiny_llama: Path, text_file: Path) -> Callable[..., Config]:
-    """A function of ``section={...}`` keywords that gives a small, fast configuration.
+    """A function of ``section={...}`` keywords that returns a small, fast configuration.
 
     6 clients of ranks 2, 2, 4, 4, 8, 8; 3 rounds of 3 clients with 2 steps each.
     """
@@ -157,7 +157,7 @@ def make_config(tiny_llama: Path, text_file: Path) -> Callable[..., Config]:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real data and weights that the project does not carry.
+    """The folder of real data and weights that are not in the repository.
 
     Its ``data`` and ``weights`` are described in the README, section "Real data".
     """

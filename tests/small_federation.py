@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
-from prelort.federation.strategy import AdapterStrategy
 
 from prelort import methods
 from prelort.adapters import AdapterSchema, Factors, LoraAdapter, ScaleRule
-from prelort.config import Config, FederationConfig, MethodConfig, check
+from prelort.config import Config, MethodConfig, check
+from prelort.events import Event, RankChanged, RoundFinished
 from prelort.federation import wire
 from prelort.federation.allocation import Allocation
-from prelort.federation.client_manager import AdapterSpec, ConnectedClient
 from prelort.federation.encoding import carries_change, change_of
+from prelort.federation.federation import Federation, Observe
 from prelort.federation.flower import (
     Array,
     ArrayRecord,
@@ -28,16 +30,26 @@ from prelort.federation.flower import (
     set_message_id,
 )
 from prelort.federation.in_process import InProcessGrid
-from prelort.federation.transport import Engine
+from prelort.federation.messages import (
+    AdapterSpec,
+    ClientProperties,
+    EvaluateReply,
+    EvaluateRequest,
+    TrainReply,
+    TrainRequest,
+)
+from prelort.federation.transport import Transport
 from prelort.methods.interface import Client, Method, ServerState
 
 SCALE = ScaleRule("constant", 2.0)
 DIMENSIONS = {"model.q_proj": (6, 5), "model.k_proj": (6, 3)}
-LIMITS = FederationConfig()
+E = TypeVar("E", bound=Event)
+App = Callable[[Message, Context], Message]
+"""What a `ClientApp` is to a grid."""
 
 
 def make_adapter(rank: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> LoraAdapter:
-    """Two layers of ``rank`` (one holds 3 slots at most) and a fully trained head."""
+    """Two layers of ``rank`` (one of rank 3 at most) and a head that is trained in full."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -50,7 +62,7 @@ def make_adapter(rank: int, seed: int = 0, dtype: torch.dtype = torch.float32) -
     return LoraAdapter(layers, SCALE, {"head.weight": normal(2, 4)})
 
 
-AGREEMENT = AdapterSpec("base-0", AdapterSchema.of(make_adapter(8)), SCALE)
+SPEC = AdapterSpec("base-0", AdapterSchema.of(make_adapter(8)), SCALE)
 
 
 def make_config(**federation: Any) -> Config:
@@ -65,11 +77,25 @@ def clients_of(ranks: Sequence[int]) -> list[Client]:
     return [Client(f"site-{i}", rank, 10 + 3 * i) for i, rank in enumerate(ranks)]
 
 
-def make_reply_header(client: Client, round_index: int = 0, /, **changes: Any) -> wire.TrainReply:
-    facts = AGREEMENT.header(client.rank).model_dump()
+def same_bits(one: LoraAdapter, other: LoraAdapter) -> bool:
+    a, b = one.tensors(), other.tensors()
+    if a.keys() != b.keys() or one.scale != other.scale:
+        return False
+    return all(
+        a[n].dtype == b[n].dtype
+        and a[n].shape == b[n].shape
+        and torch.equal(a[n].contiguous().view(torch.uint8), b[n].contiguous().view(torch.uint8))
+        for n in a
+    )
+
+
+# Messages, whatever a client may say in them
+
+
+def make_reply_header(client: Client, round_index: int = 0, /, **changes: Any) -> TrainReply:
     dtype = changes.get("dtype", "float32")
     values = {
-        **facts,
+        **SPEC.header(client.rank).model_dump(),
         "dtype": dtype,
         "change": carries_change(dtype),
         "client": client.name,
@@ -80,7 +106,18 @@ def make_reply_header(client: Client, round_index: int = 0, /, **changes: Any) -
         "seconds": 0.25,
         **changes,
     }
-    return wire.TrainReply.model_construct(**values)
+    return TrainReply.model_construct(**values)
+
+
+def make_properties(client: Client, /, **changes: Any) -> ClientProperties:
+    values = {
+        **SPEC.header(client.rank).model_dump(),
+        "client": client.name,
+        "examples": client.examples,
+        "max_rank": client.rank,
+        **changes,
+    }
+    return ClientProperties.model_construct(**values)
 
 
 def raw_content(header: str | None, blob: bytes | None, stype: str = "safetensors") -> RecordDict:
@@ -102,6 +139,12 @@ def blob_of(content: RecordDict) -> bytes:
     return bytes(content.array_records["adapter"]["adapter"].data)
 
 
+def with_header(content: RecordDict, **changes: Any) -> RecordDict:
+    """The content with other values in its header."""
+    text = json.dumps(json.loads(header_of(content)) | changes)
+    return raw_content(text, blob_of(content) if "adapter" in content else None)
+
+
 def request_to(node: int, content: RecordDict | None = None) -> Message:
     """A message that has an id, as one that was sent."""
     identify_process(1)
@@ -115,14 +158,16 @@ def answer(content: RecordDict, node: int = 1000) -> Message:
     return Message(content, reply_to=request_to(node))
 
 
-Trained = Callable[[LoraAdapter, wire.TrainRequest], LoraAdapter]
+# Clients
+
+Trained = Callable[[LoraAdapter, TrainRequest], LoraAdapter]
 
 
-def add_noise(seed: int) -> Trained:
+def add_noise(index: int) -> Trained:
     """Training that adds noise: a function of client, round and what was received."""
 
-    def trained(received: LoraAdapter, request: wire.TrainRequest) -> LoraAdapter:
-        noise = make_adapter(request.rank, seed=1000 * seed + request.round)
+    def trained(received: LoraAdapter, request: TrainRequest) -> LoraAdapter:
+        noise = make_adapter(request.rank, seed=1000 * index + request.round)
         tensors = {n: t + noise.tensors()[n] for n, t in received.tensors().items()}
         return LoraAdapter.from_tensors(tensors, received.scale)
 
@@ -130,98 +175,131 @@ def add_noise(seed: int) -> Trained:
 
 
 def small_client_app(
-    clients: Sequence[Client], training: Callable[[int], Trained] = add_noise
-) -> Callable[[Message, Context], Message]:
-    """What a `ClientApp` is to a grid, for clients that add noise.
+    clients: Sequence[Client],
+    training: Callable[[int], Trained] = add_noise,
+    *,
+    max_rank: int = 0,
+    properties: Mapping[int, dict[str, Any]] | None = None,
+    replies: Mapping[tuple[str, int], dict[str, Any]] | None = None,
+    instead: Mapping[int, App] | None = None,
+) -> App:
+    """Clients that add noise and measure a loss that is their index.
 
-    ``training``: what the client of an index does instead.
+    ``training``: what the client of an index does instead. ``max_rank``: the rank to which each can
+    be raised, where it is above its own. ``properties``: index -> what its properties say
+    differently. ``replies``: client and round (from 1) -> what the header of its reply to a request
+    to train says differently; a smaller rank cuts the adapter too. ``instead``: index -> what
+    answers requests to train or to evaluate.
     """
 
     def app(message: Message, context: Context) -> Message:
-        index = int(context.node_config["partition-id"])
+        index, kind = int(context.node_config["partition-id"]), message.metadata.message_type
         client = clients[index]
-        facts = AGREEMENT.header(client.rank).model_dump()
-        if message.metadata.message_type == MessageType.QUERY:
-            facts |= {"client": client.name, "examples": client.examples, "max_rank": client.rank}
-            intro = wire.ClientProperties(**facts)
-            return Message(wire.pack(intro), reply_to=message)
-        request = wire.header(message.content, wire.TrainRequest)
+        if kind == MessageType.QUERY:
+            changes = {"max_rank": max(client.rank, max_rank)} | (properties or {}).get(index, {})
+            return Message(wire.pack(make_properties(client, **changes)), reply_to=message)
+        if index in (instead or {}):
+            return (instead or {})[index](message, context)
+        if kind == MessageType.EVALUATE:
+            measured = wire.header(message.content, EvaluateRequest)
+            return Message(wire.pack(evaluate_reply(client, measured)), reply_to=message)
+        request = wire.header(message.content, TrainRequest)
         received, _ = wire.adapter(message.content, request)
-        adapter = training(index)(received, request)
-        # The rank is the request's: it may have changed since the introduction.
-        head = make_reply_header(client, request.round, dtype=request.dtype, rank=request.rank)
-        answer = change_of(adapter, received) if head.change else adapter
-        return Message(wire.pack(head, answer), reply_to=message)
+        # The rank is the request's: it may have changed since the client stated its own.
+        changes = {"dtype": request.dtype, "rank": request.rank}
+        changes |= (replies or {}).get((client.name, request.round + 1), {})
+        head = make_reply_header(client, request.round, **changes)
+        adapter = training(index)(received, request).prefix(head.rank)
+        reply = change_of(adapter, received) if head.change else adapter
+        return Message(wire.pack(head, reply), reply_to=message)
 
     return app
 
 
-def in_process(
-    app: Callable[[Message, Context], Message], count: int, first: int = 0
-) -> InProcessGrid:
-    return InProcessGrid(app, [{"partition-id": first + i} for i in range(count)])
+def evaluate_reply(client: Client, request: EvaluateRequest, /, **changes: Any) -> EvaluateReply:
+    metrics = {"loss": float(client.name.rpartition("-")[2])}
+    values = {
+        **SPEC.header(request.rank).model_dump(),
+        "client": client.name,
+        "round": request.round,
+        "examples": client.examples,
+        "weight": client.examples,
+        "metrics": metrics,
+        "prefixes": {rank: {"loss": metrics["loss"] + rank} for rank in request.prefixes},
+        **changes,
+    }
+    return EvaluateReply.model_construct(**values)
 
 
-def make_strategy(
-    clients: Sequence[Client],
+def in_process(app: App, count: int) -> InProcessGrid:
+    """A grid of so many nodes: 1000, 1001, ..."""
+    return InProcessGrid(app, [{"partition-id": i} for i in range(count)])
+
+
+# Runs
+
+
+@dataclass
+class SmallRun:
+    """A federation, the state of its run, and its events."""
+
+    federation: Federation
+    method: Method
+    config: Config
+    state: ServerState
+    events: list[Event] = field(default_factory=list)
+
+    def train(self, after_round: Callable[[ServerState], None] = lambda state: None) -> ServerState:
+        """The rounds that are left, and the end; ``after_round`` gets the state after each."""
+        self.state = self.federation.connect(self.method, self.state)
+        for number in range(self.state.round + 1, self.config.federation.rounds + 1):
+            self.state, stats = self.federation.train(self.method, self.state, number)
+            self.events.append(RoundFinished(number, stats))
+            after_round(self.state)
+        self.federation.close()
+        return self.state
+
+    def of(self, kind: type[E]) -> list[E]:
+        """The events of this kind."""
+        return [event for event in self.events if isinstance(event, kind)]
+
+    def rank_changes(self) -> list[tuple[int, str, int, int]]:
+        changes = self.of(RankChanged)
+        return [(one.round, one.client, one.old_rank, one.new_rank) for one in changes]
+
+
+def make_run(
+    app: App,
     config: Config | None = None,
     *,
-    method: Method | None = None,
-    name: str = "prelort",
-    nodes: Sequence[int] | None = None,
-    max_rank: int = 0,
+    clients: int = 4,
+    method: Method | str = "prelort",
+    state: ServerState | None = None,
+    transport: Transport | None = None,
     allocation: Allocation | None = None,
-) -> tuple[AdapterStrategy, list[dict[str, Any]]]:
-    """A strategy over these clients (nodes 1000, 1001, ...) and the list its events go to.
-
-    ``max_rank``: the rank to which each can be raised, where it is above its own.
-    """
-    config = config or make_config()
-    plan = allocation or Allocation()
-    levels = sorted({client.rank for client in clients} | plan.levels())
-    chosen = method or methods.build(MethodConfig(name=name), levels, 0)
-    numbers = nodes or range(1000, 1000 + len(clients))
-    connected = [
-        ConnectedClient(n, c, max(c.rank, max_rank)) for n, c in zip(numbers, clients, strict=True)
-    ]
-    events: list[dict[str, Any]] = []
-    state = make_state(max(levels))
-    spec = AdapterSpec("base-0", AdapterSchema.of(state.adapter), SCALE)
-    strategy = AdapterStrategy(config, chosen, connected, state, spec, events.append, allocation)
-    return strategy, events
-
-
-def run_rounds(
-    strategy: AdapterStrategy, engine: Engine, after_round: Callable[[ServerState], None]
-) -> ServerState:
-    """The rounds that are left; ``after_round`` gets the state after each."""
-    for server_round in range(strategy.state.round + 1, strategy.config.federation.rounds + 1):
-        strategy.run_round(server_round, engine)
-        after_round(strategy.state)
-    return strategy.state
-
-
-def same_bits(one: LoraAdapter, other: LoraAdapter) -> bool:
-    a, b = one.tensors(), other.tensors()
-    if a.keys() != b.keys() or one.scale != other.scale:
-        return False
-    return all(
-        a[n].dtype == b[n].dtype
-        and a[n].shape == b[n].shape
-        and torch.equal(a[n].contiguous().view(torch.uint8), b[n].contiguous().view(torch.uint8))
-        for n in a
+    observe: Observe | None = None,
+) -> SmallRun:
+    """A run over so many clients of ``app`` in this process, or over a ``transport``."""
+    config, state, events = config or make_config(), state or make_state(), []
+    spec = AdapterSpec(SPEC.base, AdapterSchema.of(state.adapter), SCALE)
+    transport = transport or Transport(in_process(app, clients), 1)
+    found = methods.build(MethodConfig(name=method), 0) if isinstance(method, str) else method
+    federation = Federation(
+        config, transport, spec, events.append, allocation=allocation, observe=observe
     )
+    return SmallRun(federation, found, config, state, events)
 
 
 class PlannedGrid(Grid):
-    """A grid on a clock of its own: each node's reply comes at a planned time, or never."""
+    """A grid and a clock in one: each node's reply comes at a planned time, or never.
 
-    def __init__(
-        self, arrivals: dict[int, list[tuple[float, Callable[[Message], Message]]]]
-    ) -> None:
+    ``arrivals``: node -> after how many seconds which replies come to each message.
+    """
+
+    def __init__(self, arrivals: Mapping[int, Sequence[tuple[float, Callable[..., Any]]]]) -> None:
         identify_process(1)
         self.now = 0.0
-        self.arrivals = arrivals
+        self.arrivals = dict(arrivals)
         self.sent: dict[str, Message] = {}
         self.due: list[tuple[float, str, Callable[[Message], Message]]] = []
         self.pulled: list[tuple[int, int]] = []
@@ -249,7 +327,8 @@ class PlannedGrid(Grid):
         ready = [entry for entry in self.due if entry[0] <= self.now and entry[1] in wanted]
         self.due = [entry for entry in self.due if entry not in ready]
         self.pulled.append((len(wanted), len(ready)))
-        return [reply(self.sent[message_id]) for _, message_id, reply in sorted_by_time(ready)]
+        ready.sort(key=lambda entry: entry[0])
+        return [reply(self.sent[message_id]) for _, message_id, reply in ready]
 
     def get_node_ids(self) -> Iterable[int]:
         return sorted(self.arrivals)
@@ -268,7 +347,3 @@ class PlannedGrid(Grid):
 
     def create_message(self, *arguments: Any, **named: Any) -> Message:
         raise NotImplementedError
-
-
-def sorted_by_time(entries: list[Any]) -> list[Any]:
-    return sorted(entries, key=lambda entry: entry[0])

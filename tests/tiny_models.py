@@ -1,4 +1,4 @@
-"""The tiny base models with LoRA layers in them, and an adapter that changes what they say."""
+"""The tiny base models with LoRA layers, and an adapter that changes their output."""
 
 from __future__ import annotations
 

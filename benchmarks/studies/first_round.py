@@ -31,7 +31,9 @@ from prelort.experiment.measure import measure
 from prelort.methods.interface import Client, ServerState, Update
 from prelort.models.lora import extract, install
 from prelort.study.definition import load
-from prelort.training.local import Assignment, train
+from prelort.training.local import train
+from prelort.training.settings import LocalTraining
+from prelort.training.steps import Assignment
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import machine, report
@@ -52,19 +54,11 @@ def trained(assembly: Assembly, config: Config, state: ServerState) -> list[Upda
     work, updates = assembly.runtime, []
     for site in sites:
         client = Client(site.name, site.rank, len(site.examples))
-        method = methods.build(config.method, (LOW, HIGH), config.seed)
+        method = methods.build(config.method, config.seed)
         install(work.model, method.broadcast(state, client).trainable)
         # A single round: the rate does not fall to zero within it.
-        assignment = Assignment(site.name, 0, 10, config.seed, method.objective(client))
-        train(
-            work.model,
-            work.truncation,
-            work.task,
-            site.examples,
-            config.training,
-            assignment,
-            work.pad_id,
-        )
+        assignment = Assignment(site.name, 0, 10, config.seed, method.objective(state, client))
+        train(work, site.examples, LocalTraining.of(config.training), assignment)
         updates.append(Update(client, extract(work.model, work.spec.scale), client.examples))
     return updates
 
@@ -86,9 +80,7 @@ def one_seed(seed: int) -> dict[str, float]:
     high = updates[0].adapter
     rows = {"before aggregation": accuracy(high)}
     for name in METHODS:
-        method = methods.build(
-            config.method.model_copy(update={"name": name}), (LOW, HIGH), config.seed
-        )
+        method = methods.build(config.method.model_copy(update={"name": name}), config.seed)
         aggregator = method.aggregator(state)
         for update in updates:
             aggregator.add(update)

@@ -1,8 +1,8 @@
-"""The errors that a user can cause, each told in one sentence."""
+"""Errors that a user can cause; their texts are one sentence."""
 
 
 class PrelortError(Exception):
-    """Something the user can put right. Its text names the value and what is allowed."""
+    """An error that the user can correct. Its text names the value and what is allowed."""
 
 
 class ConfigError(PrelortError):
@@ -10,7 +10,7 @@ class ConfigError(PrelortError):
 
 
 class AdapterError(PrelortError):
-    """An adapter does not fit: a tensor is missing, surplus, mis-shaped or at another scale."""
+    """An adapter does not fit: a tensor is missing, unknown, of another shape or scale."""
 
 
 class UpdateRefused(PrelortError):
@@ -18,7 +18,7 @@ class UpdateRefused(PrelortError):
 
 
 class QuorumError(PrelortError):
-    """Too few clients gave a usable reply, so the global adapter was left as it was."""
+    """Too few clients gave a usable reply, so the global adapter is unchanged."""
 
 
 class CheckpointError(PrelortError):

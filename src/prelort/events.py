@@ -276,9 +276,10 @@ def name_of(kind: type[Event]) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
 
 
-_ADAPTERS: dict[str, TypeAdapter[Event]] = {
-    name_of(kind): TypeAdapter(kind) for kind in Event.__subclasses__()
-}
+# A class with slots replaces the one that was written down, which is listed too, before it.
+KINDS: dict[str, type[Event]] = {name_of(kind): kind for kind in Event.__subclasses__()}
+"""The kinds of events by name."""
+_ADAPTERS = {name: TypeAdapter(kind) for name, kind in KINDS.items()}
 
 
 def encode(event: Event) -> str:

@@ -1,4 +1,4 @@
-"""Files and folders that appear as a whole or not at all."""
+"""Atomic replacement of files and folders."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace a file as a whole: a reader, or a crash, sees the old one or the new one."""
+    """Replace a file: readers, also after a crash, see the old or the new content."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("wb") as file:
         file.write(data)
@@ -18,7 +18,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def replace_folder(path: Path, fill: Callable[[Path], None]) -> None:
-    """Put a folder in place as a whole: filled under another name, synced, then renamed."""
+    """Replace a folder: filled under another name, synced, then renamed."""
     temporary = path.with_name(f".{path.name}.tmp")
     remove_folder(temporary)
     temporary.mkdir(parents=True)
@@ -31,7 +31,7 @@ def replace_folder(path: Path, fill: Callable[[Path], None]) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Delete a flat folder if it is there."""
+    """Delete a flat folder if it exists."""
     if path.is_dir():
         for file in path.iterdir():
             file.unlink()

@@ -1,4 +1,4 @@
-"""No progress bars and notices of the libraries' own in our output."""
+"""Output without the progress bars and notices of libraries."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import warnings
 
 
 def quiet_libraries() -> None:
-    """Set before the libraries are imported: they read it then."""
+    """Call before the libraries are imported: they read these settings then."""
     for name in ("bitsandbytes", "kernels"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
@@ -16,5 +16,5 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    # On all cores; unset, the library would warn of every process that is started afterwards.
+    # All cores; if unset, the library warns about every process that is started later.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,6 @@ from prelort.errors import ConfigError
 
 Rows = list[dict[str, Any]]
 Write = Callable[[str, Rows], str]
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    def write_rows(name: str, rows: Rows) -> str:
-        path = tmp_path / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return str(path)
-
-    return write_rows
 
 
 def configured(source: str, **values: Any) -> Config:
@@ -71,13 +60,6 @@ def by_client(sizes: dict[str, int]) -> Rows:
     return [{"text": "t", "client": name, "id": i} for i, name in enumerate(names)]
 
 
-def test_natural_clients_hold_out_by_the_seed(write: Write) -> None:
-    source = write("train", by_client({"a": 30, "b": 30}))
-    values: dict[str, Any] = {"task": "causal-lm", "partition": {}}
-    held = [ids(load(configured(source, seed=seed, **values)).test) for seed in (0, 0, 1)]
-    assert held[0] == held[1] != held[2]
-
-
 def test_a_clients_held_out_rows_do_not_depend_on_the_others(write: Write) -> None:
     values: dict[str, Any] = {"task": "causal-lm", "partition": {}}
     held = []
@@ -100,7 +82,7 @@ def test_the_ranks_do_not_depend_on_how_rows_are_dealt(write: Write) -> None:
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.99])
-def test_each_side_has_a_row(write: Write, fraction: float) -> None:
+def test_training_and_test_rows_are_at_least_one(write: Write, fraction: float) -> None:
     rows = load(
         configured(
             write("train", labelled(8)),
@@ -154,29 +136,6 @@ def test_natural_clients_own_the_rows_of_a_given_test_set_that_say_so(
     assert len(drawn.test) == 4
 
 
-def test_the_embedded_text_comes_with_each_clients_test_rows() -> None:
-    rows = load(config.check({"partition": {"min_examples": 1}}))
-    assert len(rows.clients) >= 10
-    assert rows.labels == ()
-    for client in rows.clients:
-        assert set(client.train["client"][:]) == {client.name}
-        assert client.test is not None
-        assert set(client.test["client"][:]) == {client.name}
-    assert len(rows.test) == sum(len(c.test or ()) for c in rows.clients)
-
-
-def test_fewer_embedded_clients_are_tested_on_their_own_rows_only() -> None:
-    rows = load(config.check({"partition": {"clients": 3}}))
-    assert set(rows.test["client"][:]) == {client.name for client in rows.clients}
-    assert {dropped.reason for dropped in rows.dropped} >= {"more than partition.clients"}
-
-
-def test_the_embedded_text_dealt_otherwise_is_tested_on_as_a_whole() -> None:
-    rows = load(config.check({"partition": {"by": "iid", "clients": 5}}))
-    assert all(client.test is None for client in rows.clients)
-    assert len(set(rows.test["client"][:])) >= 10
-
-
 def test_limits_draw_by_the_seed(write: Write) -> None:
     train, test = write("train", labelled(200)), write("test", labelled(100))
     limits = {"test": test, "max_train_examples": 50, "max_test_examples": 30}
@@ -207,41 +166,6 @@ def test_a_limit_on_held_out_rows_leaves_every_client_its_share(write: Write) ->
     assert sum(client.test is None for client in few.clients) == 2
 
 
-def test_classes_are_those_of_the_data_set_not_of_what_was_drawn(write: Write) -> None:
-    train, test = write("train", labelled(200)), write("test", labelled(9))
-    rows = load(configured(train, data={"test": test, "max_train_examples": 8}))
-    assert rows.labels == ("a", "b", "c")
-
-
-def test_a_held_out_class_is_no_unseen_class(write: Write) -> None:
-    # One row of class z, held out for some seed.
-    path = write("train", [*labelled(7), {"text": "t", "label": "z", "id": 7}])
-    for seed in range(10):
-        partition = {"by": "iid", "clients": 1}
-        values = {"partition": partition, "data": {"test_fraction": 0.5}, "ranks": {"mix": "4"}}
-        assert load(configured(path, seed=seed, **values)).labels == ("a", "b", "c", "z")
-
-
-def test_numbers_are_classes_in_their_order(write: Write) -> None:
-    rows = load(configured(write("train", labelled(40, [10, 9, 2]))))
-    assert rows.labels == ("2", "9", "10")
-
-
-def test_text_digits_and_numbers_are_the_same_classes(write: Write) -> None:
-    test = write("test", labelled(4, ["1", "0"]))
-    assert load(configured(write("train", labelled(40, [0, 1])), data={"test": test})).labels == (
-        "0",
-        "1",
-    )
-
-
-def test_a_class_label_keeps_its_order(tmp_path: Path) -> None:
-    features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "maybe", "a"])})
-    rows = {"text": ["t"] * 20, "label": [0, 2] * 10}
-    Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "saved")
-    assert load(configured(str(tmp_path / "saved"))).labels == ("no", "a")
-
-
 def test_by_size_looks_at_the_training_rows(write: Write) -> None:
     rows = [{"text": "t", "client": name} for name in "a" * 10 + "b" * 40 + "c" * 20]
     source = write("train", rows)
@@ -251,37 +175,70 @@ def test_by_size_looks_at_the_training_rows(write: Write) -> None:
     assert {c.name: c.rank for c in loaded.clients} == {"b": 8, "c": 4, "a": 2}
 
 
+def test_the_embedded_text_has_each_clients_test_rows() -> None:
+    rows = load(config.check({"partition": {"min_examples": 1}}))
+    assert len(rows.clients) >= 10
+    for client in rows.clients:
+        assert set(client.train["client"][:]) == {client.name}
+        assert client.test is not None
+        assert set(client.test["client"][:]) == {client.name}
+    assert len(rows.test) == sum(len(c.test or ()) for c in rows.clients)
+    fewer = load(config.check({"partition": {"clients": 3}}))
+    assert set(fewer.test["client"][:]) == {client.name for client in fewer.clients}
+    assert {dropped.reason for dropped in fewer.dropped} >= {"more than partition.clients"}
+    iid = load(config.check({"partition": {"by": "iid", "clients": 5}}))
+    assert all(client.test is None for client in iid.clients)
+    assert len(set(iid.test["client"][:])) >= 10
+
+
+@pytest.mark.parametrize(
+    "train, test, labels",
+    [
+        ([10, 9, 2], [9], ("2", "9", "10")),  # numbers in their order
+        ([0, 1], ["1", "0"], ("0", "1")),  # text digits and numbers are the same
+    ],
+)
+def test_classes_are_in_order(
+    write: Write, train: list[Any], test: list[Any], labels: tuple[str, ...]
+) -> None:
+    data = {"test": write("test", labelled(4, test))}
+    assert load(configured(write("train", labelled(40, train)), data=data)).labels == labels
+
+
+def test_a_class_label_keeps_its_order(tmp_path: Path) -> None:
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "maybe", "a"])})
+    rows = {"text": ["t"] * 20, "label": [0, 2] * 10}
+    Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "saved")
+    assert load(configured(str(tmp_path / "saved"))).labels == ("no", "a")
+
+
+def test_classes_are_those_of_the_data_set_not_of_the_rows_that_were_drawn(write: Write) -> None:
+    # One row of class z, which is not drawn, or held out, for some seed.
+    path = write("train", [*labelled(7), {"text": "t", "label": "z", "id": 7}])
+    for seed in range(5):
+        data = {"test_fraction": 0.5, "max_train_examples": 6}
+        values = {"partition": {"by": "iid", "clients": 1}, "data": data, "ranks": {"mix": "4"}}
+        assert load(configured(path, seed=seed, **values)).labels == ("a", "b", "c", "z")
+
+
+ONE = [{"text": "t", "label": "a"}]
+
+
 @pytest.mark.parametrize(
     "train, test, values, message",
     [
-        (labelled(40), [{"text": "t", "label": "z"}], {}, r"data\.test: row 1 has the label 'z', "),
-        (
-            labelled(40),
-            [{"text": "t"}],
-            {},
-            r"data\.test has no column 'label': the columns are 't",
-        ),
-        (labelled(40, ["a"]), None, {}, r"data\.source has one class only, 'a' in column 'label'"),
-        (
-            [{"text": "t", "label": "a"}, {"text": "t"}],
-            None,
-            {},
-            r"source: row 2 has no value in c",
-        ),
-        ([{"text": "t", "label": "a"}, {"label": "b"}], None, {}, r"source: row 2 has no value in"),
-        ([{"words": "t", "label": "a"}], None, {}, r"data\.text_column is not set, and none of "),
-        (labelled(40), None, {"ranks": {"mix": "2, 4"}}, "the list has 2 ranks for 4 clients"),
-        (labelled(40), None, {"ranks": {"mix": "0*1"}}, "'0' is not a rank"),
+        (labelled(40), [{"text": "t", "label": "z"}], {}, r"data\.test: row 1 .* 'z'"),
+        (labelled(40), [{"text": "t"}], {}, r"data\.test has no column 'label'"),
+        (labelled(40, ["a"]), None, {}, r"one class only, 'a' in column 'label'"),
+        ([*ONE, {"text": "t"}], None, {}, "row 2 has no value in column 'label'"),
+        ([*ONE, {"label": "b"}], None, {}, "row 2 has no value in column 'text'"),
+        ([{"words": "t", "label": "a"}], None, {}, r"data\.text_column is not set"),
+        (labelled(40), None, {"ranks": {"mix": "2, 4"}}, "2 ranks for 4 clients"),
         (labelled(7), None, {}, "needs 8 rows, and there are 7"),
-        (
-            labelled(40),
-            None,
-            {"data": {"label_column": "topic"}},
-            r"data\.label_column = 'topic' is not a column: the columns are 'text', 'label', 'id'",
-        ),
+        (labelled(40), None, {"data": {"label_column": "topic"}}, "'topic' is not a column"),
     ],
 )
-def test_refuses_in_a_sentence(
+def test_wrong_data_are_one_sentence(
     write: Write, train: Rows, test: Rows | None, values: dict[str, Any], message: str
 ) -> None:
     data = dict(values.get("data", {}))
@@ -289,6 +246,68 @@ def test_refuses_in_a_sentence(
         data["test"] = write("test", test)
     with pytest.raises(ConfigError, match=message):
         load(configured(write("train", train), **{**values, "data": data}))
+
+
+# Validation rows
+
+
+def validated(source: str, fraction: float, *, seed: int = 0, **data: Any) -> FederatedRows:
+    values = {"source": source, "validation_fraction": fraction, **data}
+    return load(config.check({"seed": seed, "data": values, "ranks": {"mix": "2*0.5, 8*0.5"}}))
+
+
+def ids_of(rows: Dataset | None) -> list[int]:
+    return [] if rows is None else ids(rows)
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.3, 0.9])
+def test_validation_rows_are_a_share_of_the_training_rows(write: Write, fraction: float) -> None:
+    source = write("train", by_client({"a": 40, "b": 25, "c": 10}))
+    before, after = validated(source, 0.0), validated(source, fraction)
+    for old, new in zip(before.clients, after.clients, strict=True):
+        train, validation = ids(new.train), ids_of(new.validation)
+        assert old.validation is None
+        assert ids_of(new.test) == ids_of(old.test)
+        assert sorted(train + validation) == ids(old.train)
+        size = min(max(round(fraction * len(old.train)), 1), len(old.train) - 1)
+        assert len(validation) == size
+        assert train == sorted(train)  # their order is kept
+        assert new.rank == old.rank
+    assert ids(after.test) == ids(before.test)
+
+
+def test_the_seed_and_the_clients_name_decide_which_rows_are_held_out(write: Write) -> None:
+    sizes = {"a": 40, "b": 25}
+    source, test = write("train", by_client(sizes)), write("test", by_client({"a": 1}))
+    other = write("other", by_client({"a": 40, "b": 20}))
+
+    def held(source: str, seed: int, **data: Any) -> list[int]:
+        (client,) = [c for c in validated(source, 0.3, seed=seed, **data).clients if c.name == "a"]
+        return ids_of(client.validation)
+
+    first = held(source, 0, test=test)
+    assert first == held(source, 0, test=test) == held(other, 0, test=test)
+    assert first != held(source, 1, test=test)
+    assert first not in (list(range(12)), list(range(28, 40)))  # a file may be sorted
+    (client,) = [c for c in validated(source, 0.0, test_fraction=0.3).clients if c.name == "a"]
+    assert first != ids_of(client.test)  # another draw than that of the test rows
+
+
+@pytest.mark.parametrize("fraction, least", [(0.0, 2), (0.01, 3), (0.99, 3)])
+def test_each_part_has_a_row_or_the_client_is_left_out(
+    write: Write, fraction: float, least: int
+) -> None:
+    sizes = {"a": 4, "b": 3, "c": 2, "d": 1}
+    rows = validated(write("train", by_client(sizes)), fraction)
+    assert [c.name for c in rows.clients] == [name for name in sizes if sizes[name] >= least]
+    assert {d.name for d in rows.dropped} == set(sizes) - {c.name for c in rows.clients}
+    for client in rows.clients:
+        assert len(client.train) >= 1
+        assert client.test is not None
+        assert (client.validation is None) == (fraction == 0)
+
+
+# Real data
 
 
 @pytest.mark.real_data

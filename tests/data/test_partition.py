@@ -15,7 +15,7 @@ from prelort.config import PartitionConfig
 from prelort.data.partition import Part, partition
 from prelort.errors import ConfigError
 
-DEALT = ("iid", "dirichlet", "quantity", "shards")
+SCHEMES = ("iid", "dirichlet", "quantity", "shards")
 
 
 def rows_of(labels: Sequence[Any], column: str = "label") -> Dataset:
@@ -36,36 +36,42 @@ def histogram(parts: Sequence[Part], labels: Sequence[Any]) -> list[Counter[Any]
 
 @settings(max_examples=60, deadline=None)
 @given(
-    by=st.sampled_from(DEALT),
+    by=st.sampled_from(SCHEMES),
     labels=st.lists(st.integers(0, 4), min_size=1, max_size=80),
     clients=st.integers(1, 12),
-    least=st.integers(1, 5),
+    min_examples=st.integers(1, 5),
     alpha=st.floats(1e-6, 1e6),
     shards=st.integers(1, 3),
     seed=st.integers(0, 2**64),
 )
-def test_deals_every_row_once_with_a_minimum_and_by_the_seed(
-    by: str, labels: list[int], clients: int, least: int, alpha: float, shards: int, seed: int
+def test_every_row_has_one_client_with_a_minimum_and_by_the_seed(
+    by: str,
+    labels: list[int],
+    clients: int,
+    min_examples: int,
+    alpha: float,
+    shards: int,
+    seed: int,
 ) -> None:
-    needed = clients * max(least, shards if by == "shards" else 0)
+    needed = clients * max(min_examples, shards if by == "shards" else 0)
     settings_ = config(
-        by=by, clients=clients, min_examples=least, alpha=alpha, shards_per_client=shards
+        by=by, clients=clients, min_examples=min_examples, alpha=alpha, shards_per_client=shards
     )
     rows = rows_of(labels)
     if len(labels) < needed:
-        with pytest.raises(ConfigError, match=f"needs .* rows, and there are {len(labels)}"):
+        with pytest.raises(ConfigError, match=f"there are {len(labels)}"):
             partition(rows, settings_, "label", seed)
         return
     parts = partition(rows, settings_, "label", seed)
     assert len({part.name for part in parts}) == len(parts) == clients
     assert sorted(i for part in parts for i in part.indices) == list(range(len(labels)))
-    assert min(sizes(parts)) >= least
+    assert min(sizes(parts)) >= min_examples
     assert all(list(part.indices) == sorted(part.indices) for part in parts)
     assert partition(rows, settings_, "label", seed) == parts
 
 
-@pytest.mark.parametrize("by", DEALT)
-def test_another_seed_deals_otherwise_and_the_global_state_plays_no_part(by: str) -> None:
+@pytest.mark.parametrize("by", SCHEMES)
+def test_only_the_seed_decides(by: str) -> None:
     rows = rows_of([i % 5 for i in range(200)])
     settings_ = config(by=by, clients=8)
     np.random.seed(0)
@@ -82,12 +88,8 @@ def test_iid_sizes_differ_by_one_row_at_most() -> None:
     parts = partition(rows_of(range(103)), config(by="iid", clients=10), None, 0)
     assert sorted(sizes(parts)) == [10] * 7 + [11] * 3
     assert [part.name for part in parts] == [f"client-{k}" for k in range(10)]
-
-
-def test_names_sort_as_the_clients_do() -> None:
     names = [p.name for p in partition(rows_of(range(40)), config(by="iid", clients=12), None, 0)]
     assert names == sorted(names)
-    assert names[-1] == "client-11"
 
 
 def _mean_entropy(parts: Sequence[Part], labels: Sequence[int]) -> float:
@@ -179,50 +181,28 @@ def test_the_configured_column_goes_before_the_label(by: str) -> None:
 @pytest.mark.parametrize(
     "values, label, message",
     [
-        ({"by": "iid"}, None, r"partition\.by = 'iid' needs partition\.clients"),
-        (
-            {"by": "iid", "clients": 6, "min_examples": 2},
-            None,
-            r"partition\.clients = 6 with partition\.min_examples = 2 needs 12 rows, and there are",
-        ),
-        (
-            {"by": "shards", "clients": 5, "shards_per_client": 3},
-            "label",
-            r"partition\.shards_per_client = 3 needs 15 rows, and there are 10",
-        ),
-        (
-            {"by": "dirichlet", "clients": 2},
-            None,
-            r"'dirichlet' needs a label: set partition\.column, where the columns are 'label', 'r",
-        ),
+        ({"by": "iid"}, None, "needs partition.clients"),
+        ({"by": "iid", "clients": 6, "min_examples": 2}, None, "needs 12 rows"),
+        ({"by": "shards", "clients": 5, "shards_per_client": 3}, "label", "needs 15 rows"),
+        ({"by": "dirichlet", "clients": 2}, None, "needs a label"),
         (
             {"by": "dirichlet", "clients": 2, "column": "lable"},
             "label",
-            r"partition\.column = 'lable' is not a column: the columns are 'label', 'row'",
+            "'lable' is not a column: .* 'label', 'row'",
         ),
-        (
-            {"by": "column", "column": "who"},
-            None,
-            r"partition\.column = 'who' is not a column: the columns are 'label', 'row'",
-        ),
-        (
-            {"by": "column"},
-            None,
-            r"needs partition\.column, for there is no column 'client': the columns are 'label'",
-        ),
-        (
-            {"by": "column", "column": "row"},
-            None,
-            r"one client is more than there are: 0 of the 10 values of column 'row' have at least",
-        ),
+        ({"by": "column", "column": "who"}, None, "'who' is not a column"),
+        ({"by": "column"}, None, "no column 'client': .* 'label'"),
+        ({"by": "column", "column": "row"}, None, "0 of the 10 values of column 'row'"),
         (
             {"by": "column", "column": "label", "clients": 3, "min_examples": 4},
             None,
-            r"partition\.clients = 3 is more than there are: 2 of the 2 values of column 'label'",
+            "2 of the 2 values of column 'label'",
         ),
     ],
 )
-def test_refuses_in_a_sentence(values: dict[str, Any], label: str | None, message: str) -> None:
+def test_a_wrong_partition_is_one_sentence(
+    values: dict[str, Any], label: str | None, message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         partition(rows_of([i % 2 for i in range(10)]), config(**values), label, 0)
 

@@ -28,22 +28,16 @@ def write(folder: Path, relative: str, lines: int = 2_500) -> None:
     path.write_text("".join(f"{stem:10} = {number:06}\n" for number in range(lines)))
 
 
-def test_columns(splits: tuple[Dataset, Dataset]) -> None:
-    for part in splits:
-        assert part.column_names == ["text", "client", "path"]
-        assert all(text.strip() for text in part["text"])
-
-
-def test_every_client_is_in_both_splits(splits: tuple[Dataset, Dataset]) -> None:
+def test_every_client_is_in_both_splits_which_are_disjoint(
+    splits: tuple[Dataset, Dataset],
+) -> None:
     train, test = splits
     assert set(train["client"]) == set(test["client"])
     assert len(set(train["client"])) >= 16
-
-
-def test_splits_are_disjoint(splits: tuple[Dataset, Dataset]) -> None:
-    train, test = splits
     assert len({*train["path"], *test["path"]}) == len(train) + len(test)
     assert not set(train["text"]) & set(test["text"])
+    for first, second in zip(splits, load(), strict=True):
+        assert first.to_dict() == second.to_dict()
 
 
 def test_texts_are_files_of_the_library_or_lines_of_them(splits: tuple[Dataset, Dataset]) -> None:
@@ -78,11 +72,6 @@ def test_no_tests_and_nothing_installed(splits: tuple[Dataset, Dataset]) -> None
             assert not re.search(r"(^|/)(test|tests|idle_test|site-packages)/", path)
 
 
-def test_loading_again_gives_the_same(splits: tuple[Dataset, Dataset]) -> None:
-    for first, second in zip(splits, load(), strict=True):
-        assert first.to_dict() == second.to_dict()
-
-
 def test_modules_fill_up_where_packages_are_missing(tmp_path: Path) -> None:
     write(tmp_path, "json/encoder.py")
     write(tmp_path, "json/test/big.py")
@@ -107,8 +96,5 @@ def test_a_package_of_one_file_is_cut_by_lines() -> None:
     client = split("p", [SourceFile("p/a.py", text)])
     assert [file.path for file in client.train + client.test] == ["p/a.py:1-8", "p/a.py:9-10"]
     assert client.train[0].text + client.test[0].text == text
-
-
-def test_a_file_of_one_line_stays_whole() -> None:
     first, second = cut(SourceFile("p/a.py", "pass\n"))
-    assert (first.text, second.text) == ("pass\n", "")
+    assert (first.text, second.text) == ("pass\n", "")  # a file of one line stays whole

@@ -11,8 +11,8 @@ from prelort.deployment import settings
 from prelort.deployment.new import create
 from prelort.errors import ConfigError
 
-MOST = 10 * 2**20
-"""Flower takes no larger app."""
+APP_BYTES = 10 * 2**20
+"""Flower's limit for an app."""
 
 
 def test_it_writes_an_app_scripts_and_sites(tmp_path: Path) -> None:
@@ -22,7 +22,7 @@ def test_it_writes_an_app_scripts_and_sites(tmp_path: Path) -> None:
     assert project["project"]["name"] == "my-federation"
     assert "@NAME@" not in (path / "README.md").read_text()
     assert configuration.load(path / "app" / "federation.toml").data.source == "sites"
-    assert sum(file.stat().st_size for file in (path / "app").rglob("*")) < MOST / 100
+    assert sum(file.stat().st_size for file in (path / "app").rglob("*")) < APP_BYTES / 100
     sites = sorted((path / "sites").iterdir())
     assert [site.name for site in sites] == [f"site-{number}" for number in range(1, 6)]
     assert [settings.read(site / "site.toml").rank for site in sites] == [4, 8, 16, 4, 8]
@@ -40,7 +40,7 @@ def test_its_scripts_are_sound_and_can_be_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["my federation", "-x", "böse", "a.b"])
-def test_a_name_that_cannot_be_an_apps_is_told(tmp_path: Path, name: str) -> None:
+def test_a_name_that_cannot_be_an_apps_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match="cannot name a federation"):
         create(tmp_path / name, 1)
     assert list(tmp_path.iterdir()) == []
@@ -53,7 +53,7 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
         create(tmp_path / "f", 1)
 
 
-def test_there_is_text_for_so_many_sites_only(tmp_path: Path) -> None:
+def test_the_number_of_sites_is_limited(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--sites 1000 is not allowed: there is text for"):
         create(tmp_path / "f", 1000)
     assert not (tmp_path / "f").exists()

@@ -31,15 +31,15 @@ def test_a_site_needs_little(tmp_path: Path) -> None:
         ({}, r"a site needs a name, a rank and \[data\] source"),
         ({"name": "a", "rank": 4}, r"a site needs a name, a rank and \[data\] source"),
         (WHOLE | {"rank": 0}, "rank = 0"),
-        (WHOLE | {"rank": "most"}, "rank = 'most'"),
-        (WHOLE | {"memory": "8"}, "memory: size '8' is not a size"),
-        (WHOLE | {"trainer": {"memory": "much"}}, "trainer.memory: size 'much' is not a size"),
+        (WHOLE | {"rank": "most"}, 'rank = "most"'),
+        (WHOLE | {"memory": "8"}, "memory: .*'8' is not a size"),
+        (WHOLE | {"trainer": {"memory": "much"}}, "trainer.memory: .*'much' is not a size"),
         (WHOLE | {"trainer": {"idle_minutes": 0}}, "trainer.idle_minutes = 0"),
-        (WHOLE | {"epochs": 3}, "epochs = 3"),
+        (WHOLE | {"epochs": 3}, "unknown key 'epochs'"),
         (WHOLE | {"name": "x" * 201}, "name = "),
     ],
 )
-def test_what_is_wrong_is_told_in_one_sentence(
+def test_a_wrong_value_is_one_sentence(
     tmp_path: Path, values: dict[str, Any], sentence: str
 ) -> None:
     with pytest.raises(ConfigError, match=sentence) as raised:
@@ -48,10 +48,10 @@ def test_what_is_wrong_is_told_in_one_sentence(
     assert "\n" not in str(raised.value)
 
 
-def test_the_server_is_not_told_what_is_wrong(tmp_path: Path) -> None:
+def test_the_server_does_not_learn_what_is_wrong(tmp_path: Path) -> None:
     file = tmp_path / "secret-project" / "site.toml"
     with pytest.raises(PrelortError) as raised:
-        settings.read_quietly(file)
+        settings.read_discreetly(file)
     assert str(raised.value) == "its site file cannot be used: its log says why"
 
 
@@ -63,7 +63,7 @@ def test_its_own_keys_go_before_the_federations(tmp_path: Path) -> None:
     assert found.data.max_length == Config().data.max_length
 
 
-def test_a_key_that_there_is_not_is_told(tmp_path: Path) -> None:
+def test_an_unknown_key_is_refused(tmp_path: Path) -> None:
     own = read(tmp_path, WHOLE | {"data": {"source": "a.csv", "sauce": "b"}})
     with pytest.raises(ConfigError, match=r"unknown key 'data\.sauce'"):
         own.applied_to(Config(), tmp_path / "site.toml")

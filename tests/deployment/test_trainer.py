@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import tomli_w
 
 from prelort.deployment import ipc, settings, trainer_client
 from prelort.deployment.client import site_app
-from prelort.deployment.ipc import Order, place_of
+from prelort.deployment.ipc import Request, address_of
 from prelort.deployment.worker import Worker
 from prelort.errors import PrelortError
 from prelort.federation import wire
@@ -56,16 +57,16 @@ def write(file: Path, **trainer: Any) -> None:
     file.write_text(tomli_w.dumps({"partition": 1, "trainer": trainer}))
 
 
-def query(federation: Path, *overrides: str) -> Order:
-    return Order("query", str(federation), overrides, "{}")
+def query_of(federation: Path, *overrides: str) -> Request:
+    return Request("query", str(federation), overrides, "{}")
 
 
-def ask(site: Path, order: Order) -> ipc.Reply:
-    return trainer_client.ask(site, settings.read(site), order)
+def send(site: Path, request: Request) -> ipc.Reply:
+    return trainer_client.send(site, settings.read(site), request)
 
 
 def pid_of(site: Path) -> int:
-    return int(place_of(site).socket.with_suffix(".pid").read_text())
+    return int(address_of(site).pid.read_text())
 
 
 def intro_in(reply: ipc.Reply) -> wire.ClientProperties:
@@ -74,28 +75,28 @@ def intro_in(reply: ipc.Reply) -> wire.ClientProperties:
 
 def test_one_process_answers_all_one_after_the_other(site: Path, federation: Path) -> None:
     replies: list[ipc.Reply] = []
-    asking = [
-        threading.Thread(target=lambda: replies.append(ask(site, query(federation))))
+    senders = [
+        threading.Thread(target=lambda: replies.append(send(site, query_of(federation))))
         for _ in range(3)
     ]
-    for thread in asking:
+    for thread in senders:
         thread.start()
-    for thread in asking:
+    for thread in senders:
         thread.join()
     first = pid_of(site)
     assert {intro_in(reply).rank for reply in replies} == {4}
     assert len(replies) == 3
     log = (site.parent / "state" / "trainer.log").read_text()
     assert log.count("serves") == 1
-    assert log.count("query: begun") == log.count("query: done") == 3
+    assert log.count("query: started") == log.count("query: done") == 3
 
     # Other keys of the federation for another run: the same process, another site.
-    assert intro_in(ask(site, query(federation, "ranks.mix=3, 6"))).rank == 6
+    assert intro_in(send(site, query_of(federation, "ranks.mix=3, 6"))).rank == 6
     assert pid_of(site) == first
-    assert place_of(site).socket.parent.stat().st_mode & 0o077 == 0
+    assert address_of(site).socket.parent.stat().st_mode & 0o077 == 0
 
     os.kill(first, signal.SIGKILL)  # the next message gets another one
-    assert intro_in(ask(site, query(federation))).rank == 4
+    assert intro_in(send(site, query_of(federation))).rank == 4
     assert pid_of(site) != first
     last = psutil.Process(pid_of(site))
     trainer_client.stop(site)
@@ -104,8 +105,8 @@ def test_one_process_answers_all_one_after_the_other(site: Path, federation: Pat
 
 def test_it_ends_when_it_is_idle(site: Path, federation: Path) -> None:
     write(site, idle_minutes=0.01)
-    ask(site, query(federation))
-    while place_of(site).socket.exists():
+    send(site, query_of(federation))
+    while address_of(site).socket.exists():
         threading.Event().wait(0.05)
     assert "idle for 0.6 s: ended" in (site.parent / "state" / "trainer.log").read_text()
 
@@ -113,16 +114,16 @@ def test_it_ends_when_it_is_idle(site: Path, federation: Path) -> None:
 def test_one_that_takes_too_much_memory_ends_and_says_so(site: Path, federation: Path) -> None:
     write(site, memory="150MiB")
     with pytest.raises(PrelortError, match="its trainer died twice on this message"):
-        ask(site, query(federation))
+        send(site, query_of(federation))
     assert "bytes of memory, allowed are" in (site.parent / "state" / "trainer.log").read_text()
 
 
 def test_a_folder_that_others_can_enter_is_refused(tmp_path: Path) -> None:
     site = tmp_path / "site.toml"
-    folder = place_of(site).socket.parent
+    folder = address_of(site).socket.parent
     folder.chmod(0o755)
     with pytest.raises(PrelortError, match="is not a folder of this user alone"):
-        place_of(site)
+        address_of(site)
 
 
 def test_a_folder_that_is_a_link_is_refused(tmp_path: Path, runtime_folder: Path) -> None:
@@ -130,16 +131,16 @@ def test_a_folder_that_is_a_link_is_refused(tmp_path: Path, runtime_folder: Path
     elsewhere.mkdir(mode=0o700)
     (runtime_folder / f"prelort-{os.getuid()}").symlink_to(elsewhere)
     with pytest.raises(PrelortError, match="is not a folder of this user alone"):
-        place_of(tmp_path / "site.toml")
+        address_of(tmp_path / "site.toml")
 
 
 class TestWhatTheServerLearns:
-    """Of what goes wrong at a site: that, and not where or with which row."""
+    """Of an error at a site: its kind, not the file or the row."""
 
     SECRET = "ward-7-patients"
 
-    def refusal(self, file: Path, order: Order) -> str:
-        refused = Worker(file).answer(order).refused
+    def refusal(self, file: Path, request: Request) -> str:
+        refused = Worker(file).answer(request).refused
         assert refused is not None
         assert self.SECRET not in refused
         return refused
@@ -148,25 +149,18 @@ class TestWhatTheServerLearns:
         site = tmp_path / "site.toml"
         source = {"source": str(tmp_path / f"{self.SECRET}.csv")}
         site.write_text(tomli_w.dumps({"name": "a", "rank": 2, "data": source}))
-        said = self.refusal(site, query(federation))
+        said = self.refusal(site, query_of(federation))
         assert said == "cannot take part (ConfigError): its log says why"
 
-    def test_of_a_bug(
-        self, tmp_path: Path, federation: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        from prelort.deployment import worker
-
-        def broken(*arguments: Any) -> None:
-            raise ValueError(self.SECRET)
-
-        monkeypatch.setattr(worker, "make_site", broken)
+    def test_of_an_unexpected_error(self, tmp_path: Path, federation: Path) -> None:
         write(tmp_path / "site.toml")
-        said = self.refusal(tmp_path / "site.toml", query(federation))
+        request = replace(query_of(federation), federation=f"{self.SECRET}\0")  # no valid path
+        said = self.refusal(tmp_path / "site.toml", request)
         assert said == "failed (ValueError): its log says why"
 
-    def test_of_its_own_mistakes_everything(self, tmp_path: Path, federation: Path) -> None:
+    def test_of_its_own_mistakes_all(self, tmp_path: Path, federation: Path) -> None:
         write(tmp_path / "site.toml")
-        said = self.refusal(tmp_path / "site.toml", Order("train", str(federation), (), "{}"))
+        said = self.refusal(tmp_path / "site.toml", Request("train", str(federation), (), "{}"))
         assert said.startswith("malformed header: ")
 
 
@@ -177,7 +171,7 @@ def test_without_a_warm_trainer_the_app_answers_itself(site: Path, federation: P
     message = Message(content_of("{}"), dst_node_id=7, message_type="query")
     reply = site_app(federation)(message, context)
     assert wire.header(reply.content, wire.ClientProperties).rank == 6
-    assert not place_of(site).socket.exists()
+    assert not address_of(site).socket.exists()
 
 
 @pytest.mark.parametrize(
@@ -197,15 +191,15 @@ def test_a_node_without_settings_says_so(
     assert sentence in reply.error.reason
 
 
-def test_the_line_carries_what_was_sent_and_nothing_is_pickled() -> None:
+def test_messages_arrive_as_they_were_sent() -> None:
     from multiprocessing import Pipe
 
     one, other = Pipe()
     blob = os.urandom(1 << 16)
     # Smaller than a pipe's buffer, or both ends would have to work at once.
-    order = Order("train", "f.toml", ("a=1",), '{"x": "ü"}', blob[:30_000])
-    ipc.send(one, order)
-    assert ipc.receive_order(other) == order
+    request = Request("train", "f.toml", ("a=1",), '{"x": "ü"}', blob[:30_000])
+    ipc.send(one, request)
+    assert ipc.receive_request(other) == request
     for reply in (ipc.Reply("{}", b""), ipc.Reply(refused="why"), ipc.Reply("{}")):
         ipc.send(other, reply)
         assert ipc.receive_reply(one) == reply

@@ -17,43 +17,55 @@ from pathlib import Path
 from typing import Any
 
 import transformers.models.llama.modeling_llama  # noqa: F401  imported before the forks, for speed
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import prelort
-from prelort import cli
-from prelort.experiment import checkpoint, folder, run
+import prelort.experiment.run
+from prelort.events import Event, EventLog, encode, name_of
 
 
-def die() -> None:
+def die(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def at_event(name: str, of_round: int, count: int = 1) -> Callable[[dict[str, Any]], None]:
+def at_count(count: int) -> Callable[..., None]:
+    """Kills the process when it is called for the ``count``-th time."""
+    seen = iter(range(1, count))
+    return lambda *_: None if next(seen, None) else die()
+
+
+def at_event(name: str, number: int, count: int) -> Callable[[Event], None]:
     """A listener that kills its process at the ``count``-th event of this name and round."""
-    seen = 0
-
-    def listen(event: dict[str, Any]) -> None:
-        nonlocal seen
-        if event["event"] == name and event["round"] == of_round:
-            seen += 1
-            if seen == count:
-                die()
-
-    return listen
+    dying = at_count(count)
+    return lambda event: dying() if is_event(event, name, number) else None
 
 
-def before_call(owner: Any, name: str, count: int, when: Callable[..., bool]) -> None:
-    """Kill the process when ``owner.name`` is called for the ``count``-th time of those meant."""
-    real, seen = getattr(owner, name), 0
+def is_event(event: Event, name: str, number: int) -> bool:
+    return name_of(type(event)) == name and event.round == number
 
-    def call(*arguments: Any, **named: Any) -> Any:
-        nonlocal seen
-        if when(*arguments):
-            seen += 1
-            if seen == count:
-                die()
-        return real(*arguments, **named)
 
-    setattr(owner, name, call)
+def before_rename(path_ends: str) -> None:
+    """Kill the process before a file or folder gets its name."""
+    real = os.replace
+
+    def rename(source: Any, target: Any) -> None:
+        if str(target).endswith(path_ends):
+            die()
+        real(source, target)
+
+    os.replace = rename
+
+
+def half_deleted(folder: str) -> None:
+    """Kill the process when the first file of a folder is deleted."""
+    real = Path.unlink
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        real(path, missing_ok)
+        if path.parent.name == folder:
+            die()
+
+    Path.unlink = unlink  # type: ignore[method-assign]
 
 
 def half_written(path_ends: str) -> None:
@@ -69,49 +81,36 @@ def half_written(path_ends: str) -> None:
     Path.write_bytes = write  # type: ignore[method-assign]
 
 
-def half_an_event(name: str, of_round: int) -> None:
+def half_an_event(name: str, number: int) -> None:
     """Kill the process when half of an event's line is in the log."""
-    real = folder.EventLog.__call__
+    real = EventLog.append
 
-    def log(self: folder.EventLog, event: dict[str, Any]) -> None:
-        if event["event"] == name and event["round"] == of_round:
-            with self._path.open("a") as file:
-                file.write(json.dumps(event)[:20])
+    def append(log: EventLog, event: Event) -> None:
+        if is_event(event, name, number):
+            with log.path.open("a") as file:
+                file.write(encode(event)[:20])
             die()
-        real(self, event)
+        real(log, event)
 
-    folder.EventLog.__call__ = log  # type: ignore[method-assign]
+    EventLog.append = append  # type: ignore[method-assign]
 
 
-def prepare(how: dict[str, Any]) -> list[Callable[[dict[str, Any]], None]]:
+def prepare(kill: dict[str, Any]) -> list[Callable[[Event], None]]:
     """Set the trap; the listeners for those traps that are events."""
-    match how.get("trap"):
-        case None:
-            return []
-        case "event":
-            return [at_event(how["name"], how["round"], how.get("count", 1))]
-        case "training":
-            before_call(client_module, "extract", how["count"], lambda *_: True)
-        case "rename":
-            ends = how["ends"]
-            before_call(os, "replace", 1, lambda source, target: str(target).endswith(ends))
-        case "deleting":
-            real = checkpoint.remove_folder
-
-            def remove(path: Path) -> None:
-                if path.name == how["name"]:
-                    next(path.iterdir()).unlink()
-                    die()
-                real(path)
-
-            checkpoint.remove_folder = remove
-        case "half file":
-            half_written(how["ends"])
-        case "half event":
-            half_an_event(how["name"], how["round"])
-        case "exporting":
-            before_call(run.peft_folder, "save", how["count"], lambda *_: True)
-        case other:
+    match kill:
+        case {"trap": "event", "name": name, "round": number}:
+            return [at_event(name, number, kill.get("count", 1))]
+        case {"trap": "step", "count": count}:
+            register_optimizer_step_pre_hook(at_count(count))
+        case {"trap": "rename", "ends": ends}:
+            before_rename(ends)
+        case {"trap": "deleting", "name": name}:
+            half_deleted(name)
+        case {"trap": "half file", "ends": ends}:
+            half_written(ends)
+        case {"trap": "half event", "name": name, "round": number}:
+            half_an_event(name, number)
+        case other if other:
             raise ValueError(other)
     return []
 
@@ -124,6 +123,8 @@ def carry_out(order: dict[str, Any]) -> None:
         listeners = prepare(order["kill"])
         prelort.run(config, order["out"], resume=order.get("resume", False), listeners=listeners)
     else:
+        from prelort import cli
+
         sys.argv = ["prelort", *order["arguments"]]
         if order.get("largest_file") is not None:
             limit = order["largest_file"]

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from peft import LoraConfig, PeftModel
-from processes import assert_same_run, events_of
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import prelort
+from backends import in_this_process
 from prelort import tasks
 from prelort.adapters import LoraAdapter, peft_folder
 from prelort.config import Config
 from prelort.data import federated
-from prelort.experiment import checkpoint, stage
+from prelort.events import ClientFinished, Event, RankChanged
+from prelort.experiment import checkpoint
 from prelort.experiment.run import RunResult
+from prelort.federation.content import blob_in, content_of, text_in
+from prelort.federation.flower import Message
 from prelort.federation.personal import PersonalStore
 from prelort.methods import REGISTRY, build, trait
-from prelort.models.lora import trainable
+from run_files import assert_same_run
 
 Make = Callable[..., Config]
 Find = Callable[[str], RunResult]
@@ -72,14 +76,6 @@ def config_of(make_config: Make, name: str, **changes: Any) -> Config:
     return make_config(**(values | changes))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_picture_of_the_clients() -> Iterator[None]:
-    """It is a quarter of the time of so small a run, and the same for all methods."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage.describe, "picture", lambda *arguments: None)
-        yield
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, make_config: Make) -> Find:
     """The run of a method that nothing disturbed, made once."""
@@ -105,16 +101,16 @@ def files_of(folder: Path) -> dict[str, bytes]:
 @every
 def test_a_run_finishes_with_finite_numbers_everywhere(finished: Find, name: str) -> None:
     result = finished(name)
-    events = events_of(result.path)
-    assert events[-1]["event"] == "run_finished"
-    assert [e["round"] for e in events if e["event"] == "aggregated"] == [1, 2]
-    assert not [e for e in events if e["event"] == "client_failed"]
-    losses = [e["loss"] for e in events if "loss" in e]
-    assert len(losses) == 2 * (1 + 3)
-    assert all(loss is not None and 0 < loss < 100 for loss in losses)
+    history = result.history
+    assert history.finished
+    assert list(history.rounds) == [1, 2]
+    for record in history.rounds.values():
+        assert (len(record.replies), record.failures) == (3, {})
+        losses = [record.loss, *(reply.loss for reply in record.replies.values())]
+        assert all(loss is not None and 0 < loss < 100 for loss in losses)
     for tensor, values in result.adapter.tensors().items():
         assert bool(values.isfinite().all()), tensor
-    changed = [e["reason"] for e in events if e["event"] == "rank_changed"]
+    changed = [event.reason for event in history.incidents if isinstance(event, RankChanged)]
     assert changed.count("the server's allocation") == (0 if name in ONE_RANK_FOR_ALL else 3)
     assert ("the client's offer" in changed) == (name == "hetlora")
     levels = (4,) if name in ONE_RANK_FOR_ALL else (2, 4, 8)
@@ -126,12 +122,12 @@ def test_a_run_finishes_with_finite_numbers_everywhere(finished: Find, name: str
 
 @every
 def test_all_clients_measure_for_themselves(finished: Find, name: str) -> None:
-    (event,) = [e for e in events_of(finished(name).path) if e["event"] == "evaluated_at_clients"]
-    assert event["round"] == 2
-    assert event["failed"] == {}
-    assert len(event["clients"]) == 6
-    for client in event["clients"].values():
-        assert math.isfinite(client["metrics"]["perplexity"])
+    measured = finished(name).history.client_evaluations
+    assert list(measured) == [2]
+    assert measured[2].failures == {}
+    assert len(measured[2].clients) == 6
+    for client in measured[2].clients.values():
+        assert math.isfinite(client.metrics["perplexity"])
 
 
 @dataclass(frozen=True)
@@ -192,6 +188,34 @@ def test_plain_peft_gives_with_every_folder_what_was_measured(
     assert all(abs(value / result.base["perplexity"] - 1) > 1e-3 for value in found.values())
 
 
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"scale_rule": "constant", "scale": 2.0},
+        {"rank_pattern": {"k_proj": 3}},
+        {"target_modules": ["q_proj", "up_proj"]},
+    ],
+    ids=["constant scale", "rank pattern", "some modules"],
+)
+def test_plain_peft_gives_what_was_measured_whatever_is_adapted(
+    tmp_path: Path,
+    make_config: Make,
+    tiny_llama: Path,
+    test_rows: TestRows,
+    lora: dict[str, Any],
+) -> None:
+    # A rate at which the adapter changes the function a lot.
+    config = make_config(lora=lora, training={"learning_rate": 5e-2})
+    result = prelort.run(config, tmp_path / "run")
+    found = perplexities(tiny_llama, result.path, test_rows.everyones)
+    base: Any = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
+    with torch.no_grad():
+        found[0] = math.exp(float(base(**test_rows.everyones).loss))
+    metrics = {0: result.base, **result.metrics}
+    assert found == pytest.approx({r: v["perplexity"] for r, v in metrics.items()}, rel=1e-5)
+    assert len({round(value, 2) for value in found.values()}) == 4  # four functions, not one
+
+
 @every_but(SKETCHES)
 def test_plain_peft_gives_at_a_client_what_it_measured(
     tmp_path: Path,
@@ -203,26 +227,26 @@ def test_plain_peft_gives_at_a_client_what_it_measured(
 ) -> None:
     """The global function, that of the client's rank, or the shared A with the client's own B."""
     result = finished(name)
-    (event,) = [e for e in events_of(result.path) if e["event"] == "evaluated_at_clients"]
+    measured = result.history.client_evaluations[2].clients
     state = checkpoint.load(result.path / "checkpoints" / "00002").state
-    method = build(config_of(make_config, name).method, result.levels, 0)
+    method = build(config_of(make_config, name).method, 0)
     template = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
     own = PersonalStore(result.path / "personal")
     folders = {}
-    for client, facts in event["clients"].items():
-        adapter = method.global_adapter(state, None if name in WHOLE else facts["rank"])
+    for client, facts in measured.items():
+        adapter = method.global_adapter(state, None if name in WHOLE else facts.rank)
         if name in PERSONAL:
             tensors = adapter.tensors()
             for key, kept in own.load(client, before=2).items():
                 assert key.endswith("lora_B.weight")
-                both = min(kept.shape[1], facts["rank"])  # it may have grown or shrunk since
+                both = min(kept.shape[1], facts.rank)  # it may have grown or shrunk since
                 tensors[key] = torch.zeros_like(tensors[key])
                 tensors[key][:, :both] = kept[:, :both]
             adapter = LoraAdapter.from_tensors(tensors, adapter.scale)
         folders[client] = tmp_path / client
         peft_folder.save(adapter, folders[client], template)
     assert by_plain_peft(tiny_llama, folders, test_rows.batches) == pytest.approx(
-        {client: facts["metrics"]["perplexity"] for client, facts in event["clients"].items()},
+        {client: facts.metrics["perplexity"] for client, facts in measured.items()},
         rel=1e-4,
     )
 
@@ -242,26 +266,29 @@ class Killed(Exception):
     pass
 
 
+def killed_and_resumed(config: Config, run: Path) -> RunResult:
+    """A run that ends when the second client of round 2 has answered, and is resumed."""
+    trained = 0
+
+    def kill(event: Event) -> None:
+        nonlocal trained
+        trained += isinstance(event, ClientFinished) and event.round == 2
+        if trained == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        prelort.run(config, run, listeners=[kill])
+    assert not (run / "adapters").exists()
+    return prelort.run(config, run, resume=True)
+
+
 @every
 def test_killed_in_the_second_round_and_resumed_is_as_if_never_killed(
     tmp_path: Path, make_config: Make, finished: Find, name: str
 ) -> None:
     """Adapters, events, the server's memory and what clients keep for themselves, bit for bit."""
-    expected, config = finished(name), config_of(make_config, name)
-    trained = 0
-
-    def kill(event: dict[str, Any]) -> None:
-        nonlocal trained
-        trained += event["event"] == "client_finished" and event["round"] == 2
-        if trained == 2:
-            raise Killed
-
-    with pytest.raises(Killed):
-        prelort.run(config, tmp_path / "run", listeners=[kill])
-    assert not (tmp_path / "run" / "adapters").exists()
-
-    result = prelort.run(config, tmp_path / "run", resume=True)
-
+    expected = finished(name)
+    result = killed_and_resumed(config_of(make_config, name), tmp_path / "run")
     assert_same_run(result.path, expected.path)
     assert files_of(result.path / "personal") == files_of(expected.path / "personal")
     assert bool(files_of(result.path / "personal")) == (name in PERSONAL)
@@ -285,12 +312,13 @@ def test_a_round_in_int8_comes_near_the_exact_one(
     )
     result = prelort.run(config, tmp_path / "run")
 
-    events = events_of(result.path)
-    assert not [e for e in events if e["event"] == "client_failed"]
-    (rounded,) = [e for e in events if e["event"] == "aggregated"]
-    exact = next(e for e in events_of(finished(name).path) if e["event"] == "aggregated")
-    assert rounded["loss"] == pytest.approx(exact["loss"], rel=1e-2)
-    assert rounded["bytes_up"] < 0.8 * exact["bytes_up"]  # names weigh much in so small a model
+    record, exact = result.history.rounds[1], finished(name).history.rounds[1].stats
+    assert record.failures == {}
+    rounded = record.stats
+    assert rounded is not None
+    assert exact is not None
+    assert rounded.loss == pytest.approx(exact.loss, rel=1e-2)
+    assert rounded.bytes_up < 0.8 * exact.bytes_up  # names weigh much in so small a model
     one = checkpoint.load(result.path / "checkpoints" / "00001").state.adapter.tensors()
     other = checkpoint.load(finished(name).path / "checkpoints" / "00001").state.adapter.tensors()
     assert {n: t.shape for n, t in one.items()} == {n: t.shape for n, t in other.items()}
@@ -304,33 +332,22 @@ def test_a_run_in_int8_is_resumed_to_the_same_bits(
     federation = {"rounds": 2, "clients_per_round": 3, "wire_dtype": "int8"}
     config = config_of(make_config, name, federation=federation, evaluation={})
     expected = prelort.run(config, tmp_path / "whole")
-
-    def kill(event: dict[str, Any]) -> None:
-        if event["event"] == "client_finished" and event["round"] == 2:
-            raise Killed
-
-    with pytest.raises(Killed):
-        prelort.run(config, tmp_path / "run", listeners=[kill])
-    result = prelort.run(config, tmp_path / "run", resume=True)
+    result = killed_and_resumed(config, tmp_path / "run")
     assert_same_run(result.path, expected.path)
 
 
 # Other models
 
 
-def poison_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The training of the first client that trains ends in a number that is none."""
-    real, calls = client_module.train, []
-
-    def train(model: Any, *rest: Any) -> Any:
-        result = real(model, *rest)
-        calls.append(result)
-        if len(calls) == 1:
-            factors, _ = trainable(model)
-            factors[0].data[0, 0] = math.nan
-        return result
-
-    monkeypatch.setattr(client_module, "train", train)
+def poison(name: str, number: int, usual: Callable[[], Message]) -> Message:
+    """The numbers of one client are none."""
+    reply = usual()
+    if name == "site-3":
+        content = reply.content
+        tensors = safetensors.torch.load(blob_in(content) or b"")
+        next(iter(tensors.values())).view(-1)[0] = math.nan
+        reply.content = content_of(text_in(content) or "", safetensors.torch.save(tensors))
+    return reply
 
 
 @every
@@ -339,27 +356,23 @@ def test_transposed_layers_and_a_client_whose_numbers_are_none(
     make_config: Make,
     tiny_gpt2: Path,
     test_rows: TestRows,
-    monkeypatch: pytest.MonkeyPatch,
     name: str,
 ) -> None:
     """GPT-2's Conv1D. The poisoned client is left out and the others go on."""
-    poison_the_first(monkeypatch)
     config = config_of(
         make_config,
         name,
         model={"name": str(tiny_gpt2)},
         lora={"dropout": 0.1},
-        federation={"rounds": 1, "clients_per_round": 3},
+        federation={"rounds": 1, "clients_per_round": 6},
         evaluation={},
     )
-    result = prelort.run(config, tmp_path / "run")
+    result = prelort.run(config, tmp_path / "run", backend=in_this_process(poison))
 
-    events = events_of(result.path)
-    asked = next(e["clients"] for e in events if e["event"] == "round_started")
-    (failed,) = [e for e in events if e["event"] == "client_failed"]
-    assert "is not finite" in failed["reason"]
-    others = {e["client"] for e in events if e["event"] == "client_finished"}
-    assert others == set(asked) - {failed["client"]}
+    record = result.history.rounds[1]
+    assert record.failures.keys() == {"site-3"}
+    assert "is not finite" in record.failures["site-3"].reason
+    assert record.replies.keys() == {*record.clients} - {"site-3"}
     for tensor, values in result.adapter.tensors().items():
         assert bool(values.isfinite().all()), tensor
     found = (
@@ -372,7 +385,7 @@ def test_transposed_layers_and_a_client_whose_numbers_are_none(
 
 @every
 def test_a_classifier_and_its_head(
-    tmp_path: Path, make_config: Make, tiny_bert: Path, name: str
+    tmp_path: Path, make_config: Make, tiny_bert: Path, tokenizer: Any, name: str
 ) -> None:
     """The head is trained in full by everyone; it is in every folder, or with its client."""
     config = config_of(
@@ -401,13 +414,15 @@ def test_a_classifier_and_its_head(
             assert not any(torch.equal(own[key], head) for key, head in heads.items())
         return
     assert all(moved)
+    rows, task = federated.load(config), tasks.get(config.task)
+    examples = task.encode(rows.test, tokenizer, config.data, rows.labels)
+    batch = dict(task.collate(examples, tokenizer.pad_token_id))
     for rank, values in result.metrics.items():
-        assert math.isfinite(values["loss"])
-        assert 0 <= values["accuracy"] <= 1
+        torch.manual_seed(rank)  # a head that is drawn anew would differ
         model: Any = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=2)
-        loaded = PeftModel.from_pretrained(model, result.path / "adapters" / f"rank-{rank}")
-        state = loaded.state_dict()
-        for key in heads:
-            module, _, attribute = key.rpartition(".")
-            found = state[f"base_model.model.{module}.modules_to_save.default.{attribute}"]
-            assert torch.equal(found, result.adapter.modules_to_save[key])
+        folder = result.path / "adapters" / f"rank-{rank}"
+        with torch.no_grad():
+            found = PeftModel.from_pretrained(model, folder).eval()(**batch)
+        assert float(found.loss) == pytest.approx(values["loss"], rel=1e-5)
+        right = (found.logits.argmax(1) == batch["labels"]).float().mean()
+        assert float(right) == pytest.approx(values["accuracy"])

@@ -1,21 +1,18 @@
-"""Diagnostics of real runs: in every round's event, the same after a kill, and in the results."""
+"""Diagnostics of real runs: in every round's event, and the same after a kill."""
 
 from __future__ import annotations
 
-import json
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import LAST, Killer
+from processes import KILLED, LAST, Killer
 
 import prelort
-from prelort.config import Config, to_toml
-from prelort.report.write import write_results
-from prelort.study.definition import of_run
-from prelort.study.run import run_study
+from prelort.config import Config
+from prelort.events import RoundStats
+from prelort.experiment.folder import RunFolder
 
 KEYS = {
     "layers",
@@ -32,16 +29,22 @@ KEYS = {
 }
 
 
-def aggregated(run: Path) -> list[dict[str, Any]]:
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [event for event in map(json.loads, lines) if event["event"] == "aggregated"]
+def rounds_of(run: Path) -> list[RoundStats]:
+    """The statistics of the rounds that are done."""
+    rounds = RunFolder(run).history().rounds.values()
+    return [record.stats for record in rounds if record.stats is not None]
 
 
-def test_every_round_tells_them(undisturbed: Path) -> None:
-    events = aggregated(undisturbed)
-    assert len(events) == LAST
-    for event in events:
-        found = event["diagnostics"]
+def diagnostics_of(run: Path) -> list[dict[str, Any] | None]:
+    return [stats.diagnostics for stats in rounds_of(run)]
+
+
+def test_every_round_has_them(undisturbed: Path) -> None:
+    rounds = rounds_of(undisturbed)
+    assert len(rounds) == LAST
+    for stats in rounds:
+        found = stats.diagnostics
+        assert found is not None
         assert found.keys() == KEYS
         assert found["layers"]["measured"] == found["layers"]["of"] > 0
         for key in ("truncation_noise", "least_truncation_noise", "energy_share", "tail_kept"):
@@ -50,57 +53,43 @@ def test_every_round_tells_them(undisturbed: Path) -> None:
         assert found["aggregation_noise"] > 0
         assert 1 <= found["effective_rank"] <= 8
         assert len(found["slot_energy"]) == 8
-        assert event["seconds"]["diagnose"] > 0
+        assert stats.seconds.diagnose > 0
+    first, second = (stats.diagnostics or {} for stats in rounds[:2])
     # B is zero at first, so there is nothing to be relative to.
-    assert events[0]["diagnostics"]["client_drift"]["mean"] is None
-    assert events[1]["diagnostics"]["client_drift"]["mean"] > 0
-    assert events[1]["diagnostics"]["initialization_noise"]["max"] > 0
+    assert first["client_drift"]["mean"] is None
+    assert second["client_drift"]["mean"] > 0
+    assert second["initialization_noise"]["max"] > 0
 
 
 @pytest.mark.parametrize("number, count", [(1, 1), (2, 1), (3, 2)])
-def test_a_killed_run_tells_the_same(
+def test_a_killed_run_has_the_same(
     tmp_path: Path, killer: Killer, config_file: Path, undisturbed: Path, number: int, count: int
 ) -> None:
     """Killed when a client of the round has answered: the round is diagnosed anew."""
     out = tmp_path / "run"
     kill = {"trap": "event", "name": "client_finished", "round": number, "count": count}
-    assert killer.run(config_file, out, kill) == {"signal": signal.SIGKILL}
-    assert len(aggregated(out)) == number - 1
-
-    code, said = killer.cli("run", "--resume", str(out), "-q")
-
-    assert code == 0, said
-    found = [event["diagnostics"] for event in aggregated(out)]
-    assert found == [event["diagnostics"] for event in aggregated(undisturbed)]
+    assert killer.run(config_file, out, kill) == KILLED
+    assert len(rounds_of(out)) == number - 1
+    killer.finish(config_file, out)
+    assert diagnostics_of(out) == diagnostics_of(undisturbed)
 
 
-def test_several_methods_in_one_picture_and_table(
-    tmp_path: Path, make_config: Callable[..., Config]
+@pytest.mark.parametrize(
+    "method, diagnostics, there",
+    [("fed-plora", True, True), ("fedsa-lora", True, False), ("prelort", False, False)],
+)
+def test_they_are_left_out_where_not_wanted_or_without_a_global_model(
+    tmp_path: Path, make_config: Callable[..., Config], method: str, diagnostics: bool, there: bool
 ) -> None:
-    config = make_config(federation={"rounds": 2, "clients_per_round": 3})
-    (tmp_path / "run.toml").write_text(to_toml(config))
-    study = of_run(tmp_path / "run.toml", methods=["prelort", "fed-plora", "fedsa-lora"])
-    run_study(study, tmp_path / "runs")
-    results = (tmp_path / "runs" / "results.md").read_text(encoding="utf-8")
-    table = results[results.index("Diagnostics of the last round") :]
-    assert "| prelort |" in table
-    assert "| fed-plora |" in table
-    assert "fedsa-lora" not in table
-    picture = tmp_path / "runs" / "diagnostics.png"
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert "diagnostics" not in aggregated(tmp_path / "runs" / "fedsa-lora")[-1]
-    found = aggregated(tmp_path / "runs" / "fed-plora")[-1]["diagnostics"]
-    assert found["initialization_noise"] == {"mean": 0.0, "max": 0.0}
-    assert found["tail_kept"] == {"2": None, "4": None, "8": None}
-
-
-def test_they_can_be_left_out(tmp_path: Path, make_config: Callable[..., Config]) -> None:
-    federation = {"rounds": 1, "clients_per_round": 2}
-    config = make_config(federation=federation, evaluation={"diagnostics": False})
+    config = make_config(
+        method={"name": method},
+        federation={"rounds": 2, "clients_per_round": 2},
+        evaluation={"diagnostics": diagnostics},
+    )
     prelort.run(config, tmp_path / "run")
-    (event,) = aggregated(tmp_path / "run")
-    assert "diagnostics" not in event
-    assert event["seconds"]["diagnose"] == 0
-    write_results(prelort.read(tmp_path / "run"), tmp_path)
-    assert not (tmp_path / "diagnostics.png").exists()
-    assert "Diagnostics" not in (tmp_path / "results.md").read_text(encoding="utf-8")
+    stats = rounds_of(tmp_path / "run")[-1]
+    assert (stats.diagnostics is not None) == there
+    assert (stats.seconds.diagnose > 0) == there
+    if stats.diagnostics is not None:
+        assert stats.diagnostics["initialization_noise"] == {"mean": 0.0, "max": 0.0}
+        assert stats.diagnostics["tail_kept"] == {"2": None, "4": None, "8": None}

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from processes import Killer, assert_same_run
+from processes import Killer
+
+from run_files import assert_same_run
 
 
 def told(code: int, said: str) -> str:

@@ -2,45 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM
 
 import prelort
+from backends import in_this_process
 from prelort import tasks
-from prelort.adapters import LoraAdapter
 from prelort.config import Config
 from prelort.data import federated
-from prelort.experiment import stage
+from prelort.events import Checkpointed, ClientFinished, Event
 from prelort.tasks.interface import Example
+from run_files import assert_same_run, events_of
+from small_federation import same_bits
 
 Make = Callable[..., Config]
 ONE_CLIENT = {"by": "iid", "clients": 1}
-PLAIN = {"name": "prelort", "objective": "plain"}
-
-
-def same_bits(one: LoraAdapter, other: LoraAdapter) -> bool:
-    a, b = one.tensors(), other.tensors()
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def events_of(path: Path) -> list[Any]:
-    def timeless(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: timeless(v) for k, v in value.items() if k not in ("seconds", "phases")}
-        return value
-
-    lines = (path / "metrics.jsonl").read_text().splitlines()
-    return [timeless(json.loads(line)) for line in lines]
 
 
 def examples_of(config: Config, tokenizer: Any) -> tuple[list[Example], list[Example]]:
@@ -122,7 +108,6 @@ class TestOneClientIsPlainPeft:
         make_config: Make,
         tiny_llama: Path,
         tokenizer: Any,
-        monkeypatch: pytest.MonkeyPatch,
         method: str,
         name: str,
         rounds: int,
@@ -143,13 +128,17 @@ class TestOneClientIsPlainPeft:
                 "shuffle": False,
             },
         )
-        monkeypatch.setattr("prelort.experiment.checkpoint.KEPT", 10)
-        prelort.run(config, tmp_path / "run")
+        start = tmp_path / "start"
 
+        def keep_the_start(event: Event) -> None:
+            if isinstance(event, Checkpointed) and event.round == 0:
+                shutil.copytree(tmp_path / "run" / "checkpoints" / "00000", start)
+
+        prelort.run(config, tmp_path / "run", listeners=[keep_the_start])
         train, _ = examples_of(config, tokenizer)
         expected = trained_by_hand(
             tiny_llama,
-            tmp_path / "run" / "checkpoints" / "00000",
+            start,
             train,
             rank=8,
             steps=rounds * steps,
@@ -158,14 +147,14 @@ class TestOneClientIsPlainPeft:
             pad=tokenizer.pad_token_id,
         )
         found = load_file(tmp_path / "run" / "adapters" / "rank-8" / "adapter_model.safetensors")
-        start = load_file(tmp_path / "run" / "checkpoints" / "00000" / "state.safetensors")
+        before = load_file(start / "state.safetensors")
 
         assert found.keys() == expected.keys()
         for key, tensor in expected.items():
             assert torch.allclose(found[key], tensor, rtol=0, atol=1e-6), key
         moved = max(
             float((found[f"base_model.model.{n.removeprefix('adapter:')}"] - t).abs().max())
-            for n, t in start.items()
+            for n, t in before.items()
         )
         assert moved > 1e-3  # the training did something
 
@@ -197,174 +186,49 @@ class TestEqualClients:
         assert same_bits(results[0].adapter, results[1].adapter)
         assert results[0].metrics == results[1].metrics
 
-    def test_of_unequal_data_are_not(
-        self, tmp_path: Path, make_config: Make, text_file: Path
-    ) -> None:
-        """Guards the law above: the comparison can tell runs apart."""
-        results = []
-        for count, mix in ((1, "4"), (3, "4, 4, 4")):
-            config = make_config(
-                partition={"by": "iid", "column": None, "clients": count},
-                ranks={"mix": mix},
-                federation={"rounds": 2, "clients_per_round": count},
-                method=PLAIN,
-            )
-            results.append(prelort.run(config, tmp_path / f"run-{count}"))
-        assert not same_bits(results[0].adapter, results[1].adapter)
-
 
 class TestDeterminism:
-    def test_the_same_run_twice_is_the_same(self, tmp_path: Path, make_config: Make) -> None:
+    def test_the_same_run_twice_is_the_same_and_another_seed_another(
+        self, tmp_path: Path, make_config: Make
+    ) -> None:
+        """Whatever the state of the global generators, which stay as they were."""
         config = make_config(lora={"dropout": 0.2}, evaluation={"every": 1})
         torch.manual_seed(1)
         one = prelort.run(config, tmp_path / "one")
-        torch.manual_seed(2)
-        torch.rand(7)
+        found = torch.rand(3)
+        torch.manual_seed(1)
+        assert torch.equal(torch.rand(3), found)
+        assert not torch.are_deterministic_algorithms_enabled()
         two = prelort.run(config, tmp_path / "two")
-
-        assert same_bits(one.adapter, two.adapter)
         assert one.metrics == two.metrics
-        assert events_of(tmp_path / "one") == events_of(tmp_path / "two")
-        for file in (tmp_path / "one" / "adapters").rglob("*.*"):
-            twin = tmp_path / "two" / file.relative_to(tmp_path / "one")
-            assert file.read_bytes() == twin.read_bytes()
+        assert_same_run(tmp_path / "one", tmp_path / "two")
+        other = prelort.run(config.model_copy(update={"seed": 2}), tmp_path / "other")
+        assert not same_bits(one.adapter, other.adapter)
 
-    def test_another_seed_is_another_run(self, tmp_path: Path, make_config: Make) -> None:
-        one = prelort.run(make_config(seed=1), tmp_path / "one")
-        two = prelort.run(make_config(seed=2), tmp_path / "two")
-        assert not same_bits(one.adapter, two.adapter)
-
-    def test_a_run_leaves_the_global_generators_as_they_were(
+    def test_the_order_in_which_clients_are_listed_does_not_matter(
         self, tmp_path: Path, make_config: Make
     ) -> None:
-        torch.manual_seed(5)
-        expected = torch.rand(3)
-        torch.manual_seed(5)
-        prelort.run(make_config(lora={"dropout": 0.2}), tmp_path / "run")
-        assert torch.equal(torch.rand(3), expected)
-        assert not torch.are_deterministic_algorithms_enabled()
-
-    def test_the_order_in_which_sites_are_listed_does_not_matter(
-        self, tmp_path: Path, make_config: Make, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
         config = make_config(lora={"dropout": 0.2})
-        results = [prelort.run(config, tmp_path / "as-listed")]
-        real = stage.assemble
-
-        def turned(config: Config, *others: Any) -> Any:
-            assembly = real(config, *others)
-            s = assembly.sites
-            return dataclasses.replace(assembly, sites=(s[3], s[5], s[0], s[2], s[1], s[4]))
-
-        monkeypatch.setattr(stage, "assemble", turned)
-        results.append(prelort.run(config, tmp_path / "turned"))
-
-        assert same_bits(results[0].adapter, results[1].adapter)
-        assert events_of(tmp_path / "as-listed") == events_of(tmp_path / "turned")
+        prelort.run(config, tmp_path / "as-listed")
+        turned = in_this_process(order=(3, 5, 0, 2, 1, 4))
+        prelort.run(config, tmp_path / "turned", backend=turned)
+        assert_same_run(tmp_path / "turned", tmp_path / "as-listed")
 
 
-def test_at_equal_ranks_the_methods_are_one(tmp_path: Path, make_config: Make) -> None:
-    results = [
+@pytest.mark.parametrize("mix, alike", [("4*1", True), ("2, 2, 4, 4, 8, 8", False)])
+def test_the_methods_are_one_at_equal_ranks_and_only_there(
+    tmp_path: Path, make_config: Make, mix: str, alike: bool
+) -> None:
+    first, *others = [
         prelort.run(
-            make_config(ranks={"mix": "4*1"}, method={"name": name, "objective": "plain"}),
+            make_config(ranks={"mix": mix}, method={"name": name, "objective": "plain"}),
             tmp_path / name,
         )
-        for name in ("prelort", "zero-padding", "fedit")
+        for name in ("prelort", "zero-padding", *(("fedit",) if alike else ()))
     ]
-    assert same_bits(results[0].adapter, results[1].adapter)
-    assert same_bits(results[0].adapter, results[2].adapter)
-    assert results[0].metrics == results[1].metrics == results[2].metrics
-
-
-def test_at_mixed_ranks_they_differ(tmp_path: Path, make_config: Make) -> None:
-    """Guards the law above."""
-    adapters = [
-        prelort.run(
-            make_config(method={"name": name, "objective": "plain"}), tmp_path / name
-        ).adapter
-        for name in ("prelort", "zero-padding")
-    ]
-    assert not same_bits(*adapters)
-
-
-def batches(examples: list[Example], pad: int) -> Iterator[dict[str, Tensor]]:
-    for start in range(0, len(examples), 7):
-        yield as_tensors(examples[start : start + 7], pad)
-
-
-class TestExportedAdapters:
-    @pytest.mark.parametrize(
-        "lora",
-        [
-            {"scale_rule": "constant", "scale": 2.0},
-            {"scale_rule": "rslora", "scale": 4.0},
-            {"rank_pattern": {"k_proj": 3}},
-            {"target_modules": ["q_proj", "up_proj"]},
-        ],
-        ids=["constant", "rslora", "rank pattern", "some modules"],
-    )
-    def test_plain_peft_gives_the_perplexity_that_was_reported(
-        self,
-        tmp_path: Path,
-        make_config: Make,
-        tiny_llama: Path,
-        tokenizer: Any,
-        lora: dict[str, Any],
-    ) -> None:
-        # A rate at which the adapter changes the function a lot.
-        config = make_config(lora=lora, training={"learning_rate": 5e-2})
-        result = prelort.run(config, tmp_path / "run")
-        rows = federated.load(config)
-        task = tasks.get(config.task)
-        test = task.encode(rows.test, tokenizer, config.data, ())
-
-        seen = []
-        for folder in ("base", "rank-2", "rank-4", "rank-8"):
-            model: Any = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
-            if folder != "base":
-                model = PeftModel.from_pretrained(model, tmp_path / "run" / "adapters" / folder)
-            model.eval()
-            total, tokens = 0.0, 0
-            with torch.no_grad():
-                for batch in batches(test, tokenizer.pad_token_id):
-                    learnt = int((batch["labels"][:, 1:] != -100).sum())
-                    total += float(model(**batch).loss.double()) * learnt
-                    tokens += learnt
-            perplexity = float(torch.tensor(total / tokens, dtype=torch.float64).exp())
-            reported = result.base if folder == "base" else result.metrics[int(folder[5:])]
-            assert perplexity == pytest.approx(reported["perplexity"], rel=1e-5), folder
-            seen.append(perplexity)
-        assert len({round(value, 2) for value in seen}) == 4  # four functions, not one
-
-    def test_classifier_heads_are_exported_too(
-        self, tmp_path: Path, make_config: Make, tiny_bert: Path, tokenizer: Any
-    ) -> None:
-        config = make_config(
-            task="classification",
-            model={"name": str(tiny_bert)},
-            training={"learning_rate": 2e-2},
-        )
-        result = prelort.run(config, tmp_path / "run")
-        rows = federated.load(config)
-        task = tasks.get(config.task)
-        test = task.encode(rows.test, tokenizer, config.data, rows.labels)
-
-        for rank in (2, 4, 8):
-            torch.manual_seed(rank)  # a head that is drawn anew would differ
-            model: Any = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=2)
-            model = PeftModel.from_pretrained(
-                model, tmp_path / "run" / "adapters" / f"rank-{rank}"
-            ).eval()
-            right, total = 0, 0.0
-            with torch.no_grad():
-                for example in test:
-                    ids = torch.tensor([example.input_ids])
-                    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-                    label = torch.tensor([example.labels])
-                    total += float(nn.functional.cross_entropy(logits, label))
-                    right += int(logits.argmax()) == example.labels
-            assert total / len(test) == pytest.approx(result.metrics[rank]["loss"], rel=1e-5)
-            assert right / len(test) == pytest.approx(result.metrics[rank]["accuracy"])
+    for other in others:
+        assert same_bits(first.adapter, other.adapter) == alike
+        assert (first.metrics == other.metrics) == alike
 
 
 def test_truncations_that_are_named_are_those_of_mixed_clients(
@@ -385,8 +249,8 @@ def test_truncations_that_are_named_are_those_of_mixed_clients(
     alike = prelort.run(all_alike, tmp_path / "alike")
     losses = []
     for folder in (tmp_path / "mixed", tmp_path / "alike"):
-        replies = [e for e in events_of(folder) if e["event"] == "client_finished"]
-        losses.append({e["client"]: e["loss"] for e in replies})
+        replies = [event for event in events_of(folder) if isinstance(event, ClientFinished)]
+        losses.append({reply.client: reply.loss for reply in replies})
     names = [f"site-{index}" for index in range(4)]
     assert [losses[0][name] for name in names] == [losses[1][name] for name in names]
     assert sorted(alike.metrics) == sorted(mixed.metrics) == [2, 4, 8]

@@ -1,20 +1,22 @@
-"""kill -9 at any moment, then `prelort run --resume`: the same adapters and events, bit for bit.
+"""kill -9 at any moment, then resume: the same adapters and events, bit for bit.
 
 Real processes: forked by `killer.py`, which imports torch once, and killed by SIGKILL.
 """
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import LAST, Killer, adapters_of, assert_same_run, events_of
+from processes import KILLED, LAST, Killer
 
-KILLED: dict[str, dict[str, Any]] = {
+from prelort.events import ClientFinished, RoundFinished, RunFinished, RunStarted
+from run_files import adapters_of, assert_same_run, events_of
+
+KILLS: dict[str, dict[str, Any]] = {
     f"{name} {number}" + (f" #{count}" if count > 1 else ""): {
         "trap": "event",
         "name": name,
@@ -30,32 +32,20 @@ KILLED: dict[str, dict[str, Any]] = {
         ("client_finished", 1, 1),
         ("round_started", 2, 1),
         ("client_finished", 2, 2),
-        ("aggregated", 2, 1),
+        ("round_finished", 2, 1),
         ("evaluating", 2, 2),
         ("checkpointing", 2, 1),
         ("checkpointed", LAST, 1),
         ("run_finished", LAST, 1),
     ]
 } | {
-    "in the middle of a client": {"trap": "training", "count": 5},
+    "in the middle of a client": {"trap": "step", "count": 10},
     "before a checkpoint is renamed": {"trap": "rename", "ends": "checkpoints/00002"},
     "before the first checkpoint is renamed": {"trap": "rename", "ends": "checkpoints/00000"},
-    "in the middle of writing a checkpoint": {
-        "trap": "half file",
-        "ends": "00002.tmp/state.safetensors",
-    },
+    "in the middle of a checkpoint": {"trap": "half file", "ends": "00002.tmp/state.safetensors"},
     "while an old checkpoint is deleted": {"trap": "deleting", "name": "00000"},
-    "in the middle of a line of the log": {
-        "trap": "half event",
-        "name": "client_finished",
-        "round": 2,
-    },
-    "in the middle of the first line of the log": {
-        "trap": "half event",
-        "name": "run_started",
-        "round": 0,
-    },
-    "between two adapters": {"trap": "exporting", "count": 2},
+    "in the middle of a line": {"trap": "half event", "name": "client_finished", "round": 2},
+    "in the middle of the first line": {"trap": "half event", "name": "run_started", "round": 0},
     "in the middle of an adapter": {
         "trap": "half file",
         "ends": "rank-4/adapter_model.safetensors",
@@ -65,45 +55,39 @@ KILLED: dict[str, dict[str, Any]] = {
 
 def test_the_undisturbed_run_is_whole(undisturbed: Path) -> None:
     """Guards what the others are compared with."""
-    kinds = [event["event"] for event in events_of(undisturbed)]
-    assert kinds.count("aggregated") == LAST
-    assert kinds.count("client_finished") == 3 * LAST
-    assert kinds[0] == "run_started"
-    assert kinds[-1] == "run_finished"
-    assert {name.split("/")[1] for name in adapters_of(undisturbed)} == {
-        "rank-2",
-        "rank-4",
-        "rank-8",
-    }
+    events = events_of(undisturbed)
+    assert sum(isinstance(event, RoundFinished) for event in events) == LAST
+    assert sum(isinstance(event, ClientFinished) for event in events) == 3 * LAST
+    assert isinstance(events[0], RunStarted)
+    assert isinstance(events[-1], RunFinished)
+    ranks = {name.split("/")[1] for name in adapters_of(undisturbed)}
+    assert ranks == {"rank-2", "rank-4", "rank-8"}
 
 
-@pytest.mark.parametrize("kill", KILLED.values(), ids=KILLED)
+@pytest.mark.parametrize("kill", KILLS.values(), ids=KILLS)
 def test_killed_and_resumed_is_as_if_never_killed(
     tmp_path: Path, killer: Killer, config_file: Path, undisturbed: Path, kill: dict[str, Any]
 ) -> None:
     out = tmp_path / "run"
-    assert killer.run(config_file, out, kill) == {"signal": signal.SIGKILL}
-
-    code, said = killer.cli("run", "--resume", str(out), "--quiet")
-
-    assert code == 0, said
-    assert "Traceback" not in said
+    assert killer.run(config_file, out, kill) == KILLED
+    killer.finish(config_file, out)
     assert_same_run(out, undisturbed)
 
 
-def test_killed_three_times(
+def test_killed_three_times_and_resumed_once_more_at_the_end(
     tmp_path: Path, killer: Killer, config_file: Path, undisturbed: Path
 ) -> None:
     out = tmp_path / "run"
     kills = [
         {"trap": "event", "name": "client_finished", "round": 1},
         {"trap": "rename", "ends": "checkpoints/00002"},
-        {"trap": "event", "name": "aggregated", "round": 3},
+        {"trap": "event", "name": "round_finished", "round": 3},
     ]
     for number, kill in enumerate(kills):
-        ended = killer.run(config_file, out, kill, resume=number > 0)
-        assert ended == {"signal": signal.SIGKILL}
-    assert killer.cli("run", "--resume", str(out), "--quiet")[0] == 0
+        assert killer.run(config_file, out, kill, resume=number > 0) == KILLED
+    killer.finish(config_file, out)
+    assert_same_run(out, undisturbed)
+    killer.finish(config_file, out)  # a finished run is left as it is
     assert_same_run(out, undisturbed)
 
 
@@ -112,39 +96,23 @@ def test_killed_and_its_newest_checkpoint_damaged(
 ) -> None:
     out = tmp_path / "run"
     kill = {"trap": "event", "name": "client_finished", "round": 3}
-    assert killer.run(config_file, out, kill) == {"signal": signal.SIGKILL}
+    assert killer.run(config_file, out, kill) == KILLED
     newest = out / "checkpoints" / "00002" / "state.safetensors"
     newest.write_bytes(newest.read_bytes()[:-100])
-
-    code, said = killer.cli("run", "--resume", str(out))
-
-    assert code == 0, said
-    assert "warning:" in said
-    assert "falling back to the checkpoint before it" in said
-    assert_same_run(out, undisturbed)
-
-
-def test_a_finished_run_resumed_is_left_as_it_is(
-    tmp_path: Path, killer: Killer, config_file: Path, undisturbed: Path
-) -> None:
-    out = tmp_path / "run"
-    assert killer.run(config_file, out, {}) == {"code": 0}
-    assert killer.cli("run", "--resume", str(out), "--quiet")[0] == 0
+    assert "falling back to the checkpoint before it" in killer.finish(config_file, out)
     assert_same_run(out, undisturbed)
 
 
 def test_killed_before_the_folder_was_a_run(
     tmp_path: Path, killer: Killer, config_file: Path, undisturbed: Path
 ) -> None:
-    """There is nothing to resume; the same command can be given again."""
+    """There is nothing to resume; the same run can be started again."""
     out = tmp_path / "run"
     kill = {"trap": "rename", "ends": "config.toml"}
-    assert killer.run(config_file, out, kill) == {"signal": signal.SIGKILL}
-
-    code, said = killer.cli("run", "--resume", str(out))
-    assert code == 2
-    assert "holds no run" in said
-    assert killer.run(config_file, out, {}) == {"code": 0}
+    assert killer.run(config_file, out, kill) == KILLED
+    assert killer.run(config_file, out, {}, resume=True) == {"code": 1}
+    assert "holds no run" in killer.output.read_text()
+    killer.finish(config_file, out, resume=False)
     assert_same_run(out, undisturbed)
 
 
@@ -153,8 +121,8 @@ def test_with_a_process_started_from_the_shell(
 ) -> None:
     """The same without forks: `python -m prelort.cli` resumes."""
     out = tmp_path / "run"
-    kill = {"trap": "event", "name": "aggregated", "round": 2}
-    assert killer.run(config_file, out, kill) == {"signal": signal.SIGKILL}
+    kill = {"trap": "event", "name": "round_finished", "round": 2}
+    assert killer.run(config_file, out, kill) == KILLED
     resumed = subprocess.run(
         [sys.executable, "-m", "prelort.cli", "run", "--resume", str(out)],
         capture_output=True,
@@ -163,6 +131,6 @@ def test_with_a_process_started_from_the_shell(
         check=False,
     )
     assert resumed.returncode == 0, resumed.stderr
-    assert "perplexity by rank prefix" in resumed.stdout
+    assert "perplexity" in resumed.stdout
     assert resumed.stderr == ""  # no progress bars nor notices of the libraries
     assert_same_run(out, undisturbed)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 
 import pytest
-from processes import Killer, adapters_of, assert_same_run
+from processes import KILLED, Killer
 
 from prelort.config import load, to_toml
+from run_files import adapters_of, assert_same_run
 
 OWN = """
 import torch
@@ -50,30 +50,29 @@ def own(killer: Killer, config_file: Path) -> Path:
     return path
 
 
-def test_it_runs_from_the_folder_where_its_file_is(
-    tmp_path: Path, killer: Killer, own: Path, undisturbed: Path
-) -> None:
-    out = tmp_path / "run"
-    code, said = killer.cli("run", str(own), "--out", str(out), "-q")
-    assert code == 0, said
-    assert "my_method:Momentum" in said
-    plain = adapters_of(undisturbed)
-    assert adapters_of(out).keys() == plain.keys()
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, killer: Killer, own: Path) -> Path:
+    """The folder of a run of that method that was never killed."""
+    out = tmp_path_factory.mktemp("own") / "run"
+    killer.finish(own, out, resume=False)
+    return out
+
+
+def test_it_runs_from_the_folder_where_its_file_is(finished: Path, undisturbed: Path) -> None:
+    assert adapters_of(finished).keys() == adapters_of(undisturbed).keys()
     name = "adapters/rank-8/adapter_model.safetensors"
-    assert adapters_of(out)[name] != plain[name]
+    assert adapters_of(finished)[name] != adapters_of(undisturbed)[name]
 
 
 @pytest.mark.parametrize("number", [1, 3])
-def test_its_memory_survives_a_kill(tmp_path: Path, killer: Killer, own: Path, number: int) -> None:
-    expected, out = tmp_path / "undisturbed", tmp_path / "killed"
-    assert killer.run(own, expected, {}) == {"code": 0}, killer.output.read_text()
-    kill = {"trap": "event", "name": "aggregated", "round": number}
-    assert killer.run(own, out, kill) == {"signal": signal.SIGKILL}
-
-    code, said = killer.cli("run", "--resume", str(out), "-q")
-
-    assert code == 0, said
-    assert_same_run(out, expected)
+def test_its_memory_survives_a_kill(
+    tmp_path: Path, killer: Killer, own: Path, finished: Path, number: int
+) -> None:
+    out = tmp_path / "killed"
+    kill = {"trap": "event", "name": "round_finished", "round": number}
+    assert killer.run(own, out, kill) == KILLED
+    killer.finish(own, out)
+    assert_same_run(out, finished)
 
 
 def test_several_methods_with_ones_own_among_them(

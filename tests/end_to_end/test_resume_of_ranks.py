@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import LAST, Killer, assert_same_run, events_of
+from processes import KILLED, LAST, Killer
 
 from prelort.config import Config, to_toml
+from prelort.events import RankChanged
 from prelort.experiment import checkpoint
+from run_files import assert_same_run, events_of
 
 Make = Callable[..., Config]
 
@@ -44,10 +45,10 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 KILLS: dict[str, list[tuple[str, int]]] = {
-    "a schedule": [("rank_changed", 1), ("client_finished", 3), ("evaluated_at_clients", 2)],
+    "a schedule": [("rank_changed", 1), ("client_finished", 3), ("clients_evaluated", 2)],
     "by loss": [("client_finished", 1), ("rank_changed", 1), ("client_finished", 2)],
     "clients that prune": [("rank_changed", 2), ("client_finished", 3)],
-    "factors of their own": [("client_finished", 2), ("aggregated", 3), ("checkpointing", 3)],
+    "factors of their own": [("client_finished", 2), ("round_finished", 3), ("checkpointing", 3)],
 }
 
 
@@ -72,7 +73,7 @@ def undisturbed(
     def run(name: str) -> Path:
         if name not in made:
             out = tmp_path_factory.mktemp("undisturbed") / "run"
-            assert killer.run(configs[name], out, {}) == {"code": 0}, killer.output.read_text()
+            killer.finish(configs[name], out, resume=False)
             made[name] = out
         return made[name]
 
@@ -88,35 +89,29 @@ def own_factors(run: Path) -> dict[str, bytes]:
     }
 
 
-def assert_same(run: Path, expected: Path) -> None:
-    assert_same_run(run, expected)
-    assert own_factors(run) == own_factors(expected)
-    for number in (LAST - 1, LAST):
-        found, wanted = (
-            checkpoint.load(path / "checkpoints" / f"{number:05d}").state
-            for path in (run, expected)
-        )
-        assert found.ranks == wanted.ranks
-
-
 @pytest.mark.parametrize("name", RUNS)
 def test_ranks_do_change_in_the_undisturbed_run(
     undisturbed: Callable[[str], Path], name: str
 ) -> None:
     """Guards the others: what they compare is there."""
     events = events_of(undisturbed(name))
-    changed = [event for event in events if event["event"] == "rank_changed"]
+    changed = [event for event in events if isinstance(event, RankChanged)]
     assert changed
     state = checkpoint.load(undisturbed(name) / "checkpoints" / f"{LAST:05d}").state
     assert state.ranks
     assert bool(own_factors(undisturbed(name))) == (name == "factors of their own")
     if name == "clients that prune":
-        assert all(event["to"] < event["from"] for event in changed)
-        assert any(event["round"] == 2 for event in changed)
+        assert all(event.new_rank < event.old_rank for event in changed)
+        assert any(event.round == 2 for event in changed)
 
 
 @pytest.mark.parametrize(
-    "name, event, number", [(name, *kill) for name, kills in KILLS.items() for kill in kills]
+    "name, event, number, damaged",
+    [
+        *[(name, *kill, False) for name, kills in KILLS.items() for kill in kills],
+        # The run goes back two rounds, and so do the clients with what they keep.
+        *[(name, "round_finished", 3, True) for name in RUNS],
+    ],
 )
 def test_killed_and_resumed_is_as_if_never_killed(
     tmp_path: Path,
@@ -126,34 +121,22 @@ def test_killed_and_resumed_is_as_if_never_killed(
     name: str,
     event: str,
     number: int,
+    damaged: bool,
 ) -> None:
     out = tmp_path / "run"
     kill = {"trap": "event", "name": event, "round": number}
-    assert killer.run(configs[name], out, kill) == {"signal": signal.SIGKILL}
+    assert killer.run(configs[name], out, kill) == KILLED
+    if damaged:
+        newest = out / "checkpoints" / "00002" / "state.safetensors"
+        newest.write_bytes(newest.read_bytes()[:-100])
+    output = killer.finish(configs[name], out)
+    assert ("falling back to the checkpoint before it" in output) == damaged
 
-    code, said = killer.cli("run", "--resume", str(out), "--quiet")
-
-    assert code == 0, said
-    assert_same(out, undisturbed(name))
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_killed_and_its_newest_checkpoint_damaged(
-    tmp_path: Path,
-    killer: Killer,
-    configs: dict[str, Path],
-    undisturbed: Callable[[str], Path],
-    name: str,
-) -> None:
-    """The run goes back two rounds, and so do the clients with what they keep."""
-    out = tmp_path / "run"
-    kill = {"trap": "event", "name": "aggregated", "round": 3}
-    assert killer.run(configs[name], out, kill) == {"signal": signal.SIGKILL}
-    newest = out / "checkpoints" / "00002" / "state.safetensors"
-    newest.write_bytes(newest.read_bytes()[:-100])
-
-    code, said = killer.cli("run", "--resume", str(out))
-
-    assert code == 0, said
-    assert "falling back to the checkpoint before it" in said
-    assert_same(out, undisturbed(name))
+    expected = undisturbed(name)
+    assert_same_run(out, expected)
+    assert own_factors(out) == own_factors(expected)
+    for done in (LAST - 1, LAST):
+        found, wanted = (
+            checkpoint.load(path / "checkpoints" / f"{done:05d}").state for path in (out, expected)
+        )
+        assert found.ranks == wanted.ranks

@@ -1,6 +1,7 @@
 """Sites that see only their own rows, against one process that sees all of them."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ from prelort import config as configuration
 from prelort.config import Config
 from prelort.data import standard_library
 from prelort.errors import ConfigError
+from prelort.events import Metrics
 from prelort.experiment.assemble import assemble
-from prelort.experiment.at_sites import at_sites, own_site
+from prelort.experiment.at_sites import at_sites, backend_at_sites, own_site
 from prelort.experiment.run import run
 from prelort.federation.client import LocalClient, make_client_app
 from prelort.federation.flower import identify_process
 from prelort.federation.in_process import InProcessGrid
+from prelort.history import RunHistory
+from prelort.models.base import location
 from run_files import adapters_of
 
 RANKS = {"clinic-a": 2, "clinic-b": 8, "clinic-c": 4}
@@ -47,7 +51,7 @@ def config_of(task: str = "causal-lm", **changes: dict[str, Any]) -> Config:
     values: dict[str, dict[str, Any]] = {
         "data": {"source": "sites", "max_length": 32, "text_column": "text"},
         "ranks": {"mix": "2, 8, 4", "assign": "in-order"},
-        "training": {"local_steps": 2},
+        "training": {"local_steps": 1},
         "federation": {"rounds": 2, "clients_per_round": 1.0, "wait": 5.0},
         "evaluation": {"every": 1, "diagnostics": False},
     }
@@ -67,22 +71,20 @@ def sites_of(config: Config, files: dict[str, Path]) -> list[LocalClient]:
     return [own_site(with_source(config, files[name]), name, RANKS[name]) for name in RANKS]
 
 
-def run_at(sites: Sequence[LocalClient], config: Config, path: Path) -> list[dict[str, Any]]:
+def run_at(sites: Sequence[LocalClient], config: Config, path: Path) -> RunHistory:
     app = make_client_app(lambda context: sites[int(context.node_config["partition-id"])])
     grid = InProcessGrid(app, [{"partition-id": index} for index in range(len(sites))])
-    run(config, path, stage_of=lambda config, folder: at_sites(config, grid))
-    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return run(config, path, backend=at_sites(grid)).history
 
 
-def run_together(config: Config, file: Path, path: Path) -> list[dict[str, Any]]:
+def run_together(config: Config, file: Path, path: Path) -> RunHistory:
     together = with_source(config, file).model_copy(
         update={"partition": configuration.PartitionConfig(by="column", column="client")}
     )
     # The largest client comes first where all are dealt from one file.
     mix = ", ".join(str(RANKS[name]) for name in reversed(RANKS))
     ranks = config.ranks.model_copy(update={"mix": mix})
-    prelort.run(together.model_copy(update={"ranks": ranks}), path)
-    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return prelort.run(together.model_copy(update={"ranks": ranks}), path).history
 
 
 @pytest.mark.parametrize("task", ["causal-lm", "classification"])
@@ -93,35 +95,36 @@ def test_sites_that_see_only_their_own_give_what_one_process_gives(
     apart = run_at(sites_of(config, files), config, tmp_path / "apart")
     together = run_together(config, files["all"], tmp_path / "together")
     assert adapters_of(tmp_path / "apart") == adapters_of(tmp_path / "together")
-    measured, expected = (
-        [e for e in events if e["event"] == "evaluated"] for events in (apart, together)
-    )
-    assert len(measured) == len(expected) == 3
     # Causal text is cut into examples anew where all rows lie in one file; classes pool exactly.
     close = 0.02 if task == "causal-lm" else 1e-5
-    for one, other in zip(measured, expected, strict=True):
-        assert one["where"] == "clients"
-        assert set(one["clients"].values()) == {3}
-        rows = {**other["prefixes"], "base": other.get("base", {})}
-        for rank, metrics in rows.items():
-            found = one["base"] if metrics and rank == "base" else one["prefixes"].get(rank, {})
-            for name in {"loss", "perplexity", "accuracy"} & metrics.keys():
-                assert found[name] == pytest.approx(metrics[name], rel=close)
+
+    def assert_near(measured: Metrics, expected: Metrics) -> None:
+        names = {"loss", "perplexity", "accuracy"} & expected.keys()  # others are means over sites
+        wanted = {name: expected[name] for name in names}
+        assert {name: measured[name] for name in names} == pytest.approx(wanted, rel=close)
+
+    assert_near(apart.base, together.base)
+    assert apart.evaluations.keys() == together.evaluations.keys() == {0, 1, 2}
+    for number, measured in apart.evaluations.items():
+        expected = together.evaluations[number]
+        assert expected.samples is None
+        assert {sample.clients for sample in (measured.samples or {}).values()} == {3}
+        assert measured.prefixes.keys() == expected.prefixes.keys()
+        for rank, metrics in expected.prefixes.items():
+            assert_near(measured.prefixes[rank], metrics)
 
 
-def test_the_server_needs_no_weights_in_memory(
-    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_server_loads_no_model(files: dict[str, Path], tmp_path: Path) -> None:
+    """The files of the base are enough, of which its fingerprint is taken; no tokenizer."""
     config = config_of()
-    sites = sites_of(config, files)
-    from prelort.models import base
-
-    def refuse(*arguments: Any, **named: Any) -> None:
-        raise AssertionError("the server has loaded the model")
-
-    monkeypatch.setattr(base, "load_model", refuse)
-    monkeypatch.setattr(base, "load_tokenizer", refuse)
-    assert run_at(sites, config, tmp_path / "run")[-1]["event"] == "run_finished"
+    whole = Path(location(config.model.name))
+    for file in (whole / "config.json", *whole.glob("*.safetensors")):
+        shutil.copy(file, tmp_path / file.name)
+    model = config.model.model_copy(update={"name": str(tmp_path)})
+    server = config.model_copy(update={"model": model})
+    assert run_at(sites_of(config, files), server, tmp_path / "run").finished
+    with pytest.raises(ConfigError, match="tokenizer"):
+        assemble(with_source(server, files["all"]))  # as it does where it measures itself
 
 
 def test_what_the_server_makes_without_weights_is_what_it_makes_with_them(
@@ -129,13 +132,13 @@ def test_what_the_server_makes_without_weights_is_what_it_makes_with_them(
 ) -> None:
     config = config_of()
     identify_process(1)
-    stage = at_sites(config, InProcessGrid(lambda message, context: message, []))
+    backend = backend_at_sites(config, InProcessGrid(lambda message, context: message, []))
     with_weights = assemble(with_source(config, files["all"]))
-    assert stage.spec == with_weights.runtime.spec
+    assert backend.spec == with_weights.runtime.spec
     expected = with_weights.initial.tensors()
-    for name, tensor in stage.initial.tensors().items():
+    for name, tensor in backend.initial.tensors().items():
         assert (tensor == expected[name]).all()
-    assert stage.planned == (2, 4, 8)
+    assert backend.planned_ranks == (2, 4, 8)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +154,7 @@ def test_what_cannot_work_over_sites_is_told(
 ) -> None:
     grid = InProcessGrid(lambda message, context: message, [])
     with pytest.raises(ConfigError, match=sentence):
-        at_sites(config_of(task, **changes), grid)
+        backend_at_sites(config_of(task, **changes), grid)
 
 
 @pytest.mark.parametrize("rank, allowed", [(0, False), (1, True), (3, True), (8, True), (9, False)])

@@ -1,8 +1,9 @@
-"""From the configuration to each client's ranks, and runs in which these change."""
+"""Planned ranks of the clients, and runs in which ranks change."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,9 @@ def test_drawn_by_the_seed_a_later_mix_meets_the_same_clients(make_config: Make)
     assert len(set(offered)) == 2
 
 
-def test_by_loss_everyone_begins_at_the_lowest_and_may_get_the_highest(make_config: Make) -> None:
+def test_by_loss_every_client_starts_at_the_lowest_and_may_get_the_highest(
+    make_config: Make,
+) -> None:
     ranks = {"mix": "2, 2, 4, 4, 8, 8", "allocation": "by-loss", "high_share": 0.3}
     offered, max_rank, allocation = planned(make_config(ranks=ranks, data=TUNING))
     assert offered == [2] * 6
@@ -98,19 +101,17 @@ def test_a_reference_that_ignores_ranks_may_use_the_highest_everywhere(make_conf
 @pytest.mark.parametrize(
     "mix, reason",
     [
-        ("2, 4", "ranks.schedule.3 = '2, 4' is not allowed: the list has 2 ranks for 6 clients"),
-        ("2*0.5", "ranks.schedule.3 = '2*0.5' is not allowed: the shares sum to 0.5"),
-        ("", "ranks.schedule.3 = '' is not allowed"),
-        ("ranks.mix", "ranks.schedule.3 = 'ranks.mix' is not allowed"),
+        ("2, 4", "the list has 2 ranks for 6 clients"),
+        ("2*0.5", "the shares sum to 0.5"),
+        ("", "'' is not a rank"),
     ],
 )
-def test_a_mix_that_does_not_fit_is_told_by_its_round(
+def test_a_mix_that_does_not_fit_is_named_by_its_round(
     make_config: Make, mix: str, reason: str
 ) -> None:
     ranks = {"mix": "2*1", "schedule": {"2": "4*1", "3": mix}}
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(ConfigError, match=f"ranks.schedule.3 = '{re.escape(mix)}' .*{reason}"):
         planned(make_config(ranks=ranks))
-    assert str(refused.value).startswith(reason)
 
 
 # What is made of it
@@ -153,7 +154,7 @@ def test_measuring_at_clients_without_rows_of_their_own_is_refused(
 
 
 @pytest.mark.parametrize("name", ["test", "validation"])
-def test_it_is_measured_on_the_rows_that_are_asked_for(make_config: Make, name: str) -> None:
+def test_it_is_evaluated_on_the_configured_rows(make_config: Make, name: str) -> None:
     assembly = assemble(make_config(data=TUNING, evaluation={"on": name}))
     clients = assembly.rows.clients
     rows = {

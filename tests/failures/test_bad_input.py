@@ -1,7 +1,8 @@
-"""What bad input gets: one sentence with the value and what is allowed, exit code 2, no traceback,
-nothing written over, nothing left behind."""
+"""Wrong input: one sentence with the value and what is allowed, exit code 2, no traceback, nothing
+overwritten, nothing left behind."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,118 +12,55 @@ import torch
 
 from command_line import CommandLine
 
-CASES: dict[str, tuple[list[str], list[str]]] = {
-    # --set ...: words of the sentence
-    "rank 0": (["ranks.mix=2, 2, 4, 4, 8, 0"], ["ranks.mix", "'0' is not a rank", "at least 1"]),
-    "negative rank": (["ranks.mix=-2*1.0"], ["ranks.mix", "'-2' is not a rank"]),
-    "rank that is no number": (["ranks.mix=four*1"], ["ranks.mix", "'four' is not a rank"]),
-    "too few ranks": (["ranks.mix=2, 4"], ["the list has 2 ranks for 6 clients"]),
-    "shares that do not sum to 1": (["ranks.mix=2*0.5, 4*0.2"], ["sum to 0.7, and must sum to 1"]),
-    "unknown assignment": (["ranks.assign=largest"], ["ranks.assign", "'by-size'"]),
-    "unknown method": (["method.name=prelrt"], ["'prelrt'", "did you mean 'prelort'?"]),
-    "method like no other": (
-        ["method.name=quux"],
-        ["unknown method 'quux'", "prelort", "zero-padding", "fedit"],
-    ),
-    "method in no module": (
-        ["method.name=no_such_module:Method"],
-        ["'no_such_module:Method' cannot be imported", "No module named"],
-    ),
-    "method not in its module": (["method.name=json:Method"], ["cannot be imported", "'Method'"]),
-    "method that is no class": (["method.name=json:dumps"], ["is not a class"]),
-    "unknown task": (["task=causal"], ['task = "causal"', "'causal-lm'", "'classification'"]),
-    "unknown column": (
-        ["data.text_column=txt"],
-        ["data.text_column = 'txt' is not a column", "'client'", "'text'", "'label'"],
-    ),
-    "unknown client column": (["partition.column=hospital"], ["'hospital'", "'client'"]),
-    "unknown metric": (["evaluation.metrics=['perplexiti']"], ["perplexiti", "'perplexity'"]),
-    "metric of another task": (
-        ["evaluation.metrics=['accuracy']"],
-        ["metric 'accuracy' is not defined for task 'causal-lm'", "allowed are perplexity"],
-    ),
-    "unknown partitioner": (
-        ["partition.by=dirichlett"],
-        ['partition.by = "dirichlett"', "'dirichlet'", "'shards'"],
-    ),
-    "unknown key": (
-        ["federation.round=3"],
-        ["unknown key 'federation.round'", "did you mean 'rounds'?"],
-    ),
-    "unknown section": (["federated.rounds=3"], ["'federated'", "did you mean 'federation'?"]),
-    "key like no other": (["model.xyzzy=3"], ["'model.xyzzy'", "allowed are name, revision"]),
-    "key below a value": (["seed.value=3"], ["'seed' is a value, not a section"]),
-    "word for a number": (["federation.rounds=many"], ['federation.rounds = "many"', "integer"]),
-    "no rounds": (["federation.rounds=0"], ["federation.rounds = 0", "greater than or equal to 1"]),
-    "rate below 0": (["training.learning_rate=-1"], ["training.learning_rate = -1", "than 0"]),
-    "rate without end": (["training.learning_rate=inf"], ["learning_rate", "finite number"]),
-    "rate that is no number": (["training.learning_rate=nan"], ["learning_rate"]),
-    "time without end": (["federation.timeout=inf"], ["federation.timeout", "finite number"]),
-    "share above 1": (["federation.clients_per_round=1.5"], ["federation.clients_per_round = 1.5"]),
-    "quorum above those asked": (
-        ["federation.quorum=5"],
-        ["federation.quorum = 5 needs 5 replies", "asks 3 of 6 clients"],
-    ),
-    "more clients a round than there are": (
-        ["federation.clients_per_round=9"],
-        ["federation.clients_per_round = 9", "there are 6 clients"],
-    ),
-    "target modules that match nothing": (
-        ["lora.target_modules=['query_key_value']"],
-        ["'query_key_value' matches no layer", "down_proj", "q_proj", "up_proj", "v_proj"],
-    ),
-    "prefix above the global rank": (
-        ["evaluation.prefixes=[2, 16]"],
-        ["evaluation.prefixes: 16 is above the global adapter's rank 8"],
-    ),
-    "truncation above the global rank": (
-        ["method.truncations=[2, 32]"],
-        ["method.truncations: 32 is above the global adapter's rank 8"],
-    ),
-    "truncation above the global rank that is not measured": (
-        ["method.truncations=[2, 32]", "evaluation.prefixes=[2]"],
-        ["method.truncations: 32 is above the global adapter's rank 8"],
-    ),
-    "FedIT with mixed ranks": (
-        ["method.name=fedit"],
-        ["'fedit' needs one rank", "[2, 4, 8]", "'prelort'"],
-    ),
-    "weight of a rank nobody has": (
-        ["method.level_weights={3 = 1.0}"],
-        ["'3' is not a rank level", "2, 4, 8"],
-    ),
-    "weights that leave nothing": (
-        ["method.level_weights={8 = 1.0}"],
-        ["leaves nothing to train for a client of rank 2"],
-    ),
-    "missing file": (["data.source=nowhere.csv"], ["data.source = 'nowhere.csv'", "no such file"]),
-    "missing test file": (["data.test=nowhere.jsonl"], ["data.test = 'nowhere.jsonl'"]),
-    "missing model": (
-        ["model.name=./no/such/model"],
-        ["model.name = './no/such/model'", "no such folder"],
-    ),
-    "unknown device": (["model.device=tpu9"], ["model.device = 'tpu9'", "auto, cpu or cuda"]),
-    "override without =": (["seed"], ["--set 'seed'", "key=value"]),
-    "override without a key": (["=3"], ["--set '=3'", "key=value"]),
+CASES: dict[str, list[str]] = {
+    # One override for a run: words of the sentence. Values that the configuration itself refuses
+    # are in tests/test_config.py, wrong mixes in tests/data/test_ranks.py.
+    "ranks.mix=2, 2, 4, 4, 8, 0": ["ranks.mix", "'0' is not a rank", "at least 1"],
+    "ranks.mix=2, 4": ["the list has 2 ranks for 6 clients"],
+    "ranks.assign=largest": ["ranks.assign", "'by-size'"],
+    "method.name=prelrt": ["'prelrt'", "did you mean 'prelort'?"],
+    "method.name=quux": ["unknown method 'quux'", "prelort", "zero-padding", "fedit"],
+    "method.name=no_such_module:Method": ["cannot be imported", "No module named"],
+    "method.name=json:Method": ["cannot be imported", "'Method'"],
+    "method.name=json:dumps": ["is not a class"],
+    "task=causal": ['task = "causal"', "'causal-lm'", "'classification'"],
+    "data.text_column=txt": ["'txt' is not a column", "'client'", "'text'", "'label'"],
+    "partition.column=hospital": ["'hospital'", "'client'"],
+    "partition.by=dirichlett": ['"dirichlett"', "'dirichlet'", "'shards'"],
+    "evaluation.metrics=['perplexiti']": ["perplexiti", "'perplexity'"],
+    "evaluation.metrics=['accuracy']": ["'accuracy'", "'causal-lm'", "perplexity"],
+    "federation.round=3": ["unknown key 'federation.round'", "did you mean 'rounds'?"],
+    "federation.rounds=many": ['federation.rounds = "many"', "integer"],
+    "training.learning_rate=inf": ["learning_rate", "finite number"],
+    "federation.timeout=inf": ["federation.timeout", "finite number"],
+    "federation.quorum=5": ["federation.quorum = 5 needs 5 replies", "3 of 6 clients"],
+    "federation.clients_per_round=9": ["clients_per_round = 9", "6 clients"],
+    "lora.target_modules=['query_key_value']": ["'query_key_value'", "down_proj", "q_proj"],
+    "evaluation.prefixes=[2, 16]": ["evaluation.prefixes: 16", "rank 8"],
+    "method.truncations=[2, 32]": ["method.truncations: 32", "rank 8"],
+    "method.name=fedit": ["'fedit' needs one rank", "[2, 4, 8]", "'prelort'"],
+    "method.level_weights={3 = 1.0}": ["'3' is not a rank level", "2, 4, 8"],
+    "method.level_weights={8 = 1.0}": ["nothing to train for a client of rank 2"],
+    "data.source=nowhere.csv": ["data.source = 'nowhere.csv'", "no such file"],
+    "data.test=nowhere.jsonl": ["data.test = 'nowhere.jsonl'"],
+    "model.name=./no/such/model": ["model.name = './no/such/model'", "no such folder"],
+    "model.device=tpu9": ["model.device = 'tpu9'", "auto, cpu or cuda"],
+    "seed": ["--set 'seed'", "key=value"],
 }
 
 
-@pytest.mark.parametrize("overrides, words", CASES.values(), ids=CASES)
-def test_a_wrong_value_is_told_in_one_sentence(
+@pytest.mark.parametrize("override, words", CASES.items(), ids=CASES)
+def test_a_wrong_value_is_one_sentence(
     tmp_path: Path,
     command_line: CommandLine,
     config_file: Path,
-    overrides: list[str],
+    override: str,
     words: list[str],
 ) -> None:
-    out = tmp_path / "run"
-    options = [part for override in overrides for part in ("--set", override)]
-
-    error = command_line("run", config_file, *options, "--out", out).error
-
+    error = command_line("run", config_file, "--set", override, "--out", tmp_path / "run").error
     for word in words:
         assert word in error
-    assert list(tmp_path.iterdir()) == []  # the same command, put right, can use the same --out
+    assert list(tmp_path.iterdir()) == []  # the corrected command can use the same --out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
@@ -137,31 +75,24 @@ def test_cuda_asked_for_and_absent(
 
 
 @pytest.mark.parametrize(
-    "name, content, words",
+    "name, content",
     [
-        ("empty.jsonl", b"", ["empty.jsonl"]),
-        ("empty.csv", b"", ["empty.csv"]),
-        ("head.csv", b"client,text\n", ["head.csv' cannot be read: it has no rows"]),
-        ("broken.jsonl", b'{"text": "a", "client": "b"}\n{"text": ', ["broken.jsonl"]),
-        ("binary.jsonl", bytes(range(256)), ["binary.jsonl"]),
-        ("broken.parquet", b"PAR1 but not really", ["broken.parquet"]),
-        ("page.html", b"<html>", ["page.html"]),
+        ("empty.jsonl", b""),
+        ("head.csv", b"client,text\n"),
+        ("broken.jsonl", b'{"text": "a", "client": "b"}\n{"text": '),
+        ("binary.jsonl", bytes(range(256))),
+        ("broken.parquet", b"PAR1 but not really"),
+        ("page.html", b"<html>"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_named(
-    tmp_path: Path,
-    command_line: CommandLine,
-    config_file: Path,
-    name: str,
-    content: bytes,
-    words: list[str],
+    tmp_path: Path, command_line: CommandLine, config_file: Path, name: str, content: bytes
 ) -> None:
     source = tmp_path / name
     source.write_bytes(content)
     out = tmp_path / "run"
     error = command_line("run", config_file, "--set", f"data.source={source}", "--out", out).error
-    for word in words:
-        assert word in error
+    assert name in error
     assert not out.exists()
     assert source.read_bytes() == content
 
@@ -193,8 +124,6 @@ def test_a_label_unseen_in_training_is_named(
 def test_a_model_with_pickled_weights_alone_is_refused(
     tmp_path: Path, command_line: CommandLine, config_file: Path, tiny_llama: Path
 ) -> None:
-    import shutil
-
     model = tmp_path / "model"
     shutil.copytree(tiny_llama, model)
     (model / "model.safetensors").unlink()
@@ -205,35 +134,27 @@ def test_a_model_with_pickled_weights_alone_is_refused(
     assert "pickled weights are never loaded" in error
 
 
-class TestConfigurationFile:
-    def test_missing(self, command_line: CommandLine, tmp_path: Path) -> None:
-        error = command_line("run", tmp_path / "my.toml").error
-        assert f"{str(tmp_path / 'my.toml')!r} does not exist" in error
-
-    @pytest.mark.parametrize(
-        "content, words",
-        [
-            (b"seed = ", "is not valid TOML"),
-            (b"[model\nname = 1", "is not valid TOML"),
-            (b"seed = 1\nseed = 2", "is not valid TOML"),
-            (b"\xff\xfe", "cannot be read"),
-            (b"[data]\nsauce = 'x.csv'", "unknown key 'data.sauce': did you mean 'source'?"),
-            (b"model = 3", "model = 3 is not allowed"),
-        ],
-    )
-    def test_malformed(
-        self, command_line: CommandLine, tmp_path: Path, content: bytes, words: str
-    ) -> None:
-        file = tmp_path / "my.toml"
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (None, "does not exist"),
+        (b"[model\nname = 1", "is not valid TOML"),
+        (b"\xff\xfe", "cannot be read"),
+        (b"[data]\nsauce = 'x.csv'", "unknown key 'data.sauce': did you mean 'source'?"),
+        (b"model = 3", "model = 3 is not allowed"),
+    ],
+)
+def test_a_wrong_configuration_file_is_one_sentence(
+    command_line: CommandLine, tmp_path: Path, content: bytes | None, words: str
+) -> None:
+    file = tmp_path / "my.toml"
+    if content is not None:
         file.write_bytes(content)
-        assert words in command_line("run", file, "--out", tmp_path / "run").error
-        assert not (tmp_path / "run").exists()
-
-    def test_a_folder(self, command_line: CommandLine, tmp_path: Path) -> None:
-        assert "cannot be read" in command_line("run", tmp_path).error
+    assert words in command_line("run", file, "--out", tmp_path / "run").error
+    assert not (tmp_path / "run").exists()
 
 
-class TestNothingIsWrittenOver:
+class TestNothingIsOverwritten:
     def test_a_folder_with_files_is_refused(
         self, tmp_path: Path, command_line: CommandLine, config_file: Path
     ) -> None:
@@ -298,7 +219,7 @@ def test_a_rank_above_the_smaller_dimension_warns_and_goes_on(
         (["export", "x", "--out", "y", "--rank", "many"], "not a valid int"),
     ],
 )
-def test_wrong_options_are_told_by_the_command_line(
+def test_wrong_options_are_refused_by_the_command_line(
     command_line: CommandLine, arguments: list[str], words: str
 ) -> None:
     outcome = command_line(*arguments)

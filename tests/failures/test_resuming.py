@@ -1,23 +1,26 @@
-"""Going on with a run where something is not as it was."""
+"""A run resumed where something is not as it was, and runs in which clients fail."""
+
+from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 import prelort
+from backends import in_this_process
 from command_line import CommandLine
 from prelort.config import Config
 from prelort.errors import CheckpointError, ConfigError, QuorumError
+from prelort.events import ClientFailed, ClientRefused, Event, RoundFinished, RunStarted
+from prelort.experiment.backend import Connect
 from prelort.experiment.folder import RunFolder
-from prelort.federation import client as client_module
+from prelort.federation.flower import Message
+from run_files import assert_same_run, events_of
 
 Make = Callable[..., Config]
 
@@ -51,22 +54,11 @@ def files_of(folder: Path) -> dict[str, bytes]:
     }
 
 
-class TestAnotherConfiguration:
-    def test_the_keys_that_differ_are_named(self, run: Path) -> None:
-        config = RunFolder(run).read_config()
-        other = config.model_copy(
-            update={
-                "seed": 9,
-                "training": config.training.model_copy(update={"learning_rate": 0.5}),
-            }
-        )
-        before = files_of(run)
-        with pytest.raises(ConfigError) as refused:
-            prelort.run(other, run, resume=True)
-        assert "these keys differ: seed, training.learning_rate." in str(refused.value)
-        assert str(run) in str(refused.value)
-        assert files_of(run) == before
+def resume(run: Path) -> None:
+    prelort.run(RunFolder(run).read_config(), run, resume=True)
 
+
+class TestAnotherConfiguration:
     @pytest.mark.parametrize(
         "overrides, keys",
         [
@@ -74,48 +66,43 @@ class TestAnotherConfiguration:
             (["lora.rank_pattern={q_proj = 2}"], "lora.rank_pattern, lora.rank_pattern.q_proj"),
             (["method.name=zero-padding"], "method.name"),
             (["threads=2", "ranks.mix=4*1"], "ranks.mix, threads"),
+            (["seed=9", "training.learning_rate=0.5"], "seed, training.learning_rate"),
         ],
     )
-    def test_on_the_command_line_too(
-        self, run: Path, command_line: CommandLine, overrides: list[str], keys: str
+    def test_the_keys_that_differ_are_named(
+        self, run: Path, overrides: list[str], keys: str
     ) -> None:
         before = files_of(run)
-        options = [part for override in overrides for part in ("--set", override)]
-        error = command_line("run", "--resume", run, *options).error
-        assert f"these keys differ: {keys}." in error
+        other = prelort.load_config(run / "config.toml", overrides)
+        with pytest.raises(ConfigError) as refused:
+            prelort.run(other, run, resume=True)
+        assert f"these keys differ: {keys}." in str(refused.value)
+        assert str(run) in str(refused.value)
         assert files_of(run) == before
 
-    def test_the_same_configuration_given_again_is_fine(
+    def test_a_damaged_configuration_or_none_is_refused(self, run: Path, tmp_path: Path) -> None:
+        (run / "config.toml").write_text("[model")
+        with pytest.raises(ConfigError, match="is not valid TOML"):
+            resume(run)
+        with pytest.raises(ConfigError, match="holds no run"):
+            resume(tmp_path / "nowhere")
+        assert not (tmp_path / "nowhere").exists()
+
+    def test_the_command_line_takes_the_same_and_refuses_another(
         self, run: Path, command_line: CommandLine, tmp_path: Path
     ) -> None:
         again = tmp_path / "again.toml"
         shutil.copy(run / "config.toml", again)
         assert command_line("run", again, "--set", "seed=0", "--resume", run, "-q").code == 0
-
-    def test_another_method_is_refused(self, run: Path, command_line: CommandLine) -> None:
-        for methods in (["-m", "zero-padding"], ["-m", "prelort", "-m", "zero-padding"]):
-            before = files_of(run)
-            error = command_line("run", "--resume", run, *methods).error
-            assert "holds the methods ['prelort'], not" in error
-            assert files_of(run) == before
-
-    def test_the_same_method_is_fine(self, run: Path, command_line: CommandLine) -> None:
         assert command_line("run", "--resume", run, "-m", "prelort", "-q").code == 0
-
-    def test_out_and_resume_exclude_each_other(
-        self, run: Path, command_line: CommandLine, tmp_path: Path
-    ) -> None:
+        before = files_of(run)
+        error = command_line("run", "--resume", run, "--set", "federation.rounds=9").error
+        assert "these keys differ: federation.rounds." in error
+        command_line("run", "--resume", run, "-m", "zero-padding").error  # noqa: B018  exit code 2
         error = command_line("run", "--resume", run, "--out", tmp_path / "new").error
         assert "not both" in error
         assert not (tmp_path / "new").exists()
-
-    def test_a_damaged_configuration_is_told(self, run: Path, command_line: CommandLine) -> None:
-        (run / "config.toml").write_text("[model")
-        assert "is not valid TOML" in command_line("run", "--resume", run).error
-
-    def test_where_no_run_is(self, command_line: CommandLine, tmp_path: Path) -> None:
-        assert "holds no run" in command_line("run", "--resume", tmp_path / "nowhere").error
-        assert list(tmp_path.iterdir()) == []
+        assert files_of(run) == before
 
 
 class TestAnotherBaseModel:
@@ -134,10 +121,9 @@ class TestAnotherBaseModel:
         before = files_of(run)
         facts = json.loads((run / "checkpoints" / "00002" / "state.json").read_text())
         with pytest.raises(CheckpointError) as refused:
-            prelort.run(RunFolder(run).read_config(), run, resume=True)
-        text = str(refused.value)
-        assert "was trained on another base model" in text
-        assert f"fingerprint {facts['base']}" in text
+            resume(run)
+        assert "was trained on another base model" in str(refused.value)
+        assert f"fingerprint {facts['base']}" in str(refused.value)
         assert files_of(run) == before
 
     @pytest.mark.usefixtures("retrained")
@@ -152,53 +138,33 @@ class TestAnotherBaseModel:
             assert "another base model" in command_line(*arguments).error
         assert not (tmp_path / "adapter").exists()
 
-    def test_given_on_the_command_line_is_refused_too(
-        self, run: Path, command_line: CommandLine, tiny_gpt2: Path
-    ) -> None:
-        error = command_line("evaluate", run, "--set", f"model.name={tiny_gpt2}").error
-        assert "another base model" in error
 
-
-class TestDamagedCheckpoints:
-    def test_the_one_before_is_taken_and_it_is_said(
-        self, run: Path, finished: tuple[Path, Path], command_line: CommandLine
-    ) -> None:
-        newest = run / "checkpoints" / "00002" / "state.safetensors"
-        newest.write_bytes(newest.read_bytes()[:100])
-
-        outcome = command_line("run", "--resume", run, "-q")
-
-        assert outcome.code == 0
-        assert "warning: checkpoint" in outcome.err
-        assert "falling back to the checkpoint before it" in outcome.err
-        adapters = {n: d for n, d in files_of(run).items() if n.startswith("adapters")}
-        assert adapters == {
-            n: d for n, d in files_of(finished[0]).items() if n.startswith("adapters")
-        }
-
-    def test_none_left_is_told(self, run: Path, command_line: CommandLine) -> None:
+class TestCheckpoints:
+    def test_none_that_is_whole_is_an_error(self, run: Path) -> None:
         for path in (run / "checkpoints").iterdir():
             (path / "state.json").write_text("{")
-        error = command_line("run", "--resume", run).error
-        assert "all checkpoints in" in error
-        assert "are damaged" in error
+        with (
+            pytest.warns(UserWarning, match="falling back"),
+            pytest.raises(CheckpointError, match=r"all checkpoints in .* are damaged"),
+        ):
+            resume(run)
 
-    def test_no_checkpoint_at_all_starts_from_the_beginning(
-        self, run: Path, finished: tuple[Path, Path], command_line: CommandLine
+    @pytest.mark.parametrize("event_log", ["whole", "unfinished line", "gone"])
+    def test_none_at_all_starts_from_the_beginning(
+        self, run: Path, finished: tuple[Path, Path], event_log: str
     ) -> None:
         shutil.rmtree(run / "checkpoints")
         shutil.rmtree(run / "adapters")
-        assert command_line("run", "--resume", run, "-q").code == 0
-        assert (
-            files_of(run)["adapters/rank-8/adapter_model.safetensors"]
-            == (files_of(finished[0])["adapters/rank-8/adapter_model.safetensors"])
-        )
-        events = [
-            json.loads(line)["event"] for line in (run / "metrics.jsonl").read_text().splitlines()
-        ]
-        assert events.count("run_started") == 1
+        log = run / "metrics.jsonl"
+        if event_log == "unfinished line":
+            log.write_bytes(log.read_bytes()[:-20])
+        if event_log == "gone":
+            log.unlink()
+        resume(run)
+        assert_same_run(run, finished[0])
+        assert sum(isinstance(event, RunStarted) for event in events_of(run)) == 1
 
-    def test_evaluate_and_export_without_a_checkpoint(
+    def test_evaluate_and_export_need_one(
         self, run: Path, command_line: CommandLine, tmp_path: Path
     ) -> None:
         shutil.rmtree(run / "checkpoints")
@@ -208,115 +174,60 @@ class TestDamagedCheckpoints:
         assert not out.exists()
 
 
-HOLD = """
-import sys
-from pathlib import Path
-from prelort.experiment.folder import RunFolder
-folder = RunFolder(Path(sys.argv[1]))
-folder.lock()
-print("locked", flush=True)
-sys.stdin.read()
-"""
+def test_a_run_that_another_process_is_at_is_refused(run: Path) -> None:
+    holder = RunFolder(run)
+    holder.lock()
+    before = files_of(run)
+    with pytest.raises(ConfigError, match="is in use: another prelort process"):
+        resume(run)
+    assert files_of(run) == before
+    holder.unlock()
+    resume(run)
 
 
-def test_a_run_that_another_process_is_at_is_refused(run: Path, command_line: CommandLine) -> None:
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(run)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "locked\n"
-        before = files_of(run)
-        assert "is in use: another prelort process" in command_line("run", "--resume", run).error
-        assert files_of(run) == before
-    finally:
-        holder.kill()
-        holder.communicate()
-    assert command_line("run", "--resume", run, "-q").code == 0
+def failing(names: set[str], number: int) -> Connect:
+    """A backend of which these clients raise in the round of this number."""
+
+    def train(name: str, of_round: int, usual: Callable[[], Message]) -> Message:
+        if name in names and of_round == number:
+            raise MemoryError("CUDA out of memory, say")
+        return usual()
+
+    return in_this_process(train)
 
 
 class TestClientsThatFail:
-    @pytest.fixture
-    def failing(self, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-        """``failing(names, index)``: these clients raise in the round of this index."""
-        real = client_module.train
-
-        def fail(names: set[str], index: int) -> None:
-            def train(model: Any, truncation: Any, task: Any, examples: Any, *rest: Any) -> Any:
-                assignment = next(a for a in rest if hasattr(a, "round_index"))
-                if assignment.client in names and assignment.round_index == index:
-                    raise MemoryError("CUDA out of memory, say")
-                return real(model, truncation, task, examples, *rest)
-
-            monkeypatch.setattr(client_module, "train", train)
-
-        return fail
-
     def config(self, make_config: Make, **federation: Any) -> Config:
         return make_config(federation={"rounds": 2, "clients_per_round": 6, **federation})
 
-    def test_one_is_left_out_with_its_reason_in_metrics_and_log(
-        self, tmp_path: Path, make_config: Make, failing: Callable[..., None]
+    def test_one_is_left_out_with_its_reason_in_events_and_log(
+        self, tmp_path: Path, make_config: Make
     ) -> None:
-        failing({"site-3"}, 1)
-        result = prelort.run(self.config(make_config), tmp_path / "run")
-
-        lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-        (failed,) = [e for e in map(json.loads, lines) if e["event"] == "client_failed"]
-        assert (failed["round"], failed["client"]) == (2, "site-3")
-        assert failed["reason"] == "MemoryError: CUDA out of memory, say"
+        config = self.config(make_config)
+        result = prelort.run(config, tmp_path / "run", backend=failing({"site-3"}, 2))
+        (failed,) = [e for e in events_of(tmp_path / "run") if isinstance(e, ClientFailed)]
+        assert (failed.round, failed.client) == (2, "site-3")
+        assert failed.reason == "MemoryError: CUDA out of memory, say"
+        assert result.history.rounds[2].failures.keys() == {"site-3"}
         log = (tmp_path / "run" / "log.txt").read_text()
         assert "Traceback" in log
         assert "CUDA out of memory, say" in log
         assert all(bool(t.isfinite().all()) for t in result.adapter.tensors().values())
 
-    def test_too_many_end_the_run_and_it_can_be_gone_on_with(
-        self,
-        tmp_path: Path,
-        make_config: Make,
-        failing: Callable[..., None],
-        monkeypatch: pytest.MonkeyPatch,
+    def test_too_many_end_the_run_and_it_can_be_resumed(
+        self, tmp_path: Path, make_config: Make
     ) -> None:
         config = self.config(make_config, quorum=6)
-        expected = prelort.run(config, tmp_path / "undisturbed")
-        failing({"site-3"}, 1)
-        with pytest.raises(QuorumError, match="round 2 has 5 usable replies of 6"):
-            prelort.run(config, tmp_path / "run")
-        failing(set(), 1)
+        prelort.run(config, tmp_path / "undisturbed")
+        with pytest.raises(QuorumError, match="round 2 has 5 usable replies of 6") as raised:
+            prelort.run(config, tmp_path / "run", backend=failing({"site-3"}, 2))
+        assert "site-3: MemoryError" in str(raised.value)
+        prelort.run(config, tmp_path / "run", resume=True)
+        assert_same_run(tmp_path / "run", tmp_path / "undisturbed")
 
-        result = prelort.run(config, tmp_path / "run", resume=True)
-
-        for name, tensor in expected.adapter.tensors().items():
-            assert torch.equal(result.adapter.tensors()[name], tensor)
-
-    def test_too_many_are_told_in_one_sentence(
-        self,
-        tmp_path: Path,
-        make_config: Make,
-        failing: Callable[..., None],
-        command_line: CommandLine,
-    ) -> None:
-        from prelort.config import to_toml
-
-        failing({"site-1", "site-2", "site-3", "site-4"}, 0)
-        file = tmp_path / "run.toml"
-        file.write_text(to_toml(self.config(make_config)))
-        error = command_line("run", file, "-q", "--out", tmp_path / "run").error
-        assert "round 1 has 2 usable replies of 6, but federation.quorum = 0.5 needs 3" in error
-        assert "site-1: MemoryError" in error
-
-    def test_a_rate_that_breaks_the_loss_is_told(self, tmp_path: Path, make_config: Make) -> None:
-        config = make_config(
-            training={
-                "learning_rate": 1e30,
-                "optimizer": "sgd",
-                "max_grad_norm": 0,
-                "local_steps": 4,
-            }
-        )
+    def test_a_rate_that_breaks_the_loss_is_named(self, tmp_path: Path, make_config: Make) -> None:
+        training = {"learning_rate": 1e30, "optimizer": "sgd", "max_grad_norm": 0}
+        config = make_config(training={**training, "local_steps": 4})
         with pytest.raises(QuorumError, match="lower the rate"):
             prelort.run(config, tmp_path / "run")
 
@@ -330,7 +241,7 @@ class TestClientsThatFail:
 def test_a_client_with_an_impossible_name_is_refused_and_stays_in_the_log(
     tmp_path: Path, make_config: Make, text_file: Path
 ) -> None:
-    """Names come from the data; one of more than 200 letters is refused at its introduction."""
+    """Names come from the data; one of more than 200 letters is refused when it connects."""
     source = tmp_path / "rows.jsonl"
     source.write_text(text_file.read_text().replace("site-5", "s" * 300))
     config = make_config(
@@ -340,15 +251,13 @@ def test_a_client_with_an_impossible_name_is_refused_and_stays_in_the_log(
     class Stop(Exception):
         pass
 
-    def stop(event: dict[str, Any]) -> None:
-        if event["event"] == "aggregated" and event["round"] == 2:
+    def stop(event: Event) -> None:
+        if isinstance(event, RoundFinished) and event.round == 2:
             raise Stop
 
     with pytest.raises(Stop):
         prelort.run(config, tmp_path / "run", listeners=[stop])
     prelort.run(config, tmp_path / "run", resume=True)
 
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    refused = [e for e in map(json.loads, lines) if e["event"] == "client_refused"]
-    assert len(refused) == 1
-    assert refused[0]["round"] == 0
+    (refused,) = [e for e in events_of(tmp_path / "run") if isinstance(e, ClientRefused)]
+    assert refused.round == 0

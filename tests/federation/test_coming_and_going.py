@@ -1,28 +1,142 @@
-"""Clients that come, go, fail and come back, on a grid and a clock of the test's own."""
+"""Clients that state their properties, come, go, fail and come back, on a clock of the test's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
-from prelort.federation.server import ServerPlan, Standing, serve
 
 from prelort.errors import QuorumError
-from prelort.federation import client_manager, wire
-from prelort.federation import transport as exchange_module
-from prelort.federation.client_manager import GRACE_SECONDS, RETRY_SECONDS, ClientManager
+from prelort.events import (
+    ClientFailed,
+    ClientFinished,
+    ClientJoined,
+    ClientLeft,
+    ClientRefused,
+    RoundRepeated,
+    RoundStarted,
+    Waiting,
+)
+from prelort.federation.client_manager import (
+    GRACE_SECONDS,
+    PULL_AT_ONCE,
+    RETRY_SECONDS,
+    START_SECONDS,
+    ClientManager,
+    ConnectedClient,
+)
 from prelort.federation.flower import Context, Error, Message, MessageType, RecordDict
-from prelort.federation.transport import Engine
+from prelort.federation.in_process import InProcessGrid
+from prelort.federation.transport import Transport
 from prelort.methods.interface import Client
 from small_federation import (
-    AGREEMENT,
+    SPEC,
     PlannedGrid,
+    SmallRun,
+    clients_of,
+    in_process,
     make_config,
+    make_run,
     make_state,
     small_client_app,
 )
+
+CLIENTS = clients_of([2, 8, 4, 4])
+
+
+# Properties
+
+
+def connected(grid: Any) -> tuple[list[ConnectedClient], dict[str, str]]:
+    """Who is connected where all are there from the start, and who is refused and why."""
+    refused: dict[str, str] = {}
+    return ClientManager(Transport(grid, 1), SPEC, refused.__setitem__).gather(1), refused
+
+
+def test_clients_are_known_by_their_properties_in_the_order_of_their_names() -> None:
+    for clients in (CLIENTS, CLIENTS[::-1]):
+        grid = in_process(small_client_app(clients), len(clients))
+        found, _ = connected(grid)
+        assert [one.client for one in found] == CLIENTS
+        nodes = {one.client: one.node_id for one in found}
+        assert [nodes[client] for client in clients] == list(grid.get_node_ids())
+
+
+@pytest.mark.parametrize("stated, known", [(4, 4), (6, 6), (8, 8), (9, 8), (1000, 8)])
+def test_the_maximum_rank_is_known_up_to_the_global_one(stated: int, known: int) -> None:
+    app = small_client_app(CLIENTS, properties={2: {"max_rank": stated}})
+    assert [one.max_rank for one in connected(in_process(app, 4))[0]] == [2, 8, known, 4]
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"base": "base-9"}, "another base model: fingerprint base-9, expected base-0"),
+        ({"layers": "none"}, "adapts other layers"),
+        ({"scale_rule": "rslora"}, "uses another scale rule: rslora 2"),
+        ({"scale": 16.0}, "uses another scale rule: constant 16"),
+        ({"scale": 0.0}, "malformed header: scale"),
+        ({"protocol": 2}, "speaks protocol 2"),
+        ({"rank": 0}, "malformed header: rank"),
+        ({"rank": 9}, "offers rank 9, but the global adapter has 8"),
+        ({"max_rank": 0}, "malformed header: max_rank"),
+        ({"examples": 0}, "malformed header: examples"),
+        ({"client": ""}, "malformed header: client"),
+        ({"client": "n" * 201}, "malformed header: client"),
+        ({"client": "site-0"}, "a client of this name is connected already"),
+    ],
+)
+def test_who_does_not_fit_is_refused_with_the_reason(changes: dict[str, Any], reason: str) -> None:
+    found, refused = connected(in_process(small_client_app(CLIENTS, properties={1: changes}), 4))
+    assert [one.client.name for one in found] == ["site-0", "site-2", "site-3"]
+    ((name, why),) = refused.items()
+    assert reason in why
+    assert name in ("site-0", "site-1", "node 1001")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no data here"), None])
+def test_a_node_without_properties_is_refused(error: Exception | None) -> None:
+    def app(message: Message, context: Context) -> Message:
+        if context.node_config["partition-id"] != 3:
+            return small_client_app(CLIENTS)(message, context)
+        if error is not None:
+            raise error
+        return Message(RecordDict(), reply_to=message)
+
+    found, refused = connected(in_process(app, 4))
+    assert len(found) == 3
+    reason = "carries no header" if error is None else "RuntimeError: no data here"
+    assert refused == {"node 1003": reason}
+
+
+class CountingGrid(InProcessGrid):
+    """Counts how often it was asked for its nodes, and how many ids each pull named."""
+
+    looks = 0
+
+    def get_node_ids(self) -> Iterable[int]:
+        self.looks += 1
+        return super().get_node_ids()
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        ids = list(message_ids)
+        self.pulls = [*getattr(self, "pulls", []), len(ids)]
+        return super().pull_messages(ids)
+
+
+def test_many_nodes_are_looked_at_once_and_not_once_for_each() -> None:
+    clients = clients_of([2, 8, 4] * 100)
+    grid = CountingGrid(small_client_app(clients), [{"partition-id": i} for i in range(300)])
+    found, _ = connected(grid)
+    assert {one.client.name: one.client for one in found} == {c.name: c for c in clients}
+    assert grid.looks == 1
+    assert max(grid.pulls) <= PULL_AT_ONCE
+    assert len(grid.pulls) == len(clients)
+
+
+# Over time
 
 
 @dataclass
@@ -32,14 +146,14 @@ class Node:
     client: Client
     online: Callable[[float], bool] = lambda now: True
     delay: float = 1.0
-    says: dict[str, Any] = field(default_factory=dict)
+    properties: dict[str, Any] = field(default_factory=dict)
     fails: Callable[[float], bool] = lambda now: False
 
 
 class ChangingGrid(PlannedGrid):
-    """Nodes that are there at times. Node ids are 2000 and up."""
+    """Nodes that are online at times. Node ids are 2000 and up."""
 
-    def __init__(self, nodes: list[Node]) -> None:
+    def __init__(self, *nodes: Node) -> None:
         super().__init__({})
         self.nodes = {2000 + index: node for index, node in enumerate(nodes)}
         self.asked: list[tuple[str, str]] = []
@@ -47,209 +161,182 @@ class ChangingGrid(PlannedGrid):
     def get_node_ids(self) -> list[int]:
         return [number for number, node in self.nodes.items() if node.online(self.now)]
 
-    def push_messages(self, messages: Any) -> Any:
-        ids = []
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        ids: list[str] = []
         for message in messages:
             number = message.metadata.dst_node_id
             node = self.nodes[number]
             self.asked.append((message.metadata.message_type, node.client.name))
-            self.arrivals = {number: [(node.delay, self._answer(node))]}
+            self.arrivals = {number: [(node.delay, lambda m, node=node: self.answer(node, m))]}
             ids += super().push_messages([message])
         return ids
 
-    def _answer(self, node: Node) -> Callable[[Message], Message]:
-        usual = small_client_app([node.client])
+    def answer(self, node: Node, message: Message) -> Message:
+        if message.metadata.message_type == MessageType.TRAIN and node.fails(self.now):
+            return Message(Error(2, "it broke"), reply_to=message)
+        app = small_client_app([node.client], properties={0: node.properties})
+        return app(message, Context(1, 1, {"partition-id": 0}, RecordDict(), {}))
 
-        def answer(message: Message) -> Message:
-            if message.metadata.message_type == MessageType.TRAIN and node.fails(self.now):
-                return Message(Error(2, "it broke"), reply_to=message)
-            if message.metadata.message_type == MessageType.QUERY:
-                facts = AGREEMENT.header(node.client.rank).model_dump()
-                facts |= {"client": node.client.name, "examples": node.client.examples}
-                facts |= {"max_rank": node.client.rank, **node.says}
-                intro = wire.ClientProperties.model_construct(**facts)
-                return Message(wire.pack(intro), reply_to=message)
-            context = Context(1, 1, {"partition-id": 0}, RecordDict(), {})
-            return usual(message, context)
-
-        return answer
-
-
-@pytest.fixture
-def start(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ChangingGrid]:
-    def make(*nodes: Node) -> ChangingGrid:
-        grid = ChangingGrid(list(nodes))
-        monkeypatch.setattr(exchange_module, "time", grid)
-        monkeypatch.setattr(client_manager, "time", grid)
-        return grid
-
-    return make
-
-
-Start = Callable[..., ChangingGrid]
+    def transport(self, patience: float | None = 100.0, **more: Any) -> Transport:
+        return Transport(self, deadline=20.0, patience=patience, clock=self, **more)
 
 
 def client(name: str, rank: int = 4) -> Client:
     return Client(name, rank, 10)
 
 
-def engine_of(grid: ChangingGrid, patience: float = 100.0, deadline: float = 20.0) -> Engine:
-    return Engine(grid, None, deadline, patience=patience)
-
-
-class TestRoster:
-    def gather(self, grid: ChangingGrid, wanted: int, patience: float = 100.0) -> Any:
+class TestClientManager:
+    def gather(
+        self, grid: ChangingGrid, needed: int, patience: float | None = 100.0, **more: Any
+    ) -> tuple[ClientManager, list[str]]:
         self.refused: list[tuple[str, str]] = []
-        self.told: list[tuple[float, list[str]]] = []
-        roster = ClientManager(AGREEMENT, lambda name, why: self.refused.append((name, why)))
-        found = roster.gather(
-            engine_of(grid, patience),
-            wanted,
-            lambda left: self.told.append((left, [p.client.name for p in roster.present])),
+        self.waiting: list[tuple[float, list[str]]] = []
+        manager = ClientManager(
+            grid.transport(patience, **more), SPEC, lambda *said: self.refused.append(said)
         )
-        return roster, [p.client.name for p in found]
+        names = lambda: [one.client.name for one in manager.connected]  # noqa: E731
+        manager.gather(needed, lambda left: self.waiting.append((left, names())))
+        return manager, names()
 
-    def test_it_begins_as_soon_as_enough_are_there(self, start: Start) -> None:
-        late = Node(client("b"), online=lambda now: now >= 30.0)
-        grid = start(Node(client("a")), late)
-        _, found = self.gather(grid, 2)
-        assert found == ["a", "b"]
+    def test_it_begins_as_soon_as_enough_are_connected(self) -> None:
+        grid = ChangingGrid(Node(client("a")), Node(client("b"), online=lambda now: now >= 30.0))
+        assert self.gather(grid, 2)[1] == ["a", "b"]
         assert 30.0 <= grid.now < 33.0
-        assert self.told[0][1] == ["a"]
-        assert 97.0 < self.told[0][0] <= 100.0
-        assert len(self.told) == 1  # and not at every look
+        ((left, connected),) = self.waiting  # and not at every look
+        assert connected == ["a"]
+        assert 97.0 < left <= 100.0
 
-    def test_its_patience_ends(self, start: Start) -> None:
-        grid = start(Node(client("a")))
-        _, found = self.gather(grid, 2, patience=50.0)
-        assert found == ["a"]
+    def test_its_patience_ends(self) -> None:
+        grid = ChangingGrid(Node(client("a")))
+        assert self.gather(grid, 2, patience=50.0)[1] == ["a"]
         assert 50.0 <= grid.now < 51.0
 
-    def test_one_that_hangs_does_not_keep_the_others_for_long(self, start: Start) -> None:
-        grid = start(Node(client("a")), Node(client("b"), delay=1e9))
-        _, found = self.gather(grid, 1)
-        assert found == ["a"]
+    def test_one_that_hangs_does_not_keep_the_others_for_long(self) -> None:
+        grid = ChangingGrid(Node(client("a")), Node(client("b"), delay=1e9))
+        assert self.gather(grid, 1)[1] == ["a"]
         assert GRACE_SECONDS <= grid.now < GRACE_SECONDS + 1
 
-    def test_one_that_is_gone_is_missed_by_name(self, start: Start) -> None:
-        grid = start(Node(client("a")), Node(client("b"), online=lambda now: now < 10.0))
-        roster, found = self.gather(grid, 2)
-        assert (found, roster.missing) == (["a", "b"], [])
+    def test_one_that_is_gone_is_missed_by_name_and_its_name_is_free(self) -> None:
+        first = Node(client("b"), online=lambda now: now < 10.0)
+        second = Node(client("b"), online=lambda now: now > 100.0)
+        grid = ChangingGrid(Node(client("a")), first, second)
+        manager, names = self.gather(grid, 2)
+        assert (names, manager.missing) == (["a", "b"], [])
         grid.now = 11.0
-        assert [p.client.name for p in roster.gather(engine_of(grid), 1)] == ["a"]
-        assert roster.missing == ["b"]
+        assert [one.client.name for one in manager.gather(1)] == ["a"]
+        assert manager.missing == ["b"]
+        grid.now = 101.0
+        assert [one.node_id for one in manager.gather(2)] == [2000, 2002]
 
-    def test_one_that_is_refused_is_told_once_and_asked_again(self, start: Start) -> None:
-        node = Node(client("b"), says={"base": "other"})
-        grid = start(Node(client("a")), node)
+    def test_one_that_is_refused_is_reported_once_and_asked_again(self) -> None:
+        node = Node(client("b"), properties={"base": "other"})
+        grid = ChangingGrid(Node(client("a")), node)
         self.gather(grid, 2, patience=3 * RETRY_SECONDS + 10)
         assert len(self.refused) == 1
         assert grid.asked.count((MessageType.QUERY, "b")) == 4
-        node.says = {}
-        _, found = self.gather(grid, 2)
-        assert found == ["a", "b"]
+        node.properties = {}
+        assert self.gather(grid, 2)[1] == ["a", "b"]
 
-    def test_doubted_it_introduces_itself_again_perhaps_with_another_rank(
-        self, start: Start
-    ) -> None:
+    def test_a_disconnected_one_is_asked_again_and_may_have_another_rank(self) -> None:
         node = Node(client("b", 8))
-        grid = start(Node(client("a")), node)
-        roster, _ = self.gather(grid, 2)
-        roster.doubt(roster.present[1])
-        assert [p.client.name for p in roster.present] == ["a"]
-        node.client = client("b", 2)
-        assert [p.client.rank for p in roster.gather(engine_of(grid), 2)] == [4, 2]
-
-    def test_who_is_known_is_not_asked_again(self, start: Start) -> None:
-        grid = start(Node(client("a")))
-        roster, _ = self.gather(grid, 1)
+        grid = ChangingGrid(Node(client("a")), node)
+        manager, _ = self.gather(grid, 2)
         for _ in range(3):
-            roster.gather(engine_of(grid), 1)
-        assert grid.asked == [(MessageType.QUERY, "a")]
+            manager.gather(2)
+        assert len(grid.asked) == 2  # who is connected is not asked again
+        manager.disconnect("b")
+        assert [one.client.name for one in manager.connected] == ["a"]
+        node.client = client("b", 2)
+        assert [one.client.rank for one in manager.gather(2)] == [4, 2]
+
+    @pytest.mark.parametrize("late, seconds", [(40.0, 42.0), (1e9, START_SECONDS + 2)])
+    def test_nodes_of_this_machine_that_are_just_starting_are_waited_for(
+        self, late: float, seconds: float
+    ) -> None:
+        grid = ChangingGrid(Node(client("a")), Node(client("b"), online=lambda now: now >= late))
+        _, names = self.gather(grid, 1, patience=None, nodes=2)
+        assert names == (["a", "b"] if late < seconds else ["a"])
+        assert grid.now < seconds
 
 
-class TestServe:
-    def serve(self, grid: ChangingGrid, patience: float = 100.0, **federation: Any) -> Standing:
-        self.events: list[dict[str, Any]] = []
-        self.standings: list[Standing] = []
-        settings = {"clients_per_round": 1.0, "min_clients": 1, "quorum": 1, **federation}
-        plan = ServerPlan(
-            config=make_config(**settings),
-            state=make_state(),
-            spec=AGREEMENT,
-            emit=self.events.append,
-            before_rounds=self.standings.append,
-            after_round=self.standings.append,
-            finished=self.standings.append,
+class TestRun:
+    def train(self, grid: ChangingGrid, patience: float = 100.0, **more: Any) -> SmallRun:
+        names = {"method", "state"} & more.keys()
+        given = {name: more.pop(name) for name in names}
+        settings = {"clients_per_round": 1.0, "min_clients": 1, "quorum": 1, **more}
+        transport = grid.transport(patience)
+        self.run = make_run(
+            small_client_app([]), make_config(**settings), transport=transport, **given
         )
-        serve(plan, engine_of(grid, patience))
-        return self.standings[-1]
+        self.run.train()
+        return self.run
 
-    def of(self, kind: str) -> list[dict[str, Any]]:
-        return [event for event in self.events if event["event"] == kind]
-
-    def test_one_joins_and_its_level_stays_when_it_leaves(self, start: Start) -> None:
+    def test_one_joins_and_its_level_stays_when_it_leaves(self) -> None:
         guest = Node(client("b", 8), online=lambda now: 1.5 <= now < 4.0)
-        grid = start(Node(client("a", 2)), guest)
-        end = self.serve(grid, rounds=6)
-        assert [e["clients"] for e in self.of("round_started")][-1] == ["a"]
-        assert ["a", "b"] in [e["clients"] for e in self.of("round_started")]
-        (joined,), (left,) = self.of("client_joined"), self.of("client_left")
-        assert (joined["client"], joined["rank"]) == ("b", 8)
-        assert left["client"] == "b"
-        assert left["round"] > joined["round"]
-        assert end.levels == (2, 8)
-        assert end.state.levels == (2, 8)
+        run = self.train(ChangingGrid(Node(client("a", 2)), guest), rounds=6)
+        started = [event.clients for event in run.of(RoundStarted)]
+        assert started[-1] == ("a",)
+        assert ("a", "b") in started
+        (joined,), (left,) = run.of(ClientJoined), run.of(ClientLeft)
+        assert (joined.client, joined.rank, left.client) == ("b", 8, "b")
+        assert left.round > joined.round
+        assert run.state.levels == (2, 8)
 
-    def test_a_round_that_fails_is_tried_again(self, start: Start) -> None:
-        grid = start(Node(client("a"), fails=lambda now: 2.0 < now < 5.0), Node(client("b")))
-        end = self.serve(grid, rounds=2, quorum=2)
-        assert end.state.round == 2
-        repeated = self.of("round_repeated")
-        assert [e["attempt"] for e in repeated][:1] == [2]
-        assert "a: it broke" in repeated[0]["reason"]
+    def test_one_that_fails_and_is_back_with_another_rank_trains_at_it(self) -> None:
+        """Whatever rank it has been given before."""
+        node = Node(client("a", 8))
 
-    def test_it_is_not_tried_for_ever(self, start: Start) -> None:
-        grid = start(Node(client("a"), fails=lambda now: now > 2.0), Node(client("b")))
+        def fails(now: float) -> bool:
+            if 2.0 < now < 4.0:
+                node.client = client("a", 4)
+                return True
+            return False
+
+        node.fails = fails
+        state = replace(make_state(), ranks={"a": 6})
+        run = self.train(ChangingGrid(node, Node(client("b", 2))), rounds=4, state=state)
+        assert [(e.client, e.rank) for e in run.of(ClientFailed)] == [("a", 6)]
+        assert [(e.client, e.rank) for e in run.of(ClientJoined)] == [("a", 4)]
+        assert {e.rank for e in run.of(ClientFinished) if e.client == "a"} == {4}
+        assert run.state.ranks == {}
+        assert run.state.levels == (2, 4, 8)
+
+    def test_a_round_that_fails_is_tried_again(self) -> None:
+        grid = ChangingGrid(Node(client("a"), fails=lambda now: 2.0 < now < 5.0), Node(client("b")))
+        run = self.train(grid, rounds=2, quorum=2)
+        assert run.state.round == 2
+        first = run.of(RoundRepeated)[0]
+        assert first.attempt == 2
+        assert "a: it broke" in first.reason
+
+    def test_it_is_not_tried_for_ever(self) -> None:
+        grid = ChangingGrid(Node(client("a"), fails=lambda now: now > 2.0), Node(client("b")))
         with pytest.raises(QuorumError, match="round 1 has 1 usable replies of"):
-            self.serve(grid, rounds=2, quorum=2, attempts=3, clients_per_round=2, min_clients=2)
-        assert len(self.of("round_started")) == 3
-        assert [e["attempt"] for e in self.of("round_repeated")] == [2, 3]
+            self.train(grid, quorum=2, attempts=3, clients_per_round=2, min_clients=2)
+        assert len(self.run.of(RoundStarted)) == 3
+        assert [event.attempt for event in self.run.of(RoundRepeated)] == [2, 3]
 
-    def test_all_leave_and_the_run_ends_with_a_sentence(self, start: Start) -> None:
-        grid = start(Node(client("a"), online=lambda now: now < 4.0))
+    def test_all_leave_and_the_run_ends_with_a_sentence(self) -> None:
+        grid = ChangingGrid(Node(client("a"), online=lambda now: now < 4.0))
         with pytest.raises(QuorumError) as raised:
-            self.serve(grid, patience=60.0, rounds=9)
-        assert "0 clients are there after waiting 60 s (federation.wait), 1 are needed" in str(
+            self.train(grid, patience=60.0, rounds=9)
+        assert "0 clients are connected after waiting 60 s (federation.wait), 1 are needed" in str(
             raised.value
         )
-        assert "missing are a" in str(raised.value)
-        (waiting,) = self.of("waiting")
-        assert (waiting["present"], waiting["missing"], waiting["needed"]) == ([], ["a"], 1)
-        assert self.standings[-1].state.round >= 1  # what was finished was handed over
+        assert "missing: a" in str(raised.value)
+        (waiting,) = self.run.of(Waiting)
+        assert (waiting.connected, waiting.missing, waiting.needed) == ((), ("a",), 1)
+        assert self.run.state.round >= 1  # what was finished is kept
 
-    def test_everyone_who_is_there_hears_of_the_end(self, start: Start) -> None:
-        grid = start(Node(client("a")), Node(client("b")))
-        self.serve(grid, rounds=1)
+    def test_everyone_who_is_connected_hears_of_the_end(self) -> None:
+        grid = ChangingGrid(Node(client("a")), Node(client("b")))
+        self.train(grid, rounds=1)
         assert {name for kind, name in grid.asked if kind == "query.end"} == {"a", "b"}
 
-    def test_a_newcomer_that_the_method_cannot_serve_is_refused(
-        self, start: Start, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_one_that_the_method_cannot_serve_beside_the_others_is_refused(self) -> None:
         guest = Node(client("b", 8), online=lambda now: now >= 1.5)
-        grid = start(Node(client("a", 2)), guest)
-        config = make_config(rounds=3, clients_per_round=1.0, min_clients=1, quorum=1)
-        method = config.method.model_copy(update={"name": "fedit"})  # needs one rank
-        events: list[dict[str, Any]] = []
-        plan = ServerPlan(
-            config=config.model_copy(update={"method": method}),
-            state=make_state(2),
-            spec=AGREEMENT,
-            emit=events.append,
-            before_rounds=lambda now: None,
-            after_round=lambda now: None,
-            finished=lambda now: None,
-        )
-        serve(plan, engine_of(grid))
-        assert all(e["clients"] == ["a"] for e in events if e["event"] == "round_started")
-        assert any(e["event"] == "client_refused" and e["client"] == "b" for e in events)
+        grid = ChangingGrid(Node(client("a", 2)), guest)
+        # fedit needs one rank
+        run = self.train(grid, rounds=3, method="fedit", state=make_state(8))
+        assert {event.clients for event in run.of(RoundStarted)} == {("a",)}
+        assert {event.client for event in run.of(ClientRefused)} == {"b"}

@@ -15,7 +15,6 @@ from prelort.errors import UpdateRefused
 from prelort.federation.encoding import (
     DTYPES,
     SMALLEST_SCALE,
-    carries_change,
     change_of,
     decode,
     encode,
@@ -50,7 +49,7 @@ def tensors(draw: st.DrawFn) -> dict[str, Tensor]:
 
 
 def dimensions(name: str, tensor: Tensor) -> Tensor:
-    """[slots, width], written down another way than in the module."""
+    """[rank dimensions, width], written down another way than in the module."""
     if name == BIAS:
         return tensor.reshape(1, -1)
     rows = tensor.unbind(1 if name == B else 0)
@@ -65,7 +64,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 @settings(max_examples=200, deadline=None)
 @given(tensors())
-def test_int8_is_off_by_half_a_step_of_its_slot_at_most(given: dict[str, Tensor]) -> None:
+def test_int8_is_off_by_half_a_step_of_its_dimension_at_most(given: dict[str, Tensor]) -> None:
     found = decode(encode(given, "int8"), "int8")
     assert list(found) == list(given)
     for name, tensor in given.items():
@@ -93,7 +92,7 @@ def test_float32_is_exact(given: dict[str, Tensor]) -> None:
     assert same(decode(encode(given, "float32"), "float32"), given)
 
 
-def test_every_slot_has_a_scale_of_its_own() -> None:
+def test_every_rank_dimension_has_a_scale_of_its_own() -> None:
     a = torch.tensor([[127.0, -1.0, 0.4], [0.0, 0.0, 0.0], [1.27, -0.01, 0.02]])
     found = encode({A: a, B: a.T.contiguous(), HEAD: a, BIAS: a[0]}, "int8")
 
@@ -107,14 +106,6 @@ def test_every_slot_has_a_scale_of_its_own() -> None:
         assert found[f"{name}:scale"].dtype == torch.float32
         assert torch.allclose(found[f"{name}:scale"], scales, rtol=1e-4, atol=0)
     assert found[f"{BIAS}:scale"].tolist() == [1.0]
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_int8_takes_numbers_of_any_type(dtype: torch.dtype) -> None:
-    a = make_adapter(4).tensors()
-    given = {name: tensor.to(dtype) for name, tensor in a.items()}
-    upcast = {name: tensor.float() for name, tensor in given.items()}
-    assert same(encode(given, "int8"), encode(upcast, "int8"))
 
 
 def test_what_is_given_stays_as_it_was() -> None:
@@ -204,35 +195,9 @@ def test_any_tensors_are_refused_or_become_float32(described: dict[str, Any]) ->
 # Changes
 
 
-def test_only_the_exact_type_carries_values() -> None:
-    assert {dtype: carries_change(dtype) for dtype in DTYPES} == {
-        "float32": False,
-        "bfloat16": True,
-        "float16": True,
-        "int8": True,
-    }
-
-
-@pytest.mark.parametrize("rank", [1, 3, 4])
-def test_a_change_added_again_is_what_was_trained(rank: int) -> None:
-    received = make_adapter(4, seed=1)
-    trained = make_adapter(4, seed=2).prefix(rank)
-    found = with_change(received, change_of(trained, received), {}).tensors()
-    for name, tensor in trained.tensors().items():
-        assert torch.allclose(found[name], tensor, atol=1e-6), name
-
-
 def test_no_change_leaves_what_was_sent_to_the_bit() -> None:
     """Whatever was received in its place."""
     sent = make_adapter(4, seed=1)
     received = sent.to(torch.bfloat16)
     change = change_of(received.to(torch.float32), received)
     assert same_bits(with_change(sent, change, {}), sent)
-
-
-def test_what_did_not_travel_is_as_it_was_sent() -> None:
-    sent, change = make_adapter(4, seed=1), make_adapter(4, seed=2)
-    kept = {name: t for name, t in sent.tensors().items() if "lora_B" in name}
-    found = with_change(sent, change, kept).tensors()
-    for name, tensor in sent.tensors().items():
-        assert torch.equal(found[name], tensor) == (name in kept)

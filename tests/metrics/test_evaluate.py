@@ -1,18 +1,21 @@
 import math
 import random
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from prelort.errors import ConfigError
-from prelort.metrics.evaluate import evaluate
+from prelort.metrics.evaluate import EvaluationSettings, evaluate
 from prelort.metrics.scores import macro_f1, rouge_l
+from prelort.tasks.causal_lm import CausalLM
+from prelort.tasks.classification import Classification
 from prelort.tasks.interface import IGNORED, Example
+from prelort.training.runtime import ModelRuntime
 
 PAD, END, VOCABULARY = 0, 1, 40
 cheap = settings(
@@ -29,52 +32,13 @@ class Tokenizer:
         return " ".join(f"w{i}" for i in ids if i not in (PAD, END))
 
 
-class Causal:
-    name, kind = "causal-lm", "causal"
-    metrics, allowed_metrics = ("perplexity",), ("perplexity", "rouge_l", "accuracy")
-
-    def collate(self, examples, pad_id):
-        width = max(len(e.input_ids) for e in examples)
-
-        def padded(values, filler):
-            return torch.tensor([list(v) + [filler] * (width - len(v)) for v in values])
-
-        ids = [e.input_ids for e in examples]
-        return {
-            "input_ids": padded(ids, pad_id),
-            "attention_mask": padded([[1] * len(i) for i in ids], 0),
-            "labels": padded([e.labels for e in examples], IGNORED),
-        }
-
-    def weight(self, batch):
-        return int((batch["labels"][:, 1:] != IGNORED).sum())
+class Causal(CausalLM):
+    allowed_metrics = ("perplexity", "rouge_l", "accuracy")
 
     def losses(self, model, batch):
         assert not torch.is_grad_enabled()
         assert not model.training
-        out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        logits, labels = out.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
-        each = cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")
-        return each.view(len(batch["labels"]), -1).sum(dim=1)
-
-
-class Classification(Causal):
-    name, kind = "classification", "classification"
-    metrics, allowed_metrics = ("accuracy",), ("accuracy", "macro_f1")
-
-    def collate(self, examples, pad_id):
-        tokens = [Example(e.input_ids, e.input_ids) for e in examples]
-        return {
-            **super().collate(tokens, pad_id),
-            "labels": torch.tensor([e.labels for e in examples]),
-        }
-
-    def weight(self, batch):
-        return len(batch["labels"])
-
-    def losses(self, model, batch):
-        out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        return cross_entropy(out.logits.float(), batch["labels"], reduction="none")
+        return super().losses(model, batch)
 
 
 @pytest.fixture(scope="module")
@@ -149,12 +113,15 @@ def sentences(count, seed=0):
     ]
 
 
-def measure(model, task, examples, ranks=(0, 2, 4), metrics=("perplexity",), size=4, **more):
-    options = {"tokenizer": Tokenizer(), "max_new_tokens": 5, "max_generated": 64, **more}
-    return evaluate(
-        model, task, examples, ranks, ranked(model), metrics=metrics, batch_size=size,
-        device="cpu", **options,
-    )  # fmt: skip
+def measure(
+    model, task, examples, ranks=(0, 2, 4), metrics=("perplexity",), size=4,
+    tokenizer=None, at_ranks=None, **more,
+):  # fmt: skip
+    limits = {n: more.pop(n) for n in ("max_new_tokens", "max_generated") if n in more}
+    settings = EvaluationSettings(metrics, size, **({"max_new_tokens": 5} | limits))
+    tokenizer = tokenizer or Tokenizer()
+    runtime = ModelRuntime(model, None, task, tokenizer.pad_token_id, tokenizer)
+    return evaluate(runtime, examples, ranks, at_ranks or ranked(model), settings, **more)
 
 
 def alone(model, example, rank):
@@ -276,32 +243,32 @@ def test_rouge_l_stops_at_the_end_token_even_if_the_filler_is_a_word(llama):
     assert result[0]["rouge_l"] == pytest.approx(100)
 
 
-def test_rouge_l_takes_the_first_examples_that_have_a_reference(llama, monkeypatch):
-    examples = texts(6)
-    examples[1] = Example(examples[1].input_ids, examples[1].labels)
-    seen = []
+def test_rouge_l_takes_the_first_examples_that_have_a_reference(llama):
+    llama.eval()
+    with torch.no_grad():
+        said = [greedy(llama, e.input_ids[: e.prompt_length], 5) for e in texts(9)]
+    examples = [replace(e, reference=text) for e, text in zip(texts(9), said, strict=True) if text]
+    examples.insert(1, replace(examples[0], reference=""))
+    examples[4:] = [replace(e, reference="nothing") for e in examples[4:]]
 
-    def remember(predictions, references):
-        seen.append(list(references))
-        return 0.0
+    def score(limit):
+        options = {"ranks": (0,), "metrics": ("rouge_l",), "max_generated": limit}
+        return measure(llama, Causal(), examples, **options)[0]["rouge_l"]
 
-    monkeypatch.setattr("prelort.metrics.scores.rouge_l", remember)
-    measure(llama, Causal(), examples, (0,), metrics=("rouge_l",), max_generated=3, size=2)
-    assert seen == [[examples[i].reference for i in (0, 2, 3)]]
+    assert score(3) == pytest.approx(100)
+    assert score(4) == pytest.approx(75)
 
 
-def test_a_prompt_too_long_for_the_positions_loses_its_oldest_tokens(llama, monkeypatch):
-    ids = [2 + i % 30 for i in range(62)]
-    prompts = []
-    generate = llama.generate
-
-    def spy(**arguments):
-        prompts.extend(arguments["input_ids"].tolist())
-        return generate(**arguments)
-
-    monkeypatch.setattr(llama, "generate", spy)
-    measure(llama, Causal(), [Example(ids, ids, 62, "w1")], (0,), metrics=("rouge_l",))
-    assert prompts == [ids[62 - (64 - 5) :]]
+def test_a_prompt_too_long_for_the_positions_loses_its_oldest_tokens(llama):
+    llama.eval()
+    for start in range(2, 30):
+        ids = [2 + (start + i) % 30 for i in range(62)]
+        with torch.no_grad():
+            reference = greedy(llama, ids[62 - (64 - 5) :], 5)
+        if len(reference.split()) > 1:
+            break
+    found = measure(llama, Causal(), [Example(ids, ids, 62, reference)], (0,), ("rouge_l",))
+    assert found[0]["rouge_l"] == pytest.approx(100)
 
 
 def test_modes_and_gradients_are_as_before_and_progress_is_told(llama):
@@ -357,10 +324,9 @@ def test_where_memory_does_not_suffice_fewer_ranks_share_a_pass(llama, holds):
     def at_ranks(ranks, rows, length):
         return nullcontext()
 
-    options = {"metrics": ("perplexity",), "tokenizer": Tokenizer(), "max_new_tokens": 1}
-    options |= {"max_generated": 1, "device": "cpu", "batch_size": 2}
-    found = evaluate(llama, Small(), texts(4), (0, 2, 4, 8), at_ranks, at_once=4, **options)
-    alone = evaluate(llama, Causal(), texts(4), (0,), at_ranks, **options)
+    options = {"at_ranks": at_ranks, "size": 2}
+    found = measure(llama, Small(), texts(4), (0, 2, 4, 8), at_once=4, **options)
+    alone = measure(llama, Causal(), texts(4), (0,), **options)
     assert list(found) == [0, 2, 4, 8]
     assert all(values == pytest.approx(alone[0]) for values in found.values())
     assert sizes[0] == 8
@@ -380,7 +346,7 @@ def test_no_ranks_no_work(llama):
     assert measure(llama, Causal(), texts(2), ()) == {}
 
 
-def test_what_cannot_be_measured_is_said_in_a_sentence(llama):
+def test_what_cannot_be_measured_is_one_sentence(llama):
     with pytest.raises(ConfigError, match=r"'macro_f1'.*'causal-lm'.*perplexity, rouge_l"):
         measure(llama, Causal(), texts(2), metrics=("macro_f1",))
     with pytest.raises(ConfigError, match="'accuracy' needs a task that classifies"):

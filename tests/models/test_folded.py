@@ -88,26 +88,6 @@ def test_the_output_is_base_plus_adapter_plus_fold(folder, rule, rank, scale_mul
         assert float((by_hand(folder, wrong) - found).abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("ranks", [(NARROW, WIDE), (WIDE, NARROW)])
-def test_both_ways_to_compute_a_fold_are_one_function(folder, ranks):
-    """The same product, once of few slots and once of many of which the rest are zero."""
-    model = adapted(folder, 4)
-    rule = RULES[0]
-    adapter, fold = trained_adapter(model, rule), fold_of(model, NARROW, rule)
-    padded = {
-        name: Factors(
-            torch.cat([f.A, torch.zeros(WIDE - NARROW, f.A.shape[1])]),
-            torch.cat([f.B, torch.zeros(f.B.shape[0], WIDE - NARROW)], dim=1),
-        )
-        for name, f in fold.layers.items()
-    }
-    install(model, adapter, frozen=fold)
-    narrow = logits(model)
-    install(model, adapter, frozen=replace(fold, layers=padded))
-    assert_narrow_or_wide(model, WIDE)
-    torch.testing.assert_close(logits(model), narrow, rtol=1e-5, atol=1e-5)
-
-
 def test_layers_without_a_fold_are_left_alone(folder):
     model = adapted(folder, 4)
     rule = RULES[0]
@@ -239,18 +219,6 @@ def test_dropout_is_not_of_the_fold(tiny_llama, rank):
 
 
 # Scales and truncations
-
-
-@rules
-def test_the_gain_multiplies_the_scale_of_every_layer(folder, rule):
-    model = adapted(folder, 8)
-    adapter = trained_adapter(model, rule)
-    install(model, adapter.prefix(5), frozen=fold_of(model, NARROW, rule), scale_multiplier=1.6)
-    for layer in lora_layers(model).values():
-        assert layer.scaling == {ADAPTER: rule(5) * 1.6, FROZEN: rule(NARROW)}
-    install(model, adapter.prefix(5))
-    for layer in lora_layers(model).values():
-        assert layer.scaling == {ADAPTER: rule(5)}
 
 
 @rules

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prelort.adapters import LoraAdapter, ScaleRule
+from prelort.adapters import ScaleRule
 from prelort.models.fused_lora import LoraProduct, fused
 from prelort.models.lora import ADAPTER, install, lora_layers, trainable
 from prelort.training.truncation import Truncation
@@ -96,7 +96,7 @@ def test_a_model_computes_the_same(name, ranks, request):
     assert_same_passes(model, truncation, RANKS[ranks])
 
 
-def test_a_frozen_path_a_gain_and_dropout_before_the_adapter_count(tiny_llama):
+def test_a_frozen_path_a_scale_multiplier_and_dropout_before_the_adapter_count(tiny_llama):
     model = adapted(tiny_llama, 8, dropout=0.5)
     truncation = Truncation(model, RULE)
     frozen = trained_adapter(model, RULE, seed=3).prefix(5)
@@ -147,16 +147,3 @@ def test_the_models_own_layers_are_back_afterwards_even_after_an_error(tiny_llam
     with truncation.fused(model):
         pass
     assert all("forward" not in vars(layer) for layer in lora_layers(model).values())
-
-
-def test_an_adapter_of_zeros_is_the_base(tiny_llama):
-    model = adapted(tiny_llama, 8)
-    truncation = Truncation(model, RULE)
-    start = trained_adapter(model, RULE)
-    zeros = LoraAdapter(start.prefix(8).scaled(0.0).layers, RULE)
-    install(model, zeros)
-    with torch.no_grad(), truncation.fused(model):
-        found = model(**token_batch()).logits
-    with torch.no_grad(), model.disable_adapter():
-        expected = model(**token_batch()).logits
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)

@@ -27,7 +27,7 @@ def test_names_the_largest_rank_that_fits(
     assert "(--memory) is 11: it needs" in outcome.out
     rows = [line.split() for line in outcome.out.splitlines() if line.startswith("│")]
     fits = {int(row[1]): row[-2] for row in rows}
-    # 32 is the smaller dimension of the widest layer: slots beyond it add nothing.
+    # 32 is the smaller dimension of the widest layer: more rank adds nothing.
     assert fits == {2: "yes", 4: "yes", 8: "yes", 16: "no", 32: "no"}
 
 
@@ -60,7 +60,7 @@ def test_without_memory_that_of_the_machine_is_taken(
     command_line: CommandLine, options: list[str]
 ) -> None:
     outcome = command_line("plan", *options, "--ranks", "40")
-    assert "(available on this machine now) is 40 (the largest that was considered)" in outcome.out
+    assert "(available on this machine now) is 40 (the largest considered)" in outcome.out
 
 
 def test_where_nothing_fits_is_told_after_the_table(

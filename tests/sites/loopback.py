@@ -20,7 +20,7 @@ import psutil
 import tomli_w
 
 from prelort.deployment import trainer_client
-from prelort.deployment.ipc import place_of
+from prelort.deployment.ipc import address_of
 from prelort.deployment.new import create
 from prelort.events import Event, EventLog
 from prelort.history import RunHistory
@@ -311,13 +311,13 @@ class Federation:
 
 
 def trainer_of(site_file: Path) -> int:
-    file = place_of(site_file).socket.with_suffix(".pid")
+    file = address_of(site_file).pid
     return int(until(lambda: file.is_file() and file.read_text(), 60, "the trainer"))
 
 
 def resume_trainer(site_file: Path) -> None:
     with contextlib.suppress(OSError, ValueError):
-        os.kill(int(place_of(site_file).socket.with_suffix(".pid").read_text()), signal.SIGCONT)
+        os.kill(int(address_of(site_file).pid.read_text()), signal.SIGCONT)
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:

@@ -19,7 +19,7 @@ LATE = 35.0
 def begun(federation: Federation, site: str, trainings: int) -> bool:
     """Whether the site's trainer has begun so many trainings."""
     log = federation.site_file(site).parent / "state" / "trainer.log"
-    return log.is_file() and log.read_text().count("train: begun") >= trainings
+    return log.is_file() and log.read_text().count("train: started") >= trainings
 
 
 @pytest.mark.chaos

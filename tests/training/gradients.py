@@ -39,7 +39,7 @@ def gradients(model: PeftModel) -> Gradients:
     for name, layer in lora_layers(model).items():
         named[f"{name}.A"] = layer.lora_A[ADAPTER].weight
         named[f"{name}.B"] = layer.lora_B[ADAPTER].weight
-    named |= {f"extra {i}": p for i, p in enumerate(trainable(model)[1])}
+    named |= {f"saved {i}": p for i, p in enumerate(trainable(model)[1])}
     taken = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in named.items()}
     model.zero_grad(set_to_none=True)
     return taken
@@ -59,8 +59,8 @@ def cut(
 ) -> Gradients:
     """The same by brute force: for each rank the prefix is installed as an adapter of its own.
 
-    ``ranks``: one for each row. Slots that a prefix lacks have no gradient from it. The adapter
-    is installed again in the end.
+    ``ranks``: one for each row. Dimensions that a prefix lacks have no gradient from it. The
+    adapter is installed again in the end.
     """
     install(model, adapter)
     total = gradients(model)

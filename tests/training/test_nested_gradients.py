@@ -11,7 +11,6 @@ from gradients import (
     assert_same_gradients,
     combined,
     cut,
-    flat,
     labelled_batch,
     masked,
 )
@@ -58,15 +57,6 @@ def test_the_gradient_of_mean_is_the_mean_of_the_gradients_of_truncated_models(
 
 
 @rules
-def test_slots_beyond_a_truncation_have_no_gradient_from_it(tiny_llama, rule):
-    model, _, truncation = prepared(tiny_llama, rule)
-    for name, gradient in masked(model, truncation, labelled_batch(), 4).items():
-        kept, tail = (gradient.T if name.endswith(".B") else gradient).split([4, 4])
-        assert kept.any()
-        assert not tail.any()
-
-
-@rules
 def test_a_row_trains_its_own_truncation_only(folder, rule):
     model, adapter, truncation = prepared(folder, rule)
     batch = labelled_batch()
@@ -99,33 +89,3 @@ def test_over_all_its_draws_a_sampled_objective_expects_the_gradient_of_mean(
             drawn = weights[level] / below  # with this probability, at the weight `below`
             parts.append((drawn * below, masked(model, truncation, batch, level)))
     assert_same_gradients(combined(parts), expected(model, adapter, batch))
-
-
-@pytest.mark.parametrize("kind", ["example", "step", "full+one"])
-def test_the_average_of_many_draws_approaches_the_gradient_of_mean(tiny_llama, kind):
-    """To statistical error: |average - mean|^2 is about (sum of variances) / draws."""
-    model, adapter, truncation = prepared(
-        tiny_llama, RULES[1], target_modules=("q_proj", "up_proj")
-    )
-    batch, draws = labelled_batch(rows=2, length=5), 200
-    objective = nested(kind, 8, LEVELS, level_weights=WEIGHTS)
-    generator = torch.Generator().manual_seed(11)
-    samples = torch.stack(
-        [
-            flat(
-                combined(
-                    [
-                        (p.weight, masked(model, truncation, batch, p.ranks))
-                        for p in objective.passes(2, generator)
-                    ]
-                )
-            )
-            for _ in range(draws)
-        ]
-    ).double()
-    target = flat(expected(model, adapter, batch)).double()
-    typical = float(samples.var(dim=0).sum()) / draws
-    assert float((samples.mean(dim=0) - target).square().sum()) < 4 * typical
-    # The test can tell: equal weights for all levels would be far off.
-    wrong = flat(combined([(1 / 3, cut(model, adapter, batch, [r, r])) for r in LEVELS])).double()
-    assert float((samples.mean(dim=0) - wrong).square().sum()) > 16 * typical

@@ -1,4 +1,4 @@
-"""HetLoRA's penalty on the last slots, and the rule by which a client prunes itself."""
+"""HetLoRA's penalty on the last rank dimensions, and the rule by which a client prunes itself."""
 
 from __future__ import annotations
 
@@ -7,24 +7,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from bench import RULE, Bench
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prelort import tasks
-from prelort.adapters import Factors, LoraAdapter, ScaleRule
+from prelort.adapters import Factors, LoraAdapter
 from prelort.adapters.initial import fresh
-from prelort.config import TrainingConfig
-from prelort.methods.objective import Objective, TailPenalty, plain
-from prelort.models.lora import ADAPTER, extract, install, lora_layers, trainable
-from prelort.tasks.interface import Example
-from prelort.training.local import Assignment, train
+from prelort.methods.objective import TailPenalty, plain
+from prelort.models.lora import ADAPTER, install, lora_layers, trainable
 from prelort.training.tail import pairs, pruned_rank, tail_norm, tail_penalty
-from prelort.training.truncation import Truncation
 from random_adapters import same_bits
 from tiny_models import adapted, trained_adapter
 
-RULE = ScaleRule("constant", 0.5)
 PATTERNS = {"llama": "q_proj", "gpt2": "c_attn", "bert": "query"}
+TAIL = TailPenalty(0.1, 0.5, 1)
 
 
 def by_hand(adapter: LoraAdapter, cut: int) -> float:
@@ -44,7 +40,7 @@ def installed(folder, rank=8, **settings):
     return model, adapter
 
 
-# How many slots are at stake
+# The cut
 
 
 @pytest.mark.parametrize(
@@ -65,7 +61,7 @@ def test_the_cut_is_the_kept_share_rounded_down(rank, keep, cut):
 
 
 @given(rank=st.integers(2, 300), keep=st.floats(0.001, 0.999))
-def test_the_cut_leaves_a_slot_and_leaves_out_at_least_one(rank, keep):
+def test_the_cut_leaves_a_dimension_and_leaves_out_at_least_one(rank, keep):
     assert 1 <= TailPenalty(1.0, keep, 1).cut(rank) <= rank - 1
 
 
@@ -82,10 +78,9 @@ def test_the_penalty_is_the_tails_norms_by_brute_force(folder, keep):
     assert found > 1
 
 
-def test_a_layer_without_slots_in_the_tail_adds_nothing(folder):
+def test_a_layer_without_a_tail_adds_nothing(folder):
     model, adapter = installed(folder, rank_pattern={PATTERNS[folder.name]: 3})
-    tail = TailPenalty(0.1, 0.5, 1)
-    penalty = tail_penalty(pairs(model), tail, 8)
+    penalty = tail_penalty(pairs(model), TAIL, 8)
     assert float(penalty.detach()) == pytest.approx(by_hand(adapter, 4), rel=1e-5)
     penalty.backward()
     for name, layer in lora_layers(model).items():
@@ -97,7 +92,7 @@ def test_a_layer_without_slots_in_the_tail_adds_nothing(folder):
 
 def test_its_gradient_is_that_of_brute_force_and_of_the_tail_alone(folder):
     model, adapter = installed(folder)
-    tail_penalty(pairs(model), TailPenalty(0.1, 0.5, 1), 8).backward()
+    tail_penalty(pairs(model), TAIL, 8).backward()
     for name, layer in lora_layers(model).items():
         a, b = (t.double() for t in (adapter.layers[name].A, adapter.layers[name].B))
         norm_a, norm_b = a[4:].norm(), b[:, 4:].norm()
@@ -113,7 +108,7 @@ def test_its_gradient_is_finite_where_b_is_zero(folder):
     """As in the first round. The root of a sum of squares has none at zero."""
     model = adapted(folder, 8)
     install(model, fresh(trained_adapter(model, RULE), 0))
-    penalty = tail_penalty(pairs(model), TailPenalty(0.1, 0.5, 1), 8)
+    penalty = tail_penalty(pairs(model), TAIL, 8)
     assert float(penalty.detach()) == 0.0
     penalty.backward()
     for parameter in trainable(model)[0]:
@@ -123,75 +118,40 @@ def test_its_gradient_is_finite_where_b_is_zero(folder):
 # In training
 
 
-class Bench:
-    """A client that trains with a penalty."""
-
-    def __init__(self, folder):
-        self.model = adapted(folder, 8)
-        self.truncation = Truncation(self.model, RULE)
-        self.start = trained_adapter(self.model, RULE)
-        rows = torch.randint(2, 256, (8, 6), generator=torch.Generator().manual_seed(0)).tolist()
-        self.examples = [Example(ids, ids) for ids in rows]
-
-    def train(self, objective: Objective, adapter=None, **config):
-        defaults = {"local_steps": 1, "batch_size": 8, "learning_rate": 0.1, "optimizer": "sgd"}
-        config = defaults | {"max_grad_norm": 0, "schedule": "constant"} | config
-        install(self.model, adapter or self.start)
-        result = train(
-            self.model,
-            self.truncation,
-            tasks.get("causal-lm"),
-            self.examples,
-            TrainingConfig(**config),
-            Assignment("k", 0, 1, 0, objective),
-            pad_id=0,
-        )
-        return result, extract(self.model, RULE)
+def with_tail(weight):
+    return replace(plain(8), tail=TailPenalty(weight, 0.5, 1))
 
 
-def with_tail(weight, keep=0.5, lowest=1):
-    return replace(plain(8), tail=TailPenalty(weight, keep, lowest))
+@pytest.fixture(scope="module")
+def bench(tiny_llama):
+    return Bench(tiny_llama)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_step_is_one_of_the_loss_and_one_of_the_penalty(tiny_llama, accumulation):
+def test_a_step_is_one_of_the_loss_and_one_of_the_penalty(bench, accumulation):
     """Once a step and not once a batch; the reported loss is without it."""
-    bench = Bench(tiny_llama)
     settings = {"gradient_accumulation": accumulation, "batch_size": 8 // accumulation}
-    bare, moved = bench.train(plain(8), **settings)
-    result, found = bench.train(with_tail(0.3), **settings)
+    settings |= {"local_steps": 1, "learning_rate": 0.1, "max_grad_norm": 0}
+    bare, moved = bench.train(**settings)
+    result, found = bench.train(objective=with_tail(0.3), **settings)
 
     assert result.loss == bare.loss
     install(bench.model, bench.start)
-    tail_penalty(pairs(bench.model), TailPenalty(0.3, 0.5, 1), 8).backward()
+    tail_penalty(pairs(bench.model), with_tail(0.3).tail, 8).backward()
     for name, layer in lora_layers(bench.model).items():
         for kind, own in (("A", layer.lora_A), ("B", layer.lora_B)):
             expected = getattr(moved.layers[name], kind) - 0.1 * 0.3 * own[ADAPTER].weight.grad
             torch.testing.assert_close(getattr(found.layers[name], kind), expected)
 
 
-def test_a_weight_of_zero_changes_nothing(tiny_llama):
-    bench = Bench(tiny_llama)
-    assert same_bits(
-        bench.train(with_tail(0.0), local_steps=3)[1], bench.train(plain(8), local_steps=3)[1]
-    )
-
-
-def test_a_large_weight_makes_the_tail_smaller_and_leaves_the_head(tiny_llama):
-    bench = Bench(tiny_llama)
-    settings = {"local_steps": 20, "learning_rate": 0.02}
-    _, free = bench.train(plain(8), **settings)
-    _, held = bench.train(with_tail(1.0), **settings)
+def test_the_weight_decides_and_zero_changes_nothing(bench):
+    settings = {"local_steps": 20, "learning_rate": 0.02, "max_grad_norm": 0}
+    _, free = bench.train(**settings)
+    _, held = bench.train(objective=with_tail(1.0), **settings)
     assert by_hand(held, 4) < 0.7 * by_hand(free, 4)
     heads = [by_hand(adapter.prefix(4), 0) for adapter in (held, free)]
     assert heads[0] == pytest.approx(heads[1], rel=0.05)
-
-
-def test_training_from_b_of_zeros_gives_finite_numbers(tiny_llama):
-    bench = Bench(tiny_llama)
-    _, found = bench.train(with_tail(0.5), fresh(bench.start, 1), local_steps=3)
-    assert all(bool(tensor.isfinite().all()) for tensor in found.tensors().values())
-    assert all(factors.B.any() for factors in found.layers.values())
+    assert same_bits(bench.train(objective=with_tail(0.0), **settings)[1], free)
 
 
 # The rule
@@ -210,20 +170,17 @@ def shrunk(adapter: LoraAdapter, factor: float, cut: int) -> LoraAdapter:
 @pytest.mark.parametrize("factor, rank", [(0.99, 4), (0.0, 4), (1.0, 8), (1.01, 8)])
 def test_it_cuts_where_the_tail_is_smaller_than_before(tiny_llama, factor, rank):
     model, adapter = installed(tiny_llama)
-    tail = TailPenalty(0.1, 0.5, 1)
-    before = tail_norm(pairs(model), tail, 8)
+    before = tail_norm(pairs(model), TAIL, 8)
     install(model, shrunk(adapter, factor, 4))
-    assert pruned_rank(pairs(model), tail, 8, before) == rank
+    assert pruned_rank(pairs(model), TAIL, 8, before) == rank
 
 
 @pytest.mark.parametrize("lowest, rank", [(1, 4), (4, 4), (5, 8), (8, 8)])
 def test_it_never_cuts_below_the_lowest_rank(tiny_llama, lowest, rank):
     model, _ = installed(tiny_llama)
-    tail = TailPenalty(0.1, 0.5, lowest)
-    assert pruned_rank(pairs(model), tail, 8, before=1e9) == rank
+    assert pruned_rank(pairs(model), TailPenalty(0.1, 0.5, lowest), 8, before=1e9) == rank
 
 
-def test_one_slot_is_never_cut(tiny_llama):
-    model = adapted(tiny_llama, 1)
-    install(model, trained_adapter(model, RULE))
-    assert pruned_rank(pairs(model), TailPenalty(0.1, 0.5, 1), 1, before=1e9) == 1
+def test_rank_one_is_never_cut(tiny_llama):
+    model, _ = installed(tiny_llama, rank=1)
+    assert pruned_rank(pairs(model), TAIL, 1, before=1e9) == 1

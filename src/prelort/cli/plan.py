@@ -69,7 +69,7 @@ def plan(
     console = wide_console()
     with console.status("planning", spinner="dots") if not as_json else nullcontext():
         planner = Planner(settings, labels)
-        most = max(min(256, planner.most), *(chosen or [1]))
+        most = max(min(256, planner.max_rank), *(chosen or [1]))
         shown = chosen or [2**power for power in range(1, 9) if 2**power <= most] or [1]
         estimates = [planner.estimate(rank, most) for rank in shown]
         try:

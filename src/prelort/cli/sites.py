@@ -46,9 +46,9 @@ def site_check(
     """Load what the site would load, and show everything that the server would learn about it."""
     from prelort import config as configuration
     from prelort.deployment import settings
-    from prelort.deployment.worker import make_site
+    from prelort.deployment.worker import make_client
 
-    site = make_site(configuration.load(federation), settings.read(file), file)
+    site = make_client(configuration.load(federation), settings.read(file), file)
     spec = site.runtime.spec
     console = Console()
     console.print(f"{len(site.examples)} examples to train on, {len(site.test)} to test on")

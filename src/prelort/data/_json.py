@@ -13,7 +13,7 @@ from prelort.data._reading import lines, load, reason
 
 
 def read_json_lines(path: Path) -> Dataset:
-    """One object a line; raises ValueError naming the first line that is none."""
+    """One object per line; raises ValueError naming the first line that is none."""
     for _ in lines(path):
         pass  # the loader does not check that the text is UTF-8
     try:
@@ -21,7 +21,12 @@ def read_json_lines(path: Path) -> Dataset:
     except (ValueError, DatasetsError) as error:
         number = 0
         for number, line in lines(path):
-            _object(line, f"line {number}")
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as wrong:
+                raise ValueError(f"line {number} is not JSON: {wrong.msg}") from None
+            if not isinstance(value, dict):
+                raise ValueError(f"line {number} is not an object: {line[:60]}") from None
         raise ValueError(reason(error) if number else "it has no rows") from None
 
 
@@ -35,7 +40,11 @@ def read_json(path: Path) -> Dataset:
             return read_json_lines(path)
         raise ValueError(f"it is not JSON: {error}") from None
     if isinstance(content, dict):
-        lists = {k: v for k, v in content.items() if _is_list_of_objects(v)}
+        lists = {
+            key: value
+            for key, value in content.items()
+            if isinstance(value, list) and value and all(isinstance(v, dict) for v in value)
+        }
         if len(lists) != 1:
             found = ", ".join(repr(name) for name in lists) or "none"
             raise ValueError(f"an object must have one list of objects inside, and has: {found}")
@@ -64,21 +73,8 @@ def _is_of_one_type(values: list[Any]) -> bool:
 
 
 def _is_json_lines(text: str) -> bool:
-    """Whether a .json file has one object a line, as many on the hub do."""
+    """Whether a .json file has one object per line, as many on the hub do."""
     try:
         return isinstance(json.loads(text.split("\n", 1)[0]), dict)
     except json.JSONDecodeError:
         return False
-
-
-def _is_list_of_objects(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)
-
-
-def _object(line: str, where: str) -> None:
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON: {error.msg}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} is not an object: {line[:60]}")

@@ -1,4 +1,4 @@
-"""What the readers of local files share."""
+"""Shared by the readers of local files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import datasets
 from datasets import Dataset, load_dataset
 
 IN_MEMORY = 2**28
-"""Files up to so many bytes are read to memory; larger ones are mapped from datasets' cache."""
+"""Bytes up to which files are read to memory; larger ones are mapped from the datasets cache."""
 
 
 def load(builder: str, path: Path, **options: Any) -> Dataset:
@@ -31,7 +31,7 @@ def load(builder: str, path: Path, **options: Any) -> Dataset:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Without the loaders' progress bars and log lines: the error tells it in one sentence."""
+    """Without the loaders' progress bars and log lines: one sentence reports an error."""
     bars, level = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)

@@ -17,7 +17,7 @@ from prelort.errors import ConfigError
 
 
 def read(path: Path, key: str) -> Dataset:
-    """The rows of a file by its suffix; ``key`` is the configuration's key that an error names.
+    """The rows of a file by its suffix; ``key``: the configuration's key, for errors.
 
     CSV and TSV need a header, and their cells are text as written ('007' and 'NA' stay). JSON is
     a list of objects, or an object with one such list inside; JSON lines one object a line. A
@@ -41,15 +41,11 @@ def read(path: Path, key: str) -> Dataset:
     return rows
 
 
-def _csv(path: Path) -> Dataset:
-    return _delimited(path, ",", csv.QUOTE_MINIMAL)
-
-
 def _tsv(path: Path) -> Dataset:
     try:
         return _delimited(path, "\t", csv.QUOTE_MINIMAL)
     except ValueError:
-        # Spreadsheets quote cells; TSV proper, as many data sets have it, knows no quoting.
+        # Spreadsheets quote cells; TSV proper, as many data sets have it, does not.
         return _delimited(path, "\t", csv.QUOTE_NONE)
 
 
@@ -101,20 +97,12 @@ def _long_cells() -> Iterator[None]:
         csv.field_size_limit(limit)
 
 
-def _parquet(path: Path) -> Dataset:
-    return load("parquet", path)
-
-
-def _text(path: Path) -> Dataset:
-    return Dataset.from_dict({"text": [line for _, line in lines(path)]})
-
-
 READERS: dict[str, Callable[[Path], Dataset]] = {
-    ".csv": _csv,
+    ".csv": lambda path: _delimited(path, ",", csv.QUOTE_MINIMAL),
     ".tsv": _tsv,
     ".json": read_json,
     ".jsonl": read_json_lines,
-    ".parquet": _parquet,
-    ".txt": _text,
+    ".parquet": lambda path: load("parquet", path),
+    ".txt": lambda path: Dataset.from_dict({"text": [line for _, line in lines(path)]}),
 }
-"""How each suffix is read."""
+"""Suffix -> reader."""

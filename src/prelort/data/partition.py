@@ -1,4 +1,4 @@
-"""How rows are dealt to clients: pure functions of the rows and the seed."""
+"""Partitioning rows among clients: pure functions of the rows and the seed."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 Indices = npt.NDArray[np.int64]
 
 AUTO_CLIENTS = 16
-"""How many clients ``auto`` deals to where there are no natural ones and no number is set."""
+"""Number of clients of ``auto`` without natural clients and ``partition.clients``."""
 
 TRIES = 100
-"""How often Dirichlet shares are drawn anew before the smallest clients are topped up."""
+"""Draws of Dirichlet shares before the smallest clients are topped up."""
 
 
 @dataclass(frozen=True)
@@ -35,31 +35,31 @@ class Part:
 
 
 def resolved(config: PartitionConfig, rows: Dataset) -> PartitionConfig:
-    """What ``auto`` means for these rows: by the column of clients if there is one, else iid."""
+    """Resolve ``auto`` for these rows: by the column of clients if there is one, else iid."""
     if config.by != "auto":
         return config
     if config.column is not None or "client" in rows.column_names:
         return config.model_copy(update={"by": "column"})
-    most = max(1, len(rows) // max(config.min_examples, 2))  # one row may be held out to test on
-    clients = config.clients or min(AUTO_CLIENTS, most)
+    max_clients = max(1, len(rows) // max(config.min_examples, 2))  # one row may be held out
+    clients = config.clients or min(AUTO_CLIENTS, max_clients)
     return config.model_copy(update={"by": "iid", "clients": clients})
 
 
 def partition(
     rows: Dataset, config: PartitionConfig, label_column: str | None, seed: int
 ) -> list[Part]:
-    """Deal the rows to clients by ``config.by``, each with at least ``config.min_examples``.
+    """Partition the rows by ``config.by``; each client gets at least ``config.min_examples``.
 
     - ``auto``: see `resolved`.
     - ``column``: one client per value, named by it, largest first (of equal ones, by name);
       ``clients`` keeps the largest, and values with too few rows are left out.
-    - ``iid``: a random deal into equal clients.
+    - ``iid``: equal random shares.
     - ``dirichlet``: each label's rows in shares drawn from a symmetric Dirichlet(``alpha``).
     - ``quantity``: sizes drawn from Dirichlet(``alpha``), labels at random.
     - ``shards``: rows sorted by label and cut into equal shards, ``shards_per_client`` each.
 
-    All but ``column`` use every row exactly once. ``label_column`` is what dirichlet and shards
-    deal by where ``config.column`` is not set. Raises `ConfigError`.
+    All but ``column`` use every row exactly once. dirichlet and shards partition by
+    ``config.column``, or else by ``label_column``. Raises `ConfigError`.
     """
     config = resolved(config, rows)
     if config.by == "column":
@@ -89,7 +89,7 @@ def client_column(config: PartitionConfig, available: Sequence[str]) -> str:
         return config.column
     if "client" not in available:
         raise ConfigError(
-            "partition.by = 'column' needs partition.column, for there is no column 'client': "
+            "partition.by = 'column' needs partition.column, since there is no column 'client': "
             + listed(available)
         )
     return "client"
@@ -101,9 +101,9 @@ def _by_column(rows: Dataset, config: PartitionConfig) -> list[Part]:
     enough = {k: v for k, v in groups.items() if len(v) >= config.min_examples}
     largest_first = sorted(enough, key=lambda name: (-len(enough[name]), name))
     if len(enough) < (config.clients or 1):
-        wanted = f"partition.clients = {config.clients}" if config.clients else "one client"
+        requested = f"partition.clients = {config.clients}" if config.clients else "one client"
         raise ConfigError(
-            f"{wanted} is more than there are: {len(enough)} of the {len(groups)} values of "
+            f"{requested} is more than there are: {len(enough)} of the {len(groups)} values of "
             f"column {column!r} have at least partition.min_examples = {config.min_examples} rows"
         )
     return [Part(name, _ascending(enough[name])) for name in largest_first[: config.clients]]
@@ -111,7 +111,7 @@ def _by_column(rows: Dataset, config: PartitionConfig) -> list[Part]:
 
 def _number_of_clients(config: PartitionConfig, rows: int) -> int:
     if config.clients is None:
-        raise ConfigError(f"partition.by = {config.by!r} needs partition.clients, how many")
+        raise ConfigError(f"partition.by = {config.by!r} needs partition.clients")
     needed = config.clients * config.min_examples
     if needed > rows:
         raise ConfigError(
@@ -146,7 +146,7 @@ def _groups(names: Sequence[str]) -> dict[str, Indices]:
 def _dirichlet(
     groups: Sequence[Indices], clients: int, config: PartitionConfig, random: np.random.Generator
 ) -> list[Indices]:
-    """Cut each group at random shares, anew until every client has enough or tries run out."""
+    """Cut each group at random shares, until every client has enough or tries run out."""
     for _ in range(TRIES):
         dealt: list[list[Indices]] = [[] for _ in range(clients)]
         for group in groups:
@@ -176,10 +176,10 @@ def _shards(
     return _top_up(dealt, config.min_examples)
 
 
-def _top_up(dealt: Iterable[Indices], least: int) -> list[Indices]:
+def _top_up(dealt: Iterable[Indices], min_examples: int) -> list[Indices]:
     """Move rows, one by one, from the largest client to the smallest until all have enough."""
     hands = [list(indices) for indices in dealt]
-    while len(smallest := min(hands, key=len)) < least:
+    while len(smallest := min(hands, key=len)) < min_examples:
         smallest.append(max(hands, key=len).pop())
     return [np.asarray(hand, dtype=np.int64) for hand in hands]
 

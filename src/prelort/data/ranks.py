@@ -1,4 +1,4 @@
-"""Which client can afford which rank."""
+"""Assigning ranks to clients."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from prelort.errors import ConfigError
 from prelort.seeds import numpy_generator
 
 TOLERANCE = Fraction(1, 10**6)
-"""By how much the shares of a mix may miss 1, e.g. thirds written as 0.3333333."""
+"""Allowed distance of the sum of a mix's shares from 1, e.g. for thirds as 0.3333333."""
 
 
 def assign(config: RanksConfig, sizes: Sequence[int], seed: int) -> list[int]:
     """The rank of each client, in the clients' order; ``sizes`` are their numbers of rows.
 
-    A list names one rank a client; a mix becomes one by largest remainders, each rank of it with
-    at least one client where there are enough. ``in-order`` keeps that list, ``random`` permutes
+    A list names one rank per client; a mix becomes a list by largest remainders, each of its ranks
+    with at least one client if there are enough. ``in-order`` keeps that list, ``random`` permutes
     it by the seed, ``by-size`` gives its highest rank to the client with the most rows (of equal
     clients, to the first). Raises `ConfigError` if the mix cannot be read or does not fit.
     """
@@ -37,12 +37,12 @@ def assign(config: RanksConfig, sizes: Sequence[int], seed: int) -> list[int]:
 def levels(mix: str) -> tuple[int, ...]:
     """The ranks that a mix names, ascending. Raises `ConfigError` if it cannot be read."""
     entries = [entry.strip() for entry in mix.split(",")]
-    # Of as many clients as are named each rank gets one, so that the mix is checked as a whole.
+    # With as many clients as entries each rank gets one, so that the whole mix is checked.
     return tuple(sorted(set(_ranks(mix, len(entries)))))
 
 
 def _ranks(mix: str, clients: int) -> list[int]:
-    """One rank a client, in the order in which the mix lists them."""
+    """One rank per client, in the order of the mix."""
     entries = [entry.strip() for entry in mix.split(",")]
     with_share = ["*" in entry for entry in entries]
     if not any(with_share):

@@ -1,4 +1,4 @@
-"""Whole numbers that keep given shares."""
+"""Apportionment: whole numbers in given proportions."""
 
 from __future__ import annotations
 

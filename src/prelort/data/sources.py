@@ -16,13 +16,13 @@ from prelort.errors import ConfigError
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 SAVED = ("state.json", "dataset_dict.json")
-"""What `datasets.save_to_disk` leaves in a folder: of one split, of several."""
+"""What `datasets.save_to_disk` writes to a folder: for one split, for several."""
 
 
 def read(config: DataConfig) -> tuple[Dataset, Dataset | None]:
-    """All training rows, and all test rows where ``config.test`` or the source names some.
+    """All training rows, and all test rows if ``config.test`` or the source names some.
 
-    Raises `ConfigError` in one sentence: no such file, hub name or split; malformed; no rows.
+    Raises `ConfigError` with one sentence: no such file, hub name or split; malformed; no rows.
     """
     if config.source == SITES:
         raise ConfigError(
@@ -40,32 +40,38 @@ def read(config: DataConfig) -> tuple[Dataset, Dataset | None]:
                 f"data.test = {config.test!r} is not allowed with the embedded text, which has "
                 "its own test rows: leave it out, or name a file"
             )
-        return train, _filled(files.read(_path(config.test), "data.test"), "data.test")
-    train = _filled(_one(config.source, config.split, config.subset, "data.source"), "data.source")
-    if config.test is None:
-        return train, None
-    if _is_path(config.test):
-        return train, _filled(_one(config.test, "train", None, "data.test"), "data.test")
-    if _path(config.source).is_file():
-        raise ConfigError(
-            f"data.test = {config.test!r} does not exist: with the file {config.source!r} as "
-            "data.source it must be a file, too"
-        )
-    return train, _filled(_one(config.source, config.test, config.subset, "data.test"), "data.test")
+    else:
+        train = _read(config.source, config.split, config.subset, "data.source")
+        if config.test is None:
+            return train, None
+        if not _is_path(config.test):
+            if _path(config.source).is_file():
+                raise ConfigError(
+                    f"data.test = {config.test!r} does not exist: with the file "
+                    f"{config.source!r} as data.source it must be a file, too"
+                )
+            return train, _read(config.source, config.test, config.subset, "data.test")
+    return train, _read(config.test, "train", None, "data.test")
 
 
-def _one(source: str, split: str, subset: str | None, key: str) -> Dataset:
-    """One split of a source; ``key`` is the configuration's key that an error names."""
+def _read(source: str, split: str, subset: str | None, key: str) -> Dataset:
+    """One split of a source, not empty; ``key``: the configuration's key, for errors."""
     path = _path(source)
     if path.is_file():
         return files.read(path, key)
     if any((path / name).is_file() for name in SAVED):
-        return _saved(path, split, key)
-    if source and path.is_dir():
-        return _loaded(str(path), subset, split, key)
-    if _is_path(source) or not HUB_NAME.fullmatch(source):
+        rows = _saved(path, split, key)
+    elif source and path.is_dir():
+        rows = _loaded(str(path), subset, split, key)
+    elif _is_path(source) or not HUB_NAME.fullmatch(source):
         raise ConfigError(f"{key} = {source!r}: there is no such file or folder")
-    return _loaded(source, subset, split, key)
+    else:
+        rows = _loaded(source, subset, split, key)
+    if not isinstance(rows, Dataset):
+        raise ConfigError(f"{key} = {source!r} is not a table of rows but {type(rows).__name__}")
+    if len(rows) == 0:
+        raise ConfigError(f"{key} has no rows")
+    return rows
 
 
 def _path(source: str) -> Path:
@@ -73,13 +79,13 @@ def _path(source: str) -> Path:
 
 
 def _is_path(source: str) -> bool:
-    """Whether a source is meant as a path, so that the hub is not asked for it."""
+    """Whether a source is meant as a path, so that it is not looked up on the hub."""
     if source.startswith((".", "/", "~")) or Path(source).is_absolute():
         return True
     return Path(source).suffix.lower() in files.READERS or _path(source).exists()
 
 
-def _saved(path: Path, split: str, key: str) -> Dataset:
+def _saved(path: Path, split: str, key: str) -> Any:
     try:
         saved = load_from_disk(str(path))
     except Exception as error:
@@ -88,31 +94,28 @@ def _saved(path: Path, split: str, key: str) -> Dataset:
             f"{reason(error)}"
         ) from None
     if not isinstance(saved, DatasetDict):
-        return _check_type(saved, str(path), key)
+        return saved
     if split not in saved:
         raise ConfigError(_no_split(str(path), split, list(saved)))
-    return _check_type(saved[split], str(path), key)
+    return saved[split]
 
 
-def _loaded(name: str, subset: str | None, split: str, key: str) -> Dataset:
+def _loaded(name: str, subset: str | None, split: str, key: str) -> Any:
     """Through `datasets.load_dataset`: from the hub, or a local copy of a hub repository."""
     try:
-        return _check_type(load_dataset(name, subset, split=split), name, key)
-    except ConfigError:
-        raise
+        return load_dataset(name, subset, split=split)
     except DatasetNotFoundError:
         raise ConfigError(
-            f"{key} = {name!r} is neither a file nor a folder, nor a data set on the hub that "
-            "can be read (a private one needs `hf auth login`)"
+            f"{key} = {name!r} is neither a file nor a folder, nor a readable data set on the hub "
+            "(a private one needs `hf auth login`)"
         ) from None
     except ConnectionError:
         raise ConfigError(
-            f"{key} = {name!r} is neither a file nor a folder, and the hub cannot be reached to "
-            "look for a data set of that name"
+            f"{key} = {name!r} is neither a file nor a folder, and the hub cannot be reached"
         ) from None
     except Exception as error:
-        # What load_dataset raises for an unknown split or subset is a ValueError with the
-        # existing ones in its text; the rest (disk full, malformed data) is told as it is.
+        # load_dataset raises a ValueError for an unknown split or subset, with the existing ones in
+        # its text; other errors (disk full, malformed data) are shown as they are.
         text = reason(error)
         existing = re.search(r"Unknown split .*Should be one of \[(.*)\]", text)
         if existing:
@@ -124,15 +127,3 @@ def _loaded(name: str, subset: str | None, split: str, key: str) -> Dataset:
 def _no_split(name: str, split: str, existing: list[str]) -> str:
     splits = ", ".join(repr(name) for name in existing)
     return f"data set {name!r} has no split {split!r}: the splits are {splits}"
-
-
-def _check_type(rows: Any, name: str, key: str) -> Dataset:
-    if not isinstance(rows, Dataset):
-        raise ConfigError(f"{key} = {name!r} is not a table of rows but {type(rows).__name__}")
-    return rows
-
-
-def _filled(rows: Dataset, key: str) -> Dataset:
-    if len(rows) == 0:
-        raise ConfigError(f"{key} has no rows")
-    return rows

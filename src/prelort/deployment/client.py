@@ -1,7 +1,7 @@
-"""A site's Flower `ClientApp`: it hands each message to the site's trainer.
+"""A site's Flower `ClientApp`: it forwards each message to the site's trainer.
 
-Flower starts a process for every message, so nothing heavy is imported here: the trainer has
-torch, the base model and the data ready.
+Flower starts a process for every message, so nothing heavy is imported here: the trainer keeps
+torch, the base model and the data loaded.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import shlex
 from pathlib import Path
 
 from prelort.deployment import settings, trainer_client
-from prelort.deployment.ipc import Order
+from prelort.deployment.ipc import Request
 from prelort.errors import PrelortError
 from prelort.federation.client_app import Kind, client_app
 from prelort.federation.content import blob_in, content_of, text_in
@@ -18,28 +18,28 @@ from prelort.federation.flower import ClientApp, Context, RecordDict
 
 
 def site_app(federation: Path) -> ClientApp:
-    """The app of a federation whose configuration is in this file.
+    """The app of the federation with this configuration file.
 
-    Which site it is stands in the SuperNode's ``--node-config 'site="/path/to/site.toml"'``.
+    The SuperNode's ``--node-config 'site="/path/to/site.toml"'`` names the site.
     """
 
     def answer(kind: Kind, content: RecordDict, context: Context) -> RecordDict:
         overrides = tuple(shlex.split(str(context.run_config.get("set", ""))))
         text = text_in(content)
         if text is None:
-            raise PrelortError("was sent a message without a header")
-        order = Order(kind, str(federation), overrides, text, blob_in(content))
+            raise PrelortError("received a message without a header")
+        request = Request(kind, str(federation), overrides, text, blob_in(content))
         site_file = _site_file(context)
-        own = settings.read_quietly(site_file)
+        own = settings.read_discreetly(site_file)
         if kind == "end":
             trainer_client.end(site_file)
             return content_of("{}")
         if own.trainer.warm:
-            reply = trainer_client.ask(site_file, own, order)
+            reply = trainer_client.send(site_file, own, request)
         else:
             from prelort.deployment.worker import Worker
 
-            reply = Worker(site_file).answer(order)
+            reply = Worker(site_file).answer(request)
         if reply.refused is not None:
             raise PrelortError(reply.refused)
         return content_of(reply.text, reply.blob)
@@ -48,9 +48,9 @@ def site_app(federation: Path) -> ClientApp:
 
 
 def _site_file(context: Context) -> Path:
-    named = context.node_config.get("site")
-    if not named:
+    path = context.node_config.get("site")
+    if not path:
         raise PrelortError(
             "has no site file: start the SuperNode with --node-config 'site=\"/path/site.toml\"'"
         )
-    return Path(str(named)).expanduser()
+    return Path(str(path)).expanduser()

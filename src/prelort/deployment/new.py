@@ -14,17 +14,17 @@ from prelort.errors import ConfigError
 from prelort.experiment.folder import is_taken
 
 RANKS = (4, 8, 16)
-"""Of the demonstration's sites, in turn."""
+"""The ranks of the demonstration's sites, in turn."""
 ROWS = 120
-"""Of each of the demonstration's sites."""
+"""Texts of each of the demonstration's sites."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]*")
 
 
 def create(path: Path, sites: int) -> None:
-    """Write the federation's folder, with small data for ``sites`` sites to try it out.
+    """Write the federation's folder, with small demonstration data for ``sites`` sites.
 
-    Raises `ConfigError` if something is there already or the name cannot be an app's.
+    Raises `ConfigError` if the folder is not empty or its name cannot be an app's.
     """
     name = path.resolve().name
     if not _NAME.fullmatch(name):
@@ -46,16 +46,12 @@ def _site(folder: Path, rank: int, rows: list[dict[str, str]]) -> None:
     folder.mkdir(parents=True)
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "data.jsonl").write_text(lines, encoding="utf-8")
-    values = {
-        "name": folder.name,
-        "rank": rank,
-        "data": {"source": "./data.jsonl"},
-    }
+    values = {"name": folder.name, "rank": rank, "data": {"source": "./data.jsonl"}}
     (folder / "site.toml").write_text(_HEAD + tomli_w.dumps(values) + _MORE, encoding="utf-8")
 
 
 def _data(sites: int) -> list[list[dict[str, str]]]:
-    """Texts of as many clients of the embedded data."""
+    """The texts of the largest clients of the embedded data."""
     from prelort.data import standard_library
 
     train, _ = standard_library.load()
@@ -69,20 +65,20 @@ def _data(sites: int) -> list[list[dict[str, str]]]:
 
 
 _HEAD = """\
-# What this site sets for itself. Nothing of it is sent to the server but the name and the rank.
+# The site's own settings. Only the name and the rank are sent to the server.
 """
 
 _MORE = """
 # rank = "auto" takes the largest rank that fits the memory: see `prelort plan`.
 # memory = "8GiB"
 #
-# [model]                      # what is different here
+# [model]                      # keys of [model] that differ here
 # name = "/models/base"        # the site's own copy of the base model
 # device = "cuda:0"
 # quantization = "4bit"
 #
 # [trainer]
 # warm = true                  # keep the base model loaded between rounds
-# idle_minutes = 30            # the trainer ends after so long without work
-# memory = "24GiB"             # it is started anew if it takes more
+# idle_minutes = 30            # the trainer ends after this time without work
+# memory = "24GiB"             # it is restarted if it takes more
 """

@@ -1,8 +1,8 @@
-"""The site's trainer: a process that keeps the base model and the data ready between messages.
+"""The site's trainer: a process that keeps the base model and the data loaded between messages.
 
-Started on demand by `warm`, one for each site file. It takes one message at a time, ends when it
-was idle for long or is told that the run is over, and ends itself when it takes more memory than
-the site allows; the next message then starts another.
+`trainer_client` starts one per site file on demand. It answers one message at a time. It ends after
+an idle time, at the end of the run, or when it takes more memory than the site allows; the next
+message then starts another.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ import psutil
 from filelock import FileLock, Timeout
 
 from prelort.deployment import settings
-from prelort.deployment.ipc import Place, Reply, place_of, receive_order, send
+from prelort.deployment.ipc import Address, Reply, address_of, receive_request, send
 from prelort.library_logging import quiet_libraries
 from prelort.planning import sizes
 
 log = logging.getLogger("prelort.trainer")
 
-LOOK_SECONDS = 0.5
+POLL_SECONDS = 0.5
 TOO_MUCH_MEMORY = 3
-"""The exit status of a trainer that has taken more than it may."""
+"""The exit status of a trainer that exceeds its memory limit."""
 
 
 def main(site_file: Path) -> None:
-    """Serve this site until there is nothing more to do."""
+    """Serve this site until the run ends or nothing comes for long."""
     quiet_libraries()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     own = settings.read(site_file)
-    place = place_of(site_file)
+    address = address_of(site_file)
     if own.trainer.memory is not None:
         _watch_memory(sizes.parse(own.trainer.memory))
-    lock = FileLock(place.lock)
+    lock = FileLock(address.lock)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         log.info("another trainer serves this site already")
         return
-    with lock, _listening(place) as listener:
+    with lock, _listening(address) as listener:
         log.info("process %d serves %s", os.getpid(), site_file)
         _serve(listener, site_file, own.trainer.idle_minutes * 60.0)
 
@@ -65,50 +65,49 @@ def _serve(listener: socket.socket, site_file: Path, idle: float) -> None:
             log.info("idle for %g s: ended", idle)
             return
         accepted.setblocking(True)
-        with contextlib.suppress(EOFError, OSError), Connection(accepted.detach()) as line:
-            order = receive_order(line)
-            if order.kind == "end":
+        with contextlib.suppress(EOFError, OSError), Connection(accepted.detach()) as connection:
+            request = receive_request(connection)
+            if request.kind == "end":
                 log.info("the run is over: ended")
-                send(line, Reply())
+                send(connection, Reply())
                 return
-            log.info("%s: begun", order.kind)
+            log.info("%s: started", request.kind)
             started = time.monotonic()
-            with _called_off(line) as stopped:
-                reply = worker.answer(order, stopped)
+            with _cancelled(connection) as cancelled:
+                reply = worker.answer(request, cancelled)
             seconds = time.monotonic() - started
-            log.info("%s: %s after %.1f s", order.kind, reply.refused or "done", seconds)
-            send(line, reply)
+            log.info("%s: %s after %.1f s", request.kind, reply.refused or "done", seconds)
+            send(connection, reply)
 
 
 @contextlib.contextmanager
-def _listening(place: Place) -> Iterator[socket.socket]:
-    place.socket.unlink(missing_ok=True)
-    pid = place.socket.with_suffix(".pid")
+def _listening(address: Address) -> Iterator[socket.socket]:
+    address.socket.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        listener.bind(str(place.socket))
+        listener.bind(str(address.socket))
         listener.listen(16)
-        pid.write_text(str(os.getpid()))
+        address.pid.write_text(str(os.getpid()))
         try:
             yield listener
         finally:
-            place.socket.unlink(missing_ok=True)
-            pid.unlink(missing_ok=True)
+            address.socket.unlink(missing_ok=True)
+            address.pid.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def _called_off(line: Connection) -> Iterator[Callable[[], bool]]:
-    """A function that says whether the one who asked is gone: nobody waits for the work then."""
+def _cancelled(connection: Connection) -> Iterator[Callable[[], bool]]:
+    """A function that says whether the requesting process is gone, so that work can stop."""
     gone, done = threading.Event(), threading.Event()
 
-    def look() -> None:
-        while not done.wait(LOOK_SECONDS):
+    def watch() -> None:
+        while not done.wait(POLL_SECONDS):
             with contextlib.suppress(OSError):
-                if not line.poll():
+                if not connection.poll():
                     continue
-            gone.set()  # the other side says nothing more, so this can only be its end
+            gone.set()  # the other side sends nothing more, so this can only be its end
             return
 
-    watcher = threading.Thread(target=look, daemon=True)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
         yield gone.is_set
@@ -117,18 +116,18 @@ def _called_off(line: Connection) -> Iterator[Callable[[], bool]]:
         watcher.join()
 
 
-def _watch_memory(max_rank: int) -> None:
+def _watch_memory(limit: int) -> None:
     process = psutil.Process()
 
-    def look() -> None:
+    def watch() -> None:
         while True:
             used = process.memory_info().rss
-            if used > max_rank:
-                log.error("takes %d bytes of memory, allowed are %d: ended", used, max_rank)
+            if used > limit:
+                log.error("takes %d bytes of memory, allowed are %d: ended", used, limit)
                 os._exit(TOO_MUCH_MEMORY)
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_SECONDS)
 
-    threading.Thread(target=look, daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Talking to the site's trainer: it is started on demand, and again after a crash."""
+"""Requests to the site's trainer, which is started on demand and again after a crash."""
 
 from __future__ import annotations
 
@@ -15,35 +15,36 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from prelort.deployment.ipc import Order, Place, Reply, place_of, receive_reply, send
+from prelort.deployment import ipc
+from prelort.deployment.ipc import Address, Reply, Request, address_of
 from prelort.deployment.settings import SiteSettings
 from prelort.errors import PrelortError
 
 START_SECONDS = 60.0
-"""How long a new trainer may take until it listens (it loads everything else after that)."""
-PREPARING_SECONDS = 1800.0
-"""How long loading the base model and the data may take beside the work itself."""
-DYING_SECONDS = 3.0
-"""How long a killed trainer may take to be gone."""
+"""Time for a new trainer to start listening (it loads everything else later)."""
+LOADING_SECONDS = 1800.0
+"""Time for loading the base model and the data, besides the work itself."""
+ENDING_SECONDS = 3.0
+"""Time for a killed trainer to end."""
 LOG_BYTES = 10_000_000
 
 
-def ask(site_file: Path, own: SiteSettings, order: Order) -> Reply:
-    """The trainer's reply. Where there is no trainer, or it dies, a new one gets the order.
+def send(site_file: Path, own: SiteSettings, request: Request) -> Reply:
+    """The trainer's reply. A new trainer is started if there is none, or once if it dies.
 
-    Raises `PrelortError` if that one does not survive the order either, or does not answer.
+    Raises `PrelortError` if that one dies of the request too, or does not answer in time.
     """
-    place = place_of(site_file)
+    address = address_of(site_file)
     for last in (False, True):
-        line = _connected(place, site_file, own)
-        served_by = _pid(place)
+        connection = _connected(address, site_file, own)
+        served_by = _pid(address)
         try:
-            with line:
-                send(line, order)
-                if not line.poll(_patience(order)):
-                    _kill(place)
+            with connection:
+                ipc.send(connection, request)
+                if not connection.poll(_timeout(request)):
+                    _kill(address)
                     raise PrelortError("its trainer did not answer in time and was ended")
-                return receive_reply(line)
+                return ipc.receive_reply(connection)
         except (EOFError, OSError):
             if last:
                 raise PrelortError(
@@ -54,65 +55,61 @@ def ask(site_file: Path, own: SiteSettings, order: Order) -> Reply:
 
 
 def end(site_file: Path) -> None:
-    """End the site's trainer, if it has one and it is idle; one at work ends when it is done."""
-    place = place_of(site_file)
-    with contextlib.suppress(OSError, EOFError), _line(place) as line:
-        send(line, Order("end", "", (), ""))
-        if line.poll(5.0):
-            receive_reply(line)
+    """End the site's trainer if it has one; a busy one ends after its work."""
+    address = address_of(site_file)
+    with contextlib.suppress(OSError, EOFError), _connect(address) as connection:
+        ipc.send(connection, Request("end", "", (), ""))
+        if connection.poll(5.0):
+            ipc.receive_reply(connection)
 
 
 def stop(site_file: Path, seconds: float = 10.0) -> None:
-    """End the site's trainer and wait until it is gone; killed if it does not end by itself."""
+    """End the site's trainer and wait for its end; after ``seconds`` it is killed."""
     end(site_file)
-    place = place_of(site_file)
+    address = address_of(site_file)
     deadline = time.monotonic() + seconds
-    while place.socket.exists() and time.monotonic() < deadline:
+    while address.socket.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    _kill(place)
-    for path in (place.socket, place.socket.with_suffix(".pid")):
-        path.unlink(missing_ok=True)
+    _kill(address)
+    address.socket.unlink(missing_ok=True)
+    address.pid.unlink(missing_ok=True)
 
 
-def _patience(order: Order) -> float:
-    """Seconds until the reply must be there: the round's own time-out and time to load."""
+def _timeout(request: Request) -> float:
+    """Seconds to wait for the reply: the round's own timeout and the time to load."""
     try:
-        stated = float(json.loads(order.text).get("timeout", 3600.0))
+        timeout = float(json.loads(request.text).get("timeout", 3600.0))
     except (ValueError, TypeError, AttributeError):
-        stated = 3600.0
-    return stated + PREPARING_SECONDS
+        timeout = 3600.0
+    return timeout + LOADING_SECONDS
 
 
-def _connected(place: Place, site_file: Path, own: SiteSettings) -> Connection:
-    """A line to the trainer, which is started if none listens."""
+def _connected(address: Address, site_file: Path, own: SiteSettings) -> Connection:
+    """A connection to the trainer, which is started if none listens."""
     with contextlib.suppress(OSError):
-        return _line(place)
-    # One at a time: two messages at once must not start two trainers.
-    with FileLock(f"{place.lock}.start", timeout=START_SECONDS + 5):
+        return _connect(address)
+    # One at a time: two simultaneous messages must not start two trainers.
+    with FileLock(f"{address.lock}.start", timeout=START_SECONDS + 5):
         with contextlib.suppress(OSError):
-            return _line(place)
+            return _connect(address)
         process = _start(site_file, own)
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and process.poll() is None:
             with contextlib.suppress(OSError):
-                return _line(place)
+                return _connect(address)
             time.sleep(0.05)
     raise PrelortError("its trainer cannot be started: the log at the site says why")
 
 
-def _line(place: Place) -> Connection:
+def _connect(address: Address) -> Connection:
     """Raises `OSError` if nobody listens."""
-    connecting = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        connecting.connect(str(place.socket))
-    except OSError:
-        connecting.close()
-        raise
-    return Connection(connecting.detach())
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as unix:
+        unix.connect(str(address.socket))
+        return Connection(unix.detach())
 
 
 def _start(site_file: Path, own: SiteSettings) -> subprocess.Popen[bytes]:
-    """A trainer in a session of its own: it outlives the short process that starts it."""
+    """Start a trainer in a session of its own: it outlives this short-lived process."""
     folder = own.state_folder(site_file)
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "trainer.log"
@@ -128,24 +125,24 @@ def _start(site_file: Path, own: SiteSettings) -> subprocess.Popen[bytes]:
         )
 
 
-def _kill(place: Place) -> None:
-    """End a trainer that hangs; the next order starts another."""
-    pid = _pid(place)
+def _kill(address: Address) -> None:
+    """Kill a trainer that hangs; the next request starts another."""
+    pid = _pid(address)
     if pid is not None:
         with contextlib.suppress(OSError):
             os.kill(pid, signal.SIGKILL)
 
 
-def _pid(place: Place) -> int | None:
-    """The process that serves the place, None if none says so."""
+def _pid(address: Address) -> int | None:
+    """The process that serves the address, None if there is none."""
     with contextlib.suppress(OSError, ValueError):
-        return int(place.socket.with_suffix(".pid").read_text())
+        return int(address.pid.read_text())
     return None
 
 
 def _wait_for_end(pid: int | None) -> None:
-    """Until a process that is dying is gone: it may still take calls that nobody will answer."""
-    deadline = time.monotonic() + DYING_SECONDS
+    """Wait until a killed process is gone: it might still accept connections."""
+    deadline = time.monotonic() + ENDING_SECONDS
     with contextlib.suppress(OSError):
         while pid is not None and time.monotonic() < deadline:
             os.kill(pid, 0)

@@ -1,4 +1,4 @@
-"""Answering the server for one site; the base model and the data stay loaded in between."""
+"""Replies of one site to the server; the base model and the data stay loaded in between."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prelort import config as configuration
 from prelort.config import Config
 from prelort.data import ranks
 from prelort.deployment import settings
-from prelort.deployment.ipc import Order, Reply
+from prelort.deployment.ipc import Reply, Request
 from prelort.deployment.settings import SiteSettings
 from prelort.errors import AdapterError, PrelortError, UpdateRefused
 from prelort.experiment.at_sites import dealt_site, own_site
@@ -26,52 +26,52 @@ MARGIN = 0.25
 """The share of a site's memory that ``rank = "auto"`` leaves free."""
 
 _ABOUT_THE_SERVER = (PrelortError, UpdateRefused, AdapterError)
-"""Errors of these very kinds speak of what the server sent, or of the training."""
+"""Errors of exactly these types concern the server's message or the training."""
 
 
 class Worker:
-    """One site in this process, made when the first message comes.
+    """One site in this process, loaded when the first message comes.
 
-    It is made anew when the federation's configuration or the site's own file has changed.
+    It is loaded again when the federation's configuration or the site's file has changed.
     """
 
     def __init__(self, site_file: Path) -> None:
         self._file = site_file
-        self._made_from: tuple[Config, SiteSettings] | None = None
-        self._site: LocalClient
+        self._loaded_from: tuple[Config, SiteSettings] | None = None
+        self._client: LocalClient
 
-    def answer(self, order: Order, stopped: Callable[[], bool] = lambda: False) -> Reply:
-        """The reply to a message; what goes wrong at the site is told in general words only.
+    def answer(self, request: Request, cancelled: Callable[[], bool] = lambda: False) -> Reply:
+        """The reply to a request; errors at the site are described in general words only.
 
-        Its log has the details: they may hold paths, names of columns, or pieces of the data.
+        The log has the details: they may contain paths, column names, or parts of the data.
         """
         try:
-            config = configuration.load(order.federation, order.overrides)
+            config = configuration.load(request.federation, request.overrides)
             with deterministic(config.threads):
-                site = replace(self._prepared(config), stopped=stopped)
-                kind: Kind = order.kind  # type: ignore[assignment]
-                content = respond(site, kind, content_of(order.text, order.blob))
+                client = replace(self._loaded(config), stopped=cancelled)
+                kind: Kind = request.kind  # type: ignore[assignment]
+                content = respond(client, kind, content_of(request.text, request.blob))
             return Reply(text_in(content) or "", blob_in(content))
         except PrelortError as error:
             log.exception("cannot answer")
             if type(error) in _ABOUT_THE_SERVER:
                 return Reply(refused=str(error))
             return Reply(refused=f"cannot take part ({type(error).__name__}): its log says why")
-        except Exception as error:  # the server learns that it failed, and not from which row
+        except Exception as error:  # the server learns that it failed, not why
             log.exception("failed")
             return Reply(refused=f"failed ({type(error).__name__}): its log says why")
 
-    def _prepared(self, config: Config) -> LocalClient:
+    def _loaded(self, config: Config) -> LocalClient:
         own = settings.read(self._file)
-        if self._made_from != (config, own):
-            self._made_from = None
-            self._site = make_site(config, own, self._file)
-            self._made_from = (config, own)
-        return self._site
+        if self._loaded_from != (config, own):
+            self._loaded_from = None
+            self._client = make_client(config, own, self._file)
+            self._loaded_from = (config, own)
+        return self._client
 
 
-def make_site(config: Config, own: SiteSettings, file: Path) -> LocalClient:
-    """The site that a file describes. Raises `ConfigError`."""
+def make_client(config: Config, own: SiteSettings, file: Path) -> LocalClient:
+    """The client that a site's file describes. Raises `ConfigError`."""
     config = own.applied_to(config, file)
     rank = own.rank
     if rank == "auto":
@@ -80,7 +80,7 @@ def make_site(config: Config, own: SiteSettings, file: Path) -> LocalClient:
     if own.partition is not None:
         return dealt_site(config, own.partition, rank, folder)
     if own.name is None or rank is None:
-        raise AssertionError("the settings are checked when they are read")
+        raise AssertionError("settings without a partition have a name and a rank")
     return own_site(config, own.name, rank, folder)
 
 
@@ -92,7 +92,7 @@ def _largest_rank(config: Config, own: SiteSettings) -> int:
         budget = sizes.parse(own.memory)
     else:
         budget, _ = measured.free_memory(config.model.device)
-    # What loading, evaluation and the allocator take beside is not in the estimate.
+    # The estimate does not include loading, evaluation and the allocator's overhead.
     max_rank = max(ranks.levels(config.ranks.mix))
     rank = memory.largest_rank(config, int(budget * (1 - MARGIN)), max_rank)
     log.info("rank %d is the largest that fits %s", rank, sizes.show(budget))

@@ -95,8 +95,8 @@ class InProcess:
                 for index in range(len(clients))
             ],
             threads=threads,
-            answer_batch=answer_batched(client_of) if batched > 1 else None,
-            batch_size=batched,
+            answer_batched=answer_batched(client_of) if batched > 1 else None,
+            clients_per_batch=batched,
         )
         # Two for each thread: one under way, and one that waits while replies are aggregated.
         in_flight = batched if batched > 1 else 1 if threads == 1 else 2 * threads
@@ -112,8 +112,8 @@ def clients_per_batch(config: Config, device: torch.device, clients: int) -> int
 
     Where a GPU's memory does not suffice they are trained in halves.
     """
-    if config.federation.together != "auto":
-        return config.federation.together
+    if config.federation.clients_per_batch != "auto":
+        return config.federation.clients_per_batch
     return 1 if device.type == "cpu" else clients
 
 

@@ -12,10 +12,10 @@ from threadpoolctl import threadpool_limits
 
 @contextmanager
 def deterministic(threads: int | None) -> Iterator[None]:
-    """Deterministic kernels, and the configured number of CPU threads, while it lasts.
+    """Deterministic kernels and the configured number of CPU threads within the block.
 
-    NumPy's too: its BLAS takes all cores for the smallest matrix, and beside other work the
-    diagnostics of a round then take ten times as long.
+    NumPy's too: its BLAS uses all cores for the smallest matrix, which makes the diagnostics of a
+    round ten times slower on a busy machine.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled()

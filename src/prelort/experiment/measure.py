@@ -13,10 +13,10 @@ from prelort.config import Config
 from prelort.experiment.workers import RuntimePool
 from prelort.federation.client import ClientRuntime
 from prelort.federation.in_process import worker_threads
-from prelort.metrics.evaluate import AtRanks, evaluate, ranks_at_once
+from prelort.metrics.evaluate import AtRanks, EvaluationSettings, evaluate, ranks_at_once
 from prelort.models.lora import install
 from prelort.tasks.interface import Example
-from prelort.training.stack import Stack, stackable
+from prelort.training.adapter_stack import AdapterStack, stackable
 
 Measured = dict[int, dict[str, float]]
 """Rank (0: the base without the adapter's factors) -> metric -> value."""
@@ -44,7 +44,7 @@ def measure(
     if at_once > 1:
         install(work.model, next(iter(adapters.values())))  # what was folded in is taken out
         if stackable(work.model):
-            stack = Stack(work.model, work.truncation, list(adapters.values()))
+            stack = AdapterStack(work.model, work.truncation, list(adapters.values()))
             beside = _beside(stack, adapters)
             with stack.installed():
                 return _measured(config, work, examples, list(adapters), beside, progress, at_once)
@@ -92,7 +92,7 @@ def _summed(
     return of
 
 
-def _beside(stack: Stack, adapters: Mapping[int, LoraAdapter]) -> AtRanks:
+def _beside(stack: AdapterStack, adapters: Mapping[int, LoraAdapter]) -> AtRanks:
     """Each part of a batch through its adapter of the stack."""
     ranks = list(adapters)
 
@@ -113,19 +113,11 @@ def _measured(
     progress: Callable[[int, int], None] | None,
     at_once: int,
 ) -> Measured:
-    settings = config.evaluation
-    return evaluate(
-        work.model,
-        work.task,
-        examples,
-        ranks,
-        at_ranks,
-        metrics=settings.metrics or work.task.metrics,
-        tokenizer=work.tokenizer,
-        batch_size=settings.batch_size,
-        max_new_tokens=settings.max_new_tokens,
-        max_generated=settings.max_generated,
-        device=work.model.device,
-        progress=progress,
-        at_once=at_once,
+    wanted = config.evaluation
+    settings = EvaluationSettings(
+        metrics=wanted.metrics or work.task.metrics,
+        batch_size=wanted.batch_size,
+        max_new_tokens=wanted.max_new_tokens,
+        max_generated=wanted.max_generated,
     )
+    return evaluate(work, examples, ranks, at_ranks, settings, progress=progress, at_once=at_once)

@@ -1,4 +1,4 @@
-"""A process that is of no use without the one that has started it."""
+"""End a process with its parent."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import time
 
 
 def end_with_parent(started_by: int | None = None) -> None:
-    """End this process soon after the one that has started it, whatever it is at.
+    """End this process soon after its parent, whatever it is doing.
 
-    At any moment a run can be gone on with, and a held lock would only be in the way.
-    ``started_by``: that process's number, where it may have ended before this is called.
+    A run can be resumed at any moment, and a held lock would block that. ``started_by``: the
+    parent's process id, if it may have ended before this call.
     """
     parent = os.getppid() if started_by is None else started_by
 
-    def look() -> None:
+    def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.2)
         os._exit(1)
 
-    threading.Thread(target=look, daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()

@@ -104,7 +104,8 @@ def run(
     trackers.check(track)
     folder = RunFolder(Path(out))
     with (
-        _claimed(folder, config, resume=resume, patience=patience), _logging_to(folder.log_file),
+        _claimed(folder, config, resume=resume, patience=patience),
+        _logging_to(folder.log_file),
         deterministic(config.threads),
         trackers.Tracking(track, folder.path, configuration.flat(config)) as tracker,
     ):

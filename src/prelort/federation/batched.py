@@ -1,14 +1,15 @@
-"""Clients of this process that answer an order to train together, as one batch.
+"""Clients of this process that train as one batch.
 
-What each of them sends is what it would have sent alone, but for rounding. Clients that cannot take
-part train alone: those that have something folded into their base, and all where the model has
-modules trained in full that are not linear layers.
+Each replies with what it would have sent alone, but for rounding. Clients train alone if something
+is folded into their base, and all of them do if the model has modules trained in full that are not
+linear layers.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -20,114 +21,112 @@ from prelort.federation.client import LocalClient, assignment_of, delivered, res
 from prelort.federation.client_app import REFUSED
 from prelort.federation.flower import Context, Error, Message, RecordDict
 from prelort.models.lora import install
-from prelort.training.batched import Finished, Member, train_batched
-from prelort.training.stack import stackable
+from prelort.training.adapter_stack import stackable
+from prelort.training.batched import BatchedClient, TrainedClient, train_batched
+from prelort.training.settings import LocalTraining
 
 log = logging.getLogger(__name__)
 
-Order = tuple[int, LocalClient, messages.TrainRequest, LoraAdapter]
-"""Its place among the messages, whose it is, what is asked, and the adapter that came with it."""
+Reply: TypeAlias = RecordDict | PrelortError
 
-Answer: TypeAlias = RecordDict | PrelortError
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """A message to train: its place among the messages, its client, what it says and carries."""
+
+    place: int
+    client: LocalClient
+    request: messages.TrainRequest
+    received: LoraAdapter
+
+    @property
+    def settings(self) -> LocalTraining:
+        return self.request.training
+
+    @property
+    def kind(self) -> object:
+        """What the clients of a batch have in common: all settings but their learning rates."""
+        alike = replace(self.settings, learning_rate=1.0, head_learning_rate=1.0)
+        return alike, self.request.trains
 
 
 def answer_batched(
-    site_of: Callable[[Context], LocalClient],
+    client_of: Callable[[Context], LocalClient],
 ) -> Callable[[Sequence[tuple[Message, Context]]], list[Message]]:
-    """Answers messages to train of several sites of one workspace, in their order."""
+    """Answers messages to train of several clients that share a runtime, in their order."""
 
     def answer(messages: Sequence[tuple[Message, Context]]) -> list[Message]:
-        sites = [site_of(context) for _, context in messages]
-        answers = respond_batched(sites, [message.content for message, _ in messages])
+        clients = [client_of(context) for _, context in messages]
+        replies = respond_batched(clients, [message.content for message, _ in messages])
         return [
-            Message(Error(REFUSED, str(found)), reply_to=message)
-            if isinstance(found, PrelortError)
-            else Message(found, reply_to=message)
-            for (message, _), found in zip(messages, answers, strict=True)
+            Message(Error(REFUSED, str(reply)), reply_to=message)
+            if isinstance(reply, PrelortError)
+            else Message(reply, reply_to=message)
+            for (message, _), reply in zip(messages, replies, strict=True)
         ]
 
     return answer
 
 
-def respond_batched(sites: Sequence[LocalClient], contents: Sequence[RecordDict]) -> list[Answer]:
-    """The content of each site's reply to an order to train, or why it has none."""
-    answers: dict[int, Answer] = {}
-    groups: dict[str, list[Order]] = {}
-    for place, (site, content) in enumerate(zip(sites, contents, strict=True)):
+def respond_batched(clients: Sequence[LocalClient], contents: Sequence[RecordDict]) -> list[Reply]:
+    """The content of each client's reply to a message to train, or the error in place of one."""
+    replies: dict[int, Reply] = {}
+    batches: dict[object, list[_Order]] = {}
+    for place, (client, content) in enumerate(zip(clients, contents, strict=True)):
         try:
             request = wire.header(content, messages.TrainRequest)
-            received, frozen = delivered(site, content, request)
+            received, frozen = delivered(client, content, request)
         except PrelortError as error:
-            answers[place] = error
+            replies[place] = error
             continue
         if frozen is None:
-            groups.setdefault(_kind(request), []).append((place, site, request, received))
-    for orders in groups.values():
-        _, site, request, received = orders[0]
-        # Also takes out what an earlier client had folded in.
-        install(
-            site.runtime.model,
-            received,
-            trains=request.trains,
-            scale_multiplier=request.scale_multiplier,
-        )
-        if len(orders) > 1 and stackable(site.runtime.model):
-            answers |= _answered(orders)
-    for place, (site, content) in enumerate(zip(sites, contents, strict=True)):
-        if place not in answers:
+            order = _Order(place, client, request, received)
+            batches.setdefault(order.kind, []).append(order)
+    for orders in batches.values():
+        model = orders[0].client.runtime.model
+        install(model, orders[0].received)  # removes what an earlier client had folded in
+        if len(orders) > 1 and stackable(model):
+            replies |= _train(orders)
+    for place, (client, content) in enumerate(zip(clients, contents, strict=True)):
+        if place not in replies:
             try:
-                answers[place] = respond(site, "train", content)
+                replies[place] = respond(client, "train", content)
             except PrelortError as error:
-                answers[place] = error
-    return [answers[place] for place in range(len(sites))]
+                replies[place] = error
+    return [replies[place] for place in range(len(clients))]
 
 
-def _kind(request: messages.TrainRequest) -> str:
-    """What clients must have in common: all but their learning rates."""
-    rates = {"learning_rate": 1.0, "head_learning_rate": None}
-    return request.training.model_copy(update=rates).model_dump_json() + request.trains
-
-
-def _answered(orders: Sequence[Order]) -> dict[int, Answer]:
-    """Train together; where memory does not suffice, in halves."""
+def _train(orders: Sequence[_Order]) -> dict[int, Reply]:
+    """Train in one batch, or in halves if memory does not suffice."""
+    runtime = orders[0].client.runtime
+    clients = [
+        BatchedClient(
+            order.received,
+            order.client.examples,
+            order.settings,
+            assignment_of(order.client, order.request),
+            order.request.scale_multiplier,
+        )
+        for order in orders
+    ]
     try:
-        found = _trained(orders)
+        results = train_batched(runtime, clients, trains=orders[0].request.trains)
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         if len(orders) == 1:
             raise
-        log.warning("no memory for %d clients together, they are trained in halves", len(orders))
+        log.warning("no memory for a batch of %d clients: training in halves", len(orders))
         half = len(orders) // 2
-        return _answered(orders[:half]) | _answered(orders[half:])
-    answers: dict[int, Answer] = {}
-    for (place, site, request, received), result in zip(orders, found, strict=True):
-        if isinstance(result, PrelortError):
-            answers[place] = result
-            continue
-        if request.with_validation:  # measured with what was trained
-            install(site.runtime.model, result.adapter, scale_multiplier=request.scale_multiplier)
-        answers[place] = train_reply(site, request, received, result)
-    return answers
+        return _train(orders[:half]) | _train(orders[half:])
+    return {
+        order.place: _reply(order, result) for order, result in zip(orders, results, strict=True)
+    }
 
 
-def _trained(orders: Sequence[Order]) -> list[Finished | PrelortError]:
-    work, request = orders[0][1].runtime, orders[0][2]
-    members = [
-        Member(
-            received,
-            site.examples,
-            asked.training,
-            assignment_of(site, asked),
-            asked.scale_multiplier,
-        )
-        for _, site, asked, received in orders
-    ]
-    return train_batched(
-        work.model,
-        work.truncation,
-        work.task,
-        members,
-        work.pad_id,
-        trains=request.trains,
-        at_once=request.training.batch_truncations,
-    )
+def _reply(order: _Order, result: TrainedClient | PrelortError) -> Reply:
+    if isinstance(result, PrelortError):
+        return result
+    if order.request.with_validation:  # evaluates the installed adapter
+        model, multiplier = order.client.runtime.model, order.request.scale_multiplier
+        install(model, result.adapter, scale_multiplier=multiplier)
+    return train_reply(order.client, order.request, order.received, result)

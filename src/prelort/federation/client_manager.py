@@ -1,4 +1,4 @@
-"""Who is connected: every node states its client's properties; those that do not fit are refused."""
+"""Who is connected: each node states its client's properties; those that do not fit are refused."""
 
 from __future__ import annotations
 

@@ -274,11 +274,12 @@ class Federation:
         connected = self._manager.gather(needed, lambda seconds: self._wait(needed, seconds))
         patience = self._transport.patience
         if patience is not None and len(connected) < needed:
-            missing = ", ".join(self._manager.missing)
+            names = ", ".join(self._manager.missing)
+            missing = f", missing: {names}" if names else ""
             raise QuorumError(
                 f"{len(connected)} clients are connected after waiting {patience:g} s "
-                f"(federation.wait), {needed} are needed{f', missing: {missing}' if missing else ''}"
-                f"; the global adapter is as it was after round {self._finished}"
+                f"(federation.wait), {needed} are needed{missing}; the global adapter is as "
+                f"it was after round {self._finished}"
             )
         return connected
 
@@ -289,6 +290,8 @@ class Federation:
         self._log(Waiting(self._finished + 1, names, missing, needed, until))
 
     def _refuse(self, name: str, reason: str) -> None:
+        if self._transport.patience is None and self._round > 0:
+            return  # the run is resumed, and its log has the event
         self._log(ClientRefused(self._round, name, reason))
 
     def _update_clients(self, method: Method, state: ServerState) -> ServerState:

@@ -1,7 +1,7 @@
-"""The parts of Flower that this project uses, and the only place that touches private ones.
+"""The parts of Flower that this project uses; only this module imports it.
 
-flwr is pinned exactly: it releases every week or two and often moves things. What is private here
-was read in 1.41.
+flwr releases every week or two and sometimes moves things. The private parts used here are the same
+in 1.41 and 1.42; `make test-flwr` runs the tests that depend on them with the other version.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 
-# No telemetry and no look for updates: sites decide what leaves their machines.
+# No telemetry and no update check: sites decide what leaves their machines.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 
@@ -59,7 +59,7 @@ SERVER_NODE = 1
 def identify_process(run_id: int) -> None:
     """Let this process create messages, as Flower's own runtimes do before they start an app.
 
-    `Message` reads the run and node from a class attribute of the process (private in 1.41).
+    `Message` reads the run and node from a private class attribute.
     """
     TaskIdentity.run_id = run_id
     TaskIdentity.node_id = SERVER_NODE
@@ -67,7 +67,7 @@ def identify_process(run_id: int) -> None:
 
 
 def envelope(message: Message) -> Message:
-    """The message without its content: enough to know whose reply comes, and to answer for it."""
+    """The message without its content: enough to identify the reply, and to answer for it."""
     empty = Message(
         RecordDict(),
         dst_node_id=message.metadata.dst_node_id,
@@ -78,16 +78,15 @@ def envelope(message: Message) -> Message:
 
 
 def set_message_id(message: Message, message_id: str) -> None:
-    """Give a message its id, as a SuperLink does (private in 1.41)."""
+    """Give a message its id, as a SuperLink does (private)."""
     message.metadata.__dict__["_message_id"] = message_id
 
 
 def is_busy(error: Exception) -> bool:
-    """Whether the SuperLink could not answer this time, as when its database is being written.
+    """Whether the SuperLink failed temporarily, e.g. because its database is being written.
 
-    Its database has one writer at a time, and who has waited for 5 s for it is told of an internal
-    error (not configurable in 1.41). With adapters of some hundred MB from several sites this
-    happens in good order.
+    Its database has one writer at a time, and a request that waits 5 s for it gets an internal
+    error (not configurable). Adapters of some hundred MB from several sites make this normal.
     """
     return isinstance(error, httpx.HTTPStatusError) and error.response.status_code >= 500
 
@@ -95,10 +94,10 @@ def is_busy(error: Exception) -> bool:
 def simulate(
     server_app: ServerApp, client_app: ClientApp, nodes: int, *, cpus: int, gpus: float
 ) -> None:
-    """Run both apps on Flower's simulation, with Ray; an exception of the server is raised here.
+    """Run both apps on Flower's simulation, with Ray; exceptions of the server are raised here.
 
-    By the function for Python, which Flower calls deprecated: its command would start a daemon
-    that stays behind, and would know nothing of the progress here.
+    Uses the Python function, although Flower deprecates it: the command would start a daemon that
+    keeps running, and could not show the progress here.
     """
     from flwr.simulation import run_simulation
 

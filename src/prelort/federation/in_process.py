@@ -43,7 +43,7 @@ def worker_threads(count: int, name: str) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, name, torch.set_num_threads, (torch.get_num_threads(),))
 
 
-AnswerBatch = Callable[[Sequence[tuple[Message, Context]]], list[Message]]
+AnswerBatched = Callable[[Sequence[tuple[Message, Context]]], list[Message]]
 """Answers messages to train of several clients at once, in their order."""
 
 
@@ -51,8 +51,8 @@ class InProcessGrid(Grid):  # type: ignore[misc]
     """Nodes that are calls: the oldest message is answered when a reply is pulled.
 
     With ``threads`` messages are answered in so many threads from when they are pushed; replies
-    come in the messages' order all the same. With ``answer_batch`` up to ``batch_size`` messages to
-    train are answered at once. `close` waits for what is under way.
+    come in the messages' order all the same. With ``answer_batched`` up to ``clients_per_batch``
+    messages to train are answered at once. `close` waits for what is under way.
     """
 
     def __init__(
@@ -61,8 +61,8 @@ class InProcessGrid(Grid):  # type: ignore[misc]
         node_configs: Sequence[dict[str, Any]],
         *,
         threads: int = 1,
-        answer_batch: AnswerBatch | None = None,
-        batch_size: int = 1,
+        answer_batched: AnswerBatched | None = None,
+        clients_per_batch: int = 1,
     ) -> None:
         identify_process(RUN_ID)
         self._client_app = client_app
@@ -73,8 +73,8 @@ class InProcessGrid(Grid):  # type: ignore[misc]
         self._waiting: dict[str, Message] = {}
         self._answers: dict[str, Future[Message]] = {}
         self._sent = 0
-        self._answer_batch = answer_batch
-        self._batch_size = batch_size
+        self._answer_batched = answer_batched
+        self._clients_per_batch = clients_per_batch
         self._pool = worker_threads(threads, "client") if threads > 1 else None
 
     def close(self) -> None:
@@ -109,11 +109,11 @@ class InProcessGrid(Grid):  # type: ignore[misc]
             reply = self._answers.pop(found[0]).result()
             del self._waiting[found[0]]
             return [reply]
-        group = [self._waiting[message_id] for message_id in found[: self._batch_size]]
-        if self._answer_batch is not None and all(_trains(message) for message in group):
-            for message_id in found[: self._batch_size]:
+        group = [self._waiting[message_id] for message_id in found[: self._clients_per_batch]]
+        if self._answer_batched is not None and all(_trains(message) for message in group):
+            for message_id in found[: self._clients_per_batch]:
                 del self._waiting[message_id]
-            return self._answer_all(group)
+            return self._answer_batch(self._answer_batched, group)
         return [self._answer(self._waiting.pop(found[0]))]
 
     def send_and_receive(
@@ -133,15 +133,12 @@ class InProcessGrid(Grid):  # type: ignore[misc]
             reason = f"{type(error).__name__}: {error}"
             return Message(Error(CLIENT_APP_RAISED, reason), reply_to=message)
 
-    def _answer_all(self, messages: Sequence[Message]) -> list[Message]:
-        """The replies to a group; one by one where together something breaks."""
-        assert self._answer_batch is not None
+    def _answer_batch(self, answer: AnswerBatched, messages: Sequence[Message]) -> list[Message]:
+        """The replies to a batch; one by one if it raises."""
         try:
-            return self._answer_batch(
-                [(m, self._contexts[m.metadata.dst_node_id]) for m in messages]
-            )
+            return answer([(m, self._contexts[m.metadata.dst_node_id]) for m in messages])
         except Exception:
-            log.exception("clients could not be trained together, they are trained one by one")
+            log.exception("clients could not train in one batch: training one by one")
             return [self._answer(message) for message in messages]
 
     @property

@@ -14,10 +14,10 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
 
 from prelort.adapters import AdapterSchema, ScaleRule, Trained
-from prelort.config import TrainingConfig
 from prelort.errors import UpdateRefused
 from prelort.federation.encoding import Dtype
 from prelort.methods.objective import Kind, Objective, TailPenalty
+from prelort.training.settings import LocalTraining
 
 PROTOCOL = 4
 FEATURES: frozenset[str] = frozenset()
@@ -83,7 +83,7 @@ class TrainRequest(Delivery):
 
     rounds: int
     seed: int
-    training: TrainingConfig
+    training: LocalTraining
     objective: Kind
     levels: tuple[int, ...]
     level_weights: tuple[float, ...]

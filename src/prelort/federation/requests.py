@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from prelort.adapters import LoraAdapter
-from prelort.config import Config, TrainingConfig
+from prelort.config import Config
 from prelort.federation import wire
 from prelort.federation.flower import RecordDict
 from prelort.federation.messages import AdapterSpec, EvaluateRequest, TrainRequest
 from prelort.methods.interface import Broadcast, Client, Method, ServerState
+from prelort.training.settings import LocalTraining
 
 
 def train_request(
@@ -83,7 +84,7 @@ def _delivery(
     }
 
 
-def _training(config: Config, method: Method, rank_ratio: float) -> TrainingConfig:
+def _training(config: Config, method: Method, rank_ratio: float) -> LocalTraining:
     """The settings with this client's own learning rates.
 
     The factors' rate grows with ``rank_ratio`` = highest rank / client's rank, to the power of the
@@ -95,4 +96,4 @@ def _training(config: Config, method: Method, rank_ratio: float) -> TrainingConf
         exponent = float(getattr(method, "rank_exponent", 0.0))
     head = training.head_learning_rate or training.learning_rate
     rate = training.learning_rate * rank_ratio**exponent
-    return training.model_copy(update={"learning_rate": rate, "head_learning_rate": head})
+    return LocalTraining.of(training, learning_rate=rate, head_learning_rate=head)

@@ -141,7 +141,7 @@ class Round:
                 aggregate=self._aggregating,
                 diagnose=diagnosing,
             ),
-            diagnostics=diagnostics,
+            diagnostics=diagnostics or None,
         )
         return after, stats
 

@@ -1,30 +1,112 @@
-"""One model measured at several ranks on the same examples."""
+"""One model evaluated at several ranks on the same examples."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor, nn
 
 from prelort.errors import ConfigError
 from prelort.metrics import scores
-from prelort.metrics.generate import continuations, fit_prompt, pad_token
+from prelort.metrics.generate import continuations, fit_prompt
 from prelort.tasks.interface import Batch, Example, Task
+from prelort.training.runtime import ModelRuntime
+
+T = TypeVar("T")
 
 FROM_LOGITS = ("accuracy", "macro_f1")
 
 AtRanks = Callable[[Sequence[int], int, int], AbstractContextManager[Any]]
-"""Makes a model that of some ranks, for as many parts of a batch, of so many rows and tokens."""
+"""``at_ranks(ranks, rows, length)``: while it is active, part i of a batch goes through the model
+of ``ranks[i]``. Every part has ``rows`` rows of ``length`` tokens (0: any)."""
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationSettings:
+    """What is measured (docs/configuration.md, ``[evaluation]``); the loss always is.
+
+    ``max_new_tokens`` and ``max_generated`` (examples) limit the generation for ``rouge_l``.
+    """
+
+    metrics: tuple[str, ...]
+    batch_size: int = 32
+    max_new_tokens: int = 48
+    max_generated: int = 64
+
+
+def evaluate(
+    runtime: ModelRuntime,
+    examples: Sequence[Example],
+    ranks: Sequence[int],
+    at_ranks: AtRanks,
+    settings: EvaluationSettings,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    at_once: int = 1,
+) -> dict[int, dict[str, float]]:
+    """The metrics, and always ``loss``, at each of ``ranks`` (0 is the untuned base).
+
+    A forward pass evaluates up to ``at_once`` ranks, each on its own copy of the rows, and fewer
+    where memory does not suffice. The order of the examples, ``batch_size`` and ``at_once`` matter
+    only for rounding, except that ``rouge_l`` takes the first ``max_generated`` examples that have
+    a prompt and a reference. Units: loss in nats per token (causal) or example, accuracy and
+    macro_f1 in 0..1, rouge_l in 0..100. ``progress`` is called with the number of steps done and
+    of all steps. The modules' training modes are restored.
+
+    Raises `ConfigError` for a metric that the task does not allow and where nothing can be
+    measured: no examples, no labels, no references for ``rouge_l``.
+    """
+    prompts: list[Example] = []
+    if "rouge_l" in settings.metrics:
+        prompts = [e for e in examples if e.reference and e.prompt_length > 0]
+        prompts = prompts[: settings.max_generated]
+    _check(runtime.task, examples, prompts, settings.metrics)
+    if not ranks:
+        return {}
+    outputs = {rank: _Outputs() for rank in ranks}
+    groups = _RankGroups(ranks, at_once)
+    batches = _batches([len(e.input_ids) for e in examples], settings.batch_size)
+    generated = _batches([e.prompt_length for e in prompts], settings.batch_size)
+    count = _Counter(progress, (len(batches) + len(generated)) * len(ranks))
+    predict = any(metric in FROM_LOGITS for metric in settings.metrics)
+    with _evaluation_mode(runtime.model):
+        for indices in batches:
+            batch = runtime.task.collate([examples[i] for i in indices], runtime.pad_id)
+            weight = int(runtime.task.weight(batch))
+            for group, scored in groups.map(partial(_score, runtime, at_ranks, batch, predict)):
+                for rank, (losses, predictions) in zip(group, scored, strict=True):
+                    outputs[rank].nll += float(losses.sum())
+                    outputs[rank].weight += weight
+                    if predict:
+                        outputs[rank].predictions += predictions.tolist()
+                        outputs[rank].truth += batch["labels"].tolist()
+                    count()
+        for indices in generated:
+            some = [prompts[i] for i in indices]
+            for group, texts in groups.map(partial(_generate, runtime, at_ranks, some, settings)):
+                for rank, own in zip(group, texts, strict=True):
+                    outputs[rank].texts.update(zip(indices, own, strict=True))
+                    count()
+    references = [example.reference for example in prompts]
+    return {rank: _summary(outputs[rank], settings.metrics, references) for rank in ranks}
+
+
+def ranks_at_once(device: torch.device) -> int:
+    """The number of ranks to evaluate in one forward pass, by default.
+
+    Several on a GPU, which a small batch does not fill; one on a CPU, where more bring nothing.
+    """
+    return 1 if device.type == "cpu" else 8
 
 
 @dataclass
-class _Tally:
-    """What one rank has gathered so far."""
+class _Outputs:
+    """The outputs at one rank so far."""
 
     nll: float = 0.0  # a Python float is a float64
     weight: int = 0
@@ -33,127 +115,90 @@ class _Tally:
     texts: dict[int, str] = field(default_factory=dict)
 
 
-def evaluate(
-    model: torch.nn.Module,
-    task: Task,
-    examples: Sequence[Example],
-    ranks: Sequence[int],
-    at_ranks: AtRanks,
-    *,
-    metrics: Sequence[str],
-    tokenizer: Any,
-    batch_size: int,
-    max_new_tokens: int,
-    max_generated: int,
-    device: torch.device | str,
-    progress: Callable[[int, int], None] | None = None,
-    at_once: int = 1,
-) -> dict[int, dict[str, float]]:
-    """The metrics, and always ``loss``, at each of ``ranks`` (0 is the untuned base).
-
-    A forward pass measures up to ``at_once`` ranks: its batch has the same rows again for each of
-    them, one rank after the other, and ``with at_ranks(some ranks, rows of each, length):`` must
-    send every part through the model of its rank. Neither the order of the examples nor
-    ``batch_size`` nor ``at_once`` matters but for rounding, except that ``rouge_l`` takes the first
-    ``max_generated`` examples that have a prompt and a reference. Units: loss in nats per token
-    (causal) or example, accuracy and macro_f1 in 0..1, rouge_l in 0..100. ``progress`` is called
-    with the steps done and their number. The modules' training modes are restored.
-
-    Raises `ConfigError` for a metric that the task does not allow and where nothing can be
-    measured: no examples, nothing learnt in them, no references for ``rouge_l``.
-    """
-    _check(task, examples, metrics)
-    if not ranks:
-        return {}
-    asked = _with_reference(examples)[:max_generated] if "rouge_l" in metrics else []
-    if "rouge_l" in metrics and not asked:
-        raise ConfigError("metric 'rouge_l' needs test examples with a prompt and a reference")
-    batches = _batches(examples, [len(e.input_ids) for e in examples], batch_size)
-    generated = _batches(asked, [e.prompt_length for e in asked], batch_size)
-    tallies = {rank: _Tally() for rank in ranks}
-    total = (len(batches) + len(generated)) * len(tallies)
-    tick = _ticker(progress, total)
-    parts = _Parts(ranks, at_once)
-    with _evaluating(model), _logits(model, any(m in FROM_LOGITS for m in metrics)) as logits:
-
-        def learn(batch: Batch, weight: int, part: Sequence[int]) -> None:
-            rows, length = batch["input_ids"].shape
-            several = {n: t.repeat(len(part), *[1] * (t.ndim - 1)) for n, t in batch.items()}
-            logits.clear()
-            with at_ranks(part, rows, length):
-                losses = task.losses(model, several).double().view(len(part), rows)
-            found = logits.pop().argmax(dim=-1).view(len(part), rows) if logits else None
-            for index, rank in enumerate(part):
-                tally = tallies[rank]
-                tally.nll += float(losses[index].sum())
-                tally.weight += weight
-                if found is not None:
-                    tally.predictions += found[index].tolist()
-                    tally.truth += batch["labels"].tolist()
-                tick()
-
-        for members in batches:
-            batch = task.collate([examples[i] for i in members], pad_token(tokenizer))
-            weight = int(task.weight(batch))
-            batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            parts.each(partial(learn, batch, weight))
-    with _evaluating(model):
-
-        def write(members: Sequence[int], prompts: list[list[int]], part: Sequence[int]) -> None:
-            with at_ranks(part, len(prompts), 0):
-                texts = continuations(
-                    model,
-                    tokenizer,
-                    prompts * len(part),
-                    max_new_tokens=max_new_tokens,
-                    device=device,
-                )
-            for index, rank in enumerate(part):
-                own = texts[index * len(prompts) : (index + 1) * len(prompts)]
-                tallies[rank].texts.update(zip(members, own, strict=True))
-                tick()
-
-        for members in generated:
-            prompts = [asked[i].input_ids[: asked[i].prompt_length] for i in members]
-            prompts = [fit_prompt(model, prompt, max_new_tokens) for prompt in prompts]
-            parts.each(partial(write, members, prompts))
-    references = [example.reference for example in asked]
-    return {rank: _summary(tally, metrics, references) for rank, tally in tallies.items()}
-
-
-class _Parts:
+class _RankGroups:
     """The ranks that share a forward pass; half as many from when memory does not suffice."""
 
     def __init__(self, ranks: Sequence[int], at_once: int) -> None:
         self._ranks = ranks
         self._at_once = at_once
 
-    def each(self, measure: Callable[[Sequence[int]], None]) -> None:
-        """Call ``measure`` with part after part, until all ranks have been measured."""
+    def map(self, work: Callable[[Sequence[int]], T]) -> Iterator[tuple[Sequence[int], T]]:
+        """Group after group with the result of ``work`` on it, until all ranks are done."""
         done = 0
         while done < len(self._ranks):
-            part = self._ranks[done : done + self._at_once]
+            group = self._ranks[done : done + self._at_once]
             try:
-                measure(part)
+                result = work(group)
             except torch.OutOfMemoryError:
-                if len(part) == 1:
+                if len(group) == 1:
                     raise
-                self._at_once = len(part) // 2
+                self._at_once = len(group) // 2
                 torch.cuda.empty_cache()
             else:
-                done += len(part)
+                done += len(group)
+                yield group, result
 
 
-def ranks_at_once(device: torch.device) -> int:
-    """How many ranks to measure in one forward pass, by default.
+class _Counter:
+    """Counts its calls and reports them."""
 
-    On a GPU several, or as many as its memory holds: a small batch does not fill it. On a CPU one,
-    where more bring nothing.
-    """
-    return 1 if device.type == "cpu" else 8
+    def __init__(self, progress: Callable[[int, int], None] | None, total: int) -> None:
+        self._progress = progress
+        self._total = total
+        self._done = 0
+
+    def __call__(self) -> None:
+        self._done += 1
+        if self._progress is not None:
+            self._progress(self._done, self._total)
 
 
-def _check(task: Task, examples: Sequence[Example], metrics: Sequence[str]) -> None:
+def _score(
+    runtime: ModelRuntime, at_ranks: AtRanks, batch: Batch, predict: bool, group: Sequence[int]
+) -> list[tuple[Tensor, Tensor]]:
+    """For each rank the losses (float64) and, with ``predict``, the predicted classes [rows]."""
+    rows, length = batch["input_ids"].shape
+    repeated = {
+        name: tensor.to(runtime.device).repeat(len(group), *[1] * (tensor.ndim - 1))
+        for name, tensor in batch.items()
+    }
+    logits: list[Tensor] = []
+    # Recorded while the task computes its loss, which saves a second forward pass.
+    record = runtime.model.register_forward_hook(lambda *call: logits.append(call[-1].logits))
+    try:
+        with at_ranks(group, rows, length):
+            losses = runtime.task.losses(runtime.model, repeated).double()
+    finally:
+        record.remove()
+    classes = logits[0].argmax(dim=-1) if predict else torch.zeros(len(losses))
+    return list(zip(losses.view(-1, rows), classes.view(-1, rows), strict=True))
+
+
+def _generate(
+    runtime: ModelRuntime,
+    at_ranks: AtRanks,
+    examples: Sequence[Example],
+    settings: EvaluationSettings,
+    group: Sequence[int],
+) -> list[list[str]]:
+    """For each rank the texts that continue the examples' prompts."""
+    limit = settings.max_new_tokens
+    prompts = [fit_prompt(runtime.model, e.input_ids[: e.prompt_length], limit) for e in examples]
+    with at_ranks(group, len(prompts), 0):
+        texts = continuations(
+            runtime.model,
+            runtime.tokenizer,
+            prompts * len(group),
+            pad_id=runtime.pad_id,
+            max_new_tokens=limit,
+            device=runtime.device,
+        )
+    return [texts[start : start + len(prompts)] for start in range(0, len(texts), len(prompts))]
+
+
+def _check(
+    task: Task, examples: Sequence[Example], prompts: Sequence[Example], metrics: Sequence[str]
+) -> None:
     for metric in metrics:
         if metric not in task.allowed_metrics:
             allowed = ", ".join(task.allowed_metrics)
@@ -164,51 +209,34 @@ def _check(task: Task, examples: Sequence[Example], metrics: Sequence[str]) -> N
             raise ConfigError(f"metric {metric!r} needs a task that classifies, not {task.name!r}")
     if not examples:
         raise ConfigError("there are no test examples to evaluate on")
+    if "rouge_l" in metrics and not prompts:
+        raise ConfigError("metric 'rouge_l' needs test examples with a prompt and a reference")
 
 
-def _with_reference(examples: Sequence[Example]) -> list[Example]:
-    return [e for e in examples if e.reference and e.prompt_length > 0]
-
-
-def _batches(examples: Sequence[Example], lengths: list[int], size: int) -> list[list[int]]:
+def _batches(lengths: Sequence[int], size: int) -> list[list[int]]:
     """Indices in batches of like length, to save padding; the longest first, to fail early."""
-    order = sorted(range(len(examples)), key=lambda i: -lengths[i])
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def _ticker(progress: Callable[[int, int], None] | None, total: int) -> Callable[[], None]:
-    """A function that counts its calls and reports them."""
-    counter = itertools.count(1)
-
-    def tick() -> None:
-        if progress is not None:
-            progress(next(counter), total)
-
-    return tick
-
-
-def _summary(tally: _Tally, metrics: Sequence[str], references: list[str]) -> dict[str, float]:
-    if tally.weight < 1:
+def _summary(
+    outputs: _Outputs, metrics: Sequence[str], references: Sequence[str]
+) -> dict[str, float]:
+    if outputs.weight < 1:
         raise ConfigError("no test example has anything to learn: every label is ignored")
-    values: dict[str, float] = {}
-    for metric in metrics:
-        if metric == "perplexity":
-            values[metric] = scores.perplexity(tally.nll, tally.weight)
-        elif metric == "accuracy":
-            values[metric] = scores.accuracy(tally.predictions, tally.truth)
-        elif metric == "macro_f1":
-            values[metric] = scores.macro_f1(tally.predictions, tally.truth)
-        elif metric == "rouge_l":
-            ordered = [tally.texts[i] for i in range(len(references))]
-            values[metric] = scores.rouge_l(ordered, references)
-        else:
-            raise ConfigError(f"metric {metric!r} is allowed by the task but unknown here")
-    values["loss"] = tally.nll / tally.weight
-    return values
+    texts = [outputs.texts[index] for index in range(len(outputs.texts))]
+    score_of: dict[str, Callable[[], float]] = {
+        "perplexity": lambda: scores.perplexity(outputs.nll, outputs.weight),
+        "accuracy": lambda: scores.accuracy(outputs.predictions, outputs.truth),
+        "macro_f1": lambda: scores.macro_f1(outputs.predictions, outputs.truth),
+        "rouge_l": lambda: scores.rouge_l(texts, references),
+    }
+    values = {metric: score_of[metric]() for metric in metrics}
+    return values | {"loss": outputs.nll / outputs.weight}
 
 
 @contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     """No gradients and eval mode; afterwards every module is back in the mode that it had."""
     # Not inference_mode: tensors made there (rotary caches) must not meet autograd later.
     modes = [(module, module.training) for module in model.modules()]
@@ -219,22 +247,3 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-@contextmanager
-def _logits(model: torch.nn.Module, wanted: bool) -> Iterator[list[torch.Tensor]]:
-    """The list that receives the logits of each forward pass.
-
-    They are overheard while the task computes its loss, which saves a second forward pass.
-    """
-    heard: list[torch.Tensor] = []
-
-    def hear(module: torch.nn.Module, arguments: Any, output: Any) -> None:
-        heard.append(output.logits)
-
-    handle = model.register_forward_hook(hear) if wanted else None
-    try:
-        yield heard
-    finally:
-        if handle is not None:
-            handle.remove()

@@ -8,14 +8,6 @@ from typing import Any
 import torch
 
 
-def pad_token(tokenizer: Any) -> int:
-    """The id to pad with: the tokenizer's own, else its end of text, else 0 (it is masked)."""
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    return 0
-
-
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """The ids that end a generation: the model's own, else the tokenizer's; possibly none.
 
@@ -33,8 +25,8 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
 def fit_prompt(model: Any, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
     """The prompt's last tokens that leave room for the answer in the model's positions.
 
-    Learnt positions (GPT-2) end in an index error, so the oldest tokens go. It is a matter of the
-    example alone: the text generated must not depend on who shares the batch.
+    Beyond them learnt positions (GPT-2) raise an index error. It depends on the example alone, so
+    that the generated text does not depend on the batch.
     """
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if not isinstance(positions, int):
@@ -47,16 +39,17 @@ def continuations(
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
     *,
+    pad_id: int,
     max_new_tokens: int,
     device: torch.device | str,
 ) -> list[str]:
     """The text that the model adds to each prompt (lists of token ids, none of them empty).
 
-    Greedy, one batch, special tokens and surrounding blanks removed. The caller sees to eval mode
-    and to gradients.
+    Greedy, in one batch, without special tokens and surrounding blanks. The model must be in eval
+    mode and gradients off.
     """
-    pad, width = pad_token(tokenizer), max(map(len, prompts))
-    ids = torch.full((len(prompts), width), pad, dtype=torch.long)
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
     mask = torch.zeros((len(prompts), width), dtype=torch.long)
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(list(prompt))
@@ -69,7 +62,7 @@ def continuations(
         do_sample=False,
         num_beams=1,
         use_cache=True,  # training with gradient checkpointing may have switched it off
-        pad_token_id=pad,
+        pad_token_id=pad_id,
         eos_token_id=ends or None,
     )
     # Rows that ended early are filled up with the padding, which need not be a special token.

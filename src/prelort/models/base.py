@@ -71,9 +71,9 @@ def load_model(
 ) -> PreTrainedModel:
     """The pretrained model with a causal or a classification head, frozen, on its device.
 
-    A new classification head is drawn from torch's global generator: seed it before.
-    Raises `ConfigError` for a model that is not there, that has no safetensors weights, or whose
-    weights lack something other than the new head.
+    A new classification head is initialised from torch's global generator: seed it first.
+    Raises `ConfigError` for a missing model, for one without safetensors weights, and where
+    weights other than the new head are missing.
     """
     device = device_of(config.device)
     options: dict[str, Any] = {
@@ -162,7 +162,7 @@ def _file(config: ModelConfig, name: str) -> Path | None:
 
 
 def _from_pretrained(auto: Any, config: ModelConfig, what: str, **options: Any) -> Any:
-    """``auto.from_pretrained`` with its many errors told in one sentence."""
+    """``auto.from_pretrained`` with each of its errors as one sentence."""
     name = location(config.name)
     looks_local = os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1
     if looks_local and not Path(name).expanduser().is_dir():

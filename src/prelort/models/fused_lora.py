@@ -25,7 +25,7 @@ from prelort.models.lora import ADAPTER, FROZEN, lora_layers
 
 FactorsOf = Callable[[str, LoraLayer, torch.Size], tuple[Tensor, Tensor, Tensor]]
 """For a layer (name, module) and the shape of its input: A [groups, r, d_in], B [groups, d_out, r]
-and the scale m of each slot, which must broadcast to ``[*input.shape[:-1], r]``."""
+and the scale m of each rank dimension, which must broadcast to ``[*input.shape[:-1], r]``."""
 
 
 class LoraProduct(torch.autograd.Function):
@@ -81,10 +81,10 @@ class LoraProduct(torch.autograd.Function):
 
 @contextmanager
 def fused(model: nn.Module, factors_of: FactorsOf) -> Iterator[None]:
-    """Let the model's LoRA layers compute by `LoraProduct` while it lasts; no other adapter does.
+    """Let the model's LoRA layers compute by `LoraProduct`.
 
-    Whatever the base layer is (quantised, transposed, in another type) stays as it is; so do
-    dropout before the adapter, autocast, and a frozen path beside it.
+    Quantised, transposed and other base layers keep their own forward pass; dropout before the
+    adapter, autocast and a frozen path beside it work as in PEFT.
     """
     layers = lora_layers(model)
     for name, layer in layers.items():

@@ -77,10 +77,10 @@ def schema(model: nn.Module) -> AdapterSchema:
 
 
 def initial_adapter(model: nn.Module, scale: ScaleRule, seed: int) -> LoraAdapter:
-    """The federation's first global adapter: A uniform as in PEFT, B zero, extras as they are.
+    """The federation's first global adapter: A uniform as in PEFT, B zero, the rest as it is.
 
-    Every client's A is a prefix of one matrix, so that all start in the same coordinates. Drawn
-    with its own generator: it does not depend on how the model was loaded.
+    Every client's A is a prefix of one matrix, so that all start in the same coordinates. It has a
+    generator of its own, so it does not depend on how the model was loaded.
     """
     return fresh(extract(model, scale), seed)
 
@@ -104,11 +104,12 @@ def install(
 ) -> None:
     """Make ``adapter`` (any rank) the model's adapter: new float32 parameters.
 
-    The scale of every layer becomes ``gain * s(rank of the layer)``. ``trains`` names the factors
-    that learn. ``frozen`` is a second adapter beside it that never learns: what is folded into the
-    base for now. The base's weights are not touched, so that it may be quantised, and taking the
-    fold out again is exact. Optimisers of earlier parameters are void. Raises `AdapterError` if a
-    layer or an extra is missing or surplus, or does not fit; the model is then left as it was.
+    The scale of every layer becomes ``scale_multiplier * s(rank of the layer)``. ``trains`` names
+    the factors that learn. ``frozen`` is a second adapter beside it that never learns: what is
+    folded into the base for now. The base's weights are not touched, so that it may be quantised,
+    and taking the fold out again is exact. Optimisers of earlier parameters are void. Raises
+    `AdapterError` if a layer or a module to save is missing, surplus or does not fit; the model is
+    then left as it was.
     """
     layers, modules_to_save = lora_layers(model), saved_module_places(model)
     _check_names(layers.keys(), adapter.layers.keys(), "layer")
@@ -147,7 +148,7 @@ def extract(model: nn.Module, scale: ScaleRule) -> LoraAdapter:
 
 
 def trainable(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The parameters of the factors that learn, and those of the extras."""
+    """The parameters of the factors that learn, and those of the modules trained in full."""
     factors: list[nn.Parameter] = []
     for layer in lora_layers(model).values():
         both = (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)

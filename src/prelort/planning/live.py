@@ -1,7 +1,7 @@
-"""Which bytes are alive after every operation of torch, by watching storages come and go.
+"""Live bytes after every operation of torch.
 
-It sees what torch's operators return (views share a storage and count once), on real and on fake
-tensors alike. What a kernel allocates and frees inside itself it does not see.
+Counts the storages of what torch's operators return (views share one), for real and for fake
+tensors. Temporary buffers inside a kernel are not visible.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While it is active, ``live`` and ``gradients`` get an entry at every new storage.
+    """While active, appends to ``live`` and ``gradients`` at every new storage.
 
-    Entries are bytes alive then: all of them, and those of finished gradients. Values that fake
-    tensors do not have are answered as 1 (a number), 0 (an integer) and False (a truth value):
-    finite losses, the first level, and rows of unequal length, so that masks are really made.
+    Entries are the live bytes: of all storages, and of finished gradients. Reading the value of a
+    fake tensor gives 1.0 (float), 0 (integer) or False (bool): finite losses, the first level, and
+    rows of unequal length, so that masks are allocated.
     """
 
     def __init__(self, present: Iterable[Tensor]) -> None:
-        """``present``: what is there from the start."""
+        """``present``: the tensors that exist from the start."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.live: list[int] = []
         self.gradients: list[int] = []
@@ -43,7 +43,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Run the operator and look at what it made."""
+        """Run the operator and count its results."""
         if func is torch.ops.aten._local_scalar_dense.default:
             return _some_value(args[0])
         made = func(*args, **(kwargs or {}))

@@ -1,8 +1,9 @@
-"""What is measured and not estimated: the memory that is free now, the peak of a real round."""
+"""Measurements instead of estimates: the free memory, the peak of a real round."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 
 import psutil
 import torch
@@ -11,20 +12,24 @@ from torch.profiler import ProfilerActivity, profile
 from prelort import methods, tasks
 from prelort.adapters import ScaleRule
 from prelort.config import Config
+from prelort.data import ranks
 from prelort.methods.interface import Client, ServerState
 from prelort.models.base import device_of, load_model
 from prelort.models.lora import attach, initial_adapter, install
-from prelort.planning.rehearsal import levels_of, storage_bytes, tensors_of
+from prelort.planning.rehearsal import storage_bytes, tensors_of
 from prelort.tasks.interface import Example
-from prelort.training.local import Assignment, train
+from prelort.training.local import train
+from prelort.training.runtime import ModelRuntime
+from prelort.training.settings import LocalTraining
+from prelort.training.steps import Assignment
 from prelort.training.truncation import Truncation
 
 
 def free_memory(device: str = "auto") -> tuple[int, str]:
-    """Bytes that are free on the device of ``model.device``, and in words where.
+    """Free bytes on the device of ``model.device``, and a description of the place.
 
-    Of a GPU what the driver calls free (this process's CUDA context is already taken off), else
-    what the system can give without swapping. Raises `ConfigError` for CUDA where there is none.
+    On a GPU: the driver's free memory (without this process's CUDA context), else: the memory that
+    the system can give without swapping. Raises `ConfigError` if CUDA is not available.
     """
     found = device_of(device)
     if found.type == "cuda":
@@ -34,19 +39,16 @@ def free_memory(device: str = "auto") -> tuple[int, str]:
 
 
 def allocated_peak(work: Callable[[], object]) -> int:
-    """The most bytes that ``work`` has allocated on the CPU beyond what was there before it.
+    """The peak of the bytes that ``work`` allocates on the CPU.
 
-    Every allocation and release of torch's own allocator counts, those inside kernels too.
+    Every allocation and release of torch's allocator counts, also inside kernels.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     events = profiler.profiler.kineto_results.events()
     changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-    now = most = 0
-    for _, change in sorted(changes, key=lambda pair: pair[0]):
-        now += change
-        most = max(most, now)
-    return most
+    in_order: list[int] = [change for _, change in sorted(changes, key=lambda pair: pair[0])]
+    return max(accumulate(in_order, initial=0))
 
 
 def measured_peak(
@@ -55,15 +57,15 @@ def measured_peak(
     labels: int = 2,
     peak: Callable[[Callable[[], object]], int] = allocated_peak,
 ) -> int:
-    """The bytes that a client of this rank really holds at the worst moment of a round.
+    """The peak memory of a real round of a client of this rank, in bytes.
 
-    The base model is loaded and trained on full batches of made-up tokens, every other row a token
-    shorter. What is there before is counted by its storages, what training adds by ``peak``.
+    The base model is loaded and trained on full batches of synthetic tokens, every other row a
+    token shorter. The model is counted by its storages, training by ``peak``.
     """
     task = tasks.get(config.task)
     names = [str(label) for label in range(labels)] if task.kind == "classification" else []
     model = load_model(config.model, task.kind, names, pad_id=0)
-    levels = sorted({*levels_of(config), rank})
+    levels = sorted({*ranks.levels(config.ranks.mix), rank})
     wrapped = attach(model, config.lora, levels[-1], task.kind)
     scale = ScaleRule(config.lora.scale_rule, config.lora.scale)
     method = methods.build(config.method, config.seed)
@@ -77,16 +79,14 @@ def measured_peak(
         trains=sent.trains,
         scale_multiplier=sent.scale_multiplier,
     )
-    truncation = Truncation(wrapped, scale)
+    runtime = ModelRuntime(wrapped, Truncation(wrapped, scale), task, pad_id=0)
     training = config.training.model_copy(update={"local_steps": 3})
     count = 3 * training.batch_size * training.gradient_accumulation
     vocabulary = int(model.config.get_text_config().vocab_size)
     examples = [_example(row, config, vocabulary, task.kind) for row in range(count)]
     assignment = Assignment(client.name, 0, 1, config.seed, method.objective(state, client))
     present = storage_bytes(tensors_of(wrapped))
-    return present + peak(
-        lambda: train(wrapped, truncation, task, examples, training, assignment, pad_id=0)
-    )
+    return present + peak(lambda: train(runtime, examples, LocalTraining.of(training), assignment))
 
 
 def _example(row: int, config: Config, vocabulary: int, kind: str) -> Example:

@@ -10,17 +10,17 @@ from itertools import pairwise
 
 from prelort.config import Config
 from prelort.errors import ConfigError
-from prelort.planning.rehearsal import Rehearsal, Stage
+from prelort.planning.rehearsal import Rehearsal, Rehearser
 from prelort.planning.sizes import show
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What is alive at the worst moment of a round at one rank, and what travels, in bytes.
+    """The peak memory of a round at one rank, and the size of its messages, in bytes.
 
-    ``adapter`` includes what a method folds into the base and modules trained in full.
-    ``gradients`` are those that exist at that moment: they come while activations go.
-    ``activations`` are everything else: what is saved for the backward pass, logits, temporaries.
+    ``adapter`` includes factors that a method folds into the base and modules trained in full.
+    ``gradients`` are those that exist at the peak: they appear while activations are freed.
+    ``activations`` are everything else: saved for the backward pass, logits, temporaries.
     """
 
     rank: int
@@ -34,38 +34,38 @@ class Estimate:
 
     @property
     def total(self) -> int:
-        """The bytes needed at the worst moment."""
+        """The peak."""
         return self.weights + self.adapter + self.gradients + self.optimiser + self.activations
 
     @property
     def sent(self) -> int:
-        """The bytes of tensors that travel in a round, both ways."""
+        """The bytes of the tensors of both messages."""
         return self.down + self.up
 
 
 class Planner:
-    """Estimates at any rank for one configuration; few rounds are rehearsed for many ranks."""
+    """Estimates at any rank for one configuration, from few rehearsed ranks."""
 
     def __init__(self, config: Config, labels: int = 2) -> None:
         """``labels``: the number of classes, for a classifier's head."""
         self.config = config
-        self._stage = Stage(config, labels)
+        self._rehearser = Rehearser(config, labels)
         self._rehearsed: dict[int, Rehearsal] = {}
 
     @property
-    def most(self) -> int:
-        """The largest rank that can add something to some layer: its smaller dimension."""
-        return self._stage.most
+    def max_rank(self) -> int:
+        """The largest useful rank: the smaller dimension of the widest layer."""
+        return self._rehearser.max_rank
 
     def exact(self, rank: int) -> Estimate:
-        """The estimate from a round rehearsed at this very rank."""
+        """The estimate from a round rehearsed at this rank."""
         if rank < 1:
             raise ConfigError(f"rank {rank} is not allowed: use 1 or more")
         return _estimate(self._at(rank))
 
-    def estimate(self, rank: int, most: int) -> Estimate:
-        """The same as `exact` for ranks up to ``most``, from the rehearsed ranks around it."""
-        ends = sorted({2, most} | {kink for kink in self._stage.kinks if 2 < kink < most})
+    def estimate(self, rank: int, max_rank: int) -> Estimate:
+        """The same as `exact` for ranks up to ``max_rank``, from the rehearsed ranks around it."""
+        ends = sorted({2, max_rank} | {k for k in self._rehearser.kinks if 2 < k < max_rank})
         if rank not in ends:
             for low, high in pairwise(ends):
                 if low < rank < high and rank not in self._rehearsed:
@@ -73,27 +73,23 @@ class Planner:
                     return self.exact(rank) if between is None else _estimate(between)
         return self.exact(rank)
 
-    def largest(self, budget: int, most: int) -> Estimate:
-        """The estimate of the largest rank from 1 to ``most`` that needs at most ``budget`` bytes.
+    def largest(self, budget: int, max_rank: int) -> Estimate:
+        """The estimate of the largest rank from 1 to ``max_rank`` that fits ``budget`` bytes.
 
-        Raises `ConfigError` with what is needed and what would help if not even rank 1 fits.
+        Raises `ConfigError` with the bytes needed and what would help if not even rank 1 fits.
         """
-        for easy in (most, 2):  # rank 1 is rehearsed only where even 2 does not fit
-            fits = self.estimate(min(easy, most), most)
+        for rank in (max_rank, min(2, max_rank), 1):  # the last one only if 2 does not fit
+            fits = self.estimate(rank, max_rank)
             if fits.total <= budget:
                 break
         else:
-            fits = self.estimate(1, most)
-        if fits.total > budget:
             raise ConfigError(
                 f"not even rank 1 fits: it needs {show(fits.total)}, and there are "
                 f"{show(budget)}; what would help: {', '.join(self._remedies())}"
             )
-        if fits.rank in (1, most):
-            return fits
-        too_large = most
+        too_large = max_rank if fits.rank > 1 else 2
         while too_large - fits.rank > 1:
-            middle = self.estimate((fits.rank + too_large) // 2, most)
+            middle = self.estimate((fits.rank + too_large) // 2, max_rank)
             if middle.total <= budget:
                 fits = middle
             else:
@@ -102,11 +98,11 @@ class Planner:
 
     def _at(self, rank: int) -> Rehearsal:
         if rank not in self._rehearsed:
-            self._rehearsed[rank] = self._stage.rehearse(rank)
+            self._rehearsed[rank] = self._rehearser.rehearse(rank)
         return self._rehearsed[rank]
 
     def _remedies(self) -> list[str]:
-        """The settings that would make the need smaller and are not yet made."""
+        """The settings that would reduce the memory and are not yet made."""
         model, training = self.config.model, self.config.training
         remedies: list[str] = []
         if training.batch_size > 1:
@@ -127,20 +123,20 @@ def estimate(config: Config, rank: int) -> Estimate:
     return Planner(config).exact(rank)
 
 
-def largest_rank(config: Config, budget_bytes: int, most: int) -> int:
-    """The largest rank from 1 to ``most`` whose training fits into ``budget_bytes``.
+def largest_rank(config: Config, budget_bytes: int, max_rank: int) -> int:
+    """The largest rank from 1 to ``max_rank`` whose training fits into ``budget_bytes``.
 
     Raises `ConfigError` with one sentence if not even rank 1 fits.
     """
-    if most < 1:
-        raise ConfigError(f"the largest rank to consider is {most}: it must be 1 or more")
-    return Planner(config).largest(budget_bytes, most).rank
+    if max_rank < 1:
+        raise ConfigError(f"the largest rank to consider is {max_rank}: it must be 1 or more")
+    return Planner(config).largest(budget_bytes, max_rank).rank
 
 
 def _estimate(rehearsal: Rehearsal) -> Estimate:
-    worst = int(rehearsal.live.argmax())
-    gradients = round(rehearsal.gradients[worst])
-    total = round(rehearsal.live[worst])
+    peak = int(rehearsal.live.argmax())
+    gradients = round(rehearsal.gradients[peak])
+    total = round(rehearsal.live[peak])
     fixed = rehearsal.weights + rehearsal.adapter + rehearsal.optimiser
     return Estimate(
         rehearsal.rank,

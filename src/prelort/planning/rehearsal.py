@@ -1,8 +1,8 @@
-"""A client's training round without weights and without computing: which bytes it would hold.
+"""Memory of a client's training round, without weights and without computing.
 
-`training.local.train` itself runs, on torch's fake tensors: they have shapes, types and storages of
-a size, but no memory. So nothing here knows an architecture, and what training will do otherwise
-one day it does here too. (torch does not call fake tensors public: only this module imports them.)
+`training.local.train` itself runs on torch's fake tensors, which have shapes, types and storage
+sizes, but no memory. So nothing here knows an architecture, and a change of the training loop needs
+no change here. (Fake tensors are private in torch: only this module imports them.)
 """
 
 from __future__ import annotations
@@ -28,29 +28,33 @@ from torch.optim.optimizer import (
 from prelort import methods, tasks
 from prelort.adapters import Factors, LoraAdapter, ScaleRule
 from prelort.config import Config
+from prelort.data import ranks
 from prelort.methods.interface import Broadcast, Client, ServerState
 from prelort.methods.objective import Objective
 from prelort.models.lora import extract, install, trainable
 from prelort.planning.live import LiveBytes
 from prelort.planning.skeleton import for_gpu, materialise, skeleton
 from prelort.tasks.interface import Example
-from prelort.training.local import Assignment, train
+from prelort.training.local import train
+from prelort.training.runtime import ModelRuntime
+from prelort.training.settings import LocalTraining
+from prelort.training.steps import Assignment
 from prelort.training.truncation import Truncation
 
 UNLIMITED = 2**20
-"""The rank of layers that no pattern limits, in a model that has no memory."""
+"""The rank of layers without a rank pattern; the model takes no memory."""
 
 WIRE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 SCALE_BYTES = 4
-"""Of each slot's scale, where numbers travel as int8."""
+"""Of the scale of each rank dimension in int8 messages."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rehearsal:
-    """What one round at one rank held, in bytes.
+    """The memory of one round at one rank, in bytes.
 
-    ``live`` and ``gradients``: at every allocation, in order. ``down`` and ``up``: the tensors that
-    travel in the round.
+    ``live`` and ``gradients``: at every allocation, in order. ``down`` and ``up``: the tensors of
+    the two messages.
     """
 
     rank: int
@@ -63,9 +67,9 @@ class Rehearsal:
     up: int
 
     def between(self, other: Rehearsal, rank: int) -> Rehearsal | None:
-        """The rehearsal at a rank between two, None where their operations are not the same.
+        """The rehearsal at a rank between two, None if their operations differ.
 
-        Every storage has a size that is affine in the rank, so what is alive at each moment is too.
+        The size of every storage is affine in the rank, and so is the sum at each moment.
         """
         if len(self.live) != len(other.live):
             return None
@@ -86,15 +90,15 @@ class Rehearsal:
         )
 
 
-class Stage:
-    """One model without weights on which rounds of any rank are rehearsed."""
+class Rehearser:
+    """A model without weights on which rounds of any rank are rehearsed."""
 
     def __init__(self, config: Config, labels: int = 2) -> None:
         """``labels``: the number of classes, for a classifier's head."""
         self.config = config
         self.task = tasks.get(config.task)
         self.scale = ScaleRule(config.lora.scale_rule, config.lora.scale)
-        self._levels = levels_of(config)
+        self._levels = set(ranks.levels(config.ranks.mix))
         self._mode = FakeTensorMode()
         self._model: PeftModel = skeleton(
             config.model, config.lora, UNLIMITED, self.task.kind, labels
@@ -110,23 +114,23 @@ class Stage:
             )
 
     @property
-    def most(self) -> int:
-        """The largest rank that can add something to some layer: its smaller dimension."""
+    def max_rank(self) -> int:
+        """The largest useful rank: the smaller dimension of the widest layer."""
         return max(min(f.A.shape[1], f.B.shape[0]) for f in self._like.layers.values())
 
     @cached_property
     def kinks(self) -> set[int]:
-        """The ranks at which sizes stop being affine in the rank, beside 1."""
+        """The ranks besides 1 at which sizes stop being affine in the rank."""
         patterns = {f.rank for f in self._like.layers.values() if f.rank < UNLIMITED}
-        beyond = max(self._levels, default=1) + 1
+        beyond = max(self._levels) + 1
         (low, _), (high, _) = self._sent(1), self._sent(beyond)
         regular = low.frozen is None and (low.trainable.rank, high.trainable.rank) == (1, beyond)
-        # Slots that a client does not train may be folded in, and there are none above the highest
-        # rank; reference rows train at the lowest or the highest rank.
+        # Dimensions that a client does not train may be folded in, up to the highest rank; the
+        # homogeneous references train at the lowest or the highest rank.
         return patterns if regular else patterns | self._levels
 
     def rehearse(self, rank: int) -> Rehearsal:
-        """One round at this rank. Raises `ConfigError` for what the method cannot do."""
+        """One round at this rank. Raises `ConfigError` for a method that cannot train it."""
         sent, objective = self._sent(rank)
         down, up = self._travelling(sent)
         with self._mode, _without_gc():
@@ -142,19 +146,19 @@ class Stage:
     def _round(self, rank: int, objective: Objective, down: int, up: int) -> Rehearsal:
         training = self.config.training.model_copy(
             update={
-                # What 8 bits keep of a batch goes only when the next one has been computed.
+                # In 8 bits the inputs of a batch are freed only after the next forward pass.
                 "local_steps": 2 if self.config.model.quantization == "8bit" else 1,
                 "shuffle": False,
-                # From the second batch of a step on gradients are there already.
+                # Gradients exist already from the second batch of a step on.
                 "gradient_accumulation": min(2, self.config.training.gradient_accumulation),
             }
         )
         length = self.config.data.max_length
         ids = [0] * length
         example = Example(ids, 0 if self.task.kind == "classification" else ids)
-        # As many as one step takes, again and again.
         examples = [example] * (training.batch_size * training.gradient_accumulation)
         assignment = Assignment("plan", 0, 1, 0, objective)
+        runtime = ModelRuntime(self._model, self._truncation, self.task, pad_id=0)
         present = tensors_of(self._model)
         factors, modules_to_save = trainable(self._model)
         learning = [*factors, *modules_to_save]
@@ -177,37 +181,37 @@ class Stage:
         handles.append(register_optimizer_step_post_hook(post))
         try:
             with watch:
-                train(self._model, self._truncation, self.task, examples, training, assignment, 0)
+                train(runtime, examples, LocalTraining.of(training), assignment)
         finally:
             for handle in handles:
                 handle.remove()
         live = np.array(watch.live[begin:], dtype=np.float64)
         gradients = np.array(watch.gradients[begin:], dtype=np.float64)
-        # What the optimiser keeps is made in the first step, and there in all that follow.
+        # The optimiser state is allocated in the first step, and exists in all later ones.
         live[: starts[0]] += kept[0]
         if for_gpu(self.config.model) and training.optimizer == "adamw":
-            # There AdamW goes through all tensors at once, with one more of each for a moment.
+            # There AdamW updates all tensors at once, with one temporary copy of each.
             for start, end in zip(starts, ends, strict=True):
                 live[start:end] += storage_bytes(p for p in learning if p.requires_grad)
         adapter = storage_bytes(present) - self._weights
         return Rehearsal(rank, self._weights, adapter, kept[0], live, gradients, down, up)
 
     def _sent(self, rank: int) -> tuple[Broadcast, Objective]:
-        """What the method's server sends to a client of this rank, and what that optimises.
+        """The method's broadcast to a client of this rank, and the client's objective.
 
-        The factors are meta tensors, so that a method's own draws (of slots, say) are real ones.
+        The factors are meta tensors, so that a method's own draws (e.g. of dimensions) are real.
         """
         levels = sorted(self._levels | {rank})
-        # The weights of levels change no size, and may leave nothing to a rank that nobody has.
+        # Level weights change no size, and may be zero for a rank that no client has.
         chosen = self.config.method.model_copy(update={"level_weights": None, "full_share": None})
         method = methods.build(chosen, self.config.seed)
         client = Client("plan", rank, 1)
         layers = {
             name: Factors(
-                _meta(min(levels[-1], f.rank), d_in), _meta(d_out, min(levels[-1], f.rank))
+                _meta(min(levels[-1], f.rank), f.A.shape[1]),
+                _meta(f.B.shape[0], min(levels[-1], f.rank)),
             )
             for name, f in self._like.layers.items()
-            for d_in, d_out in [(f.A.shape[1], f.B.shape[0])]
         }
         modules_to_save = {
             name: _meta(*tensor.shape) for name, tensor in self._like.modules_to_save.items()
@@ -215,15 +219,15 @@ class Stage:
         state = ServerState(LoraAdapter(layers, self.scale, modules_to_save), levels=tuple(levels))
         with LiveBytes([]):
             sent = method.broadcast(state, client)
-        asked = method.objective(state, client)
-        if asked.kind == "plain" or rank == 1:
-            return sent, asked
-        # Two levels hold what more would: passes follow one another. A client of the lowest rank
-        # has one level in truth and needs no mask, [tokens, rank] a layer less.
-        return sent, Objective(asked.kind, (1, rank), (0.5, 0.5), asked.tail)
+        objective = method.objective(state, client)
+        if objective.kind == "plain" or rank == 1:
+            return sent, objective
+        # Two levels need the memory of more, whose passes follow one another. A client of the
+        # lowest rank really has one level and no mask: [tokens, rank] per layer less.
+        return sent, Objective(objective.kind, (1, rank), (0.5, 0.5), objective.tail)
 
     def _travelling(self, sent: Broadcast) -> tuple[int, int]:
-        """Bytes of the tensors that go down and come up (as `federation.wire` packs them)."""
+        """Bytes of the tensors sent to and from a client, as `federation.wire` packs them."""
         dtype = self.config.federation.wire_dtype
         kinds = {"A": 0, "B": 0, "extra": 0}
         for name, tensor in sent.trainable.tensors().items():
@@ -232,28 +236,18 @@ class Stage:
         second = sent.frozen.layers.values() if sent.frozen is not None else ()
         frozen = sum(_wire_bytes("A", f.A, dtype) + _wire_bytes("B", f.B, dtype) for f in second)
         stays = {"B", "extra"} if sent.personal else set()
-        drawn = {
-            letter
-            for letter in "AB"
-            if letter in sent.seeded_factors and sent.seeded_factors != "nothing"
-        }
+        seeded = set(sent.seeded_factors.split(" and "))
         untrained = {letter for letter in "AB" if letter not in sent.trains}
-        down = sum(size for kind, size in kinds.items() if kind not in stays | drawn)
+        down = sum(size for kind, size in kinds.items() if kind not in stays | seeded)
         up = sum(size for kind, size in kinds.items() if kind not in stays | untrained)
         return down + frozen, up
 
 
 def _wire_bytes(kind: str, tensor: Tensor, dtype: str) -> int:
-    """The bytes of one tensor as it travels: its numbers and, in int8, a scale for each slot."""
+    """The bytes of a tensor in a message: its numbers and, in int8, a scale per rank dimension."""
     dimensions = tensor.shape[1 if kind == "B" else 0] if tensor.ndim > 1 else 1
     scales = SCALE_BYTES * dimensions if dtype == "int8" else 0
     return tensor.numel() * WIRE_BYTES[dtype] + scales
-
-
-def levels_of(config: Config) -> set[int]:
-    """The ranks that ``ranks.mix`` names."""
-    heads = (entry.split("*")[0].strip() for entry in config.ranks.mix.split(","))
-    return {int(head) for head in heads if head.isdecimal() and int(head) > 0}
 
 
 def _meta(*shape: int) -> Tensor:
@@ -267,7 +261,7 @@ def _on_cpu(adapter: LoraAdapter) -> LoraAdapter:
 
 
 def _watched(parameter: Tensor, watch: LiveBytes) -> Any:
-    """A hook that tells ``watch`` of the parameter's gradient as soon as it is whole."""
+    """A hook that marks the parameter's gradient as soon as it is complete."""
 
     def mark(owner: Tensor) -> None:
         if owner.grad is not None:
@@ -290,7 +284,7 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
 
 @contextmanager
 def _without_gc() -> Iterator[None]:
-    """Storages go when their last reference goes, and not at some time of the collector's."""
+    """Without garbage collection: storages are freed with their last reference."""
     enabled = gc.isenabled()
     gc.disable()
     try:

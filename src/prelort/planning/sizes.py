@@ -1,4 +1,4 @@
-"""Sizes in bytes as people write them: ``8GiB``, ``512 MiB``, ``80GB``."""
+"""Sizes with units: ``8GiB``, ``512 MiB``, ``80GB``."""
 
 from __future__ import annotations
 
@@ -6,35 +6,27 @@ import re
 
 from prelort.errors import ConfigError
 
-UNITS = {
-    "B": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-    "TIB": 2**40,
-}
+UNITS = {"B": 1}
 """Units in capitals -> bytes; decimal, and binary with an i."""
+for _power, _prefix in enumerate("KMGT", start=1):
+    UNITS |= {f"{_prefix}B": 1000**_power, f"{_prefix}IB": 1024**_power}
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", re.ASCII)
 
 
 def parse(text: str, where: str = "size") -> int:
-    """The bytes that ``text`` means, rounded down. Raises `ConfigError` naming ``where``.
+    """The bytes of a size, rounded down. Raises `ConfigError` naming ``where``.
 
-    A unit is always needed: whether 8 means GB or GiB nobody should have to guess.
+    A unit is required: 8 could mean GB or GiB.
     """
-    found = _SIZE.fullmatch(text)
-    unit = UNITS.get(found[2].upper()) if found else None
-    if found is None or unit is None:
+    match = _SIZE.fullmatch(text)
+    unit = UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None:
         raise ConfigError(
             f"{where} {text!r} is not a size: write a number and a unit, e.g. 8GiB, 512 MiB or "
             "80GB (B, kB, MB, GB, TB or KiB, MiB, GiB, TiB)"
         )
-    size = int(float(found[1]) * unit)
+    size = int(float(match[1]) * unit)
     if size < 1:
         raise ConfigError(f"{where} {text!r} is not allowed: it must be at least one byte")
     return size

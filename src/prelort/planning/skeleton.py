@@ -1,4 +1,4 @@
-"""The base model without its weights: every shape, no memory, from its configuration alone."""
+"""The base model without weights: all shapes and no memory, from its configuration alone."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ BLOCK = 64
 def skeleton(
     config: ModelConfig, lora: LoraSettings, rank: int, kind: str, labels: int
 ) -> PeftModel:
-    """The frozen base with LoRA layers of ``rank``, all of it on torch's meta device.
+    """The frozen base with LoRA layers of ``rank``, on torch's meta device.
 
-    Linear layers are stood in for where the base is quantised. Raises `ConfigError` as
-    `models.base.load_model` and `models.lora.attach` do for what cannot be found or adapted.
+    `Quantised` layers replace linear ones if the base is quantised. Raises `ConfigError` like
+    `models.base.load_model` and `models.lora.attach`.
     """
     configuration = load_configuration(config)
     configuration.pad_token_id = 0
     auto: Any = AutoModelForCausalLM
     if kind == "classification":
         auto, configuration.num_labels = AutoModelForSequenceClassification, labels
-    wanted = getattr(configuration, "dtype", None) if config.dtype == "auto" else config.dtype
-    dtype = getattr(torch, str(wanted or "float32").removeprefix("torch."))
+    name = getattr(configuration, "dtype", None) if config.dtype == "auto" else config.dtype
+    dtype = getattr(torch, str(name or "float32").removeprefix("torch."))
     try:
         with torch.device("meta"):
             model = auto.from_config(
@@ -57,7 +57,7 @@ def skeleton(
 
 
 def for_gpu(config: ModelConfig) -> bool:
-    """Whether the model is meant for a GPU, which need not be in this machine."""
+    """Whether the model is meant for a GPU, which may be in another machine."""
     return config.device.startswith("cuda") or (
         config.device == "auto" and torch.cuda.is_available()
     )
@@ -87,12 +87,12 @@ def materialise(model: nn.Module) -> None:
 
 
 class Quantised(nn.Module):
-    """A linear layer as bitsandbytes keeps and uses it, in what it allocates.
+    """A linear layer with the allocations of bitsandbytes.
 
-    ``4bit``: half a byte a weight and a float32 scale for each block; ``8bit``: a byte a weight and
-    a float32 scale for each output. In the forward and in the backward pass the matrix exists for
-    a moment: in the type ``compute`` for 4 bits, in the input's for 8. These also keep the input,
-    until the loss that came of it is forgotten.
+    ``4bit``: half a byte per weight and a float32 scale per block; ``8bit``: a byte per weight and
+    a float32 scale per output. The forward and the backward pass each allocate the matrix
+    temporarily: in the type ``compute`` for 4 bits, in the input's for 8. In 8 bits the input is
+    kept as long as the graph.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class _Dequantising(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shape: tuple[int, int], keeps_input: bool) -> Tensor:
         ctx.shape, ctx.dtype = shape, x.dtype
-        # As an attribute, as bitsandbytes does: it stays until the whole graph goes.
+        # As an attribute, as bitsandbytes does: it lives as long as the whole graph.
         ctx.x = x if keeps_input else None
         return nn.functional.linear(x, torch.empty(shape, dtype=x.dtype, device=x.device))
 

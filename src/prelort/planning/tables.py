@@ -1,4 +1,4 @@
-"""Estimates as a table to read and as values for JSON."""
+"""Estimates as a table and as JSON values."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from prelort.planning.sizes import show
 
 
 def estimates_table(estimates: Sequence[Estimate], budget: int, title: str) -> Table:
-    """One row a rank."""
+    """One row per rank."""
     parts = ("weights", "adapter", "gradients", "optimiser", "activations", "total")
     table = Table(title=title)
-    for column in ("rank", *parts, "sent a round", "fits"):
+    for column in ("rank", *parts, "sent per round", "fits"):
         table.add_column(column, justify="right" if column != "fits" else "left")
     for estimate in estimates:
         sizes = [show(getattr(estimate, part)) for part in (*parts, "sent")]
@@ -28,7 +28,7 @@ def estimates_table(estimates: Sequence[Estimate], budget: int, title: str) -> T
 def as_values(
     estimates: Sequence[Estimate], budget: int, largest: Estimate | None
 ) -> dict[str, Any]:
-    """Everything in bytes; ``largest_rank`` is null where not even rank 1 fits."""
+    """Sizes in bytes; ``largest_rank`` is None if not even rank 1 fits."""
     rows = [
         asdict(e) | {"total": e.total, "sent": e.sent, "fits": e.total <= budget} for e in estimates
     ]
@@ -36,10 +36,10 @@ def as_values(
     return {"memory": budget, "largest_rank": rank, "ranks": rows}
 
 
-def conclusion(largest: Estimate, budget: int, where: str, most: int) -> str:
+def conclusion(largest: Estimate, budget: int, where: str, max_rank: int) -> str:
     """The largest rank that fits, in one sentence."""
-    limit = " (the largest that was considered)" if largest.rank == most else ""
+    limit = " (the largest considered)" if largest.rank == max_rank else ""
     return (
         f"The largest rank that fits into {show(budget)} ({where}) is {largest.rank}{limit}: "
-        f"it needs {show(largest.total)} and sends {show(largest.sent)} a round."
+        f"it needs {show(largest.total)} and sends {show(largest.sent)} per round."
     )

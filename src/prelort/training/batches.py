@@ -7,41 +7,41 @@ from collections.abc import Iterator
 
 import torch
 
-from prelort.config import TrainingConfig
 from prelort.seeds import torch_generator
+from prelort.training.settings import LocalTraining
 
 
-def micro_batches_per_epoch(examples: int, config: TrainingConfig) -> int:
-    """How many batches cover a client's examples once."""
-    return math.ceil(examples / config.batch_size)
+def micro_batches_per_epoch(examples: int, settings: LocalTraining) -> int:
+    """Number of batches that cover a client's examples once."""
+    return math.ceil(examples / settings.batch_size)
 
 
-def steps_per_round(examples: int, config: TrainingConfig) -> int:
+def steps_per_round(examples: int, settings: LocalTraining) -> int:
     """Optimiser steps that a client takes in one round (at least 1)."""
-    if config.local_steps > 0:
-        return config.local_steps
-    batches = micro_batches_per_epoch(examples, config) * config.local_epochs
-    return max(1, round(batches / config.gradient_accumulation))
+    if settings.local_steps > 0:
+        return settings.local_steps
+    batches = micro_batches_per_epoch(examples, settings) * settings.local_epochs
+    return max(1, round(batches / settings.gradient_accumulation))
 
 
 def batches(
-    examples: int, config: TrainingConfig, *, round_index: int, seed: int, client: str
+    examples: int, settings: LocalTraining, *, round_index: int, seed: int, client: str
 ) -> Iterator[list[int]]:
     """Indices of the batches of one round, ``steps * gradient_accumulation`` lists.
 
-    A client goes through its data in a new order each epoch. Where an epoch ends inside a round
-    the next round goes on from there: the position follows from ``round_index`` (from 0), so that
-    nothing has to be remembered between rounds. The last batch of an epoch may be smaller.
+    The order of the examples changes each epoch. An epoch that is not finished continues in the
+    next round: the position follows from ``round_index`` (from 0), so no state is kept between
+    rounds. The last batch of an epoch may be smaller.
     """
-    per_round = steps_per_round(examples, config) * config.gradient_accumulation
-    per_epoch = micro_batches_per_epoch(examples, config)
+    per_round = steps_per_round(examples, settings) * settings.gradient_accumulation
+    per_epoch = micro_batches_per_epoch(examples, settings)
     order: list[int] = []
     current = -1
     for position in range(round_index * per_round, (round_index + 1) * per_round):
         epoch, batch = divmod(position, per_epoch)
         if epoch != current:
-            order, current = _order(examples, config.shuffle, seed, client, epoch), epoch
-        yield order[batch * config.batch_size : (batch + 1) * config.batch_size]
+            order, current = _order(examples, settings.shuffle, seed, client, epoch), epoch
+        yield order[batch * settings.batch_size : (batch + 1) * settings.batch_size]
 
 
 def _order(examples: int, shuffle: bool, seed: int, client: str, epoch: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""HetLoRA's tail: the slots that a client may do without (arXiv 2401.06432)."""
+"""HetLoRA's tail: the last rank dimensions, which a client may prune (arXiv 2401.06432)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Pairs = Iterable[tuple[Tensor, Tensor]]
 
 
 def pairs(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """A and B of each layer, as they are installed."""
+    """A and B of each layer of the installed adapter."""
     return [
         (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)
         for layer in lora_layers(model).values()
@@ -38,7 +38,7 @@ def tail_norm(factors: Pairs, tail: TailPenalty, rank: int) -> float:
 
 
 def pruned_rank(factors: Pairs, tail: TailPenalty, rank: int, before: float) -> int:
-    """The rank after self-pruning: cut where training has made the tail smaller than ``before``."""
+    """The rank after self-pruning: cut if training has made the tail smaller than ``before``."""
     cut = tail.cut(rank)
     if rank > cut >= tail.lowest and tail_norm(factors, tail, rank) < before:
         return cut

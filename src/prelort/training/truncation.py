@@ -1,9 +1,9 @@
-"""Use a prefix of the installed adapter, for a whole batch or for each example on its own.
+"""Use a prefix of the installed adapter, for a whole batch or another for each example.
 
 A hook between A and B of every LoRA layer multiplies the r-dimension by a row of a small table:
-slot j of a truncation rho is kept if j < rho, at the scale s(rho) / s(rank of the layer). The base
-layer is not touched, so quantised bases, mixed precision and gradient checkpointing keep working,
-and an untruncated pass costs nothing.
+dimension j of a truncation rho is kept if j < rho, at the scale s(rho) / s(rank of the layer). The
+base layer is not touched, so quantised bases, mixed precision and gradient checkpointing keep
+working, and an untruncated pass costs nothing.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class Truncation:
 
     @contextmanager
     def fused(self, model: nn.Module) -> Iterator[None]:
-        """Let the model compute with one operation for each LoRA layer, truncated as by the hooks.
+        """Compute each LoRA layer in one operation, truncated as by the hooks.
 
-        The same but for rounding, and faster (`prelort.models.fused_lora`).
+        Faster, and the same but for rounding (`prelort.models.fused_lora`).
         """
 
         def factors_of(
@@ -80,10 +80,10 @@ class Truncation:
             handle.remove()
 
     def mask(self, rows: torch.Size, rank: int, like: Tensor) -> Tensor | None:
-        """By what ``A x`` of shape [*rows, rank] is multiplied, None for nothing.
+        """The factors of ``A x`` [*rows, rank], None where nothing is cut.
 
-        It has the type and the device of ``like``. Raises `ConfigError` where each example has a
-        truncation of its own and a layer's rows are not the batch's.
+        Type and device are those of ``like``. Raises `ConfigError` where each example has its own
+        truncation and a layer's rows are not the batch's.
         """
         if self._ranks is None:
             return None
@@ -120,7 +120,7 @@ class Truncation:
         return self._masks[key]
 
     def _table(self, rank: int, device: torch.device) -> Tensor:
-        """[rank + 1, rank]: row rho keeps the first rho slots at s(rho) / s(rank)."""
+        """[rank + 1, rank]: row rho keeps the first rho dimensions at s(rho) / s(rank)."""
         key = (rank, device)
         if key not in self._tables:
             table = torch.tril(torch.ones(rank + 1, rank), diagonal=-1)

@@ -1,4 +1,4 @@
-"""A site's app: it hands each message to the site's trainer, which stays warm between rounds."""
+"""A site's app: it forwards each message to the trainer, which stays loaded between rounds."""
 
 from pathlib import Path
 

@@ -1,0 +1,61 @@
+"""The optimiser of one client, and its learning rate over the whole run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from prelort.training.settings import LocalTraining
+
+
+def rate_multiplier(settings: LocalTraining, step: int, total: int) -> float:
+    """The factor of the learning rate at ``step`` (from 0) of a run of ``total`` steps.
+
+    The same as transformers' schedules: a linear warm-up over the share ``warmup`` of the run,
+    then constant, linear to 0, or half a cosine to 0.
+    """
+    warmup = round(settings.warmup * total)
+    if step < warmup:
+        return step / warmup
+    if settings.schedule == "constant":
+        return 1.0
+    decay = max(1, total - warmup)
+    if settings.schedule == "linear":
+        return max(0.0, (total - step) / decay)
+    return max(0.0, 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / decay)))
+
+
+class LocalOptimizer:
+    """A fresh optimiser of the factors that learn and of the modules trained in full."""
+
+    def __init__(
+        self,
+        factors: Iterable[nn.Parameter],
+        modules_to_save: Iterable[nn.Parameter],
+        settings: LocalTraining,
+    ) -> None:
+        kinds = [list(factors), list(modules_to_save)]
+        groups = [{"params": parameters} for parameters in kinds if parameters]
+        decay = settings.weight_decay
+        self._optimizer: torch.optim.Optimizer
+        if settings.optimizer == "adamw":
+            self._optimizer = torch.optim.AdamW(groups, weight_decay=decay)
+        else:
+            self._optimizer = torch.optim.SGD(
+                groups, momentum=settings.momentum, weight_decay=decay
+            )
+        self._parameters = [parameter for parameters in kinds for parameter in parameters]
+        self._rates = [settings.learning_rate, settings.head_learning_rate]
+        self._max_grad_norm = settings.max_grad_norm
+
+    def step(self, multiplier: float) -> None:
+        """Clip the gradient, move the parameters at their rates times ``multiplier``."""
+        if self._max_grad_norm > 0:
+            nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=False):
+            group["lr"] = rate * multiplier
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)

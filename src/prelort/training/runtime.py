@@ -1,0 +1,32 @@
+"""A model to train and to evaluate: the base with an exchangeable adapter, and its task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from prelort.tasks.interface import Task
+from prelort.training.truncation import Truncation
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRuntime:
+    """The base model with LoRA layers, their truncation, and how the task sees its batches.
+
+    ``tokenizer`` is needed only where text is generated. One thread may use it at a time.
+    """
+
+    model: PeftModel
+    truncation: Truncation
+    task: Task
+    pad_id: int
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's weights are."""
+        device: torch.device = next(self.model.parameters()).device
+        return device

@@ -1,0 +1,50 @@
+"""The hyperparameters of local training, as one client receives them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from prelort.config import TrainingConfig
+
+
+@dataclass(frozen=True, slots=True)
+class LocalTraining:
+    """What a client's optimiser loop reads: resolved numbers, no defaults (docs/configuration.md).
+
+    ``learning_rate`` is the client's own, and ``head_learning_rate`` that of the modules trained
+    in full. With ``local_steps`` 0 the number of steps follows from ``local_epochs``.
+    """
+
+    local_steps: int
+    local_epochs: float
+    batch_size: int
+    gradient_accumulation: int
+    optimizer: Literal["adamw", "sgd"]
+    learning_rate: float
+    head_learning_rate: float
+    weight_decay: float
+    momentum: float
+    schedule: Literal["constant", "linear", "cosine"]
+    warmup: float
+    max_grad_norm: float
+    precision: Literal["float32", "bfloat16"]
+    gradient_checkpointing: bool
+    batch_truncations: bool
+    shuffle: bool
+
+    @classmethod
+    def of(
+        cls,
+        config: TrainingConfig,
+        *,
+        learning_rate: float | None = None,
+        head_learning_rate: float | None = None,
+    ) -> LocalTraining:
+        """The settings of ``[training]``; rates that are given replace the configured ones."""
+        own = config.model_dump(exclude={"rank_exponent"})
+        own["learning_rate"] = learning_rate or config.learning_rate
+        own["head_learning_rate"] = (
+            head_learning_rate or config.head_learning_rate or own["learning_rate"]
+        )
+        return cls(**own)

@@ -1,0 +1,172 @@
+"""One client's optimiser steps of a round: on which examples, under which truncations, how long.
+
+What the loops of one client (`local.py`) and of several in one batch (`batched.py`) share.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from prelort.errors import PrelortError
+from prelort.methods.objective import Objective, Pass
+from prelort.seeds import torch_generator
+from prelort.tasks.interface import Batch, Example, Task
+from prelort.training.batches import batches, steps_per_round
+from prelort.training.dropout import ClientDropout, draws
+from prelort.training.optimizer import rate_multiplier
+from prelort.training.settings import LocalTraining
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """One client's work in one round. ``round_index`` counts from 0."""
+
+    client: str
+    round_index: int
+    rounds: int
+    seed: int
+    objective: Objective
+    timeout: float = math.inf
+    """Seconds after which the client gives up."""
+    stopped: Callable[[], bool] = lambda: False
+    """Whether nobody waits for the result any more; called after every step."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """``loss``: mean over the steps of the objective (per token, or per example), no penalty."""
+
+    loss: float
+    steps: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardPass:
+    """One forward and backward pass of one client.
+
+    ``ranks``: the truncation, as in `methods.objective.Pass`. ``weight``: of the sum of the losses,
+    or float32 [rows] of each row's loss.
+    """
+
+    examples: Sequence[Example]
+    batch: Batch
+    ranks: int | Tensor | None
+    weight: float | Tensor
+
+
+class LocalSteps:
+    """The steps that one client takes in one round, as a function of seed, client and round.
+
+    Raises `PrelortError` for a client without examples.
+    """
+
+    def __init__(
+        self, examples: Sequence[Example], settings: LocalTraining, assignment: Assignment
+    ) -> None:
+        client, index, seed = assignment.client, assignment.round_index, assignment.seed
+        if not examples:
+            raise PrelortError(f"client {client!r} has no training examples")
+        self.settings = settings
+        self.assignment = assignment
+        self.count = steps_per_round(len(examples), settings)
+        self.losses: list[float] = []
+        self._examples = examples
+        self._order = batches(len(examples), settings, round_index=index, seed=seed, client=client)
+        self._truncations = torch_generator(seed, "truncations", client, index)
+        self._started = time.monotonic()
+
+    def next(self, task: Task, pad_id: int) -> list[list[ForwardPass]]:
+        """The passes of the next step, for each of its ``gradient_accumulation`` batches.
+
+        Their weights make the sum of the losses the objective per token (or per example).
+        """
+        chosen = [next(self._order) for _ in range(self.settings.gradient_accumulation)]
+        micro = [[self._examples[i] for i in batch] for batch in chosen]
+        collated = [task.collate(examples, pad_id) for examples in micro]
+        total = max(1, sum(task.weight(batch) for batch in collated))
+        objective, own = self.assignment.objective, []
+        for examples, batch in zip(micro, collated, strict=True):
+            parts = objective.passes(len(examples), self._truncations)
+            if self.settings.batch_truncations and len(parts) > 1:
+                own.append([_merged(examples, batch, parts, objective.levels[-1], total)])
+            else:
+                own.append([ForwardPass(examples, batch, p.ranks, p.weight / total) for p in parts])
+        return own
+
+    def rate_multiplier(self) -> float:
+        """The factor of the learning rates at the step whose loss was recorded last."""
+        done = self.assignment.round_index * self.count + len(self.losses) - 1
+        return rate_multiplier(self.settings, done, self.count * self.assignment.rounds)
+
+    def record(self, loss: float) -> None:
+        """Note the loss of the step. Raises `PrelortError` if it is no longer finite."""
+        self.losses.append(loss)
+        if not math.isfinite(loss):
+            raise PrelortError(
+                f"the loss became {loss} {self._place()} with learning rate "
+                f"{self.settings.learning_rate:g}: a lower one may help"
+            )
+
+    def check_time(self) -> None:
+        """Raise `PrelortError` if the client has taken too long or was cancelled."""
+        if time.monotonic() - self._started > self.assignment.timeout:
+            raise PrelortError(f"timed out after {self.assignment.timeout:g} s {self._place()}")
+        if self.assignment.stopped():
+            raise PrelortError(f"was cancelled {self._place()}")
+
+    def result(self, clients: int = 1) -> TrainResult:
+        """The result of all steps; ``clients`` that trained at once share the time evenly."""
+        seconds = (time.monotonic() - self._started) / clients
+        return TrainResult(sum(self.losses) / len(self.losses), len(self.losses), seconds)
+
+    def _place(self) -> str:
+        return f"at local step {len(self.losses)} of {self.count}"
+
+
+def row_ranks(ranks: int | Tensor | None, rows: int, full: int) -> Tensor:
+    """The truncation of each row, int64 [rows]; ``full`` where nothing is cut."""
+    if isinstance(ranks, Tensor):
+        return ranks
+    return torch.full((rows,), full if ranks is None else ranks)
+
+
+@contextmanager
+def training_mode(model: nn.Module, settings: LocalTraining, seed: int) -> Iterator[None]:
+    """The model in training mode, with its dropout drawn from ``seed``."""
+    dropout = ClientDropout(seed) if draws(model) else None
+    model.train()
+    if settings.gradient_checkpointing:
+        options: dict[str, object] = {"use_reentrant": False}
+        if dropout is not None:
+            options |= {"preserve_rng_state": False, "context_fn": dropout.checkpoint_contexts}
+        model.gradient_checkpointing_enable(options)  # type: ignore[operator]
+    with dropout or nullcontext():
+        yield
+
+
+def precision(settings: LocalTraining, device: torch.device) -> AbstractContextManager[object]:
+    """The configured autocast of the forward pass."""
+    if settings.precision == "bfloat16":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+def _merged(
+    examples: Sequence[Example], batch: Batch, parts: Sequence[Pass], full: int, total: int
+) -> ForwardPass:
+    """All passes of a batch as one: its rows once for each truncation."""
+    rows, times = len(examples), len(parts)
+    return ForwardPass(
+        [*examples] * times,
+        {name: t.repeat(times, *[1] * (t.ndim - 1)) for name, t in batch.items()},
+        torch.cat([row_ranks(part.ranks, rows, full) for part in parts]),
+        torch.tensor([part.weight / total for part in parts]).repeat_interleave(rows),
+    )

@@ -1,0 +1,167 @@
+"""Events as lines of JSON, and the file that they stand in."""
+
+from __future__ import annotations
+
+import json
+import math
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from equality import equal
+from prelort import events
+from prelort.errors import PrelortError
+from prelort.events import (
+    KINDS,
+    ClientFinished,
+    Event,
+    EventLog,
+    RankChanged,
+    RoundFinished,
+    RoundStarted,
+    RoundStats,
+    RunFinished,
+    Waiting,
+    decode,
+    encode,
+)
+
+times = st.integers(0, 4 * 10**12).map(lambda ms: datetime.fromtimestamp(ms / 1000, UTC))
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(-1e9, 1e9) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def any_event(kind: type[Event]) -> st.SearchStrategy[Event]:
+    """Events of a kind with any values that its types allow."""
+    special: dict[str, st.SearchStrategy[Any]] = {"time": times}
+    if kind is Waiting:
+        special["until"] = times
+    if kind is RoundFinished:
+        diagnostics = st.none() | st.dictionaries(st.text(), json_values, max_size=3)
+        special["stats"] = st.builds(RoundStats, diagnostics=diagnostics)
+    return st.builds(kind, **special)
+
+
+any_events = st.sampled_from(list(KINDS.values())).flatmap(any_event)
+
+
+@settings(deadline=None)
+@given(any_events)
+def test_every_event_is_read_as_it_was_written(event: Event) -> None:
+    line = encode(event)
+    assert "\n" not in line
+    json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert equal(decode(line), event)
+
+
+@pytest.mark.parametrize(
+    "value, text", [(math.nan, "NaN"), (math.inf, "Infinity"), (-math.inf, "-Infinity")]
+)
+def test_numbers_that_json_lacks_are_words(value: float, text: str) -> None:
+    event = ClientFinished(1, "a", 4, value, 10, 2, 2, 0.5, 100, validation_loss=value)
+    line = json.loads(encode(event))
+    assert line["loss"] == line["validation_loss"] == text
+    assert equal(decode(json.dumps(line)), event)
+
+
+def test_a_line_has_the_events_name_its_round_and_the_time() -> None:
+    time = datetime(2026, 1, 2, 3, 4, 5, 678000, UTC)
+    line = json.loads(encode(RankChanged(2, "a", 4, 8, "the client's offer", time=time)))
+    assert line == {
+        "event": "rank_changed",
+        "round": 2,
+        "time": "2026-01-02T03:04:05.678000Z",
+        "client": "a",
+        "old_rank": 4,
+        "new_rank": 8,
+        "reason": "the client's offer",
+    }
+
+
+def test_events_of_the_moment_are_not_logged() -> None:
+    moment = {name for name, kind in KINDS.items() if not kind.logged}
+    assert moment == {"loading", "run_resumed", "evaluating", "checkpointing", "checkpointed"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "{",
+        "[]",
+        "3",
+        "null",
+        "{}",
+        '{"event": "run_finished"}',
+        '{"event": "of_another_version", "round": 1, "time": "2026-01-01T00:00:00Z"}',
+        '{"event": "run_finished", "round": "one", "time": "2026-01-01T00:00:00Z"}',
+        '{"event": "run_finished", "round": 1, "time": "yesterday"}',
+        '{"event": "run_finished", "round": 1, "time": "2026-01-01T00:00:00Z", "surplus": 1}',
+        b"\xff\xfe",
+    ],
+)
+def test_what_is_no_event_is_refused(line: str | bytes) -> None:
+    with pytest.raises(ValueError, match=r"\w"):
+        decode(line)
+
+
+class TestLog:
+    @pytest.fixture
+    def log(self, tmp_path: Path) -> EventLog:
+        return EventLog(tmp_path / "metrics.jsonl")
+
+    def test_one_line_an_event_written_at_once(self, log: EventLog) -> None:
+        assert (log.size, log.read()) == (0, [])
+        given = [RoundStarted(1, ("é\n", "b")), RunFinished(1)]
+        for count, event in enumerate(given, start=1):
+            log.append(event)
+            assert log.read() == given[:count]
+            assert log.size == len(log.path.read_bytes())
+            assert log.path.read_bytes().count(b"\n") == count
+
+    def test_what_is_truncated_is_forgotten(self, log: EventLog) -> None:
+        log.truncate(10)
+        log.append(RoundStarted(1, ("a",)))
+        size = log.size
+        log.append(RunFinished(1))
+        log.truncate(size)
+        log.truncate(size + 100)
+        assert [type(event) for event in log.read()] == [RoundStarted]
+        log.truncate(0)
+        assert log.size == 0
+
+    def test_an_unfinished_last_line_is_ignored_wherever_it_was_cut(self, log: EventLog) -> None:
+        first, second = RoundStarted(1, ("é",)), RunFinished(1)
+        whole = encode(first).encode() + b"\n" + encode(second).encode()
+        for end in range(len(whole) + 1):
+            log.path.write_bytes(whole[:end])
+            assert log.read() == ([first] if b"\n" in whole[:end] else [])
+
+    @pytest.mark.parametrize("damage", [b"{", b"", b"\xff", b'{"event": "surprise"}', b"null"])
+    @pytest.mark.parametrize("number", [1, 2, 3])
+    def test_another_damaged_line_is_refused_by_its_number(
+        self, log: EventLog, damage: bytes, number: int
+    ) -> None:
+        lines = [encode(RunFinished(i)).encode() for i in range(3)]
+        lines[number - 1] = damage
+        log.path.write_bytes(b"\n".join(lines) + b"\n")
+        with pytest.raises(PrelortError, match=rf"metrics\.jsonl', line {number}, is not an event"):
+            log.read()
+
+    def test_a_file_that_cannot_be_read_is_an_error(self, tmp_path: Path) -> None:
+        with pytest.raises(PrelortError, match="cannot be read"):
+            EventLog(tmp_path).read()
+
+
+def test_the_time_of_an_event_is_now_to_the_millisecond() -> None:
+    before = events.utc_now()
+    time = RunFinished(0).time
+    assert before <= time <= datetime.now(UTC)
+    assert time.microsecond % 1000 == 0
