@@ -38,7 +38,7 @@ CORE = {
     *("adapters", "aggregation", "methods", "models", "tasks", "metrics", "training"),
     "federation",
 }
-OPTIONAL = {"report", "diagnostics", "planning", "deployment", "cli", "experiment"}
+OPTIONAL = {"report", "diagnostics", "planning", "deployment", "cli", "experiment", "study"}
 UNDER_ALL = {"config", "errors", "events", "files", "history", "library_logging", "seeds"}
 
 

@@ -74,15 +74,6 @@ class TestHelp:
         assert f"prelort {name}" in outcome.out
         assert outcome.err == ""
 
-    def test_of_run_shows_examples(self, command_line: CommandLine) -> None:
-        out = command_line("run", "--help").out
-        for example in (
-            "prelort run --method prelort --method zero-padding --out runs/first",
-            "prelort run --resume runs/first",
-            "prelort run my.toml --set federation.rounds=50",
-        ):
-            assert example in out
-
     def test_of_nothing_is_the_help(self, command_line: CommandLine) -> None:
         outcome = command_line()
         assert "Usage" in outcome.out + outcome.err
@@ -214,39 +205,6 @@ class TestRun:
         assert outcome.code == 130
         assert outcome.err.strip() == f"stopped; continue with: prelort run --resume {out}"
         assert command_line("run", "--resume", out, "-q").code == 0
-
-    def test_several_methods_are_resumed_at_the_unfinished_one(
-        self,
-        command_line: CommandLine,
-        config_file: Path,
-        study: Path,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:
-        from prelort.experiment import run as module
-
-        out = tmp_path / "study"
-        methods = ["-m", "prelort", "-m", "zero-padding"]
-        real = module.checkpoint.save
-
-        def full(checkpoint: Any, folder: Path) -> Path:
-            if folder.parent.name == "zero-padding" and checkpoint.state.round == 2:
-                raise OSError(28, "No space left on device")
-            return real(checkpoint, folder)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(module.checkpoint, "save", full)
-            outcome = command_line("run", config_file, *methods, "-q", "-o", out)
-        assert outcome.code == 1
-        assert "No space left on device" in outcome.out
-        assert (out / "prelort" / "adapters").is_dir()
-        assert not (out / "zero-padding" / "adapters").exists()
-
-        resumed = command_line("run", "--resume", out)
-        assert resumed.code == 0
-        assert "1 of 2 cells are finished already" in resumed.out
-        assert adapters_of(out / "zero-padding") == adapters_of(study / "zero-padding")
-        assert "| zero-padding |" in (out / "results.md").read_text()
 
     def test_several_methods_are_resumed_at_one_that_has_not_started(
         self, command_line: CommandLine, study: Path, tmp_path: Path
@@ -512,14 +470,6 @@ class TestExport:
         assert "exists and is not empty" in error
         assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
         assert (tmp_path / "mine.txt").read_text() == "mine"
-
-    @pytest.mark.parametrize("merge", [[], ["--merge"]])
-    def test_below_a_file_is_one_sentence(
-        self, command_line: CommandLine, run: Path, tmp_path: Path, merge: list[str]
-    ) -> None:
-        (tmp_path / "file").write_text("mine")
-        error = command_line("export", run, *merge, "--out", tmp_path / "file" / "a").error
-        assert "Not a directory" in error or "File exists" in error
 
     def test_of_a_study_is_refused(
         self, command_line: CommandLine, study: Path, tmp_path: Path

@@ -35,11 +35,13 @@ def test_the_second_method_tokenises_nothing(
     encoded = Encoded()
     first = assemble(make_config(), encoded=encoded)
     before = len(encodings)
-    assert before == len(first.sites) + 1
+    assert before == len(first.clients) + 1
     second = assemble(make_config(method={"name": "zero-padding"}), encoded=encoded)
     assert len(encodings) == before
     assert second.rows is first.rows
-    assert [site.examples for site in second.sites] == [site.examples for site in first.sites]
+    assert [client.examples for client in second.clients] == [
+        client.examples for client in first.clients
+    ]
     assert second.test == first.test
     assert second.runtime.model is not first.runtime.model
 
@@ -53,10 +55,12 @@ def test_what_only_one_method_needs_is_added(
     before = len(encodings)
     found = assemble(personal, encoded=encoded)
     alone = assemble(personal)
-    assert [site.test for site in found.sites] == [site.test for site in alone.sites]
-    assert all(site.test for site in found.sites)
-    assert [site.examples for site in found.sites] == [site.examples for site in alone.sites]
-    assert len(encodings) == before + len(found.sites) + (2 * len(found.sites) + 1)
+    assert [client.test for client in found.clients] == [client.test for client in alone.clients]
+    assert all(client.test for client in found.clients)
+    assert [client.examples for client in found.clients] == [
+        client.examples for client in alone.clients
+    ]
+    assert len(encodings) == before + len(found.clients) + (2 * len(found.clients) + 1)
 
 
 @pytest.mark.parametrize(
@@ -79,8 +83,8 @@ def test_other_rows_or_tokens_are_made_anew(
     other = Config.model_validate(values)
     before = assemble(config, encoded=encoded)
     found, alone = assemble(other, encoded=encoded), assemble(other)
-    assert [(s.name, s.rank, s.examples) for s in found.sites] == [
-        (s.name, s.rank, s.examples) for s in alone.sites
+    assert [(s.name, s.rank, s.examples) for s in found.clients] == [
+        (s.name, s.rank, s.examples) for s in alone.clients
     ]
     assert found.test == alone.test
     assert found.rows is not before.rows

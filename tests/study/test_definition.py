@@ -169,7 +169,7 @@ OVERRIDES = "[compare.overrides]\n"
             '[compare]\nmethod = ["prelort"]',
             "unknown key 'compare.method': did you mean 'methods'?",
         ),
-        ("[compare]\nseeds = [1, 1]", "compare.seeds = [1, 1] is not allowed: 1 is listed twice"),
+        ("[compare]\nseeds = [1, 1]", "compare.seeds: 1 is listed twice"),
         ("[compare]\nseeds = [-1]", "compare.seeds = -1 is not allowed: "),
         ('[compare]\nseeds = "0"', 'compare.seeds = "0" is not allowed: '),
         ("compare = 3", "compare = 3 is not allowed: it is a section"),

@@ -197,9 +197,9 @@ class Results:
             order = {c.name: (c.rank or math.inf, c.name) for c in cell.history.clients.values()}
             for name, record in sorted(cell.history.clients.items(), key=lambda c: order[c[0]]):
                 asked = rounds.get((cell.setting, cell.method, cell.seed, name), [])
-                replies = [row for row in asked if row.steps == row.steps]  # not NaN
+                replies = [row for row in asked if row.steps and row.steps == row.steps]  # not NaN
                 last = record.last
-                ranks = [int(row.rank) for row in asked if row.rank == row.rank]
+                ranks = [int(row.rank) for row in asked if row.rank and row.rank == row.rank]
                 ranks += [record.rank] if record.rank is not None else []
                 changes = [str(rank) for rank, _ in itertools.groupby(ranks)]
                 seconds = sum(row.seconds for row in replies) / (len(replies) or math.nan)
