@@ -406,7 +406,7 @@ def test_killed_it_continues_to_the_same_bits(
     for cell in study.cells:
         found, right = adapters_of(out / cell.folder), adapters_of(expected / cell.folder)
         assert found == right
-        assert len(right) == 3
+        assert len(right) == 6  # three ranks, tensors and configuration
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
@@ -424,11 +424,11 @@ def own_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "import os, signal, sys\nfrom prelort.methods import PrefixMethod\n"
         "class Talking(PrefixMethod):\n"
         "    name = 'talking'\n    summary = paper = ''\n    default_objective = 'plain'\n"
-        "    def check(self, clients):\n"
+        "    def check(self, state, clients):\n"
         '        print(\'{"reason": "printed"}\', flush=True)\n'
         "        print('an earlier word', file=sys.stderr)\n"
         "class Dying(Talking):\n"
-        "    def check(self, clients):\n        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    def check(self, state, clients):\n        os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
@@ -511,10 +511,10 @@ class TestSideBySide:
 def test_all_methods_of_a_cell_train_the_same_clients_on_the_same_batches(
     tmp_path: Path, write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from prelort.training import local
+    from prelort.training import steps
 
     drawn: dict[str, list[Any]] = {}
-    real = local.batches
+    real = steps.batches
 
     class Batches(Record):
         """Which batches were drawn for each cell."""
@@ -530,7 +530,7 @@ def test_all_methods_of_a_cell_train_the_same_clients_on_the_same_batches(
             drawn[record.begun[-1]].append((what["client"], what["round_index"], tuple(batch)))
             yield batch
 
-    monkeypatch.setattr(local, "batches", recorded)
+    monkeypatch.setattr(steps, "batches", recorded)
     names = [name for name in REGISTRY if name != "fedit"]  # which refuses mixed ranks
     section = f"[compare]\nmethods = {json.dumps(names)}\nseeds = [0]\n"
     file = write(section, evaluation={"diagnostics": False})
