@@ -17,7 +17,7 @@ from prelort.deployment.client import site_app
 from prelort.deployment.ipc import Request, address_of
 from prelort.deployment.worker import Worker
 from prelort.errors import PrelortError
-from prelort.federation import wire
+from prelort.federation import messages, wire
 from prelort.federation.content import content_of
 from prelort.federation.flower import Context, Message, RecordDict, identify_process
 
@@ -69,8 +69,8 @@ def pid_of(site: Path) -> int:
     return int(address_of(site).pid.read_text())
 
 
-def intro_in(reply: ipc.Reply) -> wire.ClientProperties:
-    return wire.header(content_of(reply.text), wire.ClientProperties)
+def intro_in(reply: ipc.Reply) -> messages.ClientProperties:
+    return wire.header(content_of(reply.text), messages.ClientProperties)
 
 
 def test_one_process_answers_all_one_after_the_other(site: Path, federation: Path) -> None:
@@ -170,7 +170,7 @@ def test_without_a_warm_trainer_the_app_answers_itself(site: Path, federation: P
     context = Context(1, 1, {"site": str(site)}, RecordDict(), {"set": "ranks.mix='3, 6'"})
     message = Message(content_of("{}"), dst_node_id=7, message_type="query")
     reply = site_app(federation)(message, context)
-    assert wire.header(reply.content, wire.ClientProperties).rank == 6
+    assert wire.header(reply.content, messages.ClientProperties).rank == 6
     assert not address_of(site).socket.exists()
 
 

@@ -131,6 +131,6 @@ def test_with_a_process_started_from_the_shell(
         check=False,
     )
     assert resumed.returncode == 0, resumed.stderr
-    assert "perplexity" in resumed.stdout
+    assert "round 3/3" in resumed.stdout
     assert resumed.stderr == ""  # no progress bars nor notices of the libraries
     assert_same_run(out, undisturbed)

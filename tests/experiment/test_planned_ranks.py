@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +16,12 @@ from prelort.adapters import LoraAdapter
 from prelort.config import Config
 from prelort.data import federated
 from prelort.errors import ConfigError
+from prelort.events import RankChanged
 from prelort.experiment import checkpoint
 from prelort.experiment.assemble import Assembly, assemble, planned_ranks
+from prelort.experiment.folder import RunFolder
 from prelort.experiment.inspect import evaluate_run
 from prelort.federation.allocation import Allocation, ByLoss
-from prelort.report import events as reading
 from prelort.tasks.interface import Example
 
 Make = Callable[..., Config]
@@ -38,9 +38,13 @@ def encoded(assembly: Assembly, rows: Any) -> list[Example]:
     return task.encode(rows, assembly.tokenizer, assembly.config.data, assembly.rows.labels)
 
 
-def events_of(path: Path, kind: str) -> list[dict[str, Any]]:
-    written = reading.read(path / "metrics.jsonl")
-    return [event for event in written if event["event"] == kind]
+def rank_changes(path: Path) -> set[tuple[int, str, int, int]]:
+    """(round, client, old rank, new rank)."""
+    return {
+        (event.round, event.client, event.old_rank, event.new_rank)
+        for event in RunFolder(path).events.read()
+        if isinstance(event, RankChanged)
+    }
 
 
 def same_bits(one: LoraAdapter, other: LoraAdapter) -> bool:
@@ -179,18 +183,16 @@ def test_a_run_with_a_schedule(make_config: Make, tmp_path: Path) -> None:
     out = tmp_path / "run"
     result = prelort.run(make_config(ranks=ranks, federation=everyone), out)
 
-    changed = {
-        (e["round"], e["client"], e["from"], e["to"]) for e in events_of(out, "rank_changed")
+    assert rank_changes(out) == {(1, "site-0", 2, 4), (1, "site-1", 2, 4), (1, "site-5", 8, 2)}
+    ranks_by_round = {
+        number: [reply.rank for reply in record.replies.values()]
+        for number, record in result.history.rounds.items()
     }
-    assert changed == {(1, "site-0", 2, 4), (1, "site-1", 2, 4), (1, "site-5", 8, 2)}
-    asked: dict[int, list[int]] = {}
-    for event in events_of(out, "client_finished"):
-        asked.setdefault(event["round"], []).append(event["rank"])
-    assert asked == {1: [2, 2, 4, 4, 8, 8], 2: [4, 4, 4, 4, 8, 2], 3: [4, 4, 4, 4, 8, 2]}
+    assert ranks_by_round == {1: [2, 2, 4, 4, 8, 8], 2: [4, 4, 4, 4, 8, 2], 3: [4, 4, 4, 4, 8, 2]}
     assert result.levels == (2, 4, 8)
     state = checkpoint.load(out / "checkpoints" / "00003").state
     assert state.ranks == {"site-0": 4, "site-1": 4, "site-5": 2}
-    assert evaluate_run(out)["prefixes"].keys() == {"2", "4", "8"}
+    assert evaluate_run(out).prefixes.keys() == {2, 4, 8}
 
 
 def test_a_run_by_loss_raises_those_with_the_best_validation_loss(
@@ -200,32 +202,29 @@ def test_a_run_by_loss_raises_those_with_the_best_validation_loss(
     out = tmp_path / "run"
     result = prelort.run(make_config(ranks=ranks, data=TUNING), out)
 
-    first = [e for e in events_of(out, "client_finished") if e["round"] == 1]
-    assert sorted(event["client"] for event in first) == SIX
-    assert {event["rank"] for event in first} == {2}
-    best = sorted((event["validation_loss"], event["client"]) for event in first)[:2]
-    raised = {(e["client"], e["from"], e["to"]) for e in events_of(out, "rank_changed")}
-    assert raised == {(name, 2, 8) for _, name in best}
-    later = [e for e in events_of(out, "client_finished") if e["round"] > 1]
-    names = {name for _, name in best}
-    assert all(e["rank"] == (8 if e["client"] in names else 2) for e in later)
-    assert all("validation_loss" not in event for event in later)
+    rounds = result.history.rounds
+    first = rounds[1].replies
+    assert sorted(first) == SIX
+    assert {reply.rank for reply in first.values()} == {2}
+    best = sorted(first, key=lambda name: (first[name].validation_loss, name))[:2]
+    assert rank_changes(out) == {(1, name, 2, 8) for name in best}
+    later = [reply for number in rounds if number > 1 for reply in rounds[number].replies.values()]
+    assert all(reply.rank == (8 if reply.client in best else 2) for reply in later)
+    assert all(reply.validation_loss is None for reply in later)
     assert result.levels == (2, 8)
 
 
 def test_a_run_measured_at_clients(make_config: Make, tmp_path: Path) -> None:
     out = tmp_path / "run"
     prelort.run(make_config(evaluation={"at_clients": True, "every": 2}), out)
-    found = events_of(out, "evaluated_at_clients")
-    assert [event["round"] for event in found] == [2, 3]
-    for event in found:
-        assert event["failed"] == {}
-        assert [row["rank"] for row in event["clients"].values()] == [2, 2, 4, 4, 8, 8]
-        for row in event["clients"].values():
-            assert row["metrics"]["perplexity"] > 1
-            assert row["examples"] > 0
-    line = next(t for t in (out / "metrics.jsonl").read_text().splitlines() if "at_clients" in t)
-    json.loads(line, parse_constant=pytest.fail)  # strict JSON
+    evaluations = RunFolder(out).history().client_evaluations
+    assert sorted(evaluations) == [2, 3]
+    for event in evaluations.values():
+        assert event.failures == {}
+        assert [client.rank for client in event.clients.values()] == [2, 2, 4, 4, 8, 8]
+        for client in event.clients.values():
+            assert client.metrics["perplexity"] > 1
+            assert client.examples > 0
 
 
 def test_measuring_at_clients_does_not_change_the_run(make_config: Make, tmp_path: Path) -> None:

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from prelort.experiment.stage import InProcess, clients_per_batch
 
 import prelort
 from prelort.adapters import algebra
 from prelort.config import Config
 from prelort.experiment.assemble import Assembly, assemble
+from prelort.experiment.backend import InProcess, clients_per_batch
 from prelort.experiment.measure import measure
 from prelort.experiment.run import RunResult
 from prelort.experiment.workers import default_threads, replica
@@ -32,7 +32,7 @@ Make = Callable[..., Config]
 
 
 def run(config: Config, path: Path, threads: int = 1) -> RunResult:
-    return prelort.run(config, path, stage_of=InProcess(threads))
+    return prelort.run(config, path, backend=InProcess(threads))
 
 
 def events(result: RunResult, kind: str) -> list[dict[str, object]]:
@@ -209,7 +209,7 @@ def test_an_interruption_ends_the_training_under_way(
     started = time.monotonic()
     try:
         with pytest.raises(KeyboardInterrupt):
-            prelort.run(config, tmp_path / "run", stage_of=InProcess(2), listeners=[interrupt])
+            prelort.run(config, tmp_path / "run", backend=InProcess(2), listeners=[interrupt])
     finally:
         signal.signal(signal.SIGINT, before)
     assert time.monotonic() - started < 60

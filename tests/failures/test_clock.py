@@ -29,4 +29,4 @@ def test_a_run_does_not_mind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     prelort.run(CONFIG, tmp_path / "jumping")
     monkeypatch.undo()
     assert adapters_of(tmp_path / "jumping") == adapters_of(tmp_path / "steady")
-    assert len(adapters_of(tmp_path / "steady")) == 2
+    assert adapters_of(tmp_path / "steady")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -94,14 +93,12 @@ def test_what_is_sent_is_what_a_run_counts(
         ranks={"mix": "8*1"},
         federation={"rounds": 1, "clients_per_round": 2, "wire_dtype": dtype},
     )
-    prelort.run(config, tmp_path / "run")
+    history = prelort.run(config, tmp_path / "run").history
     found = estimate(config, 8)
-    events = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
-    event = next(e for e in events if e["event"] == "aggregated")
     # Beside the tensors a message has their names and shapes, and a header.
     more = 8000 if dtype == "int8" else 5000
-    assert 2 * found.down < event["bytes_down"] < 2 * (found.down + more)
-    assert 2 * found.up < event["bytes_up"] < 2 * (found.up + more)
+    assert 2 * found.down < history.bytes_down < 2 * (found.down + more)
+    assert 2 * found.up < history.bytes_up < 2 * (found.up + more)
 
 
 def test_what_should_save_memory_does(settings: Callable[..., Config]) -> None:

@@ -16,7 +16,7 @@ def test_real_sites_give_the_adapters_of_a_run_in_one_process(tmp_path: Path) ->
         federation.run()
         found = adapters_of(federation.folder())
     expected = adapters_of(run_here(tmp_path / "here", changes))
-    assert list(expected) == [f"adapters/rank-{r}/adapter_model.safetensors" for r in (2, 4, 8)]
+    assert {Path(name).parent.name for name in expected} == {"rank-2", "rank-4", "rank-8"}
     assert found == expected
 
 

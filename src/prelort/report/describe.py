@@ -52,7 +52,7 @@ def picture(rows: FederatedRows, label_column: str | None, path: Path) -> None:
 
     With at most 20 labels the bars are stacked and coloured by label, over a strip coloured by
     rank; otherwise they are coloured by rank. ``path`` ends with .png or .svg. Raises
-    `PrelortError` if it cannot be written.
+    `OSError` if it cannot be written.
     """
     import altair as alt
     import pandas as pd

@@ -15,7 +15,6 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
-from prelort.errors import PrelortError
 from prelort.files import write_atomically
 from prelort.report.formatting import listing, plain
 
@@ -249,7 +248,7 @@ def specification(chart: Any, legend_columns: int = 5) -> dict[str, Any]:
 
 
 def save(chart: alt.TopLevelMixin, path: Path) -> Path:
-    """Write a chart as PNG or, by the suffix of ``path``, SVG. Raises `PrelortError`."""
+    """Write a chart as PNG or, by the suffix of ``path``, SVG. Raises `OSError`."""
     import vl_convert
 
     whole = specification(chart)
@@ -257,9 +256,5 @@ def save(chart: alt.TopLevelMixin, path: Path) -> Path:
         data = vl_convert.vegalite_to_svg(whole).encode()
     else:
         data = vl_convert.vegalite_to_png(whole, scale=2)
-    try:
-        write_atomically(path, data)
-    except OSError as error:
-        reason = error.strerror or error
-        raise PrelortError(f"chart {str(path)!r} cannot be written: {reason}") from None
+    write_atomically(path, data)
     return path

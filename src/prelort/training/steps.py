@@ -112,7 +112,7 @@ class LocalSteps:
         if not math.isfinite(loss):
             raise PrelortError(
                 f"the loss became {loss} {self._place()} with learning rate "
-                f"{self.settings.learning_rate:g}: a lower one may help"
+                f"{self.settings.learning_rate:g}: lower training.learning_rate"
             )
 
     def check_time(self) -> None:
