@@ -48,8 +48,8 @@ test-flwr: install ## run the tests that depend on Flower with the other support
 	PYTHONPATH=$(CURDIR)/src .venv-flwr/bin/python -m pytest tests/federation tests/deployment tests/sites/test_tls.py \
 		tests/sites/test_engines.py
 
-chaos: install ## run the tests in which whole federations are killed, hang and misbehave: minutes
-	$(BIN)/python -m pytest -n 2 --maxschedchunk 1 -m chaos tests/sites
+chaos: install ## run the tests in which processes are killed, hang and misbehave, and real sites: minutes
+	$(BIN)/python -m pytest -n 2 --maxschedchunk 1 -m chaos tests
 
 lint: install ## check style and formatting
 	$(BIN)/ruff check .

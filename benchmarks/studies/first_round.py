@@ -47,8 +47,8 @@ METHODS = ("zero-padding", "hetlora", "replication", "prelort")
 
 def trained(assembly: Assembly, config: Config, state: ServerState) -> list[Update]:
     """One round of one high-rank client, the first, and nine low-rank ones, sampled by the seed."""
-    sites = [site for site in assembly.sites if site.rank == HIGH][:1]
-    low = [site for site in assembly.sites if site.rank == LOW]
+    sites = [site for site in assembly.clients if site.rank == HIGH][:1]
+    low = [site for site in assembly.clients if site.rank == LOW]
     order = torch.randperm(len(low), generator=torch.Generator().manual_seed(config.seed))
     sites += [low[index] for index in order[:9].tolist()]
     work, updates = assembly.runtime, []

@@ -14,6 +14,8 @@ from prelort.events import RankChanged
 from prelort.experiment import checkpoint
 from run_files import assert_same_run, events_of
 
+pytestmark = pytest.mark.chaos
+
 Make = Callable[..., Config]
 
 RUNS: dict[str, dict[str, Any]] = {

@@ -124,8 +124,8 @@ def test_a_mix_that_does_not_fit_is_named_by_its_round(
 def test_the_global_adapter_has_the_highest_rank_of_the_plan(make_config: Make) -> None:
     assembly = assemble(make_config(ranks={"mix": "2*1", "schedule": {"3": "4*0.5, 16*0.5"}}))
     assert assembly.initial.rank == 16
-    assert [site.rank for site in assembly.sites] == [2] * 6
-    assert {site.max_rank for site in assembly.sites} == {4, 16}
+    assert [site.rank for site in assembly.clients] == [2] * 6
+    assert {site.max_rank for site in assembly.clients} == {4, 16}
 
 
 @pytest.mark.parametrize("by_loss", [True, False])
@@ -136,20 +136,20 @@ def test_a_site_gets_the_rows_that_its_part_in_the_run_needs(
     at_clients = {"at_clients": not by_loss}
     config = make_config(ranks=ranks, data=TUNING, evaluation=at_clients)
     assembly = assemble(config, tmp_path)
-    for site, rows in zip(assembly.sites, assembly.rows.clients, strict=True):
+    for site, rows in zip(assembly.clients, assembly.rows.clients, strict=True):
         assert site.examples == encoded(assembly, rows.train)
         assert site.validation == (encoded(assembly, rows.validation) if by_loss else ())
         assert site.test == (() if by_loss else encoded(assembly, rows.test))
         assert site.personal is not None
         assert site.personal.folder == tmp_path / "personal"
-    assert all(site.personal is None for site in assemble(config).sites)
+    assert all(site.personal is None for site in assemble(config).clients)
 
 
 def test_measuring_at_clients_without_rows_of_their_own_is_refused(
     make_config: Make, text_file: Path, tmp_path: Path
 ) -> None:
     given = make_config(data={"test": str(text_file)}, evaluation={"at_clients": True})
-    assert all(site.test for site in assemble(given).sites)  # its rows say whose they are
+    assert all(site.test for site in assemble(given).clients)  # its rows say whose they are
     nameless = tmp_path / "test.txt"
     nameless.write_text("\n".join(["a sentence of nobody"] * 4))
     config = make_config(data={"test": str(nameless)}, evaluation={"at_clients": True})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import threading
@@ -16,8 +15,10 @@ import pytest
 import torch
 
 import prelort
+from equality import equal
 from prelort.adapters import algebra
 from prelort.config import Config
+from prelort.events import ClientFinished, Event, RoundStarted
 from prelort.experiment.assemble import Assembly, assemble
 from prelort.experiment.backend import InProcess, clients_per_batch
 from prelort.experiment.measure import measure
@@ -27,6 +28,7 @@ from prelort.methods import REGISTRY, trait
 from prelort.models.lora import install
 from prelort.tasks.causal_lm import CausalLM
 from prelort.training.steps import LocalSteps
+from run_files import events_of
 
 Make = Callable[..., Config]
 
@@ -35,13 +37,8 @@ def run(config: Config, path: Path, threads: int = 1) -> RunResult:
     return prelort.run(config, path, backend=InProcess(threads))
 
 
-def events(result: RunResult, kind: str) -> list[dict[str, object]]:
-    lines = (result.path / "metrics.jsonl").read_text().splitlines()
-    return [event for event in map(json.loads, lines) if event["event"] == kind]
-
-
-def without_times(found: list[dict[str, object]]) -> list[dict[str, object]]:
-    return [{k: v for k, v in event.items() if k != "seconds"} for event in found]
+def replies(result: RunResult) -> list[ClientFinished]:
+    return [reply for record in result.history.rounds.values() for reply in record.replies.values()]
 
 
 def distance(x: RunResult, y: RunResult) -> float:
@@ -59,8 +56,7 @@ def test_threads_do_not_change_a_bit(method: str, make_config: Make, tmp_path: P
     one, three = run(config, tmp_path / "one"), run(config, tmp_path / "three", threads=3)
     assert distance(one, three) == 0
     assert one.metrics == three.metrics
-    for kind in ("client_finished", "aggregated", "evaluated"):
-        assert without_times(events(one, kind)) == without_times(events(three, kind))
+    assert equal(events_of(one.path), events_of(three.path))
 
 
 @pytest.mark.parametrize("method", [name for name in REGISTRY if name != "fedit"])
@@ -75,11 +71,9 @@ def test_in_one_batch_the_results_are_the_same_but_for_rounding(
         first, second = (replace(r.adapter, modules_to_save={}) for r in (alone, found))
         start = replace(assemble(make_config(**changes)).initial, modules_to_save={})
         assert algebra.distance(second, first) < 1e-4 * algebra.distance(first, start)
-    for mine, theirs in zip(
-        events(found, "client_finished"), events(alone, "client_finished"), strict=True
-    ):
-        assert mine["client"] == theirs["client"]
-        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    for mine, theirs in zip(replies(found), replies(alone), strict=True):
+        assert mine.client == theirs.client
+        assert mine.loss == pytest.approx(theirs.loss, rel=1e-4)
 
 
 @pytest.mark.parametrize("clients_per_batch", [1, 2])
@@ -183,9 +177,9 @@ def test_a_client_that_fails_in_a_thread_is_left_out(
     monkeypatch.setattr(LocalSteps, "__init__", failing)
     config = make_config(federation={"clients_per_round": 6, "rounds": 1})
     found = run(config, tmp_path / "run", threads=2)
-    (failed,) = events(found, "client_failed")
-    assert failed["client"] == "site-1"
-    assert "broken disk" in str(failed["reason"])
+    (failed,) = found.history.rounds[1].failures.values()
+    assert failed.client == "site-1"
+    assert "broken disk" in failed.reason
 
 
 def test_an_interruption_ends_the_training_under_way(
@@ -198,8 +192,8 @@ def test_an_interruption_ends_the_training_under_way(
     # A shell's background job ignores SIGINT, and Python then leaves it so.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def interrupt(event: dict[str, object]) -> None:
-        if event["event"] == "round_started":
+    def interrupt(event: Event) -> None:
+        if isinstance(event, RoundStarted):
             threading.Thread(target=press, daemon=True).start()
 
     def press() -> None:

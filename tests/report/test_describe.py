@@ -10,7 +10,6 @@ from datasets import Dataset
 from rich.console import Console
 
 from prelort.data.federated import ClientRows, Dropped, FederatedRows
-from prelort.errors import PrelortError
 from prelort.report import describe
 
 
@@ -81,8 +80,3 @@ def test_picture_is_coloured_by_rank_if_there_are_too_many_labels(tmp_path: Path
     assert many == none
     fills = re.findall(r'aria-roledescription="bar"[^>]*fill="([^"]*)"', many)
     assert fills[0] == fills[2] != fills[1]
-
-
-def test_picture_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    with pytest.raises(PrelortError, match="nowhere"):
-        describe.picture(rows_of({"x": ["a"]}), None, tmp_path / "nowhere" / "clients.png")

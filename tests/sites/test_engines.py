@@ -10,6 +10,7 @@ from loopback import Federation
 from run_files import adapters_of
 
 
+@pytest.mark.chaos
 def test_real_sites_give_the_adapters_of_a_run_in_one_process(tmp_path: Path) -> None:
     changes = {"federation": {"rounds": 2}}
     with Federation(tmp_path, changes).start() as federation:

@@ -376,6 +376,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, write: Write) -> tuple
     return file, out
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_killed_it_continues_to_the_same_bits(
     tmp_path: Path, undisturbed: tuple[Path, Path], jobs: int
@@ -434,6 +435,7 @@ def own_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
 
 
+@pytest.mark.chaos
 class TestSideBySide:
     def test_gives_the_same_adapters_and_events(
         self, finished: Finished, write: Write, tmp_path: Path
