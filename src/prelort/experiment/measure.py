@@ -32,9 +32,9 @@ def measure(
 ) -> Measured:
     """The configured metrics of each of ``adapters`` (by the rank they stand for) on examples.
 
-    Rank 0 is the base: its adapter's modules to save count, its factors do not. ``at_once``: how many share
-    a forward pass; default: what the device is best at. Otherwise each of the workspaces measures
-    adapters in a thread of its own.
+    Rank 0 is the base: its adapter's modules to save count, its factors do not. ``at_once``: number
+    of adapters that share a forward pass; default: what the device is best at. With one each
+    runtime measures adapters in a thread of its own.
     """
     if not adapters:
         return {}
