@@ -9,6 +9,7 @@ does not.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from typing import Any, ClassVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from prelort.errors import PrelortError
+from prelort.errors import CheckpointError, PrelortError
 
 Metrics = dict[str, float]
 """Metric name -> value (loss in nats, accuracy and macro_f1 in 0..1, rouge_l in 0..100)."""
@@ -291,13 +292,13 @@ def encode(event: Event) -> str:
 
 def decode(line: str | bytes) -> Event:
     """The event of one line. Raises `ValueError` where it is not an event."""
-    values = json.loads(line)
-    adapter = _ADAPTERS.get(values.pop("event", "")) if isinstance(values, dict) else None
-    if adapter is None:
-        raise ValueError("not an event")
     try:
+        values = json.loads(line)
+        adapter = _ADAPTERS.get(str(values.pop("event", ""))) if isinstance(values, dict) else None
+        if adapter is None:
+            raise ValueError("not an event")
         return adapter.validate_python(values)
-    except ValidationError as error:
+    except (ValidationError, RecursionError) as error:
         raise ValueError(str(error)) from None
 
 
@@ -317,8 +318,23 @@ class EventLog:
         """Bytes written so far."""
         return self.path.stat().st_size if self.path.exists() else 0
 
+    def sync(self) -> None:
+        """Wait until what was written is on the disk."""
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+
     def truncate(self, size: int) -> None:
-        """Drop what was written after the first ``size`` bytes: rounds that are run again."""
+        """Drop what was written after the first ``size`` bytes: rounds that are run again.
+
+        Raises `CheckpointError` where the file is shorter, so that events are missing.
+        """
+        if self.size < size:
+            raise CheckpointError(
+                f"{str(self.path)!r} has {self.size} bytes, but its checkpoint was written after "
+                f"{size}: events are missing. Restore the file, or delete the run's folder and "
+                "start it again"
+            )
         if self.size > size:
             with self.path.open("r+b") as file:
                 file.truncate(size)

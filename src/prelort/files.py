@@ -26,8 +26,12 @@ def replace_folder(path: Path, fill: Callable[[Path], None]) -> None:
     for file in temporary.iterdir():
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
-    remove_folder(path)
+    old = path.with_name(f".{path.name}.old")
+    remove_folder(old)
+    if path.is_dir():
+        os.replace(path, old)
     os.replace(temporary, path)
+    remove_folder(old)
 
 
 def remove_folder(path: Path) -> None:

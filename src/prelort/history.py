@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from prelort.errors import PrelortError
 from prelort.events import (
     ClientFailed,
     ClientFinished,
@@ -116,6 +117,9 @@ class RunHistory:
     def apply(self, event: Event) -> None:
         """Take in the next event."""
         self.time = event.time
+        of_round = isinstance(event, ClientFinished | ClientFailed | RoundFinished)
+        if of_round and event.round not in self.rounds:
+            raise PrelortError(f"the event log is damaged: round {event.round} has no start")
         match event:
             case RunStarted():
                 self.started = event

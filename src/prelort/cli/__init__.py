@@ -42,6 +42,7 @@ _USER_ERRORS = (
     errno.EDQUOT,
     errno.EFBIG,
     errno.EACCES,
+    errno.ENOENT,
     errno.EPERM,
     errno.EROFS,
     errno.ENOTDIR,

@@ -21,7 +21,7 @@ from prelort.data.federated import ClientRows, FederatedRows
 from prelort.errors import ConfigError
 from prelort.federation.allocation import Allocation, ByLoss
 from prelort.federation.client import ClientRuntime, LocalClient
-from prelort.federation.messages import AdapterSpec
+from prelort.federation.messages import MAX_NAME, AdapterSpec
 from prelort.federation.personal import PersonalStore
 from prelort.federation.sampling import check_numbers
 from prelort.methods import find, trait
@@ -91,6 +91,12 @@ def assemble(
     """
     encoded = encoded or Encoded()
     rows = encoded.rows(config)
+    for client in rows.clients:
+        if len(client.name) > MAX_NAME:
+            raise ConfigError(
+                f"client {client.name[:40]!r}... has a name of {len(client.name)} characters: "
+                f"{MAX_NAME} are allowed"
+            )
     check_numbers(len(rows.clients), config.federation.clients_per_round, config.federation.quorum)
     offered, max_rank, allocation = planned_ranks(config, rows)
     tokenizer = base.load_tokenizer(config.model)
@@ -216,7 +222,7 @@ def _warn_of_large_ranks(adapter: LoraAdapter) -> None:
         if factors.rank > smaller:
             warnings.warn(
                 f"rank {factors.rank} is above the smaller dimension of layer {name!r} "
-                f"({smaller}): the slots above {smaller} cannot add anything",
+                f"({smaller}): the rank dimensions above {smaller} cannot add anything",
                 stacklevel=2,
             )
             return

@@ -170,7 +170,7 @@ def _served(
 
 
 def _without_weights(config: Config, rank: int) -> _Served:
-    """The agreement and the initial adapter from the model's configuration alone."""
+    """The adapter specification and the initial adapter from the model's configuration alone."""
     task = tasks.get(config.task)
     plain = config.model.model_copy(update={"quantization": "none"})  # the shapes are the same
     model = skeleton(plain, config.lora, rank, task.kind, labels=0)

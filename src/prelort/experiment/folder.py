@@ -57,16 +57,17 @@ class RunFolder:
         self._lock = FileLock(path / ".lock")
         self._made = False
 
-    def create(self, config: Config) -> None:
-        """Make the folder for a new run. Raises `ConfigError` if it holds one already."""
+    def create(self, config: Config, patience: float = 0.0) -> None:
+        """Make and `lock` the folder for a new run.
+
+        Raises `ConfigError` if it holds a run already, is in use or cannot be written.
+        """
         try:
-            if is_taken(self.path):
-                raise ConfigError(
-                    f"{str(self.path)!r} exists and is not empty: choose another --out, or "
-                    f"continue the run in it by --resume {self.path}"
-                )
+            self._check_free()
             self._made = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
+            self.lock(patience)
+            self._check_free()  # another process may have been faster
             write_atomically(self.config_file, configuration.to_toml(config).encode())
             write_atomically(self.versions_file, json.dumps(versions(), indent=2).encode())
         except OSError as error:
@@ -74,10 +75,21 @@ class RunFolder:
                 f"{str(self.path)!r} cannot be written: {error.strerror or error}"
             ) from None
 
+    def _check_free(self) -> None:
+        if self.path.is_file():
+            raise ConfigError(f"{str(self.path)!r} is a file: choose another --out")
+        if is_taken(self.path):
+            self.unlock()
+            raise ConfigError(
+                f"{str(self.path)!r} exists and is not empty: choose another --out, or "
+                f"continue the run in it by --resume {self.path}"
+            )
+
     def discard(self) -> None:
         """Take back what `create` and a run refused before its first checkpoint have written."""
         if self.checkpoints.exists():
             return
+        self.unlock()
         for name in _BEFORE_THE_ROUNDS:
             (self.path / name).unlink(missing_ok=True)
         if self._made:
@@ -93,7 +105,7 @@ class RunFolder:
     def lock(self, seconds: float = 0.0) -> None:
         """Take the folder for this process.
 
-        Raises `ConfigError` if another one has it and keeps it for so many ``seconds``.
+        Raises `ConfigError` if another one has it and keeps it for ``seconds``.
         """
         try:
             self._lock.acquire(timeout=seconds)

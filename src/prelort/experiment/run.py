@@ -16,7 +16,7 @@ from prelort import diagnostics, methods
 from prelort.adapters import LoraAdapter, peft_folder
 from prelort.config import Config
 from prelort.data.federated import FederatedRows
-from prelort.errors import CheckpointError, ConfigError
+from prelort.errors import CheckpointError, ConfigError, QuorumError
 from prelort.events import (
     Checkpointed,
     Checkpointing,
@@ -222,6 +222,7 @@ def _save(
 ) -> None:
     """Write a checkpoint: the log ends where it says, so that a resumed run repeats no line."""
     log(Checkpointing(state.round))
+    log.file.sync()
     checkpoint.save(
         Checkpoint(state, config.seed, backend.spec.base, log.file.size), folder.checkpoints
     )
@@ -233,16 +234,15 @@ def _claimed(folder: RunFolder, config: Config, *, resume: bool, patience: float
     """The folder for this process alone; a new run that is refused leaves nothing behind."""
     if resume:
         _check_same(folder.read_config(), config, folder.path)
+        folder.lock(patience)
     else:
         methods.find(config.method.name)
-        folder.create(config)
-    folder.lock(patience)
+        folder.create(config, patience)
     try:
         yield
-    except ConfigError:
-        folder.unlock()
-        if not resume:
-            folder.discard()
+    except Exception as error:
+        if not resume and not isinstance(error, QuorumError | OSError):
+            folder.discard()  # unless it has a checkpoint
         raise
     finally:
         folder.unlock()

@@ -47,7 +47,8 @@ def run_simulated(
     if importlib.util.find_spec("ray") is None:
         raise ConfigError("--engine simulation needs Ray: pip install 'prelort[simulation]'")
     folder = Path(out)
-    assembly = assemble(config, folder)
+    with deterministic(config.threads):
+        assembly = assemble(config, folder)
     count = len(assembly.clients)
     server_app, results = ServerApp(), []
 

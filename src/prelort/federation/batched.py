@@ -109,12 +109,14 @@ def _train(orders: Sequence[_Order]) -> dict[int, Reply]:
         )
         for order in orders
     ]
+    results: list[TrainedClient | PrelortError] | None = None
     try:
         results = train_batched(runtime, clients, trains=orders[0].request.trains)
     except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
         if len(orders) == 1:
             raise
+    if results is None:  # not in the handler, whose traceback holds the batch's memory
+        torch.cuda.empty_cache()
         log.warning("no memory for a batch of %d clients: training in halves", len(orders))
         half = len(orders) // 2
         return _train(orders[:half]) | _train(orders[half:])

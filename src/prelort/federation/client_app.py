@@ -20,7 +20,7 @@ Answer = Callable[[Kind, RecordDict, Context], RecordDict]
 
 
 def client_app(answer: Answer) -> ClientApp:
-    """A `ClientApp` that introduces itself (query), trains (train) and measures (evaluate).
+    """A `ClientApp` that states its properties (query), trains (train) and measures (evaluate).
 
     At the end of a run over real sites (query.end) it need not stay ready any longer.
     A `PrelortError` of ``answer`` is told to the server in its own words.

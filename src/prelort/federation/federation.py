@@ -237,7 +237,7 @@ class Federation:
                 client,
                 with_validation=self._allocation.asks_everyone(current.number),
             )
-            current.bytes_down += wire.size(content)
+            current.sent(wire.size(content))
             message = self._message(node_id, content, MessageType.TRAIN)
             del content
             yield message
@@ -328,6 +328,7 @@ class Federation:
             for one in connected:
                 if one not in known:
                     self._refuse(one.client.name, str(error))
+            method.check(state, [one.client for one in known])
             return known
 
     def _with_levels(self, state: ServerState) -> ServerState:

@@ -22,12 +22,10 @@ from flwr.app import (
     Error,
     Message,
     MessageType,
-    MetricRecord,
     RecordDict,
 )
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
-from flwr.serverapp.strategy import Result, Strategy
 from flwr.supercore.task_identity import TaskIdentity
 
 __all__ = [
@@ -40,11 +38,8 @@ __all__ = [
     "Grid",
     "Message",
     "MessageType",
-    "MetricRecord",
     "RecordDict",
-    "Result",
     "ServerApp",
-    "Strategy",
     "envelope",
     "identify_process",
     "is_busy",

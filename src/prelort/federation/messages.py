@@ -20,6 +20,8 @@ from prelort.methods.objective import Kind, Objective, TailPenalty
 from prelort.training.settings import LocalTraining
 
 PROTOCOL = 4
+MAX_NAME = 200
+"""Characters of a client's name."""
 FEATURES: frozenset[str] = frozenset()
 """What this version knows of the names in ``TrainRequest.requires``."""
 
@@ -52,7 +54,7 @@ class Header(BaseModel):
 class ClientProperties(Header):
     """A client's answer to the server's first message."""
 
-    client: Annotated[str, Field(min_length=1, max_length=200)]
+    client: Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
     examples: Annotated[int, Field(ge=1)]
     max_rank: Annotated[int, Field(ge=1)]
     """The largest rank that the client can be raised to; ``rank`` is the one to begin with."""
@@ -144,9 +146,9 @@ class TrainReply(Header):
     client: str
     round: int
     examples: int
-    steps: int
+    steps: Annotated[int, Field(ge=0)]
     loss: float
-    seconds: Seconds
+    seconds: Annotated[Seconds, Field(ge=0.0, allow_inf_nan=False)]
     next_rank: Annotated[int, Field(ge=1)] | None = None
     """The rank that the client offers from now on; None: the one it has."""
     validation_loss: float | None = None

@@ -6,8 +6,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+
 from prelort.config import Config
-from prelort.errors import QuorumError, UpdateRefused
+from prelort.errors import PrelortError, QuorumError, UpdateRefused
 from prelort.events import (
     ClientFailed,
     ClientFinished,
@@ -46,7 +48,7 @@ class Round:
     ) -> None:
         self.number = number
         self.clients = list(clients)
-        self.bytes_down = 0
+        self._bytes_down = 0
         self._method = method
         self._state = state
         self._config = config
@@ -61,6 +63,10 @@ class Round:
         self._bytes_up = 0
         self.failures: dict[str, str] = {}
         """Client -> why it gave no usable reply."""
+
+    def sent(self, size: int) -> None:
+        """A request of ``size`` bytes goes out."""
+        self._bytes_down += size
 
     def receive(self, client: Client, reply: Message) -> None:
         """Check one client's reply and add it, or leave it out with the reason."""
@@ -124,6 +130,12 @@ class Round:
             ranks=ranks,
             levels=self._state.levels,
         )
+        for name, tensor in after.adapter.tensors().items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise PrelortError(
+                    f"method {self._method.name!r} made tensor {name!r} of the global adapter not "
+                    f"finite in round {self.number}; the adapter is as it was before the round"
+                )
         self._aggregating += time.monotonic() - started
         diagnostics = self._observer.result(after) if self._observer is not None else None
         diagnosing = self._observer.seconds if self._observer is not None else 0.0
@@ -135,7 +147,7 @@ class Round:
             failures=len(self.failures),
             loss=sum(head.loss * head.examples for head in heads) / max(examples, 1),
             bytes_up=self._bytes_up,
-            bytes_down=self.bytes_down,
+            bytes_down=self._bytes_down,
             seconds=RoundSeconds(
                 train=total - self._aggregating - diagnosing,
                 aggregate=self._aggregating,

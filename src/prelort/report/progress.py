@@ -32,6 +32,9 @@ from prelort.report.incidents import lines
 
 Clock = Callable[[], datetime]
 
+TICK_SECONDS = 0.25
+"""How often the bars are drawn again."""
+
 
 def elapsed(history: RunHistory, now: datetime) -> float:
     """Seconds since the run started or, in this process, was resumed; up to its end."""
@@ -166,6 +169,7 @@ class StudyProgress:
         self._start = clock()
         self._cells: dict[str, _Cell] = {}
         self._lock = threading.RLock()
+        self._closed = threading.Event()
         live = console.is_terminal and not console.is_dumb_terminal and not quiet
         self._bars = self._progress() if live else None
         self._whole = (
@@ -177,6 +181,7 @@ class StudyProgress:
     def __enter__(self) -> Self:
         if self._bars is not None:
             self._bars.start()
+            threading.Thread(target=self._tick, daemon=True).start()
         return self
 
     def __exit__(
@@ -189,10 +194,12 @@ class StudyProgress:
 
     def close(self) -> None:
         """Print what is left."""
-        for name in self._cells:
-            self._flush(name)
-        if self._bars is not None:
-            self._bars.stop()
+        self._closed.set()
+        with self._lock:
+            for name in self._cells:
+                self._flush(name)
+            if self._bars is not None:
+                self._bars.stop()
 
     def kept(self, cells: int) -> None:
         """So many cells were finished by an earlier call."""
@@ -322,7 +329,15 @@ class StudyProgress:
             _TextColumn(table_column=Column(no_wrap=True)),
             console=self._console,
             expand=True,
+            auto_refresh=False,
         )
+
+    def _tick(self) -> None:
+        """Redraw, with the lock: other threads change what is drawn."""
+        while not self._closed.wait(TICK_SECONDS):
+            with self._lock:
+                if self._bars is not None:
+                    self._bars.refresh()
 
 
 class _TextColumn(ProgressColumn):

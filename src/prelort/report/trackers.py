@@ -309,5 +309,5 @@ def _read(folder: Path) -> dict[str, dict[str, Any]]:
             str(name): {"id": state["id"], "round": int(state["round"])}
             for name, state in found.items()
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return {}

@@ -66,9 +66,9 @@ def read_failures(out: Path) -> dict[str, str]:
     """A cell's name -> why it failed when it was run last."""
     try:
         found = json.loads((out / FAILURES_FILE).read_bytes())
-    except (OSError, ValueError):
+        return {str(name): str(reason) for name, reason in found.items()}
+    except (OSError, ValueError, AttributeError):
         return {}
-    return {str(name): str(reason) for name, reason in found.items()}
 
 
 def write_failures(out: Path, failures: Mapping[str, str]) -> None:
@@ -133,7 +133,7 @@ def _versions(study: Study, out: Path) -> dict[str, str]:
     for cell in study.cells:
         try:
             found = json.loads(RunFolder(out / cell.folder).versions_file.read_bytes())
-        except (OSError, ValueError):
+            return {str(name): str(version) for name, version in found.items()}
+        except (OSError, ValueError, AttributeError):
             continue
-        return {str(name): str(version) for name, version in found.items()}
     return {}

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from prelort import config as configuration
 from prelort.config import Config
-from prelort.errors import ConfigError
+from prelort.errors import ConfigError, PrelortError
 from prelort.events import Event
 from prelort.experiment.folder import RunFolder, is_taken
 from prelort.files import write_atomically
@@ -116,8 +116,9 @@ def run_study(
                 _side_by_side(todo, state, track, jobs)
             else:
                 _one_by_one(todo, state, track, run)
-        except KeyboardInterrupt:
-            state.write(last=True)
+        except (KeyboardInterrupt, PrelortError):
+            if any((out / cell.folder / "config.toml").is_file() for cell in study.cells):
+                state.write(last=True)
             raise
         begun = any(RunFolder(out / cell.folder).config_file.is_file() for cell in study.cells)
         if begun:

@@ -113,8 +113,10 @@ class Worker:
         except OSError:  # it died before it could read what to do
             return _last_words(process.wait(), err, earlier)
         for line in process.stdout:
+            if not line.endswith("\n"):  # it was killed while it wrote
+                break
             values = json.loads(line)
-            if "reason" in values:
+            if "event" not in values:  # the last line of a cell
                 return str(values["reason"])
             listener(decode(line))
         return _last_words(process.wait(), err, earlier)

@@ -26,7 +26,8 @@ _TAKES_A_GENERATOR = {
 }  # fmt: skip
 _TAKES_NONE = {
     F.alpha_dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dropout,
-    F.multi_head_attention_forward, F.rrelu,
+    F.multi_head_attention_forward, F.rrelu, torch.rand_like, torch.randn_like,
+    torch.randint_like,
 }  # fmt: skip
 
 
@@ -53,8 +54,10 @@ class ClientDropout(TorchFunctionMode):
     ) -> Any:
         """Called by torch in place of each of its functions."""
         kwargs = kwargs or {}
-        if func is F.dropout or func is torch.dropout:
+        if func is F.dropout:
             return self._dropout(*args, **kwargs)
+        if func is torch.dropout:
+            return self._dropout(*torch_dropout_arguments(*args, **kwargs))
         if func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
         if func in _TAKES_A_GENERATOR and kwargs.get("generator") is None:
@@ -106,6 +109,8 @@ class ClientDropout(TorchFunctionMode):
     ) -> Tensor:
         if not training or p == 0:
             return x
+        if p == 1:
+            return x.zero_() if inplace else x * 0
         keep = torch.empty_like(x, dtype=torch.bool)
         keep.bernoulli_(1 - p, generator=self._generator(x.device))
         if inplace:
@@ -168,3 +173,8 @@ def _refuse_dropout(func: Callable[..., Any], args: Sequence[Any], kwargs: Any) 
             f"the model uses {func.__name__} with dropout, which cannot be drawn for each client "
             "from its own seed: set the model's dropout to 0"
         )
+
+
+def torch_dropout_arguments(input: Tensor, p: float, train: bool) -> tuple[Tensor, float, bool]:
+    """The arguments of `torch.dropout` in the order of `F.dropout`."""
+    return input, p, train

@@ -38,7 +38,12 @@ class LocalOptimizer:
         settings: LocalTraining,
     ) -> None:
         kinds = [list(factors), list(modules_to_save)]
-        groups = [{"params": parameters} for parameters in kinds if parameters]
+        rates = [settings.learning_rate, settings.head_learning_rate]
+        groups = [
+            {"params": parameters, "base_rate": rate}
+            for parameters, rate in zip(kinds, rates, strict=True)
+            if parameters
+        ]
         decay = settings.weight_decay
         self._optimizer: torch.optim.Optimizer
         if settings.optimizer == "adamw":
@@ -48,14 +53,13 @@ class LocalOptimizer:
                 groups, momentum=settings.momentum, weight_decay=decay
             )
         self._parameters = [parameter for parameters in kinds for parameter in parameters]
-        self._rates = [settings.learning_rate, settings.head_learning_rate]
         self._max_grad_norm = settings.max_grad_norm
 
     def step(self, multiplier: float) -> None:
         """Clip the gradient, move the parameters at their rates times ``multiplier``."""
         if self._max_grad_norm > 0:
             nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
-        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=False):
-            group["lr"] = rate * multiplier
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["base_rate"] * multiplier
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)

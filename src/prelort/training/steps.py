@@ -111,8 +111,8 @@ class LocalSteps:
         self.losses.append(loss)
         if not math.isfinite(loss):
             raise PrelortError(
-                f"the loss became {loss} {self._place()} with learning rate "
-                f"{self.settings.learning_rate:g}: lower training.learning_rate"
+                f"the loss became {loss} {self._place()} with this client's "
+                f"learning rate {self.settings.learning_rate:g}: lower training.learning_rate"
             )
 
     def check_time(self) -> None:
