@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from equality import equal
+from prelort.errors import PrelortError
 from prelort.events import (
     ClientFailed,
     ClientFinished,
@@ -229,3 +230,11 @@ def test_values_are_a_table_with_the_base_at_rank_0() -> None:
     assert history.final is not None
     assert history.final.prefixes[4]["loss"] == 1.0
     assert len(RunHistory().to_pandas()) == 0
+
+
+def test_a_reply_of_a_round_that_never_started_is_damage() -> None:
+    reply = ClientFinished(
+        1, "a", rank=2, loss=1.0, examples=3, steps=1, passes=1, seconds=0.1, bytes_up=4
+    )
+    with pytest.raises(PrelortError, match="round 1 has no start"):
+        RunHistory.of([reply])

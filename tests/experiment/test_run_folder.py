@@ -65,7 +65,7 @@ class TestCreate:
 
     def test_a_file_in_its_place_is_refused_and_left_alone(self, tmp_path: Path) -> None:
         (tmp_path / "run").write_text("mine")
-        with pytest.raises(ConfigError, match="exists and is not empty"):
+        with pytest.raises(ConfigError, match="is a file"):
             RunFolder(tmp_path / "run").create(Config())
         assert (tmp_path / "run").read_text() == "mine"
 
@@ -131,6 +131,7 @@ class TestLock:
     def test_a_second_process_is_refused(self, tmp_path: Path) -> None:
         folder = RunFolder(tmp_path)
         folder.create(Config())
+        folder.unlock()
         with another_process_that_holds(tmp_path):
             began = time.monotonic()
             with pytest.raises(ConfigError, match="is in use: another prelort process"):
@@ -140,6 +141,7 @@ class TestLock:
     def test_a_killed_process_holds_it_no_longer(self, tmp_path: Path) -> None:
         folder = RunFolder(tmp_path)
         folder.create(Config())
+        folder.unlock()
         with another_process_that_holds(tmp_path) as process:
             process.kill()
             process.wait()

@@ -16,7 +16,7 @@ from backends import in_this_process
 from command_line import CommandLine
 from prelort.config import Config
 from prelort.errors import CheckpointError, ConfigError, QuorumError
-from prelort.events import ClientFailed, ClientRefused, Event, RoundFinished, RunStarted
+from prelort.events import ClientFailed, RunStarted
 from prelort.experiment.backend import Connect
 from prelort.experiment.folder import RunFolder
 from prelort.federation.flower import Message
@@ -238,26 +238,13 @@ class TestClientsThatFail:
             prelort.run(self.config(make_config, timeout=1e-6), tmp_path / "run")
 
 
-def test_a_client_with_an_impossible_name_is_refused_and_stays_in_the_log(
+def test_a_client_with_an_impossible_name_is_refused(
     tmp_path: Path, make_config: Make, text_file: Path
 ) -> None:
-    """Names come from the data; one of more than 200 letters is refused when it connects."""
+    """Names come from the data: none is dropped silently."""
     source = tmp_path / "rows.jsonl"
     source.write_text(text_file.read_text().replace("site-5", "s" * 300))
-    config = make_config(
-        data={"source": str(source)}, federation={"rounds": 2, "clients_per_round": 3}
-    )
-
-    class Stop(Exception):
-        pass
-
-    def stop(event: Event) -> None:
-        if isinstance(event, RoundFinished) and event.round == 2:
-            raise Stop
-
-    with pytest.raises(Stop):
-        prelort.run(config, tmp_path / "run", listeners=[stop])
-    prelort.run(config, tmp_path / "run", resume=True)
-
-    (refused,) = [e for e in events_of(tmp_path / "run") if isinstance(e, ClientRefused)]
-    assert refused.round == 0
+    config = make_config(data={"source": str(source)})
+    with pytest.raises(ConfigError, match="300 characters: 200 are allowed"):
+        prelort.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

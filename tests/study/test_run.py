@@ -22,7 +22,7 @@ import pytest
 import prelort
 from prelort.config import Config, to_toml
 from prelort.errors import ConfigError
-from prelort.events import Checkpointed, Event, RoundFinished
+from prelort.events import Checkpointed, Event, RankChanged, RoundFinished
 from prelort.experiment.folder import RunFolder
 from prelort.history import RunHistory
 from prelort.methods import REGISTRY
@@ -452,6 +452,17 @@ class TestSideBySide:
         assert second.reason.startswith(NEEDS_ONE_RANK)
         folder = study.cells[0].folder
         assert adapters_of(tmp_path / "out" / folder) == adapters_of(alone / folder)
+
+    def test_events_that_give_a_reason_do_not_end_a_cell(
+        self, tmp_path: Path, write: Write
+    ) -> None:
+        """A planned change of ranks is an event with a reason."""
+        text = '[compare]\nmethods = ["prelort"]\nseeds = [0, 1]\n'
+        study = load(write(text), ["ranks.schedule={2 = '2*1'}"])
+        results = run_study(study, tmp_path / "out", jobs=2)
+        assert [cell.status for cell in results.cells] == ["finished", "finished"]
+        for cell in results.cells:
+            assert any(isinstance(event, RankChanged) for event in cell.history.incidents)
 
     def test_each_has_its_share_of_the_cores_and_keeps_it(
         self, tmp_path: Path, write: Write

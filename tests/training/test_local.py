@@ -329,7 +329,8 @@ def test_bfloat16_is_near_float32_and_keeps_float32_weights(llama):
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_loss_that_is_not_finite_is_an_error_with_step_and_rate(llama, optimizer):
     with pytest.raises(
-        PrelortError, match=r"loss became (nan|inf) at local step 2 of 5 with learning rate 1e\+30"
+        PrelortError,
+        match=r"loss became (nan|inf) at local step 2 of 5 with .* learning rate 1e\+30",
     ):
         llama.train(optimizer=optimizer, learning_rate=1e30, local_steps=5, max_grad_norm=0)
 

@@ -99,7 +99,9 @@ class RunFolder:
     def read_config(self) -> Config:
         """The configuration of the run that is there. Raises `ConfigError` if there is none."""
         if not self.config_file.is_file():
-            raise ConfigError(f"{str(self.path)!r} holds no run: config.toml is missing")
+            runs = sorted(str(file.parent) for file in self.path.glob("*/config.toml"))
+            advice = f"; name one of its runs, such as {runs[0]!r}" if runs else ""
+            raise ConfigError(f"{str(self.path)!r} holds no run: config.toml is missing{advice}")
         return configuration.load(self.config_file)
 
     def lock(self, seconds: float = 0.0) -> None:

@@ -42,7 +42,8 @@ def check_numbers(clients: int, per_round: int | float, quorum: int | float) -> 
     """Raise `ConfigError` where the numbers of clients cannot work out."""
     if isinstance(per_round, int) and per_round > clients:
         raise ConfigError(
-            f"federation.clients_per_round = {per_round}, but there are {clients} clients"
+            f"federation.clients_per_round = {per_round}, but there are {clients} clients: set it "
+            f"to {clients} or fewer, or to a share such as 1.0"
         )
     asked = min(count_of(per_round, clients), clients)
     needed = count_of(quorum, asked)
