@@ -16,6 +16,8 @@ from processes import KILLED, LAST, Killer
 from prelort.events import ClientFinished, RoundFinished, RunFinished, RunStarted
 from run_files import adapters_of, assert_same_run, events_of
 
+pytestmark = pytest.mark.chaos
+
 KILLS: dict[str, dict[str, Any]] = {
     f"{name} {number}" + (f" #{count}" if count > 1 else ""): {
         "trap": "event",
