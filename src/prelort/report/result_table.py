@@ -99,10 +99,10 @@ def to_rich(table: ResultTable) -> Table:
         collapse_padding=True,
         pad_edge=False,
     )
-    rich.add_column("", no_wrap=True)
+    rich.add_column("", overflow="fold")
     for column in table.columns:
         heading = Text(f"{column.over}\n{column.under}".rstrip())
-        rich.add_column(heading, justify="right", no_wrap=True)
+        rich.add_column(heading, justify="right")
     for row, name in enumerate(table.names):
         texts = [Text(c.texts[row], style="bold" if c.best[row] else "") for c in table.columns]
         rich.add_row(Text(name), *texts)
