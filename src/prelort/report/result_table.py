@@ -99,7 +99,7 @@ def to_rich(table: ResultTable) -> Table:
         collapse_padding=True,
         pad_edge=False,
     )
-    rich.add_column("", overflow="fold")
+    rich.add_column("", no_wrap=True)
     for column in table.columns:
         heading = Text(f"{column.over}\n{column.under}".rstrip())
         rich.add_column(heading, justify="right")
