@@ -77,7 +77,7 @@ def test_the_page_can_be_followed(tmp_path: Path) -> None:
             assert ended.returncode == 0, f"{command}\n{ended.stdout}\n{ended.stderr}"
             if command == "scripts/demo.sh":
                 assert (folder / "runs" / "demo" / "adapters" / "rank-16").is_dir()
-                assert "perplexity by rank prefix" in ended.stdout
+                assert "Perplexity by rank prefix" in ended.stdout
                 assert (folder / "runs" / "demo" / "report.html").is_file()
                 assert processes_in(folder) == []
     finally:
