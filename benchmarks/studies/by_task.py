@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from prelort.experiment.folder import RunFolder
-from prelort.history import RunHistory
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import report
@@ -29,7 +28,7 @@ def read(cells: Path, metric: str) -> Found:
     found: Found = {}
     for method in sorted(path for path in cells.iterdir() if path.is_dir()):
         for run in sorted(method.glob("seed-*")):
-            history = RunHistory.read(RunFolder(run).metrics_file)
+            history = RunFolder(run).history()
             if not history.finished or not history.client_evaluations:
                 continue
             last = history.client_evaluations[max(history.client_evaluations)]

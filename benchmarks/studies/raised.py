@@ -20,7 +20,6 @@ from typing import Any
 
 from prelort.events import RankChanged
 from prelort.experiment.folder import RunFolder
-from prelort.history import RunHistory
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import prepare
@@ -37,7 +36,7 @@ def table(study: Path, rows: Path, balanced: Set[str] = BALANCED) -> list[dict[s
         topics.setdefault(row["client"], Counter())[row["label"]] += 1
     found = []
     for run in sorted((study / "by-loss").glob("seed-*")):
-        incidents = RunHistory.read(RunFolder(run).metrics_file).incidents
+        incidents = RunFolder(run).history().incidents
         raised = [event.client for event in incidents if isinstance(event, RankChanged)]
         row = {
             "seed": run.name.removeprefix("seed-"),

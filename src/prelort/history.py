@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from prelort.errors import PrelortError
@@ -20,7 +19,6 @@ from prelort.events import (
     Evaluated,
     EvaluationFailed,
     Event,
-    EventLog,
     Metrics,
     RankChanged,
     RoundFinished,
@@ -108,11 +106,6 @@ class RunHistory:
         for event in events:
             history.apply(event)
         return history
-
-    @classmethod
-    def read(cls, path: Path) -> RunHistory:
-        """The history in a ``metrics.jsonl``, empty without one. Raises `PrelortError`."""
-        return cls.of(EventLog(path).read())
 
     def apply(self, event: Event) -> None:
         """Take in the next event."""

@@ -14,7 +14,7 @@ import torch
 from prelort import methods
 from prelort.adapters import LoraAdapter
 from prelort.config import MethodConfig
-from prelort.errors import ConfigError, QuorumError
+from prelort.errors import ConfigError, PrelortError, QuorumError
 from prelort.events import ClientFailed, ClientFinished, RoundFinished, RoundStarted
 from prelort.federation import wire
 from prelort.federation.flower import Context, Error, Message, RecordDict
@@ -319,6 +319,31 @@ class Counting(methods.PreLort):
                 return ServerState(inner.result().adapter, memory={"count": count})
 
         return Forgetful()
+
+
+class Diverging(methods.PreLort):
+    """Its aggregate is not a number."""
+
+    def aggregator(self, state: ServerState) -> Aggregator:
+        inner = super().aggregator(state)
+
+        class NotANumber:
+            add = inner.add
+
+            def result(self) -> ServerState:
+                after = inner.result()
+                return replace(after, adapter=after.adapter.scaled(float("nan")))
+
+        return NotANumber()
+
+
+def test_an_aggregate_that_is_not_finite_is_refused_before_it_is_kept() -> None:
+    method = Diverging(MethodConfig(), 0)
+    run = make_run(small_client_app(CLIENTS), make_config(rounds=1), method=method)
+    before = run.state
+    with pytest.raises(PrelortError, match=r"'prelort' made tensor .* not finite in round 1"):
+        run.train()
+    assert same_bits(run.state.adapter, before.adapter)
 
 
 def test_the_server_keeps_round_and_levels_and_the_method_its_memory() -> None:
