@@ -102,7 +102,7 @@ FAILURES = [
     ({"scale": 9.0}, "another scale rule"),
     ({"layers": "none"}, "adapts other layers"),
     ({"client": "site-0"}, "answers for 'site-0'"),
-    ({"round": 3}, "answers for round 3, asked was 0"),
+    ({"round": 3}, "answers for round 3, expected 0"),
 ]
 
 

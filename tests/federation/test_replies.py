@@ -79,8 +79,8 @@ def test_a_good_reply_becomes_an_update() -> None:
         ({"scale": 2.0001}, "another scale rule: constant 2.0001"),
         ({"rank": 2}, "answers with rank 2, expected 4"),
         ({"client": "site-9"}, "answers for 'site-9'"),
-        ({"round": 1}, "answers for round 2, asked was 1"),
-        ({"round": -1}, "answers for round 0, asked was 1"),
+        ({"round": 1}, "answers for round 2, expected 1"),
+        ({"round": -1}, "answers for round 0, expected 1"),
         *[
             ({"examples": count}, f"claims {count} examples, allowed are 1 to")
             for count in (0, -1, -(10**12), 10_000_001, 10**30)
@@ -88,7 +88,7 @@ def test_a_good_reply_becomes_an_update() -> None:
         ({"loss": math.nan}, "loss"),
         ({"loss": math.inf}, "loss"),
         ({"next_rank": 9}, "offers rank 9, but the global adapter has 8"),
-        ({"dtype": "int8", "change": True}, "answers in int8, asked was float32"),
+        ({"dtype": "int8", "change": True}, "answers in int8, expected float32"),
         ({"change": True}, "with a change, but float32 carries values"),
     ],
 )
@@ -217,7 +217,7 @@ class TestChanges:
     @pytest.mark.parametrize("asked", ["float32", *LOSSY])
     def test_another_type_or_values_for_a_change_are_refused(self, asked: str) -> None:
         for dtype in {"float32", *LOSSY} - {asked}:
-            with pytest.raises(UpdateRefused, match=f"answers in {dtype}, asked was {asked}"):
+            with pytest.raises(UpdateRefused, match=f"answers in {dtype}, expected {asked}"):
                 take(reply(dtype=dtype), dtype=asked)
         if asked != "float32":
             with pytest.raises(UpdateRefused, match=f"values, but {asked} carries a change"):

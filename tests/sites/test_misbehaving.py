@@ -25,7 +25,7 @@ REASONS = {
     "inf": "holds a value that is not finite",
     "1e30": "holds 1e+30, above federation.max_abs_value",
     "other rank": "answers with rank 2, expected 4",
-    "other round": "answers for round 3, asked was 2",
+    "other round": "answers for round 3, expected 2",
     "other name": "answers for 'honest'",
     "claims much": "claims 1000000000000 examples, allowed are 1 to",
     "truncated": "adapter cannot be read",

@@ -39,7 +39,7 @@ def checked_update(
     if head.client != client.name:
         raise UpdateRefused(f"answers for {head.client!r}")
     if head.round != round_index:
-        raise UpdateRefused(f"answers for round {head.round + 1}, asked was {round_index + 1}")
+        raise UpdateRefused(f"answers for round {head.round + 1}, expected {round_index + 1}")
     if not 1 <= head.examples <= limits.max_client_examples:
         raise UpdateRefused(
             f"claims {head.examples} examples, allowed are 1 to "
@@ -77,5 +77,5 @@ def checked_metrics(
     if head.client != client.name:
         raise UpdateRefused(f"answers for {head.client!r}")
     if head.round != finished:
-        raise UpdateRefused(f"answers for round {head.round}, asked was {finished}")
+        raise UpdateRefused(f"answers for round {head.round}, expected {finished}")
     return head

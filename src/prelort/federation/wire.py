@@ -100,7 +100,7 @@ def adapter(
 def check_dtype(head: TrainReply, asked: Dtype) -> None:
     """Raise `UpdateRefused` for a reply of another type, or a value where a change was asked."""
     if head.dtype != asked:
-        raise UpdateRefused(f"answers in {head.dtype}, asked was {asked}")
+        raise UpdateRefused(f"answers in {head.dtype}, expected {asked}")
     if head.change != carries_change(asked):
         names = {True: "a change", False: "values"}
         raise UpdateRefused(
