@@ -69,7 +69,7 @@ def zero_padded(previous: LoraAdapter, updates: Sequence[Update], weighting: str
 def norm_weighted(previous: LoraAdapter, updates: Sequence[Update]) -> dict:
     """HetLoRA: zero-padding where a client weighs |s B_k A_k|_F of the whole model."""
     norms = [
-        squared_length({name: product(u.adapter, name) for name in previous.layers}) ** 0.5
+        sum(float(product(u.adapter, name).square().sum()) for name in previous.layers) ** 0.5
         for u in updates
     ]
     return averaged(previous, updates, norms, "zero")
@@ -150,50 +150,47 @@ def partitioned_product(
     return result
 
 
-def stepped_product(
-    previous: LoraAdapter,
-    updates: Sequence[Update],
-    levels: Sequence[int],
-    weighting: str,
-    step: float,
-    unchanged: float = 0.0,
+def predicted_product(
+    previous: LoraAdapter, updates: Sequence[Update], levels: Sequence[int], weighting: str
 ) -> dict:
-    """Sorted PreLort: every segment's product plus its step times the mean change of its holders.
-
-    The step is ``ratio ** step`` times the share of the weight that holds the segment to the power
-    ``unchanged``. The ratio is that of the holders' mean squared change to the square of the mean
-    change, over all layers; between 1 and N^2 / sum w_k^2, the number of holders by weight.
-    """
+    """Sorted PreLort: the old function plus the clients' mean change, missing changes predicted."""
     weights = weights_of(updates, weighting)
     ends = sorted({*levels, *(update.adapter.rank for update in updates), previous.rank})
     result = {name: torch.zeros_like(product(previous, name)) for name in previous.layers}
+    segments, agreeing, pairs = [], 0.0, 0.0
     for low, high in itertools.pairwise([0, *ends]):
-        holders = [k for k, update in enumerate(updates) if update.adapter.rank >= high]
-        share = sum(weights[k] for k in holders)
         names = [name for name, factors in previous.layers.items() if factors.rank > low]
         old = {name: product(previous, name, low, high) for name in names}
         changes = {
-            k: {name: product(updates[k].adapter, name, low, high) - old[name] for name in names}
-            for k in holders
+            k: {name: product(update.adapter, name, low, high) - old[name] for name in names}
+            for k, update in enumerate(updates)
+            if update.adapter.rank >= high
         }
-        mean = {
-            name: sum((weights[k] / share * changes[k][name] for k in holders), 0 * old[name])
-            for name in names
-        }
-        eta = 1.0
-        if holders:
-            hands = share**2 / sum(weights[k] ** 2 for k in holders)
-            lengths = sum(weights[k] / share * squared_length(changes[k]) for k in holders)
-            ratio = min(lengths / squared_length(mean), hands)
-            eta = max(ratio, 1.0) ** step * (share / sum(weights)) ** unchanged
-        for name in names:
-            result[name] += old[name] + eta * mean[name]
+        segments.append((old, changes))
+        if len(changes) > 1:
+            squares = {k: weights[k] ** 2 for k in changes}
+            square = sum(squares[k] * inner(d, d) for k, d in changes.items())
+            square /= sum(squares.values())
+            for i, j in itertools.permutations(changes, 2):
+                agreeing += weights[i] * weights[j] * inner(changes[i], changes[j]) / square
+                pairs += weights[i] * weights[j]
+    rho = min(max(agreeing / pairs, 0.0), 1.0) if pairs else 0.0
+    for old, changes in segments:
+        held = sum(weights[k] for k in changes)
+        number = held**2 / sum(weights[k] ** 2 for k in changes) if changes else 0.0
+        for name, matrix in old.items():
+            result[name] += matrix
+            if changes:
+                mean = sum(weights[k] * d[name] for k, d in changes.items()) / held
+                prediction = number * rho / (1 + (number - 1) * rho) * mean
+                missing = sum(weights) - held
+                result[name] += (held * mean + missing * prediction) / sum(weights)
     return result
 
 
-def squared_length(matrices: Mapping[str, torch.Tensor]) -> float:
-    """The squared Frobenius norm over all layers."""
-    return sum(float(matrix.square().sum()) for matrix in matrices.values())
+def inner(x: Mapping[str, torch.Tensor], y: Mapping[str, torch.Tensor]) -> float:
+    """The Frobenius inner product over all layers."""
+    return sum(float((x[name] * y[name]).sum()) for name in x)
 
 
 def best_of_rank(matrix: torch.Tensor, rank: int) -> torch.Tensor:

@@ -47,7 +47,6 @@ PATTERN = (8, 5, 3)
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "florist": {"energy": 1.0},
-    "prelort-sorted": {"step": 0.0, "presence": 0.0},
 }
 """Without what makes them more, or less, than the mean by intention."""
 

@@ -23,11 +23,11 @@ from reference import (
     modules_to_save,
     norm_weighted,
     partitioned_product,
+    predicted_product,
     product,
     rank_of_energy,
     replicated,
     segment_wise,
-    stepped_product,
     weights_of,
     zero_padded,
 )
@@ -345,45 +345,19 @@ def test_raflora_averages_each_partition_over_its_holders(ranks, own, rule, weig
 
 @rules
 @layer_ranks
-@pytest.mark.parametrize(
-    "weights, options",
-    [
-        ("examples", {"step": 0.0}),
-        ("uniform", {}),
-        ("examples", {"step": 0.2, "unchanged": 0.5}),
-        ("examples", {"step": 0.5, "momentum": 0.6}),
-        ("uniform", {"step": 0.2, "averaging": 0.3}),
-        ("examples", {"momentum": 0.5, "averaging": 0.5, "unchanged": 1.0, "step": 0.3}),
-    ],
-    ids=str,
-)
-def test_prelort_sorted_moves_each_segment_by_the_mean_change_of_its_holders(
-    weights, options, own, rule
-):
+@weightings
+def test_prelort_sorted_adds_the_mean_change_of_the_function(weights, own, rule):
     """Three rounds; in all but the first there are dimensions that nobody holds."""
-    method = method_of("prelort-sorted", weights=weights, **options)
-    step, unchanged = method.options.step, method.options.unchanged
-    momentum, averaging = method.options.momentum, method.options.averaging
-    state, velocity, mean = start(own, rule), None, None
+    method, state = method_of("prelort-sorted", weights=weights), start(own, rule)
     for number, ranks in enumerate([RANKS, [5, 2], [2, 5, 5]]):
         updates = replies(method, state, clients_of(ranks), seed=10 * number)
-        after = aggregate(method, state, updates)
-        expected = stepped_product(state.adapter, updates, LEVELS, weights, step, unchanged)
-        if momentum:
-            before = dense(state.adapter)
-            change = {n: matrix - before[n] for n, matrix in expected.items()}
-            old = velocity or {n: torch.zeros_like(matrix) for n, matrix in change.items()}
-            velocity = {n: momentum * old[n] + matrix for n, matrix in change.items()}
-            expected = {n: before[n] + (1 - momentum) * v for n, v in velocity.items()}
+        expected = predicted_product(state.adapter, updates, LEVELS, weights)
         most = {n: f.rank for n, f in state.adapter.layers.items()}
-        cut = {n: best_of_rank(matrix, most[n]) for n, matrix in expected.items()}
-        assert_near(dense(after.adapter), cut)
-        assert_modules(after, updates, weights)
-        if averaging and mean is not None:
-            cut = {n: averaging * mean[n] + (1 - averaging) * matrix for n, matrix in cut.items()}
-            cut = {n: best_of_rank(matrix, R) for n, matrix in cut.items()}
-        state, mean = after, cut
-        assert_near(dense(method.global_adapter(after)), mean)
+        state = aggregate(method, state, updates)
+        assert_near(
+            dense(state.adapter), {n: best_of_rank(m, most[n]) for n, m in expected.items()}
+        )
+        assert_modules(state, updates, weights)
 
 
 @pytest.mark.parametrize("rule, own", [(RULES[0], R), (RULES[1], R), (RULES[0], PATTERN)], ids=str)

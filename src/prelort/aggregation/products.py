@@ -67,14 +67,14 @@ class Segment:
     squares: float = 0.0
     """Sum of the squared weights."""
     moved: float = 0.0
-    """Weighted sum of the squared distances of the products from ``before``."""
+    """Sum of the squared weights times the squared distances of the products from ``before``."""
 
     def add(self, part: LoraAdapter, weight: float) -> None:
         """Fold in a holder's product of these dimensions."""
         self.products.add(part, weight)
         self.squares += weight**2
         if self.before is not None:
-            self.moved += weight * squared_distance(part, self.before)
+            self.moved += weight**2 * squared_distance(part, self.before)
 
 
 class SegmentSums:

@@ -1,125 +1,74 @@
-"""Sorted prefixes: our extension of PreLort where clients of high rank are few (the tail problem).
+"""Sorted prefixes: our extension of PreLort, for rounds in which few clients hold the top ranks.
 
-Averaging dimensions lets a tail segment become whatever the one or two clients who hold it and
-happen to take part have made of it. Here the server works on products, on changes, and sorts:
+Federated averaging of what clients change, as functions and not as factors. With P_k^0 = s B_k A_k
+the product that client k received, P_k the product that it returned, and p_k its share of the
+round's weight, the server would do
 
-    Delta W  <-  Delta W + sum_j sum_{k: r_k >= j} (w_k / N_j) (P_kj - P_j)
+    Delta W  <-  Delta W + sum_k p_k (P_k - P_k^0)
 
-    N_j = sum_{k: r_k >= j} w_k
+if every client held every rank dimension. What would a client have changed in a segment that it
+lacks? The changes D_k = P_k - P_k^0 of the clients in one segment have a common part and parts of
+their own, D_k = mu + e_k, and the agreement of two clients is
 
-with P_j = s B_j A_j the product of rank dimension j as it was broadcast and P_kj as client k
-returned it. A dimension that a client lacks is no change there. The sum is a stack of factors; its
-SVD at the global rank becomes the new adapter, the singular values split evenly. So the dimensions
-are sorted by strength after every round, whoever trained them, and any prefix is the best
-approximation of its rank.
+    rho = |mu|^2 / (|mu|^2 + E |e|^2)
+
+The best linear prediction of a change that was not made, from the m holders of the segment, is
+m rho / (1 + (m - 1) rho) times their mean change (Goldberger 1962; the Spearman-Brown formula). So
+a segment whose holders have the share pi of the weight moves by its holders' mean change times
+
+    eta = pi + (1 - pi) m rho / (1 + (m - 1) rho)
+
+rho = 0 means that a missing change is no change, rho = 1 that everyone would have done as the
+holders did (PreLort's segment-wise mean; in products raFLoRA). It is measured in every round, from
+the inner products of the holders' changes (`agreement`), so there is no setting to choose.
+
+The sum is a stack of factors; its SVD at the global rank becomes the new adapter, the singular
+values split evenly. So the dimensions are sorted by strength after every round, whoever trained
+them, and any prefix is the best approximation of its rank.
 
 Clients of a lower rank train at a higher rate, (R / r) ** 0.4 times the highest rank's
 (`training.rank_exponent`): with one scale for all ranks, fewer dimensions move the function less.
-
-With one rate for all and a holder of every dimension this is raFLoRA (arXiv 2602.13486): ours is
-the rate by rank. The options span the family that was tried, each off by default since none of them
-helped. ``step``: the mean of several changes is shorter than each of them, the more the less they
-agree, and a step of a segment beyond its mean D can make up for that. With D_k the changes of its
-holders, weighted as above,
-
-    eta = min( mean_k |D_k|^2 / |D|^2 , m ) ** step,   m = N^2 / sum_k w_k^2
-
-is 1 where all agree, and where one client holds a segment alone; step = 1/2 gives the mean change
-the length of a single one (their root mean square), a step between goes part of the way. FedExP
-(arXiv 2301.09604) extrapolates by half that ratio. m, the number of holders by weight, is what
-unrelated changes give: those against each other are not stretched further. ``unchanged``: a
-missing vote counts as 'no change' (a dimension's change times N_j's share of all weight to this
-power). ``momentum`` of the server, ``averaging`` over rounds, and ``presence`` (the share of rounds
-in which a client trains its prefix with the dimensions above it folded into its base).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from prelort.adapters import LoraAdapter
-from prelort.adapters.algebra import best_approximation, concatenate, squared_distance
+from prelort.adapters.algebra import squared_distance
 from prelort.aggregation.products import Segment, SegmentSums, between, sum_products
-from prelort.config import Section
 from prelort.methods.averaging import Weighting, weighting
 from prelort.methods.flexlora import cut
-from prelort.methods.interface import Broadcast, Client, ServerState, Update
-from prelort.methods.memory import recall, store
+from prelort.methods.interface import ServerState, Update
 from prelort.methods.prefix import ProductMethod
-from prelort.methods.selection import above, freeze
-from prelort.seeds import numpy_generator
-
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-VELOCITY, AVERAGE = "velocity", "average"
-"""Keys of the server's memory."""
-
-
-class SortedOptions(Section):
-    """``[method.options.prelort-sorted]``."""
-
-    step: Annotated[float, Field(ge=0.0, le=0.5)] = 0.0
-    unchanged: Share = 0.0
-    momentum: Decay = 0.0
-    averaging: Decay = 0.0
-    presence: Share = 0.0
 
 
 class PreLortSorted(ProductMethod):
-    """Changes averaged segment by segment as products, dimensions sorted by SVD."""
+    """Changes averaged as functions, missing ones predicted, dimensions sorted by SVD."""
 
     name: ClassVar[str] = "prelort-sorted"
-    summary: ClassVar[str] = "our extension: averages changes as products, sorts them by strength"
+    summary: ClassVar[str] = "our extension: averages changes as functions, sorts dimensions"
     paper: ClassVar[str] = "this project, after arXiv 2606.15963 and 2602.13486"
-    Options: ClassVar[type[Section]] = SortedOptions
     rank_exponent: ClassVar[float] = 0.4
 
-    def broadcast(self, state: ServerState, client: Client) -> Broadcast:
-        """The prefix of the client's rank; in a share of the rounds, the rest frozen beside it."""
-        whole, frozen = state.adapter, None
-        drawn = numpy_generator(self.seed, "presence", client.name, state.round).random()
-        if drawn < self.options.presence:
-            frozen = freeze(whole, above(client.rank, whole))
-        return Broadcast(between(whole, 0, client.rank), frozen=frozen)
-
-    def aggregator(self, state: ServerState) -> Changes:
-        """The mean change of each dimension, sorted into the new adapter."""
-        weight = weighting(self.config.weights)
-        return Changes(state, weight, self.options, self.seed)
-
-    def global_adapter(
-        self, state: ServerState, rank: int | None = None, layers: Collection[str] | None = None
-    ) -> LoraAdapter:
-        """The best approximation of this rank (None: the whole), averaged over rounds if asked."""
-        own = state.adapter.select(layers)
-        mean = recall(state.memory, AVERAGE, own)
-        whole = own if mean is None else replace(mean, modules_to_save=own.modules_to_save)
-        return whole if rank is None else between(whole, 0, rank)
+    def aggregator(self, state: ServerState) -> FunctionChanges:
+        """The mean change of the function, sorted into the new adapter."""
+        return FunctionChanges(state, weighting(self.config.weights), self.seed)
 
 
-class Changes:
-    """The sum of each segment's products; a change is scaled when its holders are known."""
+class FunctionChanges:
+    """The sum of each segment's products; its multiplier is known when all replies are in."""
 
-    def __init__(
-        self,
-        state: ServerState,
-        weight: Weighting,
-        options: SortedOptions,
-        seed: int,
-    ) -> None:
+    def __init__(self, state: ServerState, weight: Weighting, seed: int) -> None:
         self.state = state
         self.weight = weight
-        self.options = options
         self.seed = seed
-        before = state.adapter if options.step > 0 else None
-        self.sums = SegmentSums(state.levels, state.adapter.rank, before)
+        self.sums = SegmentSums(state.levels, state.adapter.rank, before=state.adapter)
 
     def add(self, update: Update) -> None:
         """Fold in a reply's product, segment by segment."""
@@ -127,68 +76,57 @@ class Changes:
 
     def result(self) -> ServerState:
         """The state after the round; its adapter is the old one where no reply had a weight."""
-        state, old, memory = self.state, self.state.adapter, dict(self.state.memory)
-        if self.sums.total == 0:
-            return state.advanced(state.adapter)
-        moved, modules_to_save = self._moved()
-        if self.options.momentum > 0:
-            moved, velocity = _with_momentum(moved, old, memory, self.options.momentum)
-            memory |= store(VELOCITY, velocity)
-        adapter = cut(
-            replace(moved, modules_to_save=modules_to_save), old, "even", self.seed, state.round
-        )
-        if self.options.averaging > 0:
-            memory |= store(AVERAGE, _averaged(adapter, memory, self.options.averaging))
-        return state.advanced(adapter, memory)
-
-    def _moved(self) -> tuple[LoraAdapter, Mapping[str, Tensor]]:
-        """The stack of the old product plus every dimension's change, and the modules to save.
-
-        A dimension takes ``eta`` times its holders' mean and keeps ``1 - eta`` of its old product,
-        which is nothing by default: then it is left out, since dimensions of zeros make the SVD
-        slow.
-        """
-        old, parts = self.state.adapter, []
+        old, total = self.state.adapter, self.sums.total
+        if total == 0:
+            return self.state.advanced(old)
+        held = [(segment, segment.products.mean()) for segment in self.sums.segments]
+        rho = agreement([(segment, mean) for segment, mean in held if mean is not None])
+        parts: list[LoraAdapter] = []
         modules_to_save: Mapping[str, Tensor] = {}
-        for segment in self.sums.segments:
+        for segment, mean in held:
             before = between(old, segment.low, segment.high).to(torch.float32)
-            mean = segment.products.mean()
             if mean is None:
                 parts.append(before)
                 continue
-            eta = stretch(segment, mean, self.options.step)
-            eta *= (segment.products.total / self.sums.total) ** self.options.unchanged
+            eta = multiplier(segment, total, rho)
+            # Dimensions times zero would only make the SVD slow.
             parts += [mean] if eta == 1 else [before.scaled(1 - eta), mean.scaled(eta)]
             modules_to_save = mean.modules_to_save or modules_to_save
-        return sum_products(parts), modules_to_save
+        moved = replace(sum_products(parts), modules_to_save=modules_to_save)
+        return self.state.advanced(cut(moved, old, "even", self.seed, self.state.round))
 
 
-def stretch(segment: Segment, mean: LoraAdapter, step: float) -> float:
-    """Eta: how many times its mean change a segment moves that somebody holds.
+def agreement(held: Sequence[tuple[Segment, LoraAdapter]]) -> float:
+    """Rho: the mean inner product of two clients' changes, relative to their mean square.
 
-    After FedExP (arXiv 2301.09604); 1 where nothing has moved, or ``before`` is not known.
+    Each segment with several holders has an estimate of its own; they are averaged by the weight of
+    their pairs of holders, since they differ by little more than their noise. Between 0 and 1; 0
+    where no segment has two holders, or nothing has moved.
+
+    Args:
+        held: the segments with a holder, each with the mean of its holders' products.
     """
-    if segment.before is None:
-        return 1.0
-    held, moved = segment.products.total, squared_distance(mean, segment.before)
-    ratio = min(segment.moved / held / moved, held**2 / segment.squares) if moved > 0 else 1.0
-    return float(ratio**step)
+    agreeing = pairs = 0.0
+    for segment, mean in held:
+        weight = segment.products.total**2 - segment.squares
+        square = segment.moved / segment.squares
+        if weight > 0 and square > 0:
+            assert segment.before is not None
+            moved = segment.products.total**2 * squared_distance(mean, segment.before)
+            agreeing += (moved - segment.moved) / square
+            pairs += weight
+    return min(max(agreeing / pairs, 0.0), 1.0) if pairs > 0 else 0.0
 
 
-def _with_momentum(
-    moved: LoraAdapter, old: LoraAdapter, memory: Mapping[str, Tensor], decay: float
-) -> tuple[LoraAdapter, LoraAdapter]:
-    """``old + (1 - decay) v``, and ``v = decay v_before + change`` cut to three times the rank."""
-    before, bare = recall(memory, VELOCITY, old), old.bare()
-    change = concatenate([moved, bare], [1.0, -1.0])
-    total = change if before is None else concatenate([before, change], [decay, 1.0])
-    velocity = best_approximation(total, 3 * old.rank)
-    return concatenate([bare, velocity], [1.0, 1.0 - decay]), velocity
+def multiplier(segment: Segment, total: float, rho: float) -> float:
+    """Eta: how many times its holders' mean change a segment moves.
 
-
-def _averaged(adapter: LoraAdapter, memory: Mapping[str, Tensor], decay: float) -> LoraAdapter:
-    """The running mean of the rounds' products, cut to the global rank."""
-    before, bare = recall(memory, AVERAGE, adapter), adapter.bare()
-    if before is None:
-        return bare
-    return best_approximation(concatenate([before, bare], [decay, 1.0 - decay]), adapter.rank)
+    Args:
+        segment: with at least one holder; m is the number of holders by weight,
+            (sum w)^2 / sum w^2.
+        total: the weight of all clients of the round.
+        rho: their `agreement`.
+    """
+    share = segment.products.total / total
+    holders = segment.products.total**2 / segment.squares
+    return share + (1 - share) * holders * rho / (1 + (holders - 1) * rho)
