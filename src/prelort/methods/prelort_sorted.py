@@ -28,6 +28,7 @@ them, and any prefix is the best approximation of its rank.
 
 Clients of a lower rank train at a higher rate, (R / r) ** 0.4 times the highest rank's
 (`training.rank_exponent`): with one scale for all ranks, fewer dimensions move the function less.
+Each step sees the client's whole prefix and one shorter one, so that short prefixes stand alone.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from prelort.aggregation.products import Segment, SegmentSums, between, sum_prod
 from prelort.methods.averaging import Weighting, weighting
 from prelort.methods.flexlora import cut
 from prelort.methods.interface import ServerState, Update
+from prelort.methods.objective import Kind
 from prelort.methods.prefix import ProductMethod
 
 
@@ -54,6 +56,7 @@ class PreLortSorted(ProductMethod):
     name: ClassVar[str] = "prelort-sorted"
     summary: ClassVar[str] = "our extension: averages changes as functions, sorts dimensions"
     paper: ClassVar[str] = "this project, after arXiv 2606.15963 and 2602.13486"
+    default_objective: ClassVar[Kind] = "full+one"
     rank_exponent: ClassVar[float] = 0.4
 
     def aggregator(self, state: ServerState) -> FunctionChanges:
