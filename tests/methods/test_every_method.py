@@ -47,6 +47,8 @@ PATTERN = (8, 5, 3)
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "florist": {"energy": 1.0},
+    "fedmomentum": {"energy": 1.0},
+    "lora-fair": {"penalty": 1e-9},
 }
 """Without what makes them more, or less, than the mean by intention."""
 
@@ -56,14 +58,17 @@ ONE_RANK_FOR_ALL = {"fedit"}
 ONE_RANK_FOR_LAYERS = {"fslora"}
 """Its R/r is one number for all layers; it says so."""
 
-ONE_MULTIPLIER_FOR_LAYERS = {"fed-plora", "fedex-lora"}
+ONE_MULTIPLIER_FOR_LAYERS = {"fed-plora", "fedex-lora", "fedmomentum"}
 """A part of the dimensions counts as in the whole: under rslora, too, layers need one rank."""
 
-SUMS = {"flora", "florist", "fedex-lora"}
+SUMS = {"flora", "florist", "fedex-lora", "fedmomentum"}
 """Keep the exact sum of the products, with as many dimensions as it needs."""
 
 CUTS = {"flexlora", "hlora", "raflora", "prelort-sorted"}
 """Cut the sum of the products to the global rank: each round has other rank dimensions."""
+
+CORRECTS = {"lora-fair"}
+"""Changes the mean of the factors by what their product misses."""
 
 PRUNES = {"hetlora"}
 """Its clients may answer with fewer dimensions than they were sent."""
@@ -78,7 +83,7 @@ others a client of rank r has the global function of rank r."""
 NEITHER = {"fslora"}
 """A client of a low rank trains a random sketch, which is the global function of no rank."""
 
-KEEPS_THE_REST = {"raflora", "prelort-sorted"}
+KEEPS_THE_REST = {"raflora", "prelort-sorted", "fedmomentum"}
 """Slots that nobody holds are mixed with those that somebody holds when the sum is cut."""
 
 NO_PREFIXES = {"fedit", "fed-plora", "flora", "florist", "fslora"}
@@ -175,7 +180,7 @@ def random_replies(state: ServerState, ranks: Sequence[int]) -> list[Update]:
 def test_the_tables_name_registered_methods():
     tables = (
         *(OPTIONS, ONE_RANK_FOR_ALL, ONE_RANK_FOR_LAYERS, ONE_MULTIPLIER_FOR_LAYERS, SUMS, CUTS),
-        *(PRUNES, OWN_WEIGHTS, WHOLE, NEITHER, KEEPS_THE_REST, NO_PREFIXES),
+        *(CORRECTS, PRUNES, OWN_WEIGHTS, WHOLE, NEITHER, KEEPS_THE_REST, NO_PREFIXES),
     )
     assert set(REGISTRY) >= {name for table in tables for name in table}
     client, state = Client("k", R, 1), start()
@@ -281,7 +286,7 @@ def test_nested_training_is_taken_or_refused(name, kind):
 # What a round makes of the replies
 
 
-@every
+@every_but(CORRECTS)
 @pytest.mark.parametrize("weights", ["examples", "uniform"])
 def test_at_equal_ranks(name, weights):
     """Of the same replies: FedIT's factors bit for bit, or the mean of the products."""
@@ -423,7 +428,7 @@ def test_a_rank_level_that_is_absent(name, present, rule):
             ServerState(method.global_adapter(after, 2)),
             ServerState(method.global_adapter(after, 2)),
         )
-        if name not in CUTS:
+        if name not in CUTS | {"fedmomentum"}:
             assert_untrained_dimensions_stay(state, after, sent)
         state = after
 

@@ -15,7 +15,10 @@ from prelort.config import MethodConfig
 from prelort.errors import ConfigError
 from prelort.methods.fed_plora import FedPlora
 from prelort.methods.fedex_lora import FedExLora
+from prelort.methods.fedhl import FedHL
 from prelort.methods.fedit import FedIT
+from prelort.methods.fedmomentum import FedMomentum
+from prelort.methods.fedrot_lora import FedRotLora
 from prelort.methods.fedsa_lora import FedSaLora
 from prelort.methods.ffa_lora import FfaLora
 from prelort.methods.flexlora import FlexLora, HLora
@@ -31,6 +34,7 @@ from prelort.methods.interface import (
     ServerState,
     Update,
 )
+from prelort.methods.lora_fair import LoraFair
 from prelort.methods.prefix import PrefixMethod
 from prelort.methods.prelort import PreLort
 from prelort.methods.prelort_sorted import PreLortSorted
@@ -58,6 +62,10 @@ REGISTRY: dict[str, type[Method]] = {
         RoLora,
         FsLora,
         FedExLora,
+        FedMomentum,
+        FedRotLora,
+        FedHL,
+        LoraFair,
         FedSaLora,
         HomogeneousMin,
         HomogeneousMax,

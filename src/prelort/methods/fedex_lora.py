@@ -106,7 +106,7 @@ class WithResidual(Averaging):
             return state
         before = recall(self.state.memory, RESIDUAL, old)
         # What the clients trained, plus what each had frozen, minus what the adapter now is.
-        parts, signs = [mean, self._frozen_above(old), state.adapter.bare()], [1.0, 1.0, -1.0]
+        parts, signs = [mean, self.frozen_above(old), state.adapter.bare()], [1.0, 1.0, -1.0]
         if before is not None:
             parts, signs = [*parts, before], [*signs, 1.0]
         residual = compress(concatenate(parts, signs))
@@ -114,7 +114,7 @@ class WithResidual(Averaging):
             residual = best_approximation(residual, self.rank)
         return replace(state, memory=store(RESIDUAL, residual))
 
-    def _frozen_above(self, old: LoraAdapter) -> LoraAdapter:
+    def frozen_above(self, old: LoraAdapter) -> LoraAdapter:
         """``sum_k p_k`` of the old dimensions above the rank of client k."""
         layers = {}
         for name, factors in old.layers.items():
