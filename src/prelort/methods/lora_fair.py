@@ -87,5 +87,5 @@ def correction(mean: Factors, missed: Factors, penalty: float) -> Tensor:
     """D [d_out, r] of one layer: ``missed`` is the product that the means of the factors lack."""
     a = mean.A.double()
     gram = a @ a.T + penalty * torch.eye(len(a), dtype=a.dtype, device=a.device)
-    change = torch.linalg.solve(gram, a @ missed.A.double().T) @ missed.B.double().T
-    return change.T.to(mean.B.dtype)
+    solved: Tensor = torch.linalg.solve(gram, a @ missed.A.double().T)
+    return (solved @ missed.B.double().T).T.to(mean.B.dtype)
