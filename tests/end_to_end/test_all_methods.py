@@ -43,7 +43,10 @@ OPTIONS = {"hetlora": {"gamma": 0.75, "penalty": 1.0}}
 PERSONAL = {name for name, method in REGISTRY.items() if trait(method, "personal")}
 """There is no global model: nothing is exported, and only clients can measure."""
 
-WHOLE = {"fed-plora", "flora", "florist", "fedex-lora", "homogeneous-min", "homogeneous-max"}
+WHOLE = {
+    *("fed-plora", "flora", "florist", "fedex-lora", "fedmomentum"),
+    *("homogeneous-min", "homogeneous-max"),
+}
 """Every client uses the whole global function, whatever its rank; of the others a client of rank r
 uses the global function of rank r."""
 
