@@ -60,7 +60,7 @@ def child(born: float, overrides: list[str]) -> None:
     from prelort.events import Evaluated, Event, RoundStarted
     from prelort.experiment import assemble
     from prelort.experiment import run as running
-    from prelort.report import progress
+    from prelort.report import live
     from prelort.study import run as _  # noqa: F401
 
     spent["other imports"] = time.time() - born - sum(spent.values())
@@ -88,7 +88,7 @@ def child(born: float, overrides: list[str]) -> None:
         if isinstance(event, RoundStarted):
             raise _Begun
 
-    progress.StudyProgress.event = listen  # type: ignore[method-assign]
+    live.Display.event = listen  # type: ignore[method-assign]
     options = [part for override in overrides for part in ("--set", override)]
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.suppress(_Begun):

@@ -152,7 +152,7 @@ def round_diagnostics(
         },
         "effective_rank": 1 + 6 * collapse**number,
         "energy_share": dict(zip(levels, [0.7, 0.15, 0.1, 0.05], strict=True)),
-        "slot_energy": [0.5 * collapse ** (number * dimension / 4) for dimension in range(16)],
+        "dimension_energy": [0.5 * collapse ** (number * dimension / 4) for dimension in range(16)],
         "tail_kept": dict(zip(levels, [1.0, 0.9, 0.5, 0.0625], strict=True)),
     }
 

@@ -371,15 +371,37 @@ class TestWatch:
         assert "zero-padding" not in out
         assert re.search(r"^ prelort +\d", out, re.MULTILINE)
 
-    def test_ctrl_c_ends_it_and_is_no_error(
+    def test_waits_for_a_folder_for_a_while(
         self, command_line: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("prelort.cli.inspect.WAIT_SECONDS", 1)
+        path = tmp_path / "typo"
+        outcome = command_line("watch", path)
+        assert outcome.out == f"{path} does not exist: waiting 1 s for a run to start there\n"
+        assert outcome.error == f"{str(path)!r} holds no run after 1 s"
+
+    def test_ctrl_c_ends_it_and_is_no_error(
+        self, command_line: CommandLine, study: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def interrupted(*_: object, **__: object) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("prelort.report.watch.watch", interrupted)
-        outcome = command_line("watch", tmp_path / "to-come")
+        monkeypatch.setattr("prelort.report.live.watch", interrupted)
+        outcome = command_line("watch", study)
         assert (outcome.code, outcome.out, outcome.err) == (0, "", "")
+
+    def test_of_a_run_that_was_stopped_says_so(
+        self, command_line: CommandLine, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("prelort.report.live.POLL_SECONDS", 0.01)
+        stopped = tmp_path / "stopped"
+        shutil.copytree(run, stopped)
+        lines = (stopped / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (stopped / "metrics.jsonl").write_text("".join(lines[:-1]))
+        outcome = command_line("watch", stopped)
+        assert outcome.code == 1
+        assert "untuned base" in outcome.out
+        assert outcome.error == f"{str(stopped)!r} was stopped: no process runs it any more"
 
     def test_of_what_will_never_be_a_run_is_one_sentence(
         self, command_line: CommandLine, tmp_path: Path

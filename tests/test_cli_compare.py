@@ -7,7 +7,7 @@ import pytest
 
 from command_line import CommandLine
 from prelort.config import Config, to_toml
-from prelort.report.progress import StudyProgress
+from prelort.report.live import Display
 
 
 @pytest.fixture
@@ -57,12 +57,12 @@ def test_a_failing_cell_is_told_and_makes_the_exit_code_1(
 def test_ctrl_c_says_how_to_go_on(
     command_line: CommandLine, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(self: StudyProgress, name: str, reason: str = "") -> None:
+    def stop(self: Display, name: str, reason: str = "") -> None:
         raise KeyboardInterrupt
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(StudyProgress, "ended", stop)
+        patch.setattr(Display, "ended", stop)
         outcome = command_line("compare", study, "--out", out)
     assert outcome.code == 130
     assert outcome.err.strip() == (

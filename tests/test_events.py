@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from equality import equal
+from histories import run_events
 from prelort import events
 from prelort.errors import CheckpointError, PrelortError
 from prelort.events import (
@@ -87,7 +88,7 @@ def test_a_line_has_the_events_name_its_round_and_the_time() -> None:
 
 def test_events_of_the_moment_are_not_logged() -> None:
     moment = {name for name, kind in KINDS.items() if not kind.logged}
-    assert moment == {"loading", "run_resumed", "evaluating", "checkpointing", "checkpointed"}
+    assert moment == {"loading", "run_resumed", "evaluating", "checkpointed"}
 
 
 @pytest.mark.parametrize(
@@ -159,6 +160,68 @@ class TestLog:
     def test_a_file_that_cannot_be_read_is_an_error(self, tmp_path: Path) -> None:
         with pytest.raises(PrelortError, match="cannot be read"):
             EventLog(tmp_path).read()
+
+
+class TestFollow:
+    EVENTS = run_events(rounds=20)
+
+    @pytest.fixture
+    def log(self, tmp_path: Path) -> EventLog:
+        return EventLog(tmp_path / "metrics.jsonl")
+
+    def append(self, log: EventLog, new: list[Event], more: bytes = b"") -> None:
+        with log.path.open("ab") as file:
+            file.write("".join(encode(event) + "\n" for event in new).encode() + more)
+
+    def test_a_log_from_before_its_first_event(self, log: EventLog) -> None:
+        following = log.follow()
+        assert next(following) == ([], False)
+        for number in range(3):
+            new = self.EVENTS[number : number + 1]
+            self.append(log, new)
+            assert next(following) == (new, False)
+            assert next(following) == ([], False)
+
+    def test_an_unfinished_line_waits_for_its_end_and_may_vanish(self, log: EventLog) -> None:
+        following, line = log.follow(), encode(self.EVENTS[1]).encode()
+        self.append(log, self.EVENTS[:1], line[:10])
+        assert next(following) == (self.EVENTS[:1], False)
+        self.append(log, [], line[10:])
+        assert next(following) == ([], False)
+        self.append(log, [], b"\n{")
+        assert next(following) == (self.EVENTS[1:2], False)
+        log.truncate(log.size - 1)
+        assert next(following) == ([], False)
+
+    @pytest.mark.parametrize("kept", [0, 1, 50])
+    @pytest.mark.parametrize("grown", [0, 1, 90])
+    def test_a_truncated_log_is_read_again(self, log: EventLog, kept: int, grown: int) -> None:
+        """It may have grown beyond its old length by then."""
+        other = run_events(rounds=20, seed=7, loss=lambda *_: 1.25)
+        following = log.follow()
+        self.append(log, self.EVENTS[:100])
+        next(following)
+        log.path.unlink()
+        again = [*self.EVENTS[:kept], *other[kept : kept + grown]]
+        self.append(log, again)
+        assert next(following) == (again, True)
+        self.append(log, self.EVENTS[-1:])
+        assert next(following) == (self.EVENTS[-1:], False)
+
+    def test_a_deleted_log_was_truncated_to_nothing(self, log: EventLog) -> None:
+        following = log.follow()
+        self.append(log, self.EVENTS[:5])
+        next(following)
+        log.path.unlink()
+        assert next(following) == ([], True)
+
+    def test_a_damaged_line_is_refused_by_its_number(self, log: EventLog) -> None:
+        following = log.follow()
+        self.append(log, self.EVENTS[:1])
+        next(following)
+        self.append(log, [], b"{]\n")
+        with pytest.raises(PrelortError, match="line 2, is not an event"):
+            next(following)
 
 
 def test_the_time_of_an_event_is_now_to_the_millisecond() -> None:

@@ -9,7 +9,6 @@ import prelort
 from prelort.config import Config, to_toml
 from prelort.events import (
     Checkpointed,
-    Checkpointing,
     ClientFinished,
     Evaluated,
     Evaluating,
@@ -57,14 +56,12 @@ def test_listeners_hear_the_events_in_order(
         Loading,
         RunStarted,
         Evaluated,
-        Checkpointing,
         Checkpointed,
         RoundStarted,
         ClientFinished,
         ClientFinished,
         RoundFinished,
         Evaluated,
-        Checkpointing,
         Checkpointed,
         RunFinished,
     ]

@@ -21,6 +21,9 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from prelort.errors import CheckpointError, PrelortError
 
+COMPARED = 1024
+"""Bytes before the end of a log that tell whether it was truncated and written again."""
+
 Metrics = dict[str, float]
 """Metric name -> value (loss in nats, accuracy and macro_f1 in 0..1, rouge_l in 0..100)."""
 
@@ -62,7 +65,7 @@ class RunStarted(Event):
 
 @dataclass(frozen=True, slots=True)
 class RoundStarted(Event):
-    """``clients``: the names of those that were asked to train."""
+    """``clients``: the names of those sampled to train."""
 
     clients: tuple[str, ...]
 
@@ -84,7 +87,7 @@ class ClientFinished(Event):
 
 @dataclass(frozen=True, slots=True)
 class ClientFailed(Event):
-    """A client was asked to train and gave no usable reply."""
+    """A sampled client gave no usable reply."""
 
     client: str
     rank: int
@@ -250,19 +253,12 @@ class RunResumed(Event):
 
 @dataclass(frozen=True, slots=True)
 class Evaluating(Event):
-    """So many of ``total`` steps of an evaluation are done."""
+    """An evaluation is under way: ``done`` of ``total`` steps."""
 
     logged: ClassVar[bool] = False
 
     done: int
     total: int
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpointing(Event):
-    """The state is about to be written."""
-
-    logged: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,9 +343,29 @@ class EventLog:
         """
         return list(self._events(self._bytes()))
 
-    def _bytes(self) -> bytes:
+    def follow(self) -> Iterator[tuple[list[Event], bool]]:
+        """Read the log while it grows: the new events at each step, and whether it was truncated.
+
+        After a truncation, by a run that was resumed, they are all its events. An unfinished last
+        line waits for the next step. Raises `PrelortError` as `read`.
+        """
+        position, before, lines = 0, b"", 0
+        while True:
+            data = self._bytes(position - len(before))
+            truncated = not data.startswith(before)  # whatever its length is by now
+            if truncated:
+                position, before, lines = 0, b"", 0
+                data = self._bytes()
+            new = data[len(before) : data.rfind(b"\n") + 1]
+            yield list(self._events(new, lines)), truncated
+            position, lines = position + len(new), lines + new.count(b"\n")
+            before = (before + new)[-COMPARED:]
+
+    def _bytes(self, start: int = 0) -> bytes:
         try:
-            return self.path.read_bytes()
+            with self.path.open("rb") as file:
+                file.seek(start)
+                return file.read()
         except FileNotFoundError:
             return b""
         except OSError as error:
@@ -357,8 +373,9 @@ class EventLog:
                 f"metrics file {str(self.path)!r} cannot be read: {error.strerror}"
             ) from None
 
-    def _events(self, data: bytes) -> Iterator[Event]:
-        for number, line in enumerate(data.split(b"\n")[:-1], start=1):
+    def _events(self, data: bytes, lines: int = 0) -> Iterator[Event]:
+        """The events of whole lines that follow the first ``lines``."""
+        for number, line in enumerate(data.split(b"\n")[:-1], start=lines + 1):
             try:
                 yield decode(line)
             except ValueError:  # also what bad JSON and bad UTF-8 raise

@@ -17,6 +17,7 @@ from prelort.events import (
     ClientRefused,
     ClientsEvaluated,
     Evaluated,
+    Evaluating,
     EvaluationFailed,
     Event,
     Metrics,
@@ -49,6 +50,11 @@ class RoundRecord:
     stats: RoundStats | None = None
 
     @property
+    def answers(self) -> int:
+        """Number of clients that replied or failed."""
+        return len(self.replies) + len(self.failures)
+
+    @property
     def loss(self) -> float | None:
         """The mean training loss of the replies so far, weighted by examples."""
         if self.stats is not None:
@@ -77,6 +83,7 @@ class RunHistory:
     """One run so far: apply its events in their order.
 
     ``time`` is that of the last event. ``resumed``: the round after which this process went on.
+    ``evaluating``: how far the evaluation under way is.
     """
 
     started: RunStarted | None = None
@@ -92,6 +99,7 @@ class RunHistory:
     incidents: list[Event] = field(default_factory=list)
     """What did not go as planned, in order: `prelort.report.incidents` words it."""
     waiting: Waiting | None = None
+    evaluating: Evaluating | None = None
     resumed: int | None = None
     finished: bool = False
     passes: int = 0
@@ -110,6 +118,7 @@ class RunHistory:
     def apply(self, event: Event) -> None:
         """Take in the next event."""
         self.time = event.time
+        self.evaluating = event if isinstance(event, Evaluating) else None
         of_round = isinstance(event, ClientFinished | ClientFailed | RoundFinished)
         if of_round and event.round not in self.rounds:
             raise PrelortError(f"the event log is damaged: round {event.round} has no start")
@@ -126,7 +135,6 @@ class RunHistory:
                 self.rounds[event.round].failures[event.client] = event
                 record = self._client(event.client)
                 record.rank, record.status, record.reason = event.rank, "failed", event.reason
-                self.incidents.append(event)
             case RoundFinished():
                 self.rounds[event.round].stats = event.stats
                 self.round = event.round
@@ -262,7 +270,8 @@ def _is_incident(event: Event) -> bool:
         return bool(event.failures)
     return isinstance(
         event,
-        ClientRefused
+        ClientFailed
+        | ClientRefused
         | RankChanged
         | RunResumed
         | EvaluationFailed

@@ -205,7 +205,9 @@ def test_dimensions_and_segments(mix, seed):
     energies = [
         2.0 * (f.A.double().norm(dim=1) * f.B.double().norm(dim=0)) for f in now.layers.values()
     ]
-    assert found["slot_energy"] == pytest.approx(torch.stack(energies).mean(0).tolist(), **SAME)
+    assert found["dimension_energy"] == pytest.approx(
+        torch.stack(energies).mean(0).tolist(), **SAME
+    )
     for low, high in segments(played.state.levels):
         common = square = 0.0
         for name, factors in now.layers.items():
@@ -320,7 +322,7 @@ def test_before_anything_is_learnt():
     found = still.numbers()
     assert found["aggregation_noise"] is None
     assert found["effective_rank"] is None
-    assert found["slot_energy"] == [0.0] * RANK
+    assert found["dimension_energy"] == [0.0] * RANK
     assert set(found["truncation_noise"].values()) == {None}
     assert set(found["tail_kept"].values()) == {None}
 
@@ -333,7 +335,7 @@ def test_an_adapter_without_layers():
     found = Played(build(MethodConfig(), 0), state, [sent], [update], state).numbers()
     assert found["layers"] == {"measured": 0, "of": 0}
     assert found["aggregation_noise"] is None
-    assert found["slot_energy"] == []
+    assert found["dimension_energy"] == []
     assert found["truncation_noise"] == {"2": None, "4": None}
 
 
@@ -413,7 +415,7 @@ def test_too_many_dimensions_leave_out_the_clients():
         assert found[key] is None
     assert found["client_drift"] == {"mean": None, "deviation": None}
     assert set(found["tail_kept"].values()) == {None}
-    for key in ("truncation_noise", "least_truncation_noise", "effective_rank", "slot_energy"):
+    for key in ("truncation_noise", "least_truncation_noise", "effective_rank", "dimension_energy"):
         assert found[key] == expected[key]
     assert played.numbers(budget=Budget(dimensions=1))["layers"] == {"measured": 0, "of": 2}
     collector, kept = played.collector(Budget(dimensions=8)), []

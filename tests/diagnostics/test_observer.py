@@ -37,7 +37,7 @@ def test_a_round_is_measured_and_timed(make_config: Make) -> None:
     assert numbers["layers"] == {"measured": 3, "of": 3}
     assert list(numbers["truncation_noise"]) == ["2", "5", "8"]
     assert numbers["aggregation_noise"] > 0
-    assert len(numbers["slot_energy"]) == 8
+    assert len(numbers["dimension_energy"]) == 8
     assert seconds > 0
 
 

@@ -24,7 +24,7 @@ KEYS = {
     "least_truncation_noise",
     "effective_rank",
     "energy_share",
-    "slot_energy",
+    "dimension_energy",
     "tail_kept",
 }
 
@@ -52,7 +52,7 @@ def test_every_round_has_them(undisturbed: Path) -> None:
         assert found["truncation_noise"]["8"] == 0
         assert found["aggregation_noise"] > 0
         assert 1 <= found["effective_rank"] <= 8
-        assert len(found["slot_energy"]) == 8
+        assert len(found["dimension_energy"]) == 8
         assert stats.seconds.diagnose > 0
     first, second = (stats.diagnostics or {} for stats in rounds[:2])
     # B is zero at first, so there is nothing to be relative to.

@@ -12,7 +12,7 @@ import pytest
 from prelort.config import Config, check, load
 from prelort.errors import ConfigError
 from prelort.events import RunFinished
-from prelort.experiment.folder import RunFolder
+from prelort.experiment.folder import RunFolder, is_running
 from prelort.files import replace_folder, write_atomically
 
 HOLD = """
@@ -143,10 +143,13 @@ class TestLock:
         folder.create(Config())
         folder.unlock()
         with another_process_that_holds(tmp_path) as process:
+            assert is_running(tmp_path)
             process.kill()
             process.wait()
+            assert not is_running(tmp_path)
             folder.lock()
         folder.unlock()
+        assert not is_running(tmp_path / "nothing")
 
     def test_it_can_be_taken_again_when_it_was_given_back(self, tmp_path: Path) -> None:
         first, second = RunFolder(tmp_path), RunFolder(tmp_path)

@@ -229,7 +229,7 @@ class TestDiagnostics:
         def empty(number):
             levels = dict.fromkeys(("2", "4"))
             return {"layers": {"measured": 0, "of": 0}, "aggregation_noise": None,
-                    "client_drift": {"mean": None}, "effective_rank": 1.0, "slot_energy": [],
+                    "client_drift": {"mean": None}, "effective_rank": 1.0, "dimension_energy": [],
                     "truncation_noise": levels, "least_truncation_noise": levels}  # fmt: skip
 
         assert len(charts.diagnostics(runs(a=run_history(diagnostics=empty)), "")) == 1

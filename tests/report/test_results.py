@@ -112,7 +112,7 @@ class TestFrames:
         second = frame[frame["round"] == 2]
         assert values(second, quantity="aggregation_noise") == [numbers["aggregation_noise"]]
         assert values(second, quantity="truncation_noise", at="4") == [0.8]
-        assert values(second, quantity="slot_energy") == numbers["slot_energy"]
+        assert values(second, quantity="dimension_energy") == numbers["dimension_energy"]
         assert values(frame, round=1, quantity="client_drift") == []  # 0 / 0
 
     def test_failed_diagnostics_have_no_rows(self):

@@ -195,7 +195,7 @@ class TestDiagnostics:
         def empty(number):
             numbers = round_diagnostics(number)
             levels = dict.fromkeys(numbers["truncation_noise"])
-            numbers |= {"aggregation_noise": None, "tail_kept": levels, "slot_energy": []}
+            numbers |= {"aggregation_noise": None, "tail_kept": levels, "dimension_energy": []}
             return numbers | {"truncation_noise": levels, "least_truncation_noise": levels}
 
         (table,) = tables.diagnostics(runs(a=run_history(rounds=1, diagnostics=empty)), "")

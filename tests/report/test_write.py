@@ -48,3 +48,7 @@ def test_the_page_is_written_where_it_is_wanted(tmp_path):
     assert path.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     with pytest.raises(PrelortError, match="nowhere"):
         write_page(runs(prelort=run_history()), tmp_path / "nowhere" / "page.html")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(PrelortError, match="folder' cannot be written: Is a directory"):
+        write_page(runs(prelort=run_history()), tmp_path / "folder")
+    assert {file.name for file in tmp_path.iterdir()} == {"page.html", "folder"}

@@ -29,7 +29,7 @@ from prelort.methods import REGISTRY
 from prelort.metrics.scores import aurac
 from prelort.report.results import Results
 from prelort.study.definition import Study, load, of_run
-from prelort.study.results import logs_of
+from prelort.study.results import logs_of, wait_for
 from prelort.study.run import StudyListener, run_study
 from prelort.study.worker import Order, Worker
 from run_files import adapters_of
@@ -332,7 +332,7 @@ class TestReading:
         with pytest.raises(ConfigError, match="holds no run"):
             prelort.read(tmp_path)
         with pytest.raises(ConfigError, match="holds no run"):
-            logs_of(tmp_path)()
+            wait_for(tmp_path, 0)
 
     def test_a_damaged_log_is_the_reason_why_a_cell_has_no_result(
         self, tmp_path: Path, write: Write
@@ -348,11 +348,11 @@ class TestReading:
             prelort.read(out / "prelort" / "seed-0")
 
     def test_the_logs_to_watch_are_those_of_the_cells_that_did_not_fail(
-        self, finished: Finished, tmp_path: Path
+        self, finished: Finished
     ) -> None:
         study, out, _, _ = finished
-        assert logs_of(tmp_path / "to-come")() == {}
-        assert logs_of(out)() == {
+        logs = logs_of(study, out)
+        assert {name: log.path for name, log in logs.items()} == {
             cell.name: out / cell.folder / "metrics.jsonl"
             for cell in study.cells
             if cell.method != "fedit"

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from prelort.cli.options import Overrides, Quiet
 from prelort.cli.screen import escaped, wide_console
+from prelort.errors import PrelortError
 
 WATCH_EXAMPLES = """[bold]Examples[/bold]
 
@@ -20,9 +21,11 @@ WATCH_EXAMPLES = """[bold]Examples[/bold]
 
   prelort watch runs/first | tee first.log
 
-It only reads the event logs, waits for a run that has not started, and ends with the run or on
-Ctrl-C, which does not stop the run.
+It only reads the event logs, waits a minute for a run that has not started, and ends with the run
+(exit code 1 if that was stopped) or on Ctrl-C, which does not stop the run.
 """
+
+WAIT_SECONDS = 60
 
 EVALUATE_EXAMPLES = (
     "[bold]Examples[/bold]\n\n  prelort evaluate runs/first/prelort\n\n"
@@ -42,17 +45,26 @@ EXPORT_EXAMPLES = (
 
 
 def watch(
-    run: Annotated[Path, typer.Argument(help="Folder of a run or a study; it need not exist yet.")],
+    run: Annotated[Path, typer.Argument(help="Folder of a run or a study.")],
 ) -> None:
     """Watch a run from another terminal: live status of every client."""
-    from prelort.report import tables
-    from prelort.report import watch as watching
-    from prelort.study.results import logs_of, read
+    from prelort.experiment.folder import is_running
+    from prelort.report import live, tables
+    from prelort.study.results import logs_of, read, wait_for
 
     console = wide_console()
     with suppress(KeyboardInterrupt):  # the run goes on
-        watching.watch(logs_of(run), str(run), console)
+        if not run.exists():
+            what = (
+                f"{escaped(run)} does not exist: waiting {WAIT_SECONDS} s for a run to start there"
+            )
+            console.print(what, soft_wrap=True, highlight=False)
+        study = wait_for(run, WAIT_SECONDS)
+        with live.Display(console, len(study.cells)) as display:
+            finished = live.watch(lambda: logs_of(study, run), lambda: is_running(run), display)
         console.print(tables.terminal(read(run)))
+        if not finished:
+            raise PrelortError(f"{str(run)!r} was stopped: no process runs it any more")
 
 
 def evaluate(

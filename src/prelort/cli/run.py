@@ -116,7 +116,7 @@ def run(
         jobs=jobs,
         run=_engine(engine, parallel, client_cpus, client_gpus),
         track=track or [],
-        by_round=True,
+        adapters=True,
         quiet=quiet,
         again=f"continue with: prelort run --resume {shlex.quote(str(target))}",
     )
@@ -170,7 +170,7 @@ def _run_study(
     jobs: int = 1,
     run: Run | None = None,
     track: Sequence[str] = (),
-    by_round: bool = False,
+    adapters: bool = False,
     quiet: bool = False,
 ) -> None:
     """Run a study, print its tables and where everything is; exit code 1 where a cell failed."""
@@ -181,19 +181,19 @@ def _run_study(
 
     from prelort.experiment.folder import RunFolder
     from prelort.report import tables
-    from prelort.report.progress import StudyProgress
+    from prelort.report.live import Display
     from prelort.study.run import run_study
 
     console, cells = wide_console(), len(study.cells)
     try:
-        with StudyProgress(console, cells, by_round=by_round, quiet=quiet) as progress:
-            results = run_study(study, out, progress, new=new, jobs=jobs, run=run, track=track)
+        with Display(console, cells, quiet=quiet) as display:
+            results = run_study(study, out, display, new=new, jobs=jobs, run=run, track=track)
     except KeyboardInterrupt:
         Console(stderr=True).print(f"stopped; {escaped(again)}", soft_wrap=True)
         raise typer.Exit(130) from None
     console.print(tables.terminal(results))
     files = [out / "results.md", *sorted(out.glob("*.png")), out / "report.html"]
-    folders = [RunFolder(out / cell.folder).adapters for cell in study.cells] if by_round else []
+    folders = [RunFolder(out / cell.folder).adapters for cell in study.cells] if adapters else []
     for path in (*files, *folders):
         if path.exists():
             console.print(f"wrote  {escaped(path)}", soft_wrap=True, highlight=False)

@@ -47,7 +47,7 @@ def run_over_sites(federation: Path, out: Path, overrides: list[str], grid: Grid
     from prelort.experiment.at_sites import at_sites
     from prelort.experiment.run import run
     from prelort.report import tables
-    from prelort.report.progress import StudyProgress
+    from prelort.report.live import Display
     from prelort.study.definition import of_run
     from prelort.study.results import is_finished
     from prelort.study.run import run_study
@@ -58,8 +58,8 @@ def run_over_sites(federation: Path, out: Path, overrides: list[str], grid: Grid
         console.print(f"the run in {out} is finished", markup=False, soft_wrap=True)
         return
     run_at_sites = partial(run, backend=at_sites(grid), patience=LEAVING_SECONDS)
-    with StudyProgress(console) as progress:
-        results = run_study(study, out, progress, run=run_at_sites)
+    with Display(console) as display:
+        results = run_study(study, out, display, run=run_at_sites)
     console.print(tables.terminal(results))
     for path in (out / "results.md", out / "report.html", out / "adapters"):
         console.print(f"wrote  {path}", markup=False, soft_wrap=True)

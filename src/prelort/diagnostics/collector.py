@@ -314,7 +314,7 @@ class Sums:
             "effective_rank": _mean(self.effective_ranks),
             "energy_share": {n: self._share(("within", n), ("spectrum", "")) for n in names},
             # The mean over the layers that have the dimension.
-            "slot_energy": [
+            "dimension_energy": [
                 float(np.mean([one[j] for one in self.energies if len(one) > j]))
                 for j in range(longest)
             ],

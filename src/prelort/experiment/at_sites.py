@@ -16,9 +16,10 @@ from prelort.adapters.initial import fresh
 from prelort.config import SITES, Config
 from prelort.data import federated, ranks
 from prelort.errors import ConfigError
+from prelort.events import Metrics
 from prelort.experiment.assemble import assemble, prepare_model
-from prelort.experiment.backend import Backend, Connect, Evaluate, Progress
-from prelort.experiment.measure import Measured, measure
+from prelort.experiment.backend import Backend, Connect, Evaluate
+from prelort.experiment.measure import Progress, measure
 from prelort.federation.allocation import Allocation, ByLoss
 from prelort.federation.client import ClientRuntime, LocalClient
 from prelort.federation.flower import Grid
@@ -163,7 +164,7 @@ def _served(
     if not examples:
         return _Served(work.spec, initial, template)
 
-    def evaluate(adapters: Mapping[int, LoraAdapter], progress: Progress) -> Measured:
+    def evaluate(adapters: Mapping[int, LoraAdapter], progress: Progress) -> dict[int, Metrics]:
         return measure(config, [work], examples, adapters, progress)
 
     return _Served(work.spec, initial, template, evaluate)

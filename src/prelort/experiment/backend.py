@@ -14,8 +14,9 @@ from peft import LoraConfig
 from prelort.adapters import LoraAdapter
 from prelort.config import Config
 from prelort.data.federated import FederatedRows
+from prelort.events import Metrics
 from prelort.experiment.assemble import Assembly, Encoded, assemble
-from prelort.experiment.measure import Measured, measure
+from prelort.experiment.measure import Progress, measure
 from prelort.experiment.workers import RuntimePool, default_threads, replica
 from prelort.federation.allocation import Allocation
 from prelort.federation.batched import answer_batched
@@ -26,10 +27,7 @@ from prelort.federation.in_process import InProcessGrid
 from prelort.federation.messages import AdapterSpec
 from prelort.federation.transport import Transport
 
-Progress = Callable[[int, int], None]
-"""Called with the steps done and their number."""
-
-Evaluate = Callable[[Mapping[int, LoraAdapter], Progress], Measured]
+Evaluate = Callable[[Mapping[int, LoraAdapter], Progress], dict[int, Metrics]]
 """The metrics of adapters, by the rank they stand for (0: the untuned base)."""
 
 

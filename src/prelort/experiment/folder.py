@@ -14,6 +14,7 @@ trackers.json        the ids of the run in the trackers, and the last rounds log
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import platform
 from importlib import metadata
@@ -29,6 +30,9 @@ from prelort.files import write_atomically
 from prelort.history import RunHistory
 
 LIBRARIES = ("prelort", "torch", "transformers", "peft", "datasets", "flwr", "safetensors", "numpy")
+
+GLANCE_SECONDS = 0.2
+"""A lock that is held for less may be `is_running` looking at it."""
 
 _LEFTOVERS = (".config.toml.tmp", ".study.toml.tmp", ".lock")
 _BEFORE_THE_ROUNDS = (
@@ -110,7 +114,7 @@ class RunFolder:
         Raises `ConfigError` if another one has it and keeps it for ``seconds``.
         """
         try:
-            self._lock.acquire(timeout=seconds)
+            self._lock.acquire(timeout=max(seconds, GLANCE_SECONDS))
         except Timeout:
             raise ConfigError(
                 f"{str(self.path)!r} is in use: another prelort process is running it"
@@ -132,6 +136,18 @@ class RunFolder:
     def history(self) -> RunHistory:
         """What the log tells so far. Raises `PrelortError` for a damaged one."""
         return RunHistory.of(self.events.read())
+
+
+def is_running(path: Path) -> bool:
+    """Whether a process holds the lock of a run's or a study's folder."""
+    try:
+        with (path / ".lock").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # until the file is closed
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def is_taken(path: Path) -> bool:

@@ -19,7 +19,6 @@ from prelort.data.federated import FederatedRows
 from prelort.errors import CheckpointError, ConfigError, QuorumError
 from prelort.events import (
     Checkpointed,
-    Checkpointing,
     Event,
     Listener,
     Loading,
@@ -221,7 +220,6 @@ def _save(
     state: ServerState, config: Config, folder: RunFolder, backend: Backend, log: RunLog
 ) -> None:
     """Write a checkpoint: the log ends where it says, so that a resumed run repeats no line."""
-    log(Checkpointing(state.round))
     log.file.sync()
     checkpoint.save(
         Checkpoint(state, config.seed, backend.spec.base, log.file.size), folder.checkpoints

@@ -284,8 +284,8 @@ def diagnostics(results: Results, setting: str) -> list[alt.LayerChart]:
         ("truncation_noise", "lowest", "Truncation noise, lowest rank", "", "relative norm"),
         ("truncation_noise", "rank", "Truncation noise by rank",
          "after the last round; dotted: the least possible", "relative norm"),
-        ("slot_energy", "rank dimension", "Size of each rank dimension", "after the last round",
-         "norm of its product"),
+        ("dimension_energy", "rank dimension", "Size of each rank dimension",
+         "after the last round", "norm of its product"),
     ):  # fmt: skip
         by_place = at.startswith("rank")
         rows = last if by_place else frame

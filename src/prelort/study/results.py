@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from prelort.errors import ConfigError, PrelortError
+from prelort.events import EventLog
 from prelort.experiment.folder import RunFolder, is_taken
 from prelort.files import write_atomically
 from prelort.history import RunHistory
@@ -14,6 +17,9 @@ from prelort.report.results import CellResult, Results
 from prelort.study.definition import STUDY_FILE, Cell, Study, of_folder
 
 FAILURES_FILE = "failures.json"
+
+LOOK_SECONDS = 0.5
+"""Time between two looks at a folder that a run may be about to make."""
 
 
 def read(path: Path | str) -> Results:
@@ -79,33 +85,27 @@ def write_failures(out: Path, failures: Mapping[str, str]) -> None:
         (out / FAILURES_FILE).unlink(missing_ok=True)
 
 
-def logs_of(out: Path) -> Callable[[], Mapping[str, Path]]:
-    """The names and logs of the cells in a folder, which need not exist yet, at each call.
+def wait_for(out: Path, seconds: float, *, sleep: Callable[[float], None] = time.sleep) -> Study:
+    """The study in a folder that a process is about to make.
 
-    Cells that failed are left out. The call raises `ConfigError` for a folder that holds something
-    else, so that no run can start there.
+    Raises `ConfigError` for a folder that holds something else, and where there is none after
+    ``seconds``.
     """
-    study: Study | None = None
+    for _ in range(math.ceil(seconds / LOOK_SECONDS) + 1):
+        if is_taken(out):  # the first file that a run writes is its configuration
+            return of_folder(out)
+        sleep(LOOK_SECONDS)
+    raise ConfigError(f"{str(out)!r} holds no run after {seconds:.0f} s")
 
-    def logs() -> Mapping[str, Path]:
-        nonlocal study
-        if study is None:
-            # In this order, since a run may start just now: these files are its first.
-            taken = is_taken(out)
-            if (out / STUDY_FILE).is_file() or RunFolder(out).config_file.is_file():
-                study = of_folder(out)
-            elif taken:
-                raise ConfigError(f"{str(out)!r} holds no run: config.toml is missing")
-            else:
-                return {}
-        failures = read_failures(out)
-        return {
-            cell.name: RunFolder(out / cell.folder).metrics_file
-            for cell in study.cells
-            if cell.name not in failures
-        }
 
-    return logs
+def logs_of(study: Study, out: Path) -> dict[str, EventLog]:
+    """The logs of the cells that have not failed; they need not exist yet."""
+    failures = read_failures(out)
+    return {
+        cell.name: RunFolder(out / cell.folder).events
+        for cell in study.cells
+        if cell.name not in failures
+    }
 
 
 def _result(study: Study, cell: Cell, out: Path, reason: str) -> CellResult:

@@ -18,7 +18,7 @@ from prelort import config as configuration
 from prelort.config import Config
 from prelort.errors import ConfigError, PrelortError
 from prelort.events import Event
-from prelort.experiment.folder import RunFolder, is_taken
+from prelort.experiment.folder import GLANCE_SECONDS, RunFolder, is_taken
 from prelort.files import write_atomically
 from prelort.report.results import Results
 from prelort.report.write import PAGE_FILE, write_page, write_results, write_tables
@@ -34,7 +34,7 @@ class StudyListener(Protocol):
     """Follows a study; called from any thread. A subclass may leave out what it does not need."""
 
     def kept(self, cells: int) -> None:
-        """So many cells were finished by an earlier call."""
+        """An earlier call finished this number of cells."""
         return
 
     def started(self, name: str) -> None:
@@ -87,8 +87,8 @@ def run_study(
         out: its folder.
         listener: is told of all cells and their events.
         new: refuse a folder that holds anything.
-        jobs: with more than one, so many cells run at a time, each in a process of its own with
-            its share of the cores (where ``threads`` is not set).
+        jobs: number of cells to run at a time; with more than one each runs in a process of its
+            own with its share of the cores (where ``threads`` is not set).
         run: `prelort.run` at some place; default: in this process (none with several jobs).
         track: names of experiment trackers.
 
@@ -269,7 +269,7 @@ def _claimed(study: Study, out: Path) -> Iterator[None]:
                 "another --out"
             )
         out.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=GLANCE_SECONDS)
     except Timeout:
         raise ConfigError(
             f"{str(out)!r} is in use: another prelort process is running it"

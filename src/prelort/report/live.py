@@ -1,0 +1,436 @@
+"""Runs while they go on: a live display on a terminal, lines elsewhere.
+
+The same display follows the runs of this process and, from their logs, those of another one.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import groupby
+from typing import Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from prelort.events import (
+    ClientsEvaluated,
+    Evaluated,
+    Evaluating,
+    EvaluationFailed,
+    Event,
+    EventLog,
+    RankChanged,
+    RoundFinished,
+    RunFinished,
+    RunResumed,
+    utc_now,
+)
+from prelort.history import ClientRecord, RunHistory, Status
+from prelort.report.formatting import (
+    clock_time,
+    human_bytes,
+    human_seconds,
+    listing,
+    metric_format,
+    plain,
+    plural,
+)
+from prelort.report.incidents import lines, waits_for
+
+TICK_SECONDS = 0.25
+"""Time between two drawings of the display."""
+POLL_SECONDS = 0.5
+"""Time between two looks at the logs."""
+QUIET_POLLS = 10
+"""Polls without news after which it is checked whether a process still runs."""
+WIDE = 100
+"""Columns of a terminal with room for all numbers."""
+
+STYLES: dict[Status, str] = {
+    "failed": "red",
+    "training": "cyan",
+    "answered": "green",
+    "idle": "dim",
+    "left": "dim",
+}
+"""The statuses of clients; the first are shown first where there is no room for all."""
+
+
+def elapsed(history: RunHistory, now: datetime) -> float:
+    """Seconds since the run started or, in this process, was resumed; up to its end."""
+    if history.started is None:
+        return 0.0
+    resumed = [event.time for event in history.incidents if isinstance(event, RunResumed)]
+    start = resumed[-1] if resumed else history.started.time
+    end = history.time if history.finished and history.time is not None else now
+    return max((end - start).total_seconds(), 0.0)
+
+
+def remaining(history: RunHistory, now: datetime) -> float | None:
+    """Seconds to go at the mean pace of the rounds so far; None while it is unknown."""
+    if history.started is None or history.finished or history.waiting is not None:
+        return None
+    record, todo = history.current, history.started.rounds - history.done
+    current = (now - record.started).total_seconds() if record is not None else 0.0
+    timed = sum(one.stats is not None for one in history.rounds.values())
+    if timed:  # fewer than are done where an earlier process did some
+        pace = sum(history.seconds.values()) / timed
+    elif record is not None and record.answers:
+        pace = current * len(record.clients) / record.answers
+    else:
+        return None
+    return max(pace * todo - current, 0.0) if todo else None
+
+
+def share_done(history: RunHistory) -> float:
+    """The share of the rounds that is done; of the current one the share of its clients."""
+    record, started = history.current, history.started
+    if started is None:
+        return 0.0
+    part = record.answers / len(record.clients) if record is not None and record.clients else 0.0
+    return (history.done + part) / started.rounds
+
+
+def latest_metric(history: RunHistory, *, short: bool = False) -> str:
+    """The latest evaluation: ``ppl 27.0@2 21.0@16``; short: at the highest rank only."""
+    final = history.final
+    if final is None or (final.round == 0 and history.base):
+        for metric, value in history.base.items():
+            form = metric_format(metric)
+            return f"base {'' if short else form.short + ' '}{form.show(value)}"
+        return ""
+    ranks = [min(final.prefixes), max(final.prefixes)]
+    form = metric_format(next(iter(final.prefixes[ranks[-1]])))
+    values = [
+        f"{form.show(final.prefixes[rank].get(form.metric))}@{rank}"
+        for rank in dict.fromkeys(ranks[-1:] if short else ranks)
+    ]
+    return " ".join([form.short, *values])
+
+
+def round_line(history: RunHistory) -> str:
+    """The last round as one line of plain text."""
+    rounds = history.started.rounds if history.started is not None else "?"
+    parts = [f"round {history.round}/{rounds}"]
+    record = history.rounds.get(history.round)
+    if record is not None:
+        failed = "; ".join(
+            f"{plain(f.client)}: {plain(f.reason)}" for f in record.failures.values()
+        )
+        reasons = f" (failed: {failed})" if failed else ""
+        parts.append(f"{len(record.replies)}/{len(record.clients)} clients{reasons}")
+        if record.loss is not None:
+            parts.append(f"train loss {record.loss:.3f}")
+    metric = latest_metric(history)
+    if metric and history.round in (0, *list(history.evaluations)[-1:]):
+        parts.append(metric)
+    if history.time is not None:
+        parts.append(f"{human_seconds(elapsed(history, history.time))} so far")
+        left = remaining(history, history.time)
+        if left is not None:
+            parts.append(f"about {human_seconds(left)} left")
+    return ", ".join(parts)
+
+
+@dataclass(slots=True)
+class _Cell:
+    """A cell that runs. ``pending``: the line of its last round is not printed yet."""
+
+    history: RunHistory
+    pending: bool = False
+
+    @property
+    def share_before(self) -> float:
+        """The part of the rounds that an earlier process did."""
+        started = self.history.started
+        return (self.history.resumed or 0) / started.rounds if started is not None else 0.0
+
+
+class Display:
+    """Shows the runs of a study while they go on. Use as a context manager, from any thread.
+
+    On a terminal it draws a bar for each cell that runs, and the status of every client where one
+    cell runs. Elsewhere it prints a line for each round. Incidents are lines on both.
+
+    Args:
+        console: where to.
+        cells: number of cells in the study.
+        quiet: print nothing.
+        clock: the time.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        cells: int = 1,
+        *,
+        quiet: bool = False,
+        clock: Callable[[], datetime] = utc_now,
+    ) -> None:
+        self._console, self._quiet, self._clock = console, quiet, clock
+        self._total = cells
+        self._kept = self._ended = self._failed = self._parallel = 0
+        self._seconds = self._shares = 0.0  # of the cells that ended
+        self._cells: dict[str, _Cell] = {}
+        self._lock = threading.RLock()
+        self._closed = threading.Event()
+        self._live = None
+        if console.is_terminal and not console.is_dumb_terminal and not quiet:
+            # Drawn with the lock: another thread would see a history half updated.
+            self._live = Live(
+                console=console,
+                get_renderable=self._screen,
+                auto_refresh=False,
+                vertical_overflow="crop",
+            )
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+            threading.Thread(target=self._tick, daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._closed.set()
+        with self._lock:
+            for name in self._cells:
+                self._flush(name)
+            if self._live is not None:
+                self._live.stop()
+
+    def kept(self, cells: int) -> None:
+        """Take note of the number of cells that an earlier call finished."""
+        with self._lock:
+            self._kept = cells
+            if cells:
+                self._print(f"{cells} of {self._total} cells are finished already")
+
+    def started(self, name: str) -> None:
+        """Show a cell that starts or continues."""
+        with self._lock:
+            self._cells[name] = _Cell(RunHistory())
+            self._parallel = max(self._parallel, len(self._cells))
+
+    def event(self, name: str, event: Event) -> None:
+        """Take in an event of a cell's run."""
+        with self._lock:
+            cell = self._cells[name]
+            results = RoundFinished | Evaluated | ClientsEvaluated | EvaluationFailed | Evaluating
+            if not isinstance(event, results):  # the line of the round before is complete
+                self._flush(name)
+            cell.history.apply(event)
+            cell.pending |= isinstance(event, RoundFinished | Evaluated)
+            if not isinstance(event, RankChanged):
+                for line in lines(event):
+                    self._print(f"{plain(name)}: {line}", style="yellow")
+
+    def ended(self, name: str, reason: str = "") -> None:
+        """Close a cell that is finished, or has failed for a reason."""
+        with self._lock:
+            self._flush(name)
+            cell = self._cells.pop(name)
+            seconds = elapsed(cell.history, self._clock())
+            self._seconds += seconds
+            self._shares += 1 - cell.share_before
+            self._ended += 1
+            self._failed += bool(reason)
+            if reason:
+                self._print(f"{plain(name)}: failed: {plain(reason)}", style="yellow")
+            else:
+                more = f"; {self._progress()}" if self._total > 1 else ""
+                self._print(f"{plain(name)}: finished in {human_seconds(seconds)}{more}")
+
+    def truncated(self, name: str, events: Iterable[Event]) -> None:
+        """Show a cell from these events on: a run that was resumed has cut its log."""
+        with self._lock:
+            self._cells[name] = _Cell(RunHistory.of(events))
+            done = self._cells[name].history.done
+            self._print(f"{plain(name)}: the log was truncated: continues after round {done}")
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Of the whole study, at the pace of the cells so far; None before anything is done."""
+        now, running = self._clock(), self._cells.values()
+        shares = sum(share_done(cell.history) for cell in running)
+        done = self._shares + shares - sum(cell.share_before for cell in running)
+        todo = self._total - self._kept - self._ended - shares
+        seconds = self._seconds + sum(elapsed(cell.history, now) for cell in running)
+        return seconds / done * todo / max(self._parallel, 1) if done > 0 else None
+
+    def _flush(self, name: str) -> None:
+        """Print the line of the round that is complete."""
+        cell = self._cells[name]
+        if cell.pending and self._live is None:
+            self._print(f"{plain(name)}: {round_line(cell.history)}")
+        cell.pending = False
+
+    def _print(self, text: str, *, style: str = "") -> None:
+        if not self._quiet:
+            self._console.print(Text(text, style=style), soft_wrap=True, highlight=False)
+
+    def _progress(self) -> str:
+        text = f"{self._kept + self._ended} of {self._total} cells"
+        if self._failed:
+            text += f", {self._failed} failed"
+        left = self.seconds_left
+        if left:
+            text += f", about {human_seconds(left)} left"
+        return text
+
+    def _tick(self) -> None:
+        while not self._closed.wait(TICK_SECONDS):
+            with self._lock:
+                if self._live is not None:
+                    self._live.refresh()
+
+    def _screen(self) -> RenderableType:
+        with self._lock:
+            now, (width, height) = self._clock(), self._console.size
+            bars = Table.grid(expand=True, padding=(0, 1))
+            bars.add_column(no_wrap=True, overflow="ellipsis", style="bold", max_width=width // 2)
+            bars.add_column(ratio=1)
+            bars.add_column(no_wrap=True, overflow="ellipsis")
+            for name, cell in self._cells.items():
+                bar = ProgressBar(1.0, share_done(cell.history))
+                bars.add_row(Text(plain(name)), bar, numbers(cell.history, now, width < WIDE))
+            if self._total > 1 and self._cells:
+                shares = sum(share_done(cell.history) for cell in self._cells.values())
+                done = self._kept + self._ended + shares
+                bars.add_row("", ProgressBar(self._total, done), self._progress())
+            if len(self._cells) != 1:
+                return bars
+            (cell,) = self._cells.values()
+            return Group(bars, *details(cell.history, width, height - bars.row_count - 1, now))
+
+
+def numbers(history: RunHistory, now: datetime, narrow: bool) -> Text:
+    """What stands beside a run's bar; less on a terminal of 80 columns."""
+    if history.started is None:
+        return Text("loading")
+    parts = [f"{'' if narrow else 'round '}{history.round}/{history.started.rounds}"]
+    record, evaluating = history.rounds.get(history.round), history.evaluating
+    if evaluating is not None:
+        parts.append(f"evaluating {evaluating.done / max(evaluating.total, 1):.0%}")
+    elif history.current is not None:
+        parts.append(f"client {history.current.answers}/{len(history.current.clients)}")
+    if record is not None and record.loss is not None:
+        parts.append(f"loss {record.loss:.2f}")
+    parts += filter(None, [latest_metric(history, short=narrow)])
+    left = remaining(history, now)
+    more = f", {clock_time(left)} left" if left is not None else ""
+    return Text("  ".join([*parts, clock_time(elapsed(history, now)) + more]))
+
+
+def details(
+    history: RunHistory, width: int, height: int, now: datetime
+) -> Iterator[RenderableType]:
+    """The clients of a run in at most ``height`` lines of ``width`` characters."""
+    counts = Counter(client.status for client in history.clients.values())
+    parts = [listing(f"{counts[s]} {s}" for s in STYLES if counts[s] and s not in ("idle", "left"))]
+    if history.bytes_up or history.bytes_down:
+        up, down = human_bytes(history.bytes_up), human_bytes(history.bytes_down)
+        parts.append(f"{up} up, {down} down")
+    top = [Text("  ".join(filter(None, parts)), style="dim")] if any(parts) else []
+    if history.waiting is not None:
+        top.append(Text(f"waiting for {waits_for(history.waiting)}", style="yellow"))
+    for line in top[:height]:
+        line.no_wrap, line.overflow = True, "ellipsis"
+        yield line
+    room = height - len(top) - 1  # below the table's head
+    if not history.clients or room < 2:
+        return
+    order = list(STYLES)
+    clients = sorted(history.clients.values(), key=lambda client: client.name)
+    if len(clients) > room:
+        clients.sort(key=lambda client: order.index(client.status))
+        clients, rest = clients[: room - 1], clients[room - 1 :]
+        yield _client_table(history, clients, width, now)
+        doing = listing(f"{len(list(group))} {s}" for s, group in groupby(c.status for c in rest))
+        yield Text(f"and {plural(len(rest), 'other')}: {doing}", style="dim", no_wrap=True)
+    else:
+        yield _client_table(history, clients, width, now)
+
+
+def _client_table(
+    history: RunHistory, clients: Sequence[ClientRecord], width: int, now: datetime
+) -> Table:
+    """One line a client; a narrow terminal has no room for its numbers."""
+    table = Table(box=None, expand=True, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("client", no_wrap=True, overflow="ellipsis", max_width=max(8, width // 4))
+    table.add_column("rank", justify="right", no_wrap=True)
+    table.add_column("status", no_wrap=True, overflow="ellipsis", ratio=1)
+    heads = ("loss", "examples", "time", "rounds") if width >= 68 else ()
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
+    for client in clients:
+        last, seconds = client.last, client.last.seconds if client.last is not None else None
+        if client.status == "training" and history.current is not None:
+            seconds = max((now - history.current.started).total_seconds(), 0.0) // 1
+        values = ("", "") if last is None else (f"{last.loss:.3f}", str(last.examples))
+        time_text = "" if seconds is None else human_seconds(seconds)
+        old = "" if client.status == "answered" else "dim"  # numbers of an earlier round
+        status = client.status + (f": {plain(client.reason)}" if client.reason else "")
+        table.add_row(
+            Text(plain(client.name)),
+            Text("–" if client.rank is None else str(client.rank)),
+            Text(status, style=STYLES[client.status]),
+            *(Text(v, style=old) for v in (*values, time_text, str(client.rounds))[: len(heads)]),
+        )
+    return table
+
+
+def watch(
+    logs: Callable[[], Mapping[str, EventLog]],
+    running: Callable[[], bool],
+    display: Display,
+    *,
+    sleep: Callable[[float], None] = time.sleep,
+) -> bool:
+    """Show the runs of another process until all are finished, or the process is gone.
+
+    Args:
+        logs: the cells of a study and their logs, which need not exist yet.
+        running: whether a process runs them.
+        display: shows them.
+        sleep: waits for so many seconds.
+
+    Returns:
+        Whether all are finished. Raises `PrelortError` for a damaged log.
+    """
+    following: dict[str, Iterator[tuple[list[Event], bool]]] = {}
+    shown: set[str] = set()
+    finished: set[str] = set()
+    quiet = 0
+    while True:
+        quiet += 1
+        stopped = quiet % QUIET_POLLS == 0 and not running()  # and now its last events are read
+        cells = logs()
+        for name, log in cells.items():
+            if name in finished:
+                continue
+            events, truncated = next(following.setdefault(name, log.follow()))
+            quiet, stopped = (0, False) if events or truncated else (quiet, stopped)
+            if name not in shown and (events or len(cells) == 1):
+                shown.add(name)
+                display.started(name)
+            if truncated:
+                display.truncated(name, events)
+            else:
+                for event in events:
+                    display.event(name, event)
+            if events and isinstance(events[-1], RunFinished):
+                display.ended(name)
+                finished.add(name)
+        if finished.issuperset(cells):
+            return True
+        if stopped:
+            return False
+        sleep(POLL_SECONDS)
