@@ -399,7 +399,7 @@ class TestWatch:
         lines = (stopped / "metrics.jsonl").read_text().splitlines(keepends=True)
         (stopped / "metrics.jsonl").write_text("".join(lines[:-1]))
         outcome = command_line("watch", stopped)
-        assert outcome.code == 1
+        assert outcome.code == 2
         assert "untuned base" in outcome.out
         assert outcome.error == f"{str(stopped)!r} was stopped: no process runs it any more"
 

@@ -78,7 +78,7 @@ class ClientRecord:
     """Number of rounds in which its reply counted."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class RunHistory:
     """One run so far: apply its events in their order.
 
@@ -114,6 +114,10 @@ class RunHistory:
         for event in events:
             history.apply(event)
         return history
+
+    def __repr__(self) -> str:
+        end = ", finished" if self.finished else ""
+        return f"<RunHistory: round {self.done}, {len(self.clients)} clients{end}>"
 
     def apply(self, event: Event) -> None:
         """Take in the next event."""

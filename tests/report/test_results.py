@@ -97,7 +97,7 @@ class TestFrames:
         )
         rows = {row.client: row for row in results.clients.itertuples()}
         north = rows["clinic-north"]
-        assert (north.ranks, north.asked, north.replies, north.failures) == ("2 → 4", 4, 3, 0)
+        assert (north.ranks, north.sampled, north.replies, north.failures) == ("2 → 4", 4, 3, 0)
         assert (north.examples, north.bytes_up, north.seconds) == (40, 3000, 0.5)
         assert north.loss == pytest.approx(2 / 3)
         south = rows["clinic-south"]

@@ -19,13 +19,13 @@ from prelort.report.tables import BASE
 def rows_of(table):
     """Row -> its texts, with ** around the best."""
     return {
-        name: [f"**{c.texts[row]}**" if c.best[row] else c.texts[row] for c in table.columns]
+        name: [f"**{c.texts[row]}**" if row in c.best else c.texts[row] for c in table.columns]
         for row, name in enumerate(table.names)
     }
 
 
 def heads_of(table):
-    return [f"{column.over} {column.under}".rstrip() for column in table.columns]
+    return [column.heading.replace("\n", " ") for column in table.columns]
 
 
 def terminal(results, width=80):
@@ -222,7 +222,7 @@ def test_markdown_has_a_section_for_each_setting_and_facts():
     assert "task: x" in text
 
 
-def test_client_table_has_own_metrics_and_who_was_not_asked():
+def test_client_table_has_own_metrics_and_who_was_not_sampled():
     results = runs(prelort=run_history(own={"json": 3.0}, failures={2: ["xml"]}))
     (table,) = tables.clients(results)
     row = rows_of(table)["json"]

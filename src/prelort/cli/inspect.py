@@ -22,7 +22,7 @@ WATCH_EXAMPLES = """[bold]Examples[/bold]
   prelort watch runs/first | tee first.log
 
 It only reads the event logs, waits a minute for a run that has not started, and ends with the run
-(exit code 1 if that was stopped) or on Ctrl-C, which does not stop the run.
+(exit code 2 if that was stopped) or on Ctrl-C, which does not stop the run.
 """
 
 WAIT_SECONDS = 60

@@ -43,13 +43,21 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class RunResult:
     """What a finished run leaves: its folder, the global adapter, and what was measured."""
 
     path: Path
     adapter: LoraAdapter
     history: RunHistory
+
+    def __repr__(self) -> str:
+        values = [
+            f"{name} {value:.4g} at rank {rank}"
+            for rank, metrics in self.metrics.items()
+            for name, value in list(metrics.items())[:1]
+        ]
+        return f"<RunResult {str(self.path)!r}: {', '.join(values) or 'no global model'}>"
 
     @property
     def levels(self) -> tuple[int, ...]:

@@ -15,8 +15,8 @@ from prelort.history import RunHistory
 from prelort.report import tables
 from prelort.report.formatting import human_bytes, human_seconds, listing, plain
 from prelort.report.incidents import Incident, incidents, waits_for
-from prelort.report.result_table import ResultTable
 from prelort.report.results import CellResult, Results
+from prelort.report.tables import ResultTable
 
 if TYPE_CHECKING:
     import altair as alt

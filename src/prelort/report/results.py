@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +15,6 @@ from prelort.events import ClientMetrics
 from prelort.history import RunHistory
 from prelort.metrics.scores import aurac
 from prelort.report.formatting import plain
-from prelort.report.spread import difference, spread
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,8 +27,53 @@ AT_CLIENTS = "at clients"
 
 CELL = ("setting", "method", "seed")
 
+CONFIDENCE = 0.95
+RESAMPLES = 10_000
+BOOTSTRAP_SEED = 0
+"""The same numbers give the same interval."""
 
-@dataclass(frozen=True, slots=True)
+
+def mean_deviation(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and the sample standard deviation (n - 1) of one metric over seeds.
+
+    The mean of no values is NaN, as is the deviation of fewer than two, or of values that diverged.
+    """
+    mean = sum(values) / len(values) if values else math.nan
+    if not math.isfinite(mean):
+        return mean, math.nan
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+def interval(pairs: Sequence[float]) -> tuple[float, float, float]:
+    """The mean of paired differences and the ends of its percentile bootstrap interval.
+
+    Pairs are drawn with replacement (Efron 1979). n pairs have C(2n - 1, n) distinct resamples, and
+    the interval of up to three pairs is the range of the differences: it is too narrow for few
+    pairs. The ends are NaN for fewer than two pairs, and where the mean is not finite.
+    """
+    mean, _ = mean_deviation(pairs)
+    if len(pairs) < 2 or not math.isfinite(mean):
+        return mean, math.nan, math.nan
+    return mean, *_bootstrap(tuple(pairs))
+
+
+@lru_cache(maxsize=4096)  # the same numbers are in tables, files and charts
+def _bootstrap(pairs: tuple[float, ...]) -> tuple[float, float]:
+    import numpy as np
+    from scipy.stats import bootstrap  # slow to import
+
+    ends = bootstrap(
+        (np.asarray(pairs, dtype=float),),
+        np.mean,
+        n_resamples=RESAMPLES,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(BOOTSTRAP_SEED),
+    ).confidence_interval
+    return float(ends.low), float(ends.high)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
 class CellResult:
     """One run: its history so far, and why it failed if it did.
 
@@ -42,6 +87,9 @@ class CellResult:
     folder: Path | None = None
     reason: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"<CellResult {self.name}: {self.status}>"
 
     @property
     def name(self) -> str:
@@ -90,7 +138,7 @@ class CellResult:
         return evaluations[max(evaluations)].clients if evaluations else {}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Results:
     """The cells of a study, or the one run, with what describes all of them.
 
@@ -148,6 +196,11 @@ class Results:
             and (cell.history.finished or (single and cell.status != "not started"))
         ]
 
+    def __repr__(self) -> str:
+        finished = sum(cell.history.finished for cell in self.cells)
+        methods = ", ".join(self.methods)
+        return f"<Results {self.title!r}: {methods}; {finished} of {len(self.cells)} runs finished>"
+
     def to_pandas(self) -> pd.DataFrame:
         """Every measured value: setting, method, seed, round, rank (0: base), metric, value."""
         columns = ("round", "rank", "metric", "value")
@@ -163,7 +216,7 @@ class Results:
 
     @cached_property
     def replies(self) -> pd.DataFrame:
-        """A row for each client that was asked in a round; loss etc. are NaN without a reply."""
+        """A row for each client sampled in a round; loss etc. are NaN without a reply."""
         columns = ("round", "client", "rank", "failed", "loss", "examples", "steps", "seconds",
                    "bytes_up")  # fmt: skip
 
@@ -184,30 +237,26 @@ class Results:
     def clients(self) -> pd.DataFrame:
         """A row for each client of each cell, lowest rank first.
 
-        ``ranks``: as text, with every change. ``asked``, ``replies``, ``failures``: rounds.
+        ``ranks``: as text, with every change. ``sampled``, ``replies``, ``failures``: rounds.
         ``loss``: of the last reply, nats. ``bytes_up``: in total. ``seconds``: mean of a round.
         """
-        columns = ("client", "ranks", "examples", "asked", "replies", "failures", "loss",
+        columns = ("client", "ranks", "examples", "sampled", "replies", "failures", "loss",
                    "bytes_up", "seconds")  # fmt: skip
-        rounds: dict[tuple[Any, ...], list[Any]] = {}
-        for row in self.replies.itertuples(index=False):
-            rounds.setdefault((row.setting, row.method, row.seed, row.client), []).append(row)
+        rounds = dict(iter(self.replies.groupby([*CELL, "client"])))
 
         def rows(cell: CellResult) -> Iterator[tuple[Any, ...]]:
-            order = {c.name: (c.rank or math.inf, c.name) for c in cell.history.clients.values()}
-            for name, record in sorted(cell.history.clients.items(), key=lambda c: order[c[0]]):
-                asked = rounds.get((cell.setting, cell.method, cell.seed, name), [])
-                replies = [row for row in asked if row.steps and row.steps == row.steps]  # not NaN
+            records = cell.history.clients.values()
+            for record in sorted(records, key=lambda one: (one.rank or math.inf, one.name)):
+                own = rounds.get((cell.setting, cell.method, cell.seed, record.name))
+                own = self.replies[:0] if own is None else own
+                replies = own[own["steps"].notna()]
+                ranks = [*own["rank"].dropna().astype(int), *filter(None, [record.rank])]
+                changes = " → ".join(str(rank) for rank, _ in itertools.groupby(ranks))
                 last = record.last
-                ranks = [int(row.rank) for row in asked if row.rank and row.rank == row.rank]
-                ranks += [record.rank] if record.rank is not None else []
-                changes = [str(rank) for rank, _ in itertools.groupby(ranks)]
-                seconds = sum(row.seconds for row in replies) / (len(replies) or math.nan)
-                failures = sum(row.failed for row in asked)
                 examples, loss = (last.examples, last.loss) if last else (None, None)
-                sent = sum(row.bytes_up for row in replies)
-                counts = (examples, len(asked), len(replies), failures)
-                yield name, " → ".join(changes), *counts, loss, sent, seconds
+                counts = (examples, len(own), len(replies), int(own["failed"].sum()))
+                totals = (replies["bytes_up"].sum(), replies["seconds"].mean())
+                yield record.name, changes, *counts, loss, *totals
 
         return self._stack(columns, rows)
 
@@ -277,8 +326,8 @@ class Results:
                     yield metric, AURAC, aurac({rank: curve[rank] for rank in ranks})
                 own = [one.metrics[metric] for one in cell.client_metrics().values()
                        if metric in one.metrics]  # fmt: skip
-                if (mean := spread(own)) is not None:
-                    yield metric, AT_CLIENTS, mean.mean
+                if own:
+                    yield metric, AT_CLIENTS, mean_deviation(own)[0]
 
         return self._stack(("metric", "at", "value"), rows)
 
@@ -305,17 +354,12 @@ class Results:
         scores = self.scores.groupby(by)["value"].agg(list).to_dict()
         pairs = self.differences.groupby(by)["value"].agg(list).to_dict()
         rows = []
-        for setting in self.settings:
-            for metric in self.metrics:
-                for method in self.methods:
-                    for at in self.places(setting, metric):
-                        key = (setting, method, metric, at)
-                        own, apart = spread(scores.get(key, ())), difference(pairs.get(key, ()))
-                        mean = (own.count, own.mean, own.deviation) if own else (0, None, None)
-                        paired = (apart.pairs, apart.mean, apart.low, apart.high) if apart else None
-                        rows.append(
-                            (*key, *mean, self.reference, *(paired or (0, None, None, None)))
-                        )
+        for setting, metric, method in itertools.product(self.settings, self.metrics, self.methods):
+            for at in self.places(setting, metric):
+                key = (setting, method, metric, at)
+                own, apart = scores.get(key, []), pairs.get(key, [])
+                mean = (len(own), *mean_deviation(own))
+                rows.append((*key, *mean, self.reference, len(apart), *interval(apart)))
         columns = [*by, "seeds", "mean", "deviation", "reference", "pairs", "difference"]
         return pd.DataFrame(rows, columns=[*columns, "low", "high"])
 

@@ -1,12 +1,16 @@
-"""The tables of a run or a study, for the terminal, Markdown and the page, from its data frames."""
+"""The tables of a run or a study, from its data frames; for the terminal, Markdown and the page."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from rich import box
 from rich.console import Group
+from rich.table import Table
 from rich.text import Text
 
 from prelort.report.formatting import (
@@ -19,42 +23,52 @@ from prelort.report.formatting import (
     plain,
     plural,
 )
-from prelort.report.result_table import (
-    Column,
-    ResultTable,
-    best_rows,
-    difference_text,
-    escaped,
-    plain_column,
-    scored,
-    to_markdown,
-    to_rich,
-)
-from prelort.report.results import AURAC, Results
-from prelort.report.spread import CONFIDENCE, Difference, Spread, difference, spread, warning
+from prelort.report.results import AURAC, CONFIDENCE, Results, interval, mean_deviation
 
 BASE = "untuned base"
 
-COSTS: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
-    ("bytes ↓", "up", "bytes_up", human_bytes),
-    ("bytes ↓", "down", "bytes_down", human_bytes),
-    ("time ↓", "", "seconds", human_seconds),
-    ("training ↓", "", "train_seconds", human_seconds),
-    ("passes ↓", "", "passes", "{:,.0f}".format),
+COSTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("bytes ↓\nup", "bytes_up", human_bytes),
+    ("bytes ↓\ndown", "bytes_down", human_bytes),
+    ("time ↓", "seconds", human_seconds),
+    ("training ↓", "train_seconds", human_seconds),
+    ("passes ↓", "passes", "{:,.0f}".format),
 )
-"""Two parts of a heading, column of `Results.overview`, format."""
+"""Heading, column of `Results.overview`, format."""
 
 DIAGNOSTICS = (
-    ("noise of", "averaging", "aggregation_noise", ""),
-    ("noise of", "start", "initialization_noise", "mean"),
-    ("client", "drift", "client_drift", "mean"),
-    ("client", "spread", "client_dispersion", ""),
-    ("cut to", "lowest", "truncation_noise", "lowest"),
-    ("best", "cut", "least_truncation_noise", "lowest"),
-    ("eff.", "rank", "effective_rank", ""),
-    ("tail", "kept", "tail_kept", "highest"),
+    ("noise of\naveraging", "aggregation_noise", ""),
+    ("noise of\nstart", "initialization_noise", "mean"),
+    ("client\ndrift", "client_drift", "mean"),
+    ("client\nspread", "client_dispersion", ""),
+    ("cut to\nlowest", "truncation_noise", "lowest"),
+    ("best\ncut", "least_truncation_noise", "lowest"),
+    ("eff.\nrank", "effective_rank", ""),
+    ("tail\nkept", "tail_kept", "highest"),
 )
-"""Two parts of a heading, quantity, and where it is read (lowest or highest rank)."""
+"""Heading, quantity, and where it is read (lowest or highest rank)."""
+
+FEW_PAIRS = 5
+"""An interval of fewer pairs comes with a warning."""
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A heading of one or two lines, a text for each row, and the rows with the best ones."""
+
+    heading: str
+    texts: list[str]
+    best: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class ResultTable:
+    """A table before it is rendered; ``names`` are the headings of its rows."""
+
+    title: str
+    names: list[str]
+    columns: list[Column]
+    notes: list[str] = field(default_factory=list)
 
 
 def terminal(results: Results) -> Group:
@@ -63,7 +77,7 @@ def terminal(results: Results) -> Group:
     With one seed all metrics, with several the first one.
     """
     metrics = results.metrics if len(results.seeds) == 1 else results.metrics[:1]
-    found = [t for setting in results.settings for t in of_setting(results, setting, metrics)]
+    tables = [t for setting in results.settings for t in of_setting(results, setting, metrics)]
     unfinished: dict[str, list[str]] = {}
     for cell in results.cells:
         if not cell.history.finished and (cell.history.started or cell.reason):
@@ -73,7 +87,7 @@ def terminal(results: Results) -> Group:
     for why, names in unfinished.items():
         more = f" (and {plural(len(names) - 1, 'other')})" if len(names) > 1 else ""
         lines.append(Text(f"{names[0]}{more} {why}", "yellow"))
-    return Group(*map(to_rich, [*found, *of_all_settings(results, metrics)]), *lines)
+    return Group(*map(to_rich, [*tables, *of_all_settings(results, metrics)]), *lines)
 
 
 def markdown(results: Results) -> str:
@@ -86,9 +100,9 @@ def markdown(results: Results) -> str:
     ]
     sections += [("All settings", of_all_settings(results))]
     sections += [("Without a result", unfinished(results))]
-    for name, found in sections:
-        if found:
-            lines += ["", f"## {escaped(plain(name))}", "", "\n".join(map(to_markdown, found))]
+    for name, tables in sections:
+        if tables:
+            lines += ["", f"## {escaped(plain(name))}", "", "\n".join(map(to_markdown, tables))]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -98,16 +112,14 @@ def of_setting(
     """The tables of one setting; none before its first cell counts."""
     if not results.counted(setting):
         return []
-    single = len(results.seeds) == 1
-    found = []
-    for metric in (results.metrics or ["loss"]) if metrics is None else (metrics or ["loss"]):
-        words = metric_format(metric)
-        found.append(
-            _scores(results, setting, words, _costs(results, setting)[:3] if single else [])
-        )
+    single, costs = len(results.seeds) == 1, _costs(results, setting)
+    tables = []
+    for metric in (results.metrics if metrics is None else metrics) or ["loss"]:
+        form = metric_format(metric)
+        tables.append(_scores(results, setting, form, costs[:3] if single else []))
         if not single and len(results.methods) > 1:
-            found.append(_differences(results, setting, words))
-        found += _clients(results, setting, words)
+            tables.append(_differences(results, setting, form))
+        tables += _client_scores(results, setting, form)
     if not single:
         title = f"{plain(setting)}: cost of a run" if setting else "Cost of a run"
         note = (
@@ -115,9 +127,8 @@ def of_setting(
             "seconds of all clients, one after the other. Times depend on the load of the machine."
         )
         names = list(map(plain, results.methods))
-        costs = _costs(results, setting)
-        found.append(ResultTable(f"{title}, mean over seeds", names, costs, [note]))
-    return found
+        tables.append(ResultTable(f"{title}, mean over seeds", names, costs, [note]))
+    return tables
 
 
 def of_all_settings(results: Results, metrics: Sequence[str] | None = None) -> list[ResultTable]:
@@ -134,11 +145,11 @@ def unfinished(results: Results) -> list[ResultTable]:
     if not cells:
         return []
     columns = [
-        plain_column("status", "", [cell.status for cell in cells]),
-        plain_column("why", "", [cell.explanation or "–" for cell in cells]),
+        Column("status", [cell.status for cell in cells]),
+        Column("why", [cell.explanation or "–" for cell in cells]),
     ]
     title = f"Without a result: {len(cells)} of {plural(len(results.cells), 'run')}"
-    return [ResultTable(title, [cell.name for cell in cells], columns, [])]
+    return [ResultTable(title, [cell.name for cell in cells], columns)]
 
 
 def diagnostics(results: Results, setting: str) -> list[ResultTable]:
@@ -150,26 +161,25 @@ def diagnostics(results: Results, setting: str) -> list[ResultTable]:
     values = last.groupby(["method", "quantity", "at"])["value"].mean().to_dict()
     methods = [method for method in results.methods if method in set(last["method"])]
 
-    def value(method: str, quantity: str, at: str) -> float | None:
+    def text(method: str, quantity: str, at: str) -> str:
         if at in ("lowest", "highest"):
             levels = [int(key[2]) for key in values if key[:2] == (method, quantity)]
             at = str((min if at == "lowest" else max)(levels, default=""))
         number = values.get((method, quantity, at))
-        return None if number is None else float(number)
+        return "–" if number is None else f"{number:.2g}"
 
-    columns = []
-    for over, under, quantity, at in DIAGNOSTICS:
-        numbers = [value(method, quantity, at) for method in methods]
-        texts = ["–" if number is None else f"{number:.2g}" for number in numbers]
-        columns.append(plain_column(over, under, texts))  # no number is better than another
+    columns = [
+        Column(heading, [text(method, quantity, at) for method in methods])
+        for heading, quantity, at in DIAGNOSTICS
+    ]
     layers = {
         f"{values[m, 'layers', 'measured']:.0f} of {values[m, 'layers', 'of']:.0f}" for m in methods
     }
-    rounds = listing(sorted(set(last["round"])))
     notes = [
         "Norms relative to the global product (noise of averaging, spread: to the clients' mean). "
         "Cut: noise at the lowest rank, and the least possible. Tail: the highest segment.",
-        f"After round {rounds}, over {' or '.join(sorted(layers))} layers.",
+        f"After round {listing(sorted(set(last['round'])))}, over {' or '.join(sorted(layers))} "
+        "layers.",
     ]
     return [ResultTable("Diagnostics of the last round", list(map(plain, methods)), columns, notes)]
 
@@ -181,34 +191,29 @@ def clients(results: Results) -> list[ResultTable]:
         return []
     (cell,) = results.cells
     own = cell.client_metrics()
-    loss = metric_format("loss")
 
-    def column(over: str, key: str, show: Callable[[Any], str] = str, under: str = "") -> Column:
-        texts = ["–" if value is None or value != value else show(value) for value in frame[key]]
-        return plain_column(over, under, texts)
+    def column(heading: str, key: str, show: Callable[[Any], str] = str) -> Column:
+        values = [None if value is None or value != value else value for value in frame[key]]
+        return Column(heading, ["–" if value is None else show(value) for value in values])
 
     columns = [
         column("rank", "ranks"),
         column("examples", "examples", "{:.0f}".format),
-        column("asked", "asked"),
-        column("replies", "replies"),
-        column("failures", "failures"),
-        column("last loss", "loss", loss.show),
+        *(column(key, key) for key in ("sampled", "replies", "failures")),
+        column("last loss", "loss", metric_format("loss").show),
     ]
-    for words in map(metric_format, results.metrics if own else ()):
-        values = [own[name].metrics.get(words.metric) if name in own else None
+    for form in map(metric_format, results.metrics if own else ()):
+        values = [own[name].metrics.get(form.metric) if name in own else None
                   for name in frame["client"]]  # fmt: skip
-        columns.append(
-            plain_column(f"own {words.short}", words.arrow, list(map(words.show, values)))
-        )
+        columns.append(Column(f"own {form.short}\n{form.arrow}", list(map(form.show, values))))
     columns += [
         column("bytes up", "bytes_up", human_bytes),
         column("time", "seconds", human_seconds),
     ]
-    title = "Lowest rank first. Asked, replies, failures: rounds. Time: mean of a round."
-    started = cell.history.started
-    idle = (started.clients if started else 0) - int((frame["asked"] > 0).sum())
-    notes = [f"{plural(idle, 'more client')} not asked so far."] if idle > 0 else []
+    title = "Lowest rank first. Sampled, replies, failures: rounds. Time: mean of a round."
+    idle = cell.history.started.clients if cell.history.started else 0
+    idle -= int((frame["sampled"] > 0).sum())
+    notes = [f"{plural(idle, 'more client')} not sampled so far."] if idle > 0 else []
     return [ResultTable(title, list(map(plain, frame["client"])), columns, notes)]
 
 
@@ -216,106 +221,80 @@ def phases(results: Results) -> list[ResultTable]:
     """Wall seconds by phase of the one run in ``results``; none before its first round ends."""
     (cell,) = results.cells
     seconds = {name: value for name, value in cell.history.seconds.items() if value > 0}
-    whole = sum(seconds.values())
-    if not whole:
+    if not seconds:
         return []
-    order = sorted(seconds, key=lambda name: -seconds[name])
+    order, whole = sorted(seconds, key=lambda name: -seconds[name]), sum(seconds.values())
     columns = [
-        plain_column("wall time", "", [human_seconds(seconds[name]) for name in order]),
-        plain_column("share", "", [f"{seconds[name] / whole:.0%}" for name in order]),
+        Column("wall time", [human_seconds(seconds[name]) for name in order]),
+        Column("share", [f"{seconds[name] / whole:.0%}" for name in order]),
     ]
-    return [ResultTable("Time by phase; train includes all messages", order, columns, [])]
+    return [ResultTable("Time by phase; train includes all messages", order, columns)]
 
 
 def _scores(
-    results: Results, setting: str, words: MetricFormat, costs: Sequence[Column]
+    results: Results, setting: str, form: MetricFormat, costs: Sequence[Column]
 ) -> ResultTable:
     """The metric at each rank and its area; with one seed the costs beside it."""
-    found = _of_metric(results, setting, words)
-    base = results.base(setting, words.metric)
-    places = [str(rank) for rank in results.ranks(setting, words.metric)]
-    columns = []
-    for at in [*places, AURAC]:
-        means = [spread(list(base.values()))]
-        for method in results.methods:
-            row = found.get((method, at))
-            own = None
-            if row is not None and row.seeds:
-                own = Spread(row.mean, _none(row.deviation), row.seeds)
-            means.append(own)
-        columns.append(scored(words, at if at == AURAC else f"rank {at}", means))
+    values = _values(results.scores, setting, form.metric)
+    base = list(results.base(setting, form.metric).values())
+    columns = [
+        _scored(form, at, [base, *(values.get((method, at), []) for method in results.methods)])
+        for at in [*map(str, results.ranks(setting, form.metric)), AURAC]
+    ]
     remarks = _remarks(results, setting)
     names = [BASE, *(plain(m) + (" *" if m in remarks else "") for m in results.methods)]
     notes = [f"* {plain(method)}: {remark}." for method, remark in remarks.items()]
-    notes += _general_notes(results, setting, words)
+    notes += _general_notes(results, setting, form)
     seeds = len(results.seeds)
-    title = f"{_heading(setting, words)} by rank prefix of the global adapter, "
+    title = f"{_heading(setting, form)} by rank prefix of the global adapter, "
     if seeds > 1:
         title += f"mean ± standard deviation over {seeds} seeds, "
-        if any(any(column.best) for column in columns):
+        if any(column.best for column in columns):
             notes.insert(0, "Bold: the best mean, whatever the spread.")
-    beside = [Column(c.over, c.under, ["–", *c.texts], [False, *c.best]) for c in costs]
-    return ResultTable(title + words.direction, names, [*columns, *beside], notes)
+    below = [Column(c.heading, ["–", *c.texts], frozenset(i + 1 for i in c.best)) for c in costs]
+    return ResultTable(title + form.direction, names, [*columns, *below], notes)
 
 
-def _differences(results: Results, setting: str, words: MetricFormat) -> ResultTable:
-    found = _of_metric(results, setting, words)
+def _differences(results: Results, setting: str, form: MetricFormat) -> ResultTable:
+    """The paired differences to the reference at each place."""
+    pairs = _values(results.differences, setting, form.metric)
     others = [method for method in results.methods if method != results.reference]
-    columns, counts = [], set()
-    for at in results.places(setting, words.metric):
-        rows = [found[method, at] for method in others]
-        counts |= {row.pairs for row in rows}
-        texts = [
-            difference_text(
-                words,
-                Difference(r.difference, _none(r.low), _none(r.high), r.pairs) if r.pairs else None,
-            )
-            for r in rows
-        ]
-        columns.append(plain_column("difference", _place(at), texts))
-    title = f"{_heading(setting, words)}: difference to {plain(results.reference)}, paired by seed"
-    return ResultTable(
-        title, list(map(plain, others)), columns, _explanation(results, words, counts)
-    )
-
-
-def _over_settings(results: Results, words: MetricFormat) -> ResultTable:
-    """Each setting's difference of the area, and the mean over settings, paired by seed."""
-    frame = results.differences
-    frame = frame[(frame["metric"] == words.metric) & (frame["at"] == AURAC)]
-    pairs = frame.set_index(["method", "setting", "seed"])["value"].to_dict()
-    others = [method for method in results.methods if method != results.reference]
-
-    def of(method: str, setting: str) -> list[float]:
-        return [value for key, value in pairs.items() if key[:2] == (method, setting)]
-
-    columns = [
-        plain_column(
-            "difference",
-            plain(setting),
-            [difference_text(words, difference(of(method, setting))) for method in others],
-        )
-        for setting in results.settings
-    ]
-    means: list[list[float]] = []
-    for method in others:
-        keys = {s: [(method, setting, s) for setting in results.settings] for s in results.seeds}
-        complete = [[pairs[key] for key in k] for k in keys.values() if all(i in pairs for i in k)]
-        means.append([sum(values) / len(values) for values in complete])
-    texts = [difference_text(words, difference(values)) for values in means]
-    columns.append(plain_column("difference", "all settings", texts))
-    title = f"{capital(words.title)}, AURAC: difference to {plain(results.reference)}, by setting"
-    notes = _explanation(results, words, {len(values) for values in means})
-    notes.append(
-        "All settings: the mean over settings for each seed, then the interval over seeds."
-    )
+    places = results.places(setting, form.metric)
+    rows = {at: [pairs.get((method, at), []) for method in others] for at in places}
+    columns = [_apart(form, _place(at), some) for at, some in rows.items()]
+    counts = [len(values) for some in rows.values() for values in some]
+    title = f"{_heading(setting, form)}: difference to {plain(results.reference)}, paired by seed"
+    notes = _explanation(results, form, counts)
     return ResultTable(title, list(map(plain, others)), columns, notes)
 
 
-def _clients(results: Results, setting: str, words: MetricFormat) -> list[ResultTable]:
+def _over_settings(results: Results, form: MetricFormat) -> ResultTable:
+    """Each setting's difference of the area, and the mean over settings, paired by seed."""
+    frame = results.differences
+    frame = frame[(frame["metric"] == form.metric) & (frame["at"] == AURAC)]
+    others = [method for method in results.methods if method != results.reference]
+    rows: dict[str, list[list[float]]] = {name: [] for name in results.settings}
+    means = []
+    for method in others:
+        table = frame[frame["method"] == method].pivot(
+            index="seed", columns="setting", values="value"
+        )
+        table = table.reindex(columns=results.settings)
+        for setting in results.settings:
+            rows[setting].append(list(table[setting].dropna()))
+        means.append(list(table.dropna().mean(axis=1)))
+    columns = [_apart(form, plain(setting), some) for setting, some in rows.items()]
+    columns.append(_apart(form, "all settings", means))
+    title = f"{capital(form.title)}, AURAC: difference to {plain(results.reference)}, by setting"
+    notes = _explanation(results, form, map(len, means))
+    notes += ["All settings: the mean over settings for each seed, then the interval over seeds."]
+    return ResultTable(title, list(map(plain, others)), columns, notes)
+
+
+def _client_scores(results: Results, setting: str, form: MetricFormat) -> list[ResultTable]:
     """Clients' own metrics: mean, worst, and the mean of the clients of each rank."""
     frame = results.client_metrics
-    frame = frame[(frame["setting"] == setting) & (frame["metric"] == words.metric)]
+    frame = frame[(frame["setting"] == setting) & (frame["metric"] == form.metric)]
     counted = {(cell.method, cell.seed) for cell in results.counted(setting)}
     runs = {
         key: run[run["round"] == run["round"].max()]
@@ -326,30 +305,19 @@ def _clients(results: Results, setting: str, words: MetricFormat) -> list[Result
     if not methods:
         return []
 
-    def column(under: str, of_run: Callable[[Any], Any]) -> Column:
-        values = {key: list(of_run(run)) for key, run in runs.items()}
-        means = [
-            spread([v for key, some in values.items() if key[0] == m for v in some])
-            for m in methods
-        ]
-        return scored(words, under, means)
+    def column(place: str, rank: int | None = None, summarise: str = "mean") -> Column:
+        rows: dict[str, list[float]] = {method: [] for method in methods}
+        for (method, _), run in runs.items():
+            values = run["value"] if rank is None else run.loc[run["rank"] == rank, "value"]
+            if len(values):  # one that is not finite counts
+                rows[method].append(float(values.agg(summarise, skipna=False)))
+        return _scored(form, place, list(rows.values()))
 
-    def at_rank(rank: int) -> Callable[[Any], list[float]]:
-        return lambda run: _mean(run[run["rank"] == rank]["value"])
-
-    worst = min if words.higher_is_better else max
-    columns = [column("mean", lambda run: _mean(run["value"]))]
-    columns.append(column("worst", lambda run: [worst(run["value"])]))
-    columns += [column(f"rank {rank}", at_rank(rank)) for rank in sorted(set(frame["rank"]))]
-    title = (
-        f"{_heading(setting, words)} of the clients, each at its rank on its own test examples, "
-    )
+    columns = [column("mean"), column("worst", None, "min" if form.higher_is_better else "max")]
+    columns += [column(str(rank), rank) for rank in sorted(set(frame["rank"]))]
+    title = f"{_heading(setting, form)} of the clients, each at its rank on its own test examples, "
     notes = ["Means over clients, all with the same weight."]
-    return [ResultTable(title + words.direction, list(map(plain, methods)), columns, notes)]
-
-
-def _mean(values: Any) -> list[float]:
-    return [float(sum(values) / len(values))] if len(values) else []
+    return [ResultTable(title + form.direction, list(map(plain, methods)), columns, notes)]
 
 
 def _costs(results: Results, setting: str) -> list[Column]:
@@ -357,21 +325,21 @@ def _costs(results: Results, setting: str) -> list[Column]:
     counted = {(cell.method, cell.seed) for cell in results.counted(setting)}
     frame = results.overview[results.overview["setting"] == setting]
     keys = zip(frame["method"], frame["seed"], strict=True)
-    frame = frame.loc[[key in counted for key in keys]]
-    groups = dict(iter(frame.groupby("method")))
+    groups = dict(iter(frame.loc[[key in counted for key in keys]].groupby("method")))
     columns = []
-    for over, under, key, show in COSTS:
-        values: list[float | None] = []
-        texts = []
-        for method in results.methods:
-            rows = groups.get(method)
-            mean = (
-                float(rows[key].mean()) if rows is not None and (rows["rounds"] > 0).all() else None
-            )
-            texts.append("–" if mean is None else show(mean))
-            finished = rows is not None and (rows["status"] == "finished").all()
-            values.append(mean if finished else None)
-        columns.append(Column(over, under, texts, best_rows(values, texts, False)))
+    for heading, key, show in COSTS:
+        means = [
+            float(groups[method][key].mean())
+            if method in groups and (groups[method]["rounds"] > 0).all()
+            else None
+            for method in results.methods
+        ]
+        texts = ["–" if mean is None else show(mean) for mean in means]
+        comparable = [
+            mean if method in groups and (groups[method]["status"] == "finished").all() else None
+            for method, mean in zip(results.methods, means, strict=True)
+        ]
+        columns.append(Column(heading, texts, _best(comparable, texts, False)))
     return columns
 
 
@@ -381,27 +349,26 @@ def _remarks(results: Results, setting: str) -> dict[str, str]:
     seeds = len(results.seeds)
     for method in results.methods:
         cells = results.counted(setting, method)
-        shortfalls = list(filter(None, (cell.shortfall for cell in cells)))
         parts = [f"{len(cells)} of {plural(seeds, 'seed')}"] if 1 < seeds > len(cells) else []
-        parts += shortfalls[:1]
+        parts += list(filter(None, (cell.shortfall for cell in cells)))[:1]
         if parts:
             remarks[method] = ", ".join(parts)
     return remarks
 
 
-def _general_notes(results: Results, setting: str, words: MetricFormat) -> list[str]:
+def _general_notes(results: Results, setting: str, form: MetricFormat) -> list[str]:
     notes = []
-    ranks = results.ranks(setting, words.metric)
-    shared = results.shared_ranks(setting, words.metric)
-    if shared != ranks:
+    shared = results.shared_ranks(setting, form.metric)
+    if shared != results.ranks(setting, form.metric):
         over = f"rank{'s' if len(shared) > 1 else ''} {listing(shared)}" if shared else "no rank"
         notes.append(f"AURAC over {over}: not every run was measured at every rank.")
     # Rounding differs between batch sizes and machines; another model or test set differs more.
-    bases: dict[int, list[float]] = {}
-    for cell in results.counted(setting):
-        if words.metric in cell.history.base:
-            bases.setdefault(cell.seed, []).append(cell.history.base[words.metric])
-    if any(not math.isclose(v, b[0], rel_tol=1e-3) for b in bases.values() for v in b):
+    bases = results.base(setting, form.metric)
+    if any(
+        not math.isclose(cell.history.base[form.metric], bases[cell.seed], rel_tol=1e-3)
+        for cell in results.counted(setting)
+        if form.metric in cell.history.base
+    ):
         notes.append(
             "The runs' untuned bases differ: they do not share a model or test data, and the base "
             "shown is the first one's."
@@ -414,35 +381,121 @@ def _general_notes(results: Results, setting: str, words: MetricFormat) -> list[
     return notes
 
 
-def _explanation(results: Results, words: MetricFormat, counts: Iterable[int]) -> list[str]:
-    """How to read differences."""
-    reference = plain(results.reference)
+def _explanation(results: Results, form: MetricFormat, counts: Iterable[int]) -> list[str]:
+    """How to read differences, and how far."""
     notes = [
-        f"The method less {reference} with the same seed: above 0 the method is "
-        f"{'better' if words.higher_is_better else 'worse'}. In brackets the {CONFIDENCE:.0%} "
+        f"The method less {plain(results.reference)} with the same seed: above 0 the method is "
+        f"{'better' if form.higher_is_better else 'worse'}. In brackets the {CONFIDENCE:.0%} "
         "percentile bootstrap interval of the mean."
     ]
-    fewest = min((count for count in counts if count), default=0)
-    return [*notes, *filter(None, [warning(fewest)])]
+    pairs = min((count for count in counts if count), default=0)
+    if pairs < 2:
+        notes.append("With fewer than two pairs there is no interval: run more seeds.")
+    elif pairs < FEW_PAIRS:
+        resamples = math.comb(2 * pairs - 1, pairs)
+        reach = ": it is the range from the lowest to the highest difference" if pairs < 4 else ""
+        notes.append(
+            f"{pairs} pairs have {resamples} distinct resamples, so the interval is too narrow"
+            f"{reach}. Read it as a range, and run more seeds for a claim."
+        )
+    return notes
 
 
-def _of_metric(
-    results: Results, setting: str, words: MetricFormat
-) -> Mapping[tuple[str, str], Any]:
-    """(Method, place) -> its row of the summary."""
-    frame = results.summary
-    frame = frame[(frame["setting"] == setting) & (frame["metric"] == words.metric)]
-    return {(row.method, row.at): row for row in frame.itertuples()}
+def _values(frame: Any, setting: str, metric: str) -> Mapping[tuple[str, str], list[float]]:
+    """(Method, place) -> the values of all seeds."""
+    frame = frame[(frame["setting"] == setting) & (frame["metric"] == metric)]
+    values: dict[tuple[str, str], list[float]] = (
+        frame.groupby(["method", "at"])["value"].agg(list).to_dict()
+    )
+    return values
 
 
-def _none(value: float | None) -> float | None:
-    """None for the NaN that a data frame has in its place."""
-    return None if value is None or math.isnan(value) else value
+def _scored(form: MetricFormat, place: str, rows: Sequence[Sequence[float]]) -> Column:
+    """A column of a metric's means over each row's values, ``44.4 ± 0.3``; the best are marked."""
+    texts = []
+    for values in rows:
+        mean, deviation = mean_deviation(values)
+        apart = f"{deviation * form.factor:.{_digits(mean * form.factor)}f}"
+        text = form.show(mean) if math.isnan(deviation) else f"{form.show(mean)} ± {apart}"
+        texts.append(text if values else "–")
+    means = [mean_deviation(values)[0] if values else None for values in rows]
+    best = _best(means, texts, form.higher_is_better)
+    return Column(f"{form.short} {form.arrow}\n{_place(place)}", texts, best)
 
 
-def _heading(setting: str, words: MetricFormat) -> str:
-    return f"{plain(setting)}: {words.title}" if setting else capital(words.title)
+def _apart(form: MetricFormat, under: str, rows: Sequence[Sequence[float]]) -> Column:
+    """A column of mean differences, ``+1.25 [+0.40, +2.10]``."""
+    texts = []
+    for pairs in rows:
+        numbers = [one * form.factor for one in interval(pairs)]
+        numbers = [one for one in numbers if not math.isnan(one)] or numbers[:1]
+        digits = _digits(max(map(abs, numbers)))
+        mean, *ends = (f"{one:+.{digits}f}" for one in numbers)
+        texts.append((mean + (f" [{', '.join(ends)}]" if ends else "")) if pairs else "–")
+    return Column(f"difference\n{under}", texts)
+
+
+def _digits(value: float) -> int:
+    """Decimals of a value of this size, as `MetricFormat.show` has them."""
+    return 0 if abs(value) >= 1000 else 1 if abs(value) >= 10 else 2
+
+
+def _best(values: Sequence[float | None], texts: Sequence[str], highest: bool) -> frozenset[int]:
+    """Which rows to mark: those with the text of the best one, unless all numbers read alike."""
+    numbers = {i: v for i, v in enumerate(values) if v is not None}
+    finite = {i: v for i, v in numbers.items() if math.isfinite(v)}
+    if not finite or len({texts[i] for i in numbers}) < 2:
+        return frozenset()
+    winner = (max if highest else min)(finite, key=finite.__getitem__)
+    return frozenset(i for i in finite if texts[i] == texts[winner])
+
+
+def _heading(setting: str, form: MetricFormat) -> str:
+    return f"{plain(setting)}: {form.title}" if setting else capital(form.title)
 
 
 def _place(at: str) -> str:
     return f"rank {at}" if at.isdigit() else at
+
+
+def to_rich(table: ResultTable) -> Table:
+    """A table for the terminal: four ranks and their costs fit into 80 columns."""
+    rich = Table(
+        title=Text(table.title),
+        title_justify="left",
+        title_style="bold",
+        caption=Text("\n".join(table.notes)) if table.notes else None,
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
+    rich.add_column("", no_wrap=True)
+    for column in table.columns:
+        rich.add_column(Text(column.heading), justify="right")
+    for row, name in enumerate(table.names):
+        texts = [Text(c.texts[row], style="bold" if row in c.best else "") for c in table.columns]
+        rich.add_row(Text(name), *texts)
+    return rich
+
+
+def to_markdown(table: ResultTable) -> str:
+    """A table as Markdown."""
+
+    def row(cells: Iterable[str]) -> str:
+        return f"| {' | '.join(cells)} |"
+
+    headings = [escaped(column.heading.replace("\n", " ")) for column in table.columns]
+    lines = [f"**{escaped(table.title)}**", "", row(["", *headings])]
+    lines.append("|---|" + "---:|" * len(headings))
+    for number, name in enumerate(table.names):
+        marks = ["**" if number in column.best else "" for column in table.columns]
+        texts = [escaped(column.texts[number]) for column in table.columns]
+        cells = (f"{mark}{text}{mark}" for mark, text in zip(marks, texts, strict=True))
+        lines.append(row([escaped(name), *cells]))
+    return "\n".join([*lines, *(f"\n{escaped(note)}" for note in table.notes)]) + "\n"
+
+
+def escaped(text: str) -> str:
+    """Text that Markdown shows as it is: no tables, emphasis, code, links or HTML in it."""
+    return re.sub(r"([\\|*`]|(?<=\])\()", r"\\\1", text).replace("<", "&lt;")
