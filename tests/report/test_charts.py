@@ -82,7 +82,7 @@ class TestByRank:
         assert points(chart)["prelort"][2] == 32.0
         (bar,) = [r for r in rows(chart, "low", "x") if (r["series"], r["x"]) == ("prelort", 2)][:1]
         assert bar["high"] - 32.0 == pytest.approx(math.sqrt(7))
-        assert "mean ± standard deviation over 3 seeds" in subtitle(chart)
+        assert "mean over 3 seeds; bars: standard deviation" in subtitle(chart)
 
     def test_values_over_decades_have_a_log_axis_and_diverged_runs_are_named(self):
         results = runs(
@@ -152,9 +152,13 @@ class TestByRound:
 
     def test_bytes_and_time(self):
         results = runs(a=run_history(failures={2: ["xml"]}))
-        assert points(charts.traffic(results))["up, from the clients"][2] == 4000
-        time = points(charts.time_by_phase(results))
-        assert set(time) == {"train", "aggregate", "evaluate"}
+        bars = {(r["series"], r["round"]): r["value"] for r in rows(charts.traffic(results))}
+        assert bars["up, from the clients", 2] == 4000
+        assert bars["down, to the clients", 2] == 7500
+        phases = {row["series"] for row in rows(charts.time_by_phase(results))}
+        assert phases == {"train", "aggregate", "evaluate"}
+        many = charts.traffic(runs(a=run_history(rounds=500, clients=("json",), finals={2: 3.0})))
+        assert {row["round"] for row in rows(many)} == set(range(2, 501, 3))
 
 
 class TestDifferences:
@@ -217,6 +221,7 @@ class TestDiagnostics:
         assert points(rank)["a"][3] == 7
         assert points(lowest)["a"][5] == 0.9
         assert points(cuts)["a"] == {2: 0.9, 4: 0.8, 8: 0.6, 16: 0.0}
+        assert {row["x"]: row["low"] for row in rows(cuts, "low")}[2] == pytest.approx(0.63)
         assert len(points(energy)["a"]) == 16
 
     def test_sizes_over_decades_have_a_log_axis_without_zeros(self):

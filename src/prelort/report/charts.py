@@ -7,6 +7,7 @@ import this module where charts are made.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import altair as alt
@@ -18,6 +19,7 @@ from prelort.report.drawing import (
     is_log,
     lines,
     side_by_side,
+    stacked,
     style,
     titled,
     y_axis,
@@ -32,92 +34,97 @@ from prelort.report.formatting import (
     plain,
     plural,
 )
-from prelort.report.results import AURAC, CELL, Results
-from prelort.report.spread import CONFIDENCE, spread
+from prelort.report.results import AURAC, CELL, CONFIDENCE, Results, mean_deviation
 
 MAX_CLIENTS, MAX_CELLS = 100, 4000
 """Rows and cells of the heat map."""
 
-LOG_RATIO = {"perplexity": 4.0, "loss": 20.0}
-"""Metrics whose axis is logarithmic if one value is more than this many times another."""
-
 SIZE_RATIO = 20.0
-"""The same for sizes and times."""
+"""The axis of a diagnosed quantity is logarithmic if one value is this many times another."""
 
 LOSS_TITLE = "Training loss by round"
 FAR = 5.0
 """A difference this many times the median's makes the axis linear in the middle only."""
 
+DIAGNOSTICS = (
+    ("aggregation_noise", "", "Aggregation noise", "relative norm"),
+    ("client_drift", "mean", "Client drift, mean over clients", "relative norm"),
+    ("effective_rank", "", "Effective rank, mean over layers", "rank"),
+    ("truncation_noise", "lowest", "Truncation noise, lowest rank", "relative norm"),
+    ("truncation_noise", "rank", "Truncation noise by rank", "relative norm"),
+    ("dimension_energy", "rank dimension", "Size of each rank dimension", "norm of its product"),
+)
+"""Quantity, where it is read (or what the x axis is, after the last round), titles."""
+
 
 def by_rank(results: Results, setting: str, metric: str) -> alt.LayerChart | None:
     """The metric at each rank prefix after the last round, a line for each method."""
-    words = metric_format(metric)
+    form = metric_format(metric)
     frame = _where(results.scores, setting, metric)
     frame = frame.loc[[at.isdigit() for at in frame["at"]]]
     # The rank of one method's stacked adapters must not squeeze the others' ranks.
     methods = frame.groupby("at")["method"].transform("nunique")
     rare = frame[3 * methods < frame["method"].nunique()]["at"].unique()
     frame = frame.loc[[at not in rare for at in frame["at"]]]
-    data = _means(frame["method"], frame["at"].astype(int), frame["value"] * words.factor)
+    data = _means(frame["method"], frame["at"].astype(int), frame["value"])
     if data["x"].nunique() < 2:
         return None  # the table says as much
-    base = spread(list(results.base(setting, metric).values()))
-    title = f"{capital(words.name)} at each rank prefix"
-    remark = f"rank {listing(rare)}: see the table" if len(rare) else ""
-    return lines(
-        data, results.methods, title, words.direction, remark, x_title="rank prefix in use",
-        log_x=True, base=base.mean * words.factor if base else None, **_of_metric(results, words),
-    )  # fmt: skip
+    title = f"{capital(form.name)} at each rank prefix"
+    notes = [form.direction, f"rank {listing(rare)}: see the table" if len(rare) else ""]
+    bases = list(results.base(setting, metric).values())
+    base = mean_deviation(bases)[0] if bases else None
+    notes.append(_seeds(results))
+    return lines(data, results.methods, title, form, *notes, x="rank", base=base)
 
 
 def by_round(results: Results, setting: str, metric: str) -> alt.LayerChart | None:
     """The metric by round: of one run at each rank, of several at the highest."""
-    words = metric_format(metric)
+    form = metric_format(metric)
     frame = _where(_counted(results.to_pandas(), results), setting, metric)
     frame = frame[frame["rank"] > 0]
-    names, title = results.methods, f"{capital(words.name)} by round, highest rank"
-    if single := len(results.cells) == 1:
+    names, series, where = results.methods, frame["method"], "highest rank"
+    if len(results.cells) == 1:
         names = [f"rank {rank}" for rank in sorted(set(frame["rank"]))]
-        title = f"{capital(words.name)} by round, each rank"
+        series, where = frame["rank"].map("rank {}".format), "each rank"
     else:
         frame = frame[frame["rank"] == frame.groupby(["method", "seed"])["rank"].transform("max")]
-    series = frame["rank"].map("rank {}".format) if single else frame["method"]
-    data = _means(series, frame["round"], frame["value"] * words.factor)
+        series = frame["method"]
+    data = _means(series, frame["round"], frame["value"])
     if data["x"].nunique() < 3:
         return None
-    return lines(data, names, title, words.direction, **_of_metric(results, words))
+    title = f"{capital(form.name)} by round, {where}"
+    return lines(data, names, title, form, form.direction, _seeds(results))
 
 
 def training_loss(results: Results, setting: str) -> alt.LayerChart | None:
     """The training loss by round: of one run for each rank, of several the clients' mean."""
-    words = metric_format("loss")
     tasks = {cell.history.started.task for cell in results.cells if cell.history.started}
-    more = _of_metric(results, words)
-    more["y_title"] = f"nats per {'example' if tasks == {'classification'} else 'token'}"
+    unit = f"nats per {'example' if tasks == {'classification'} else 'token'}"
+    form = replace(metric_format("loss"), unit=unit)
     if len(results.cells) > 1:
         frame = _where(_counted(results.rounds, results), setting)
         data = _means(frame["method"], frame["round"], frame["loss"])
-        return lines(data, results.methods, LOSS_TITLE, "mean over clients", **more)
+        notes = ["mean over clients", _seeds(results)]
+        return lines(data, results.methods, LOSS_TITLE, form, *notes)
     frame = finite(_counted(results.replies, results), "loss")
     data = frame.groupby(["rank", "round"])["loss"].agg(["mean", "min", "max"]).reset_index()
     data = data.set_axis(["series", "x", "value", "low", "high"], axis=1)
     names = [f"rank {rank:.0f}" for rank in sorted(set(data["series"]))]
     data["series"] = data["series"].map("rank {:.0f}".format)
-    more["mean"] = "mean over the clients of a rank"
-    more["spread"] = f"{more['mean']}, band: lowest to highest"
-    return lines(data, names, LOSS_TITLE, **more)
+    note = "mean over the clients of a rank"
+    return lines(data, names, LOSS_TITLE, form, note, spread="lowest to highest")
 
 
 def differences(results: Results, setting: str, metric: str) -> alt.LayerChart | None:
     """Each method's paired difference of the area to the reference: mean, interval, pairs."""
-    words = metric_format(metric)
+    form = metric_format(metric)
 
     def chosen(frame: pd.DataFrame, column: str) -> pd.DataFrame:
         """The differences of the area, in the unit that is shown."""
         frame = _where(frame, setting, metric)
         frame = finite(frame[frame["at"] == AURAC], column)
         shown = frame[["method"]].map(plain).rename(columns={"method": "series"})
-        scaled = {key: frame[key].astype(float) * words.factor
+        scaled = {key: frame[key].astype(float) * form.factor
                   for key in (column, "low", "high") if key in frame}  # fmt: skip
         shown = shown.assign(**scaled).rename(columns={column: "value"})
         return shown.assign(shown=shown["value"].map("{:+.3g}".format))
@@ -132,7 +139,7 @@ def differences(results: Results, setting: str, metric: str) -> alt.LayerChart |
         steps = [m * 10.0**e for e in range(math.floor(math.log10(middle)), 12) for m in (1, 2, 5)]
         steps = [step for step in steps if middle / 2 <= step <= 1.2 * most]
         ticks = {"values": [*(-step for step in steps), 0, *steps], "labelOverlap": True}
-    side = "Right" if words.higher_is_better else "Left"
+    side = "Right" if form.higher_is_better else "Left"
     title = f"{side} of 0: better than {plain(results.reference)}"
     x = alt.X("value:Q", scale=scale, axis=alt.Axis(title=title, format=".4~g", **ticks))
     names = [name for name in map(plain, results.methods) if name in set(means["series"])]
@@ -150,29 +157,25 @@ def differences(results: Results, setting: str, metric: str) -> alt.LayerChart |
         ticks_of_pairs.encode(x=x, y=y, color=colour, tooltip=tip),
         points.encode(x=x, y=y, color=colour, shape=shape, tooltip=[*tip, *ends]),
     )
-    note = f"{words.title}; mean, {CONFIDENCE:.0%} interval, and each seed"
+    note = f"{form.title}; mean, {CONFIDENCE:.0%} interval, and each seed"
     return titled(chart, "Difference in AURAC, paired by seed", note)
 
 
 def traffic(results: Results) -> alt.LayerChart | None:
     """Bytes to and from all clients by round, of one run."""
     names = {"bytes_down": "down, to the clients", "bytes_up": "up, from the clients"}
-    return lines(
-        _melted(results.rounds, names), list(names.values()), "Bytes by round",
-        "all clients of the round together", y_title="bytes", show=human_bytes, zero=True,
-        format=".3~s",
-    )  # fmt: skip
+    axis = alt.Axis(title="bytes", format=".3~s")
+    note = "all clients of the round together"
+    return stacked(results.rounds, names, "Bytes by round", human_bytes, axis, note)
 
 
 def time_by_phase(results: Results) -> alt.LayerChart | None:
     """Wall seconds of each phase by round, of one run."""
     names = {f"{phase}_seconds": phase for phase in ("train", "aggregate", "diagnose", "evaluate")}
     names = {key: phase for key, phase in names.items() if results.rounds[key].any()}
-    return lines(
-        _melted(results.rounds, names), list(names.values()), "Time by round",
-        "wall seconds of each phase; train includes all messages", y_title="seconds",
-        show=human_seconds, zero=True, log_ratio=SIZE_RATIO,
-    )  # fmt: skip
+    axis = alt.Axis(title="seconds", format=".6~g")
+    note = "wall seconds of each phase; train includes all messages"
+    return stacked(results.rounds, names, "Time by round", human_seconds, axis, note)
 
 
 def client_losses(results: Results) -> alt.LayerChart | None:
@@ -237,7 +240,7 @@ def client_losses(results: Results) -> alt.LayerChart | None:
 
 def client_metrics(results: Results, setting: str, metric: str) -> alt.LayerChart | None:
     """Each client's own metric at its rank, after the last round, and the mean of each rank."""
-    words = metric_format(metric)
+    form = metric_format(metric)
     frame = _where(_counted(results.client_metrics, results), setting, metric)
     frame = finite(_last(frame), "value")
     if not len(frame):
@@ -245,26 +248,26 @@ def client_metrics(results: Results, setting: str, metric: str) -> alt.LayerChar
     frame = frame.assign(
         series=frame["method"].map(plain),
         client=frame["client"].map(plain),
-        shown=frame["value"].map(words.show),
-        value=frame["value"] * words.factor,
+        shown=frame["value"].map(form.show),
+        value=frame["value"] * form.factor,
     )
     values = list(frame["value"])
     x = alt.X("rank:O", axis=alt.Axis(title="rank of the client", labelAngle=0, grid=False))
-    y = y_axis(values, words.title, is_log(values, LOG_RATIO.get(metric)))
+    y = y_axis(values, form, is_log(values, form))
     several = frame["series"].nunique() > 1
     names = list(map(plain, results.methods))
     aside = {"xOffset": alt.XOffset("series:N", sort=names)} if several else {}
     colour = style("color", names, several)
     tip = [alt.Tooltip("series:N", title="method"), alt.Tooltip("client:N"),
-           alt.Tooltip("shown:N", title=words.name), alt.Tooltip("rank:O"),
+           alt.Tooltip("shown:N", title=form.name), alt.Tooltip("rank:O"),
            alt.Tooltip("examples:Q"), alt.Tooltip("seed:N")]  # fmt: skip
     both = alt.Chart(frame).encode(x=x, color=colour, **aside)
     points = both.mark_point(filled=True, opacity=0.55, size=35)
     means = both.mark_tick(thickness=2.5, size=16).encode(y="mean(value):Q")
     return titled(
         alt.layer(points.encode(y=y, tooltip=tip), means),
-        f"{capital(words.name)} of each client",
-        f"on its own test examples, {words.direction}; bar: mean of the rank",
+        f"{capital(form.name)} of each client",
+        f"on its own test examples, {form.direction}; bar: mean of the rank",
     )
 
 
@@ -275,18 +278,9 @@ def diagnostics(results: Results, setting: str) -> list[alt.LayerChart]:
     noise at each rank, and the size of each rank dimension.
     """
     frame = _where(results.diagnostics, setting)
-    last, least = _last(frame), None
-    charts: list[alt.LayerChart | None] = []
-    for quantity, at, title, note, y_title in (
-        ("aggregation_noise", "", "Aggregation noise", "", "relative norm"),
-        ("client_drift", "mean", "Client drift, mean over clients", "", "relative norm"),
-        ("effective_rank", "", "Effective rank, mean over layers", "", "rank"),
-        ("truncation_noise", "lowest", "Truncation noise, lowest rank", "", "relative norm"),
-        ("truncation_noise", "rank", "Truncation noise by rank",
-         "after the last round; dotted: the least possible", "relative norm"),
-        ("dimension_energy", "rank dimension", "Size of each rank dimension",
-         "after the last round", "norm of its product"),
-    ):  # fmt: skip
+    last = _last(frame)
+    charts = []
+    for quantity, at, title, unit in DIAGNOSTICS:
         by_place = at.startswith("rank")
         rows = last if by_place else frame
         rows = rows[rows["quantity"] == quantity]
@@ -295,21 +289,22 @@ def diagnostics(results: Results, setting: str) -> list[alt.LayerChart]:
             rows = rows[ranks == ranks.groupby(rows["method"]).transform("min")]
         elif not by_place:
             rows = rows[rows["at"] == at]
-        data = _means(
-            rows["method"], rows["at" if by_place else "round"].astype(int), rows["value"]
-        )
+        data = _diagnosed(rows, "at" if by_place else "round")
+        if at == "rank":
+            least = _diagnosed(last[last["quantity"] == "least_truncation_noise"], "at")
+            data = data.drop(columns=["low", "high"]).merge(
+                least[["series", "x", "value"]], "left", ["series", "x"], suffixes=("", "_least")
+            )
+            data = data.assign(low=data["value_least"], high=data["value"])
         sizes = data.groupby("series")["value"].max().to_dict()
         zero = [name for name in map(plain, results.methods) if sizes.get(name) == 0]
-        notes = [note, f"0 throughout: {listing(zero)}" if zero else ""]
-        if at == "rank":
-            cuts = last[last["quantity"] == "least_truncation_noise"]
-            least = _means(cuts["method"], cuts["at"].astype(int), cuts["value"])
+        notes = ["after the last round" if by_place else ""]
+        notes += [f"0 throughout: {listing(zero)}"] if zero else []
+        form = MetricFormat(quantity, unit, unit, True, log_ratio=SIZE_RATIO, from_zero=True)
         charts.append(
             lines(
-                data.assign(low=math.nan, high=math.nan), results.methods, title, *notes,
-                y_title=y_title, x_title=at if by_place else "round", log_x=at == "rank",
-                show="{:.3g}".format, zero=True, log_ratio=SIZE_RATIO,
-                dotted=least if at == "rank" else None,
+                data, results.methods, title, form, *notes,
+                x=at if by_place else "round", spread="down to the least possible",
             )
         )  # fmt: skip
     return [chart for chart in charts if chart is not None]
@@ -362,26 +357,17 @@ def _means(series: Any, x: Any, value: Any) -> pd.DataFrame:
     frame = pd.DataFrame({key: list(values) for key, values in columns.items()})
     rows = []
     for (name, at), values in frame.groupby(["series", "x"], sort=False)["value"]:
-        one = spread(list(values))
-        if one is not None:
-            apart = math.nan if one.deviation is None else one.deviation
-            rows.append((name, at, one.mean, one.mean - apart, one.mean + apart))
+        mean, deviation = mean_deviation(list(values))
+        rows.append((name, at, mean, mean - deviation, mean + deviation))
     return pd.DataFrame(rows, columns=["series", "x", "value", "low", "high"])
 
 
-def _melted(frame: pd.DataFrame, names: dict[str, str]) -> pd.DataFrame:
-    """Columns of the rounds as series."""
-    long = frame.melt("round", list(names), "series", "value").rename(columns={"round": "x"})
-    return long.assign(series=long["series"].map(names), low=math.nan, high=math.nan)
+def _diagnosed(rows: pd.DataFrame, x: str) -> pd.DataFrame:
+    """Means over seeds without a spread."""
+    data = _means(rows["method"], rows[x].astype(int), rows["value"])
+    return data.assign(low=math.nan, high=math.nan)
 
 
-def _of_metric(results: Results, words: MetricFormat) -> dict[str, Any]:
-    """How a metric is drawn, and what its mean and spread are."""
+def _seeds(results: Results) -> str:
     seeds = len(results.seeds)
-    names = {"mean": "mean", "spread": "mean ± standard deviation"}
-    return {
-        "y_title": words.title,
-        "show": lambda value: words.show(value / words.factor),
-        "log_ratio": LOG_RATIO.get(words.metric),
-        **{key: f"{name} over {seeds} seeds" for key, name in names.items() if seeds > 1},
-    }
+    return f"mean over {seeds} seeds" if seeds > 1 else ""

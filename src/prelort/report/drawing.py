@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import altair as alt
 import pandas as pd
 
 from prelort.files import write_atomically
-from prelort.report.formatting import listing, plain
+from prelort.report.formatting import MetricFormat, listing, plain
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 """Okabe and Ito's palette, which colour-blind readers can tell apart, without its faint yellow."""
@@ -47,91 +47,79 @@ def lines(
     data: pd.DataFrame,
     names: Sequence[str],
     title: str,
+    form: MetricFormat,
     *notes: str,
-    y_title: str,
-    show: Callable[[float], str],
-    x_title: str = "round",
-    log_x: bool = False,
-    log_ratio: float | None = None,
-    zero: bool = False,
+    x: str = "round",
     base: float | None = None,
-    dotted: pd.DataFrame | None = None,
-    mean: str = "",
-    spread: str = "",
-    format: str = ".6~g",
+    spread: str = "standard deviation",
 ) -> alt.LayerChart | None:
     """A line for each series of ``data``; None if no value is finite.
 
-    ``data``: series, x, value, and low and high (NaN: no spread). ``names``: all series, in the
-    order of their styles. ``notes``: parts of the subtitle, to which what is left out is added.
-    ``show``: the text of a value. ``log_x``: x are ranks on a logarithmic axis, not rounds.
-    ``log_ratio``: the y axis is logarithmic if values differ by more than this factor. ``zero``: a
-    linear y axis begins at 0. ``base``: the value of a horizontal rule. ``dotted``: thin lines
-    (series, x, value). ``mean`` and ``spread``: what values, and low and high are, for the
-    subtitle. ``format``: d3 format of the y axis.
+    Args:
+        data: series, x, value, low and high (NaN: no spread), as stored.
+        names: all series, in the order of their styles.
+        title: of the chart.
+        form: how a value is shown, and the scale of the y axis.
+        notes: parts of the subtitle, to which what is left out is added.
+        x: title of the x axis; for ``rank`` it is logarithmic, and a spread has bars, not bands.
+        base: the value of a horizontal rule.
+        spread: what low and high are.
     """
-    names = [plain(name) for name in names]
-    remarks = [*notes]
+    names, by_rank, remarks = list(map(plain, names)), x == "rank", list(notes)
     step = math.ceil(data["x"].nunique() / MAX_ROUNDS)
     if step > 1:
         data = data[(data["x"].max() - data["x"]) % step == 0]
         remarks.append(f"every {step} rounds")
+    text = [form.show(value) for value in data["value"]]
+    data = data.assign(shown=text, **{k: data[k] * form.factor for k in ("value", "low", "high")})
     frame = finite(data, "value")
     lost = [name for name in names if name in set(data["series"]) - set(frame["series"])]
     remarks += [f"not finite: {listing(lost)}"] if lost else []
-    log = is_log([value for value in frame["value"] if value > 0 or not zero], log_ratio)
+    log = is_log([value for value in frame["value"] if value > 0 or not form.from_zero], form)
     frame = frame[(frame["value"] > 0) | (not log)]
     if not len(frame):
         return None
     series = [name for name in names if name in set(frame["series"])]
-    drawn = len(series) <= (MAX_BARS if log_x else MAX_BANDS)
-    spreads = finite(frame, "low") if drawn else frame[:0]
-    spreads = spreads[(spreads["low"] > 0) | (not log)]
-    remarks.append(spread if len(spreads) else mean)
-    beside = frame[:0] if dotted is None else dotted[(dotted["value"] > 0) | (not log)]
-    values = [*frame["value"], *spreads["low"], *spreads["high"], *beside["value"]]
-    rule = base is not None and math.isfinite(base) and has_room(values, base, log)
-    if base is not None:
-        values += [base] if rule else []
-        remarks += [] if rule else [f"untuned base {show(base)} (off the scale)"]
-
-    x = x_axis(sorted(set(frame["x"])), x_title, log_x)
-    y = y_axis(values, y_title, log, zero=zero, format=format)
     several = len(series) > 1
-    colour = style("color", names, several)
+    spreads = finite(frame, "low") if len(series) <= (MAX_BARS if by_rank else MAX_BANDS) else None
+    spreads = frame[:0] if spreads is None else spreads[(spreads["low"] > 0) | (not log)]
+    remarks += [f"{'bars' if by_rank else 'band'}: {spread}"] if len(spreads) else []
+    values = [*frame["value"], *spreads["low"], *spreads["high"]]
+    rule = None if base is None else base * form.factor
+    if rule is not None and not (math.isfinite(rule) and has_room(values, rule, log)):
+        remarks.append(f"untuned base {form.show(base)} (off the scale)")
+        rule = None
+    values += [] if rule is None else [rule]
     aside = dict.fromkeys(series, 1.0)
-    if log_x and several and len(spreads):  # lest the bars of a rank cover each other
+    if by_rank and several and len(spreads):  # lest the bars of a rank cover each other
         aside = {n: 2 ** (0.12 * (i / (len(series) - 1) - 0.5)) for i, n in enumerate(series)}
-
-    def moved(part: pd.DataFrame) -> pd.DataFrame:
-        return part.assign(
-            at=[x * aside[s] for x, s in zip(part["x"], part["series"], strict=True)]
-        )
+    frame, spreads = (
+        part.assign(at=part["x"] * part["series"].map(aside)) for part in (frame, spreads)
+    )
+    at = x_axis(sorted(set(frame["x"])), x, by_rank)
+    y = y_axis(values, form, log)
+    colour = style("color", names, several)
 
     layers: list[alt.Chart] = []
     if len(spreads):
-        bars = alt.Chart(moved(spreads))
-        bars = bars.mark_rule(clip=True) if log_x else bars.mark_area(opacity=0.12, clip=True)
-        layers.append(bars.encode(x=x, y="low:Q", y2="high:Q", color=colour))
-    if rule:
-        text = f"untuned base {show(base or 0.0)}"
-        line = alt.Chart(pd.DataFrame([{"value": base, "text": text}])).encode(y=y)
+        bars = alt.Chart(spreads)
+        bars = bars.mark_rule(clip=True) if by_rank else bars.mark_area(opacity=0.12, clip=True)
+        layers.append(bars.encode(x=at, y="low:Q", y2="high:Q", color=colour))
+    if rule is not None:
+        row = pd.DataFrame([{"value": rule, "text": f"untuned base {form.show(base)}"}])
+        line = alt.Chart(row).encode(y=y)
         layers.append(line.mark_rule(color=GREY, strokeDash=[5, 3], clip=True))
         label = line.mark_text(color=GREY, align="left", dy=-6)
         layers.append(label.encode(x=alt.value(4), text="text:N"))
-    if len(beside):
-        thin = alt.Chart(moved(beside)).mark_line(strokeWidth=1.3, strokeDash=[2, 2], clip=True)
-        layers.append(thin.encode(x=x, y=y, color=colour))
-
     key = re.sub(r"\W", "_", title)  # Altair wants names that differ from chart to chart
     pick = alt.selection_point(name=f"pick_{key}", fields=["series"], bind="legend")
     zoom = alt.selection_interval(name=f"zoom_{key}", bind="scales", zoom="wheel![event.altKey]")
     opacity = alt.condition(pick, alt.value(1), alt.value(0.12)) if several else alt.value(1)
     few = frame.groupby("series").size().max() <= MAX_POINTS
-    tip = [alt.Tooltip("series:N", title=" "), alt.Tooltip("x:Q", title=x_title.split(" ")[0]),
-           alt.Tooltip("shown:N", title=y_title)]  # fmt: skip
-    main = moved(frame).assign(shown=[show(value) for value in frame["value"]])
-    both = alt.Chart(main[["series", "x", "at", "value", "shown"]]).encode(x=x, y=y, color=colour)
+    tip = [alt.Tooltip("series:N", title=" "), alt.Tooltip("x:Q", title=x),
+           alt.Tooltip("shown:N", title=form.name)]  # fmt: skip
+    both = alt.Chart(frame[["series", "x", "at", "value", "shown"]])
+    both = both.encode(x=at, y=y, color=colour)
     line = both.mark_line(strokeWidth=2, clip=True).encode(
         strokeDash=style("strokeDash", names, several), opacity=opacity, order="x:Q"
     )
@@ -142,6 +130,36 @@ def lines(
     )
     layers += [line.add_params(zoom, *([pick] if several else [])), point]
     return titled(alt.layer(*layers), title, *remarks)
+
+
+def stacked(
+    rounds: pd.DataFrame,
+    names: Mapping[str, str],
+    title: str,
+    show: Callable[[float], str],
+    axis: alt.Axis,
+    *notes: str,
+) -> alt.LayerChart | None:
+    """Bars by round of the columns ``names`` (column -> series), one on top of the other."""
+    remarks = list(notes)
+    step = math.ceil(len(rounds) / MAX_ROUNDS)
+    if step > 1:
+        rounds = rounds[(rounds["round"].max() - rounds["round"]) % step == 0]
+        remarks.append(f"every {step} rounds")
+    data = rounds.melt("round", list(names), "series", "value")
+    data = data.assign(
+        series=data["series"].map(names), place=data["series"].map(list(names).index)
+    )
+    data = finite(data.assign(shown=list(map(show, data["value"]))), "value")
+    if not len(data):
+        return None
+    x = alt.X("round:O", axis=alt.Axis(labelAngle=0, labelOverlap=True))
+    tip = [alt.Tooltip("series:N", title=" "), alt.Tooltip("round:O"), alt.Tooltip("shown:N")]
+    bars = alt.Chart(data).mark_bar().encode(
+        x=x, y=alt.Y("value:Q", axis=axis), order="place:Q", tooltip=tip,
+        color=style("color", list(names.values()), True),
+    )  # fmt: skip
+    return titled(alt.layer(bars), title, *remarks)
 
 
 def style(channel: str, names: Sequence[str], legend: bool) -> Any:
@@ -157,11 +175,11 @@ def style(channel: str, names: Sequence[str], legend: bool) -> Any:
     return kind("series:N", scale=scale, legend=shown if legend else None)
 
 
-def is_log(values: Sequence[float], ratio: float | None) -> bool:
+def is_log(values: Sequence[float], form: MetricFormat) -> bool:
     """Whether these values need a logarithmic axis."""
-    if ratio is None or not values or min(values) <= 0:
+    if form.log_ratio is None or not values or min(values) <= 0:
         return False
-    return max(values) > ratio * min(values)
+    return max(values) > form.log_ratio * min(values)
 
 
 def has_room(values: Sequence[float], base: float, log: bool) -> bool:
@@ -189,23 +207,20 @@ def x_axis(ticks: Sequence[float], title: str, log: bool) -> alt.X:
     return alt.X("at:Q", scale=scale, axis=axis)
 
 
-def y_axis(
-    values: Sequence[float], title: str, log: bool, *, zero: bool = False, format: str = ".6~g"
-) -> alt.Y:
+def y_axis(values: Sequence[float], form: MetricFormat, log: bool) -> alt.Y:
     """An axis with a margin around the values; the field is ``value``."""
-    low, high = min(values), max(values)
+    title, low, high = form.title, min(values), max(values)
     if log:
         title, margin = f"{title}, log scale", (high / low) ** 0.05
         scale = alt.Scale(type="log", domain=[low / margin, high * margin], nice=False)
-    elif zero:
+    elif form.from_zero:
         scale = alt.Scale(domain=[0, 1.08 * high if high > 0 else 1], nice=False)
     else:
         missing = max(0.0, LEAST_SPAN * max(abs(low), abs(high)) - (high - low))
         margin = 0.06 * (high - low) + missing / 2 or 0.5
         scale = alt.Scale(domain=[low - margin, high + margin], nice=False, zero=False)
-    return alt.Y(
-        "value:Q", scale=scale, axis=alt.Axis(title=title, format=format, tickCount=5 if log else 6)
-    )
+    axis = alt.Axis(title=title, format=".6~g", tickCount=5 if log else 6)
+    return alt.Y("value:Q", scale=scale, axis=axis)
 
 
 def titled(chart: alt.LayerChart, title: str, *notes: str) -> alt.LayerChart:

@@ -11,9 +11,11 @@ from prelort.metrics.scores import HIGHER_IS_BETTER
 
 @dataclass(frozen=True, slots=True)
 class MetricFormat:
-    """A metric's names and unit (displayed value = stored value * factor).
+    """A metric's names, unit (displayed value = stored value * factor) and axis.
 
-    ``metric`` is its key in results and events, ``name`` its name for readers.
+    ``metric`` is its key in results and events, ``name`` its name for readers. An axis is
+    logarithmic if one value is more than ``log_ratio`` times another, and linear ones may begin at
+    0.
     """
 
     metric: str
@@ -22,6 +24,8 @@ class MetricFormat:
     higher_is_better: bool
     factor: float = 1.0
     unit: str = ""
+    log_ratio: float | None = None
+    from_zero: bool = False
 
     @property
     def direction(self) -> str:
@@ -45,24 +49,26 @@ class MetricFormat:
         shown = value * self.factor
         if not math.isfinite(shown):
             return str(shown)
-        if abs(shown) >= 1e6:
+        if abs(shown) >= 1e6 or 0 < abs(shown) < 0.1:
             return f"{shown:.2g}"
         return f"{shown:.{0 if abs(shown) >= 1000 else 1 if abs(shown) >= 10 else 2}f}"
 
 
 _FORMATS = {
-    "accuracy": ("accuracy", "acc", 100.0, "%"),
-    "macro_f1": ("macro-F1", "F1", 100.0, "%"),
-    "perplexity": ("perplexity", "ppl", 1.0, ""),
-    "rouge_l": ("ROUGE-L", "R-L", 1.0, "0–100"),
-    "loss": ("loss", "loss", 1.0, "nats"),
+    "accuracy": ("accuracy", "acc", 100.0, "%", None),
+    "macro_f1": ("macro-F1", "F1", 100.0, "%", None),
+    "perplexity": ("perplexity", "ppl", 1.0, "", 4.0),
+    "rouge_l": ("ROUGE-L", "R-L", 1.0, "0–100", None),
+    "loss": ("loss", "loss", 1.0, "nats", 20.0),
 }
 
 
 def metric_format(metric: str) -> MetricFormat:
     """The format of a metric; an unknown one keeps its own name, and higher is better."""
-    name, short, factor, unit = _FORMATS.get(metric, (plain(metric), plain(metric), 1.0, ""))
-    return MetricFormat(metric, name, short, HIGHER_IS_BETTER.get(metric, True), factor, unit)
+    unknown = (plain(metric), plain(metric), 1.0, "", None)
+    name, short, factor, unit, log_ratio = _FORMATS.get(metric, unknown)
+    higher = HIGHER_IS_BETTER.get(metric, True)
+    return MetricFormat(metric, name, short, higher, factor, unit, log_ratio)
 
 
 def human_bytes(count: float | None) -> str:
