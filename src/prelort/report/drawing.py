@@ -30,6 +30,9 @@ TITLE: dict[str, Any] = {
     "subtitleColor": GREY,
 }  # fmt: skip
 
+LEGEND_WIDTH, LEGEND_SYMBOL, LETTER_WIDTH = 470, 30, 7
+"""Pixels: of a chart's legend, of an entry's symbol, and of a letter of its name."""
+
 MAX_BARS, MAX_BANDS, MAX_POINTS = 6, 5, 30
 """Series with error bars or bands, and points on a line: more would cover each other."""
 
@@ -170,7 +173,9 @@ def style(channel: str, names: Sequence[str], legend: bool) -> Any:
         "shape": (alt.Shape, [SHAPES[(i + i // count) % count] for i in range(len(names))]),
         "strokeDash": (alt.StrokeDash, [DASHES[i // count % 3] for i in range(len(names))]),
     }[channel]
-    shown = alt.Legend(title=None, orient="bottom", symbolOpacity=1)
+    longest = max(map(len, names), default=0)
+    columns = max(LEGEND_WIDTH // (LEGEND_SYMBOL + LETTER_WIDTH * min(longest, 21)), 2)
+    shown = alt.Legend(title=None, orient="bottom", symbolOpacity=1, columns=columns)
     scale = alt.Scale(domain=list(map(plain, names)), range=values)
     return kind("series:N", scale=scale, legend=shown if legend else None)
 
@@ -242,7 +247,7 @@ def finite(frame: pd.DataFrame, column: str) -> pd.DataFrame:
     return frame.loc[[math.isfinite(value) for value in frame[column].astype(float)]]
 
 
-def specification(chart: Any, legend_columns: int = 5) -> dict[str, Any]:
+def specification(chart: Any) -> dict[str, Any]:
     """The chart as Vega-Lite, with its data and the fonts and lines that all charts share."""
     grey = {"domainColor": "#8a929a", "tickColor": "#8a929a"}
     ink = {"labelColor": "#3a4148", "titleColor": "#3a4148", "titleFontWeight": "normal"}
@@ -251,7 +256,6 @@ def specification(chart: Any, legend_columns: int = 5) -> dict[str, Any]:
         .configure_view(stroke=None)
         .configure_axis(gridColor="#e3e6e9", labelFontSize=11, titleFontSize=12, **grey, **ink)
         .configure_legend(
-            columns=legend_columns,
             labelLimit=150,
             labelFontSize=12,
             symbolSize=80,

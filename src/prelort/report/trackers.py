@@ -15,9 +15,8 @@ import statistics
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from operator import attrgetter, methodcaller
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from prelort.errors import ConfigError, PrelortError
@@ -41,20 +40,6 @@ FILE = "trackers.json"
 PROJECT = "prelort"
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """What a tracker's constructor may need. ``id``: that of the run to continue, if any."""
-
-    folder: Path
-    id: str | None
-    first: int
-    """The first round that it will be told."""
-
-    @property
-    def name(self) -> str:
-        return self.folder.resolve().name
 
 
 def check(names: Iterable[str]) -> None:
@@ -91,12 +76,7 @@ class Tracking:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for name, tracker in list(self._open.items()):
             with self._guarded(name):
                 tracker.finish()
@@ -115,8 +95,7 @@ class Tracking:
                 self._collect(event)
 
     def _collect(self, event: Event) -> None:
-        values = values_of(event)
-        if values:
+        if values := values_of(event):
             self._rounds.setdefault(event.round, {}).update(values)
 
     def _start(self) -> None:
@@ -125,10 +104,10 @@ class Tracking:
         for name in self._names:
             state = self._logged.setdefault(name, {"id": None, "round": -1})
             with self._guarded(name):
-                run = _Run(self._folder, state["id"], state["round"] + 1)
-                tracker, state["id"] = _open(name, run)
+                new = state["id"] is None
+                tracker, state["id"] = _open(name, self._folder, state["id"], state["round"] + 1)
                 self._open[name] = tracker
-                if run.id is None:
+                if new:
                     tracker.store_init_configuration(dict(self._config))
         if self._names:
             self._write()
@@ -222,83 +201,74 @@ def _trackers() -> tuple[list[str], list[str]]:
     return known, [name for name in known if name in installed or name not in LoggerType.list()]
 
 
-def _open(name: str, run: _Run) -> tuple[GeneralTracker, str]:
-    """A tracker that is started, and the id of its run."""
+def _open(name: str, folder: Path, run: str | None, first: int) -> tuple[GeneralTracker, str]:
+    """A tracker that is started, continuing ``run`` at round ``first``, and the id of its run."""
     from accelerate.state import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     PartialState()  # accelerate's logging needs it
-    options, run_id = _LIBRARIES.get(name, (lambda run: {"run_name": run.name}, lambda own: ""))
     kind = LOGGER_TYPE_TO_CLASS[name]
-    folder = {"logging_dir": run.folder} if kind.requires_logging_directory else {}
-    tracker = kind(**options(run), **folder)
+    place = {"logging_dir": folder} if kind.requires_logging_directory else {}
+    tracker = kind(**_options(name, folder, run, first), **place)
     tracker.start()
-    return tracker, str(run_id(tracker.tracker))
+    return tracker, RUN_IDS.get(name, lambda own: name)(tracker.tracker)
 
 
-def _wandb(run: _Run) -> dict[str, Any]:
-    import wandb
+def _options(name: str, folder: Path, run: str | None, first: int) -> dict[str, Any]:
+    """The arguments of a tracker's constructor, with which it continues ``run`` if there is one."""
+    title, resume = folder.resolve().name, "allow" if run else None
+    match name:
+        case "tensorboard":
+            return {"run_name": "tensorboard", "purge_step": first if run else None}
+        case "mlflow":
+            # A server that does not answer then delays the run by seconds, not by minutes.
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+            return {"experiment_name": PROJECT, "run_name": title, "run_id": run}
+        case "wandb":
+            import wandb
 
-    return {
-        "run_name": os.environ.get("WANDB_PROJECT", PROJECT),
-        "name": run.name,
-        "id": run.id,
-        "resume": "allow" if run.id else None,
-        "dir": os.environ.get("WANDB_DIR", str(run.folder)),
-        "reinit": "finish_previous",
-        "settings": wandb.Settings(console="off", silent=True),  # the terminal is the progress's
-    }
+            return {
+                "run_name": os.environ.get("WANDB_PROJECT", PROJECT),
+                "name": title,
+                "id": run,
+                "resume": resume,
+                "dir": os.environ.get("WANDB_DIR", str(folder)),
+                "reinit": "finish_previous",
+                "settings": wandb.Settings(console="off", silent=True),  # the display is ours
+            }
+        case "dvclive":
+            own = {"dvcyaml": False, "save_dvc_exp": False, "resume": run is not None}
+            return {"dir": str(folder / "dvclive"), **own}
+        case "aim":
+            return {"run_name": title, "run_hash": run}
+        case "swanlab":
+            place = {"log_dir": str(folder / "swanlab"), "id": run}
+            return {"run_name": PROJECT, "name": title, "resume": resume, **place}
+        case "trackio":
+            return {"run_name": PROJECT, "name": run or title, "resume": "allow"}
+        case "comet_ml":
+            return {"run_name": PROJECT, "experiment_key": run}
+        case "clearml":
+            return {
+                "project_name": os.environ.get("CLEARML_PROJECT", PROJECT),
+                "task_name": os.environ.get("CLEARML_TASK", title),
+                "continue_last_task": run or False,
+                "reuse_last_task_id": False,
+            }
+    return {"run_name": title}
 
 
-def _mlflow(run: _Run) -> dict[str, Any]:
-    # A server that does not answer then delays the run by seconds, not by minutes.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    return {"experiment_name": PROJECT, "run_name": run.name, "run_id": run.id}
-
-
-def _dvclive(run: _Run) -> dict[str, Any]:
-    place = {"dir": str(run.folder / "dvclive"), "dvcyaml": False, "save_dvc_exp": False}
-    return {**place, "resume": run.id is not None}
-
-
-_LIBRARIES: dict[str, tuple[Callable[[_Run], dict[str, Any]], Callable[[Any], str]]] = {
-    "tensorboard": (
-        lambda run: {"run_name": "tensorboard", "purge_step": run.first if run.id else None},
-        lambda writer: "tensorboard",
-    ),
-    "wandb": (_wandb, lambda own: own.id),
-    "mlflow": (_mlflow, lambda own: own.info.run_id),
-    "comet_ml": (
-        lambda run: {"run_name": PROJECT, "experiment_key": run.id},
-        lambda own: own.get_key(),
-    ),
-    "aim": (lambda run: {"run_name": run.name, "run_hash": run.id}, lambda own: own.hash),
-    "clearml": (
-        lambda run: {
-            "project_name": os.environ.get("CLEARML_PROJECT", PROJECT),
-            "task_name": os.environ.get("CLEARML_TASK", run.name),
-            "continue_last_task": run.id or False,
-            "reuse_last_task_id": False,
-        },
-        lambda own: own.id,
-    ),
-    "dvclive": (_dvclive, lambda own: "dvclive"),
-    "swanlab": (
-        lambda run: {
-            "run_name": PROJECT,
-            "name": run.name,
-            "log_dir": str(run.folder / "swanlab"),
-            "id": run.id,
-            "resume": "allow" if run.id else None,
-        },
-        lambda own: own.id,
-    ),
-    "trackio": (
-        lambda run: {"run_name": PROJECT, "name": run.id or run.name, "resume": "allow"},
-        lambda own: own.name,
-    ),
+_ID = attrgetter("id")
+RUN_IDS: dict[str, Callable[[Any], str]] = {
+    "wandb": _ID,
+    "clearml": _ID,
+    "swanlab": _ID,
+    "mlflow": attrgetter("info.run_id"),
+    "comet_ml": methodcaller("get_key"),
+    "aim": attrgetter("hash"),
+    "trackio": attrgetter("name"),
 }
-"""Tracker -> its constructor's arguments, which continue the run that has the id, and that id."""
+"""Tracker -> the id of the run, from the tracker's own object."""
 
 
 def _read(folder: Path) -> dict[str, dict[str, Any]]:
