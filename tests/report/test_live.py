@@ -103,9 +103,8 @@ class TestLines:
         assert heads("\n".join(lines[:-1])) == [f"round {number}/4" for number in range(5)]
         assert lines[-1].startswith("prelort: finished in ")
         assert "base ppl 150.0" in lines[0]
-        assert "5/5 clients, train loss 5.440" in lines[1]
-        assert f"4/5 clients (failed: json: {SHOWN})" in lines[2]
-        assert ["ppl" in line for line in lines[:-1]] == [True, False, True, False, True]
+        assert "5/5 clients, loss 5.440" in lines[1]
+        assert "4/5 clients, loss " in lines[2]
         assert "ppl 27.0@2 21.0@16" in lines[4]
         assert ["left" in line for line in lines] == [False, True, True, True, False, False]
 
@@ -185,7 +184,7 @@ class TestTerminal:
         text = shown(events, terminal=True, width=width, stops=True)
         lines = text.rsplit("prelort", 1)[1].split("\x1b[?25h")[0].splitlines()
         assert all(len(line) <= width for line in lines)
-        for part in ("━", "3/12  client 1/2  loss 2.50", "ppl", "@16", " left"):
+        for part in ("━", "3/12  1/2 clients  loss 2.500", "ppl", "@16", " left"):
             assert part in lines[0]
         assert lines[1].split("  ")[0] == "1 training and 1 answered"
         assert "10 kB up, 15 kB down" in lines[1]
@@ -393,7 +392,7 @@ class TestWatch:
         assert done
         assert heads(text) == [
             "round 0/3", "round 1/3", "round 2/3",
-            "the log was truncated: continues after round 1", "round 2/3", "round 3/3",
+            "continues after round 1", "round 2/3", "round 3/3",
             heads(text)[-1],
         ]  # fmt: skip
 

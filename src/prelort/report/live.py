@@ -116,28 +116,23 @@ def latest_metric(history: RunHistory, *, short: bool = False) -> str:
     return " ".join([form.short, *values])
 
 
-def round_line(history: RunHistory) -> str:
-    """The last round as one line of plain text."""
-    rounds = history.started.rounds if history.started is not None else "?"
-    parts = [f"round {history.round}/{rounds}"]
-    record = history.rounds.get(history.round)
-    if record is not None:
-        failed = "; ".join(
-            f"{plain(f.client)}: {plain(f.reason)}" for f in record.failures.values()
-        )
-        reasons = f" (failed: {failed})" if failed else ""
-        parts.append(f"{len(record.replies)}/{len(record.clients)} clients{reasons}")
-        if record.loss is not None:
-            parts.append(f"train loss {record.loss:.3f}")
-    metric = latest_metric(history)
-    if metric and history.round in (0, *list(history.evaluations)[-1:]):
-        parts.append(metric)
-    if history.time is not None:
-        parts.append(f"{human_seconds(elapsed(history, history.time))} so far")
-        left = remaining(history, history.time)
-        if left is not None:
-            parts.append(f"about {human_seconds(left)} left")
-    return ", ".join(parts)
+def summary(history: RunHistory, now: datetime, *, short: bool = False) -> list[str]:
+    """Where a run is, in parts; short for a terminal of 80 columns."""
+    if history.started is None:
+        return ["loading"]
+    parts = [f"{'' if short else 'round '}{history.round}/{history.started.rounds}"]
+    record, evaluating = history.rounds.get(history.round), history.evaluating
+    if evaluating is not None:
+        parts.append(f"evaluating {evaluating.done / max(evaluating.total, 1):.0%}")
+    elif record is not None:
+        answers = record.answers if history.current is not None else len(record.replies)
+        parts.append(f"{answers}/{len(record.clients)} clients")
+    if record is not None and record.loss is not None:
+        parts.append(f"loss {record.loss:.3f}")
+    parts += filter(None, [latest_metric(history, short=short)])
+    left = remaining(history, now)
+    more = f", {clock_time(left)} left" if left is not None else ""
+    return [*parts, clock_time(elapsed(history, now)) + more]
 
 
 @dataclass(slots=True)
@@ -213,11 +208,13 @@ class Display:
             if cells:
                 self._print(f"{cells} of {self._total} cells are finished already")
 
-    def started(self, name: str) -> None:
-        """Show a cell that starts or continues."""
+    def started(self, name: str, events: Iterable[Event] = ()) -> None:
+        """Show a cell that starts or continues; after a truncation of its log from these events."""
         with self._lock:
-            self._cells[name] = _Cell(RunHistory())
+            self._cells[name] = cell = _Cell(RunHistory.of(events))
             self._parallel = max(self._parallel, len(self._cells))
+            if cell.history.started is not None:
+                self._print(f"{plain(name)}: continues after round {cell.history.done}")
 
     def event(self, name: str, event: Event) -> None:
         """Take in an event of a cell's run."""
@@ -248,13 +245,6 @@ class Display:
                 more = f"; {self._progress()}" if self._total > 1 else ""
                 self._print(f"{plain(name)}: finished in {human_seconds(seconds)}{more}")
 
-    def truncated(self, name: str, events: Iterable[Event]) -> None:
-        """Show a cell from these events on: a run that was resumed has cut its log."""
-        with self._lock:
-            self._cells[name] = _Cell(RunHistory.of(events))
-            done = self._cells[name].history.done
-            self._print(f"{plain(name)}: the log was truncated: continues after round {done}")
-
     @property
     def seconds_left(self) -> float | None:
         """Of the whole study, at the pace of the cells so far; None before anything is done."""
@@ -268,8 +258,8 @@ class Display:
     def _flush(self, name: str) -> None:
         """Print the line of the round that is complete."""
         cell = self._cells[name]
-        if cell.pending and self._live is None:
-            self._print(f"{plain(name)}: {round_line(cell.history)}")
+        if cell.pending and cell.history.time is not None and self._live is None:
+            self._print(f"{plain(name)}: {', '.join(summary(cell.history, cell.history.time))}")
         cell.pending = False
 
     def _print(self, text: str, *, style: str = "") -> None:
@@ -300,7 +290,8 @@ class Display:
             bars.add_column(no_wrap=True, overflow="ellipsis")
             for name, cell in self._cells.items():
                 bar = ProgressBar(1.0, share_done(cell.history))
-                bars.add_row(Text(plain(name)), bar, numbers(cell.history, now, width < WIDE))
+                parts = summary(cell.history, now, short=width < WIDE)
+                bars.add_row(Text(plain(name)), bar, Text("  ".join(parts)))
             if self._total > 1 and self._cells:
                 shares = sum(share_done(cell.history) for cell in self._cells.values())
                 done = self._kept + self._ended + shares
@@ -309,24 +300,6 @@ class Display:
                 return bars
             (cell,) = self._cells.values()
             return Group(bars, *details(cell.history, width, height - bars.row_count - 1, now))
-
-
-def numbers(history: RunHistory, now: datetime, narrow: bool) -> Text:
-    """What stands beside a run's bar; less on a terminal of 80 columns."""
-    if history.started is None:
-        return Text("loading")
-    parts = [f"{'' if narrow else 'round '}{history.round}/{history.started.rounds}"]
-    record, evaluating = history.rounds.get(history.round), history.evaluating
-    if evaluating is not None:
-        parts.append(f"evaluating {evaluating.done / max(evaluating.total, 1):.0%}")
-    elif history.current is not None:
-        parts.append(f"client {history.current.answers}/{len(history.current.clients)}")
-    if record is not None and record.loss is not None:
-        parts.append(f"loss {record.loss:.2f}")
-    parts += filter(None, [latest_metric(history, short=narrow)])
-    left = remaining(history, now)
-    more = f", {clock_time(left)} left" if left is not None else ""
-    return Text("  ".join([*parts, clock_time(elapsed(history, now)) + more]))
 
 
 def details(
@@ -418,14 +391,13 @@ def watch(
                 continue
             events, truncated = next(following.setdefault(name, log.follow()))
             quiet, stopped = (0, False) if events or truncated else (quiet, stopped)
-            if name not in shown and (events or len(cells) == 1):
-                shown.add(name)
-                display.started(name)
             if truncated:
-                display.truncated(name, events)
-            else:
-                for event in events:
-                    display.event(name, event)
+                display.started(name, events)
+            elif name not in shown and (events or len(cells) == 1):
+                display.started(name)
+                shown.add(name)
+            for event in events if not truncated else ():
+                display.event(name, event)
             if events and isinstance(events[-1], RunFinished):
                 display.ended(name)
                 finished.add(name)
