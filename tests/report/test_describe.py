@@ -68,7 +68,8 @@ def test_picture_names_clients_labels_and_ranks(tmp_path: Path) -> None:
     rows = rows_of({"hospital": ["<b>"] * 3, "$x^$": ["$\\no$", "<b>"]})
     describe.picture(rows, "label", tmp_path / "clients.svg")
     texts = re.findall(r"<text[^>]*>([^<]*)</text>", (tmp_path / "clients.svg").read_text())
-    for text in ("hospital", "$x^$", "&lt;b&gt;", "$\\no$", "2 clients, 5 training rows", "8"):
+    for text in ("hospital, rank 4", "$x^$, rank 8", "&lt;b&gt;", "$\\no$",
+                 "2 clients, 5 training rows"):  # fmt: skip
         assert text in texts
 
 

@@ -33,8 +33,9 @@ from prelort.report.formatting import (
     metric_format,
     plain,
     plural,
+    ranges,
 )
-from prelort.report.results import AURAC, CELL, CONFIDENCE, Results, mean_deviation
+from prelort.report.results import AURAC, CONFIDENCE, Results, interval, last_round, mean_deviation
 
 MAX_CLIENTS, MAX_CELLS = 100, 4000
 """Rows and cells of the heat map."""
@@ -60,7 +61,7 @@ DIAGNOSTICS = (
 def by_rank(results: Results, setting: str, metric: str) -> alt.LayerChart | None:
     """The metric at each rank prefix after the last round, a line for each method."""
     form = metric_format(metric)
-    frame = _where(results.scores, setting, metric)
+    frame = results.select(results.scores, setting, metric)
     frame = frame.loc[[at.isdigit() for at in frame["at"]]]
     # The rank of one method's stacked adapters must not squeeze the others' ranks.
     methods = frame.groupby("at")["method"].transform("nunique")
@@ -80,7 +81,7 @@ def by_rank(results: Results, setting: str, metric: str) -> alt.LayerChart | Non
 def by_round(results: Results, setting: str, metric: str) -> alt.LayerChart | None:
     """The metric by round: of one run at each rank, of several at the highest."""
     form = metric_format(metric)
-    frame = _where(_counted(results.to_pandas(), results), setting, metric)
+    frame = results.select(results.to_pandas(), setting, metric)
     frame = frame[frame["rank"] > 0]
     names, series, where = results.methods, frame["method"], "highest rank"
     if len(results.cells) == 1:
@@ -102,11 +103,11 @@ def training_loss(results: Results, setting: str) -> alt.LayerChart | None:
     unit = f"nats per {'example' if tasks == {'classification'} else 'token'}"
     form = replace(metric_format("loss"), unit=unit)
     if len(results.cells) > 1:
-        frame = _where(_counted(results.rounds, results), setting)
+        frame = results.select(results.rounds, setting)
         data = _means(frame["method"], frame["round"], frame["loss"])
         notes = ["mean over clients", _seeds(results)]
         return lines(data, results.methods, LOSS_TITLE, form, *notes)
-    frame = finite(_counted(results.replies, results), "loss")
+    frame = finite(results.select(results.replies, setting), "loss")
     data = frame.groupby(["rank", "round"])["loss"].agg(["mean", "min", "max"]).reset_index()
     data = data.set_axis(["series", "x", "value", "low", "high"], axis=1)
     names = [f"rank {rank:.0f}" for rank in sorted(set(data["series"]))]
@@ -118,18 +119,16 @@ def training_loss(results: Results, setting: str) -> alt.LayerChart | None:
 def differences(results: Results, setting: str, metric: str) -> alt.LayerChart | None:
     """Each method's paired difference of the area to the reference: mean, interval, pairs."""
     form = metric_format(metric)
-
-    def chosen(frame: pd.DataFrame, column: str) -> pd.DataFrame:
-        """The differences of the area, in the unit that is shown."""
-        frame = _where(frame, setting, metric)
-        frame = finite(frame[frame["at"] == AURAC], column)
-        shown = frame[["method"]].map(plain).rename(columns={"method": "series"})
-        scaled = {key: frame[key].astype(float) * form.factor
-                  for key in (column, "low", "high") if key in frame}  # fmt: skip
-        shown = shown.assign(**scaled).rename(columns={column: "value"})
-        return shown.assign(shown=shown["value"].map("{:+.3g}".format))
-
-    means, pairs = chosen(results.summary, "difference"), chosen(results.differences, "value")
+    pairs = results.select(results.differences, setting, metric)
+    pairs = pairs[pairs["at"] == AURAC]
+    pairs = pairs.assign(series=pairs["method"].map(plain), value=pairs["value"] * form.factor)
+    columns = ["series", "value", "low", "high"]
+    groups = pairs.groupby("series", sort=False)["value"]
+    means = pd.DataFrame([(name, *interval(list(v))) for name, v in groups], columns=columns)
+    pairs, means = (
+        finite(frame, "value").assign(shown=lambda one: one["value"].map("{:+.3g}".format))
+        for frame in (pairs[["series", "value"]], means)
+    )
     if not len(means) or len(results.seeds) < 2:
         return None
     middle, most = means["value"].abs().median(), means["value"].abs().max()
@@ -187,8 +186,8 @@ def client_losses(results: Results) -> alt.LayerChart | None:
     frame = frame[frame["failed"].astype(bool) | frame["steps"].notna()]
     if not len(frame):
         return None
-    order = list(frame.sort_values(["rank", "client"])["client"].unique())
-    names = order[:MAX_CLIENTS]
+    names = list(frame.sort_values(["rank", "client"])["client"].unique())
+    count, names = len(names), names[:MAX_CLIENTS]
     first, last = int(frame["round"].min()), int(frame["round"].max())
     joined = math.ceil((last - first + 1) / max(20, MAX_CELLS // len(names)))
     frame = frame[frame["client"].isin(names)]
@@ -196,26 +195,15 @@ def client_losses(results: Results) -> alt.LayerChart | None:
     good = [math.isfinite(loss) for loss in frame["loss"]]
     frame = frame.assign(start=start, loss=frame["loss"].where(good), bad=[not g for g in good])
     cells = frame.groupby(["client", "start"], as_index=False).agg({"loss": "mean", "bad": "sum"})
-    cells = cells.assign(
-        client=cells["client"].map(plain),
-        low=cells["start"] - 0.5,
-        high=cells["start"] + joined - 0.5,
-        at=cells["start"] + (joined - 1) / 2,
-        rounds=[f"{a}" if joined == 1 else f"{a} to {min(a + joined - 1, last)}"
-                for a in cells["start"]],
-    )  # fmt: skip
-    x = alt.X(
-        "low:Q",
-        scale=alt.Scale(domain=[first - 0.5, last + 0.5], nice=False),
-        axis=alt.Axis(title="round", tickMinStep=1, format="d", grid=False),
-    )
-    axis = alt.Axis(title=None, labelLimit=150, grid=False)
-    y = alt.Y("client:N", sort=list(map(plain, names)), axis=axis)
+    rounds = [ranges(range(a, min(a + joined, last + 1))) for a in cells["start"]]
+    cells = cells.assign(client=cells["client"].map(plain), rounds=rounds)
+    x = alt.X("start:O", axis=alt.Axis(title="round", labelAngle=0, labelOverlap=True))
+    order = list(map(plain, names))
+    y = alt.Y("client:N", sort=order, axis=alt.Axis(title=None, labelLimit=150, grid=False))
     losses = finite(cells, "loss")
     # One loss that exploded must not leave all others alike.
-    domain = (
-        [losses["loss"].min(), frame["loss"].quantile(0.98, "higher")] if len(losses) else [0, 1]
-    )
+    high = frame["loss"].quantile(0.98, "higher")
+    domain = [losses["loss"].min(), high] if len(losses) else [0, 1]
     colour = alt.Color(
         "loss:Q",
         scale=alt.Scale(scheme="viridis", reverse=True, domain=domain, clamp=True),
@@ -227,13 +215,11 @@ def client_losses(results: Results) -> alt.LayerChart | None:
     cross = alt.Chart(cells[cells["bad"] > 0]).mark_point(
         shape="cross", angle=45, size=35, color="#D55E00", filled=True, opacity=1
     )
-    chart = alt.layer(
-        alt.Chart(losses).mark_rect().encode(x=x, x2="high:Q", y=y, color=colour, tooltip=tip),
-        cross.encode(x="at:Q", y=y, tooltip=tip),
-    )
+    both = [alt.Chart(losses).mark_rect().encode(color=colour), cross]
+    chart = alt.layer(*(part.encode(x=x, y=y, tooltip=tip) for part in both))
     notes = ["lowest rank first; ×: no usable reply, or a loss that is not finite"]
     notes += [f"each cell is the mean of {joined} rounds"] if joined > 1 else []
-    notes += [f"the first {len(names)} of {len(order)} clients"] if len(order) > len(names) else []
+    notes += [f"the first {len(names)} of {count} clients"] if count > len(names) else []
     chart = titled(chart, "Training loss by client and round", *notes)
     return chart.properties(height=alt.Step(13))
 
@@ -241,8 +227,8 @@ def client_losses(results: Results) -> alt.LayerChart | None:
 def client_metrics(results: Results, setting: str, metric: str) -> alt.LayerChart | None:
     """Each client's own metric at its rank, after the last round, and the mean of each rank."""
     form = metric_format(metric)
-    frame = _where(_counted(results.client_metrics, results), setting, metric)
-    frame = finite(_last(frame), "value")
+    frame = results.select(results.client_metrics, setting, metric)
+    frame = finite(last_round(frame), "value")
     if not len(frame):
         return None
     frame = frame.assign(
@@ -277,8 +263,8 @@ def diagnostics(results: Results, setting: str) -> list[alt.LayerChart]:
     By round: noise of aggregation and of truncation, drift, effective rank. After the last round:
     noise at each rank, and the size of each rank dimension.
     """
-    frame = _where(results.diagnostics, setting)
-    last = _last(frame)
+    frame = results.select(results.diagnostics, setting)
+    last = last_round(frame)
     charts = []
     for quantity, at, title, unit in DIAGNOSTICS:
         by_place = at.startswith("rank")
@@ -332,23 +318,6 @@ def diagnostics_overview(results: Results, setting: str) -> alt.ConcatChart | No
     """All charts of `diagnostics` in one picture."""
     found = diagnostics(results, setting)
     return side_by_side(found, 3, True) if found else None
-
-
-def _where(frame: pd.DataFrame, setting: str, metric: str | None = None) -> pd.DataFrame:
-    """The rows of a setting and a metric."""
-    frame = frame[frame["setting"] == setting]
-    return frame if metric is None else frame[frame["metric"] == metric]
-
-
-def _counted(frame: pd.DataFrame, results: Results) -> pd.DataFrame:
-    """The rows of the cells that count."""
-    cells = {(c.setting, c.method, c.seed) for s in results.settings for c in results.counted(s)}
-    return frame.loc[[k in cells for k in zip(*(frame[c] for c in CELL), strict=True)]]
-
-
-def _last(frame: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the last round of each cell."""
-    return frame[frame["round"] == frame.groupby(["method", "seed"])["round"].transform("max")]
 
 
 def _means(series: Any, x: Any, value: Any) -> pd.DataFrame:

@@ -23,7 +23,7 @@ def summary(rows: FederatedRows, label_column: str | None = None) -> Table:
 
     The entropy is that of the client's labels in bits: 0 for one label, log2(n) for n equal ones.
     """
-    table = Table(title="Who holds what", show_footer=True)
+    table = Table(title="The clients' data", show_footer=True)
     table.add_column("client", "all", no_wrap=True, overflow="ellipsis", max_width=32)
     table.add_column("rank", _ranks_text(rows.clients), justify="right")
     table.add_column("rows", f"{sum(len(c.train) for c in rows.clients):,}", justify="right")
@@ -48,54 +48,44 @@ def summary(rows: FederatedRows, label_column: str | None = None) -> Table:
 
 
 def picture(rows: FederatedRows, label_column: str | None, path: Path) -> None:
-    """Save a bar for each client's training rows, and the clients' ranks.
+    """Save a bar for each client's training rows, with its rank below.
 
-    With at most 20 labels the bars are stacked and coloured by label, over a strip coloured by
-    rank; otherwise they are coloured by rank. ``path`` ends with .png or .svg. Raises
-    `OSError` if it cannot be written.
+    With at most 20 labels the bars are stacked and coloured by label, otherwise coloured by rank.
+    ``path`` ends with .png or .svg. Raises `OSError` if it cannot be written.
     """
     import altair as alt
     import pandas as pd
 
     from prelort.report.drawing import TITLE, save
 
-    clients = rows.clients
-    labels = _labels(rows, label_column)
-    order = [plain(client.name) for client in clients]
-    total = sum(len(client.train) for client in clients)
-    width = min(max(340, 18 * len(clients)), 1200)
-    label = alt.Axis(title=None, labelAngle=-90, labelLimit=150, labelOverlap=True)
-    hidden = alt.Axis(labels=False, ticks=False, title=None)
-    rank = alt.Color("rank:O", sort="descending", scale=alt.Scale(scheme="viridis", reverse=True))
-
-    def x(axis: alt.Axis) -> alt.X:
-        return alt.X("client:N", sort=order, axis=axis, scale=alt.Scale(paddingInner=0.15))
-
-    y = alt.Y("sum(rows):Q", axis=alt.Axis(title="training rows", format=",d", tickMinStep=1))
-    ranked = pd.DataFrame(
-        [{"client": name, "rank": client.rank, "rows": len(client.train)}
-         for name, client in zip(order, clients, strict=True)]
+    labels = list(map(_plain, _labels(rows, label_column)))
+    held = []
+    for client in rows.clients:
+        whole = Counter({"": len(client.train)})
+        counts = _counts([client], label_column)[0] if label_column and labels else whole
+        name = f"{plain(client.name)}, rank {client.rank}"
+        for label, count in counts.items():
+            held.append((name, client.rank, _plain(label), count))
+    data = pd.DataFrame(held, columns=["client", "rank", "label", "rows"])
+    axis = alt.Axis(title=None, labelAngle=-90, labelLimit=180, labelOverlap=True)
+    scheme = "tableau10" if len(labels) <= 10 else "tableau20"
+    colour = (
+        alt.Color(
+            "label:N", title=plain(label_column), sort=labels[::-1],
+            scale=alt.Scale(scheme=scheme, domain=labels[::-1]),
+        )
+        if labels
+        else alt.Color("rank:O", sort="descending", scale=alt.Scale(scheme="viridis", reverse=True))
     )  # fmt: skip
-    title = alt.TitleParams(f"{len(clients)} clients, {total:,} training rows", **TITLE)
-    if label_column is None or not labels:
-        bars = alt.Chart(ranked, title=title).mark_bar().encode(x=x(label), y=y, color=rank)
-        save(bars.properties(width=width, height=300), path)
-        return
-    held = pd.DataFrame(
-        [{"client": name, "label": _plain(text), "rows": counts[text], "order": place}
-         for name, counts in zip(order, _counts(clients, label_column), strict=True)
-         for place, text in enumerate(labels) if counts[text]]
+    total = sum(len(client.train) for client in rows.clients)
+    title = alt.TitleParams(f"{len(rows.clients)} clients, {total:,} training rows", **TITLE)
+    bars = alt.Chart(data, title=title).mark_bar().encode(
+        x=alt.X("client:N", sort=list(data["client"].unique()), axis=axis),
+        y=alt.Y("rows:Q", axis=alt.Axis(title="training rows", format=",d", tickMinStep=1)),
+        color=colour,
     )  # fmt: skip
-    names = [_plain(text) for text in labels]
-    scheme = alt.Scale(scheme="tableau10" if len(names) <= 10 else "tableau20", domain=names[::-1])
-    colour = alt.Color("label:N", scale=scheme, title=_plain(label_column))
-    bars = alt.Chart(held, title=title).mark_bar()
-    bars = bars.encode(x=x(hidden), y=y, color=colour, order="order:O")
-    strip = alt.Chart(ranked).mark_rect().encode(x=x(label), color=rank)
-    whole = alt.vconcat(
-        bars.properties(width=width, height=300), strip.properties(width=width, height=14)
-    )
-    save(whole.resolve_scale(color="independent", x="shared"), path)
+    width = min(max(340, 18 * len(rows.clients)), 1200)
+    save(bars.properties(width=width, height=300), path)
 
 
 def _labels(rows: FederatedRows, label_column: str | None) -> Sequence[str]:

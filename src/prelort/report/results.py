@@ -201,6 +201,13 @@ class Results:
         methods = ", ".join(self.methods)
         return f"<Results {self.title!r}: {methods}; {finished} of {len(self.cells)} runs finished>"
 
+    def select(self, frame: pd.DataFrame, setting: str, metric: str | None = None) -> pd.DataFrame:
+        """The rows of a setting (and metric) of the cells whose scores count."""
+        counted = {(setting, cell.method, cell.seed) for cell in self.counted(setting)}
+        keys = zip(*(frame[column] for column in CELL), strict=True)
+        frame = frame.loc[[key in counted for key in keys]]
+        return frame if metric is None else frame[frame["metric"] == metric]
+
     def to_pandas(self) -> pd.DataFrame:
         """Every measured value: setting, method, seed, round, rank (0: base), metric, value."""
         columns = ("round", "rank", "metric", "value")
@@ -334,10 +341,9 @@ class Results:
     @cached_property
     def differences(self) -> pd.DataFrame:
         """Scores less the reference's of the same setting and seed: columns of `scores`."""
+        same = self.scores["method"] == self.reference
         paired = ["setting", "seed", "metric", "at"]
-        reference = self.scores[self.scores["method"] == self.reference]
-        frame = self.scores.merge(reference, on=paired, suffixes=("", "_reference"))
-        frame = frame[frame["method"] != self.reference]
+        frame = self.scores[~same].merge(self.scores[same], on=paired, suffixes=("", "_reference"))
         frame["value"] = frame["value"] - frame["value_reference"]
         return frame[[*CELL, "metric", "at", "value"]]
 
@@ -373,8 +379,7 @@ class Results:
 
     def places(self, setting: str, metric: str) -> list[str]:
         """Where the metric has scores: ranks, `AURAC`, `AT_CLIENTS`."""
-        scores = self.scores
-        found = set(scores[(scores["setting"] == setting) & (scores["metric"] == metric)]["at"])
+        found = set(self.select(self.scores, setting, metric)["at"])
         ranks = map(str, self.ranks(setting, metric))
         return [*ranks, *(place for place in (AURAC, AT_CLIENTS) if place in found)]
 
@@ -391,18 +396,17 @@ class Results:
 
         In each round the same clients should train on equally many examples and steps.
         """
+        work = self.select(self.replies, setting)
+        work = work[work["steps"].notna()]
+        columns = ["round", "client", "examples", "steps"]
         trained = {
-            (cell.method, cell.seed): {
-                (number, name, reply.examples, reply.steps)
-                for number, record in cell.history.rounds.items()
-                for name, reply in record.replies.items()
-            }
-            for cell in self.counted(setting)
+            key: set(rows[columns].itertuples(index=False, name=None))
+            for key, rows in work.groupby(["method", "seed"], sort=False)
         }
         differing = (
             method
-            for (method, seed), work in trained.items()
-            if trained.get((self.reference, seed), work) != work
+            for (method, seed), rows in trained.items()
+            if trained.get((self.reference, seed), rows) != rows
         )
         return list(dict.fromkeys(differing))
 
@@ -418,6 +422,11 @@ class Results:
             for row in rows(cell)
         ]
         return pd.DataFrame(every, columns=[*CELL, *columns])
+
+
+def last_round(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the last round of each method and seed."""
+    return frame[frame["round"] == frame.groupby(["method", "seed"])["round"].transform("max")]
 
 
 def _shared(curves: Sequence[Mapping[int, float]]) -> list[int]:

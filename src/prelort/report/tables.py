@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Group
@@ -23,7 +23,17 @@ from prelort.report.formatting import (
     plain,
     plural,
 )
-from prelort.report.results import AURAC, CONFIDENCE, Results, interval, mean_deviation
+from prelort.report.results import (
+    AURAC,
+    CONFIDENCE,
+    Results,
+    interval,
+    last_round,
+    mean_deviation,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 BASE = "untuned base"
 
@@ -78,16 +88,8 @@ def terminal(results: Results) -> Group:
     """
     metrics = results.metrics if len(results.seeds) == 1 else results.metrics[:1]
     tables = [t for setting in results.settings for t in of_setting(results, setting, metrics)]
-    unfinished: dict[str, list[str]] = {}
-    for cell in results.cells:
-        if not cell.history.finished and (cell.history.started or cell.reason):
-            why = ": ".join(filter(None, [cell.status, cell.explanation]))
-            unfinished.setdefault(why, []).append(cell.name)
-    lines = []
-    for why, names in unfinished.items():
-        more = f" (and {plural(len(names) - 1, 'other')})" if len(names) > 1 else ""
-        lines.append(Text(f"{names[0]}{more} {why}", "yellow"))
-    return Group(*map(to_rich, [*tables, *of_all_settings(results, metrics)]), *lines)
+    tables += [*of_all_settings(results, metrics), *unfinished(results)]
+    return Group(*map(to_rich, tables))
 
 
 def markdown(results: Results) -> str:
@@ -154,8 +156,7 @@ def unfinished(results: Results) -> list[ResultTable]:
 
 def diagnostics(results: Results, setting: str) -> list[ResultTable]:
     """What each method's last round did to the products; none if nothing was diagnosed."""
-    frame = results.diagnostics[results.diagnostics["setting"] == setting]
-    last = frame[frame["round"] == frame.groupby(["method", "seed"])["round"].transform("max")]
+    last = last_round(results.select(results.diagnostics, setting))
     if not len(last):
         return []
     values = last.groupby(["method", "quantity", "at"])["value"].mean().to_dict()
@@ -235,7 +236,7 @@ def _scores(
     results: Results, setting: str, form: MetricFormat, costs: Sequence[Column]
 ) -> ResultTable:
     """The metric at each rank and its area; with one seed the costs beside it."""
-    values = _values(results.scores, setting, form.metric)
+    values = _values(results, results.scores, setting, form.metric)
     base = list(results.base(setting, form.metric).values())
     columns = [
         _scored(form, at, [base, *(values.get((method, at), []) for method in results.methods)])
@@ -257,7 +258,7 @@ def _scores(
 
 def _differences(results: Results, setting: str, form: MetricFormat) -> ResultTable:
     """The paired differences to the reference at each place."""
-    pairs = _values(results.differences, setting, form.metric)
+    pairs = _values(results, results.differences, setting, form.metric)
     others = [method for method in results.methods if method != results.reference]
     places = results.places(setting, form.metric)
     rows = {at: [pairs.get((method, at), []) for method in others] for at in places}
@@ -293,28 +294,22 @@ def _over_settings(results: Results, form: MetricFormat) -> ResultTable:
 
 def _client_scores(results: Results, setting: str, form: MetricFormat) -> list[ResultTable]:
     """Clients' own metrics: mean, worst, and the mean of the clients of each rank."""
-    frame = results.client_metrics
-    frame = frame[(frame["setting"] == setting) & (frame["metric"] == form.metric)]
-    counted = {(cell.method, cell.seed) for cell in results.counted(setting)}
-    runs = {
-        key: run[run["round"] == run["round"].max()]
-        for key, run in frame.groupby(["method", "seed"], sort=False)
-        if key in counted
-    }
-    methods = [method for method in results.methods if any(key[0] == method for key in runs)]
+    frame = last_round(results.select(results.client_metrics, setting, form.metric))
+    methods = [method for method in results.methods if method in set(frame["method"])]
     if not methods:
         return []
 
-    def column(place: str, rank: int | None = None, summarise: str = "mean") -> Column:
-        rows: dict[str, list[float]] = {method: [] for method in methods}
-        for (method, _), run in runs.items():
-            values = run["value"] if rank is None else run.loc[run["rank"] == rank, "value"]
-            if len(values):  # one that is not finite counts
-                rows[method].append(float(values.agg(summarise, skipna=False)))
-        return _scored(form, place, list(rows.values()))
+    def column(place: str, rows: pd.DataFrame, summarise: str = "mean") -> Column:
+        runs = rows.groupby(["method", "seed"])["value"]
+        values = runs.agg(lambda one: one.agg(summarise, skipna=False))  # a diverged one counts
+        lists = values.groupby("method").agg(list)
+        return _scored(form, place, [lists.get(method, []) for method in methods])
 
-    columns = [column("mean"), column("worst", None, "min" if form.higher_is_better else "max")]
-    columns += [column(str(rank), rank) for rank in sorted(set(frame["rank"]))]
+    columns = [
+        column("mean", frame),
+        column("worst", frame, "min" if form.higher_is_better else "max"),
+        *(column(str(rank), rows) for rank, rows in frame.groupby("rank")),
+    ]
     title = f"{_heading(setting, form)} of the clients, each at its rank on its own test examples, "
     notes = ["Means over clients, all with the same weight."]
     return [ResultTable(title + form.direction, list(map(plain, methods)), columns, notes)]
@@ -322,23 +317,14 @@ def _client_scores(results: Results, setting: str, form: MetricFormat) -> list[R
 
 def _costs(results: Results, setting: str) -> list[Column]:
     """Means over the cells that count; unfinished ones are never the best: they are cheap."""
-    counted = {(cell.method, cell.seed) for cell in results.counted(setting)}
-    frame = results.overview[results.overview["setting"] == setting]
-    keys = zip(frame["method"], frame["seed"], strict=True)
-    groups = dict(iter(frame.loc[[key in counted for key in keys]].groupby("method")))
+    groups = results.select(results.overview, setting).groupby("method")
+    begun = {method for method, rows in groups if (rows["rounds"] > 0).all()}
+    finished = {method for method, rows in groups if (rows["status"] == "finished").all()}
     columns = []
     for heading, key, show in COSTS:
-        means = [
-            float(groups[method][key].mean())
-            if method in groups and (groups[method]["rounds"] > 0).all()
-            else None
-            for method in results.methods
-        ]
-        texts = ["–" if mean is None else show(mean) for mean in means]
-        comparable = [
-            mean if method in groups and (groups[method]["status"] == "finished").all() else None
-            for method, mean in zip(results.methods, means, strict=True)
-        ]
+        means = groups[key].mean().to_dict()
+        texts = [show(means[m]) if m in begun else "–" for m in results.methods]
+        comparable = [means[m] if m in begun & finished else None for m in results.methods]
         columns.append(Column(heading, texts, _best(comparable, texts, False)))
     return columns
 
@@ -401,13 +387,12 @@ def _explanation(results: Results, form: MetricFormat, counts: Iterable[int]) ->
     return notes
 
 
-def _values(frame: Any, setting: str, metric: str) -> Mapping[tuple[str, str], list[float]]:
+def _values(
+    results: Results, frame: pd.DataFrame, setting: str, metric: str
+) -> Mapping[tuple[str, str], list[float]]:
     """(Method, place) -> the values of all seeds."""
-    frame = frame[(frame["setting"] == setting) & (frame["metric"] == metric)]
-    values: dict[tuple[str, str], list[float]] = (
-        frame.groupby(["method", "at"])["value"].agg(list).to_dict()
-    )
-    return values
+    frame = results.select(frame, setting, metric)
+    return dict(frame.groupby(["method", "at"])["value"].agg(list))
 
 
 def _scored(form: MetricFormat, place: str, rows: Sequence[Sequence[float]]) -> Column:
