@@ -61,16 +61,16 @@ def export_run(path: Path, out: Path, rank: int | None, *, merge: bool) -> Path:
     if methods.trait(method, "personal"):
         raise ConfigError(f"method {config.method.name!r} leaves no global model to export")
     max_rank = method.global_adapter(found.state).rank
-    wanted = max_rank if rank is None else rank
-    if not 1 <= wanted <= max_rank:
-        raise ConfigError(f"--rank {wanted} is not allowed: the adapter has ranks 1 to {max_rank}")
+    rank = max_rank if rank is None else rank
+    if not 1 <= rank <= max_rank:
+        raise ConfigError(f"--rank {rank} is not allowed: the adapter has ranks 1 to {max_rank}")
     tokenizer = base.load_tokenizer(config.model)
     # Of the data only the class names are needed, and only where there are classes.
     labels: tuple[str, ...] = ()
     if config.task == "classification":
         labels = config.data.labels or federated.load(config).labels
     runtime, _ = prepare_model(config, tokenizer, rank=found.state.adapter.rank, labels=labels)
-    adapter = method.global_adapter(found.state, wanted)
+    adapter = method.global_adapter(found.state, rank)
     if not merge:
         peft_folder.save(adapter, out, runtime.model.peft_config[ADAPTER])
         return out

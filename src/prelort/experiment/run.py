@@ -199,7 +199,7 @@ def export(backend: Backend, adapters: Mapping[int, LoraAdapter], folder: Path) 
 
 
 def _describe(rows: FederatedRows, folder: Path) -> None:
-    """Leave a table and a picture of which client holds what."""
+    """Write a table and a picture of the clients' data."""
     with (folder / "clients.txt").open("w", encoding="utf-8") as file:
         Console(file=file, width=120).print(describe.summary(rows, rows.label_column))
     describe.picture(rows, rows.label_column, folder / "clients.png")
