@@ -106,7 +106,7 @@ def test_of_an_unfinished_run_says_where_it_is_and_what_it_waits_for():
     assert any(text.startswith("Waiting for 1 more client") for text in page.texts)
     assert any("120 examples at rank 2" in text for text in page.texts)
     assert any("2 more clients not sampled" in text for text in page.texts)
-    for incident in ("failed", "refused", "rank changed", "round repeated", "waited"):
+    for incident in ("failed", "refused", "rank changed", "repeated", "waiting"):
         assert incident in page.texts
 
 

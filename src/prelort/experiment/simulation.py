@@ -39,7 +39,7 @@ from prelort.federation.transport import Transport
 def run_simulated(
     config: Config, out: Path | str, *, cpus: int = 1, gpus: float = 0.0, **options: Any
 ) -> RunResult:
-    """`run` within Flower's simulation, with a number of CPU cores and (shares of) GPUs for a client.
+    """`run` within Flower's simulation; ``cpus`` and (shares of) ``gpus`` are those of a client.
 
     ``options`` are those of `run`, except for ``backend``. Raises what `run` raises, and
     `ConfigError` where Ray is not installed.

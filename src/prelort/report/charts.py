@@ -72,10 +72,10 @@ def by_rank(results: Results, setting: str, metric: str) -> alt.LayerChart | Non
         return None  # the table says as much
     title = f"{capital(form.name)} at each rank prefix"
     notes = [form.direction, f"rank {listing(rare)}: see the table" if len(rare) else ""]
-    bases = list(results.base(setting, metric).values())
-    base = mean_deviation(bases)[0] if bases else None
     notes.append(_seeds(results))
-    return lines(data, results.methods, title, form, *notes, x="rank", base=base)
+    if bases := list(results.base(setting, metric).values()):
+        notes.append(f"untuned base {form.show(mean_deviation(bases)[0])}")
+    return lines(data, results.methods, title, form, *notes, x="rank")
 
 
 def by_round(results: Results, setting: str, metric: str) -> alt.LayerChart | None:

@@ -39,9 +39,6 @@ MAX_BARS, MAX_BANDS, MAX_POINTS = 6, 5, 30
 MAX_ROUNDS = 200
 """Values of a line; of more rounds every second one and so on."""
 
-BASE_ROOM = 2.5
-"""The base is drawn if the axis need not become longer than by this factor."""
-
 LEAST_SPAN = 0.05
 """An axis shows at least this share of its values, lest rounding look like a trend."""
 
@@ -53,7 +50,6 @@ def lines(
     form: MetricFormat,
     *notes: str,
     x: str = "round",
-    base: float | None = None,
     spread: str = "standard deviation",
 ) -> alt.LayerChart | None:
     """A line for each series of ``data``; None if no value is finite.
@@ -65,7 +61,6 @@ def lines(
         form: how a value is shown, and the scale of the y axis.
         notes: parts of the subtitle, to which what is left out is added.
         x: title of the x axis; for ``rank`` it is logarithmic, and a spread has bars, not bands.
-        base: the value of a horizontal rule.
         spread: what low and high are.
     """
     names, by_rank, remarks = list(map(plain, names)), x == "rank", list(notes)
@@ -88,11 +83,6 @@ def lines(
     spreads = frame[:0] if spreads is None else spreads[(spreads["low"] > 0) | (not log)]
     remarks += [f"{'bars' if by_rank else 'band'}: {spread}"] if len(spreads) else []
     values = [*frame["value"], *spreads["low"], *spreads["high"]]
-    rule = None if base is None else base * form.factor
-    if rule is not None and not (math.isfinite(rule) and has_room(values, rule, log)):
-        remarks.append(f"untuned base {form.show(base)} (off the scale)")
-        rule = None
-    values += [] if rule is None else [rule]
     aside = dict.fromkeys(series, 1.0)
     if by_rank and several and len(spreads):  # lest the bars of a rank cover each other
         aside = {n: 2 ** (0.12 * (i / (len(series) - 1) - 0.5)) for i, n in enumerate(series)}
@@ -108,12 +98,6 @@ def lines(
         bars = alt.Chart(spreads)
         bars = bars.mark_rule(clip=True) if by_rank else bars.mark_area(opacity=0.12, clip=True)
         layers.append(bars.encode(x=at, y="low:Q", y2="high:Q", color=colour))
-    if rule is not None:
-        row = pd.DataFrame([{"value": rule, "text": f"untuned base {form.show(base)}"}])
-        line = alt.Chart(row).encode(y=y)
-        layers.append(line.mark_rule(color=GREY, strokeDash=[5, 3], clip=True))
-        label = line.mark_text(color=GREY, align="left", dy=-6)
-        layers.append(label.encode(x=alt.value(4), text="text:N"))
     key = re.sub(r"\W", "_", title)  # Altair wants names that differ from chart to chart
     pick = alt.selection_point(name=f"pick_{key}", fields=["series"], bind="legend")
     zoom = alt.selection_interval(name=f"zoom_{key}", bind="scales", zoom="wheel![event.altKey]")
@@ -185,17 +169,6 @@ def is_log(values: Sequence[float], form: MetricFormat) -> bool:
     if form.log_ratio is None or not values or min(values) <= 0:
         return False
     return max(values) > form.log_ratio * min(values)
-
-
-def has_room(values: Sequence[float], base: float, log: bool) -> bool:
-    """Whether the base fits without squeezing the curves into a small part of the axis."""
-    if log and base <= 0:
-        return False
-    curves = [math.log(v) if log else v for v in values]
-    at = math.log(base) if log else base
-    # Curves that hardly differ have no scale of their own: a tenth of their height is one.
-    span = max(max(curves) - min(curves), 0.1 * abs(max(curves)))
-    return max(*curves, at) - min(*curves, at) <= BASE_ROOM * span
 
 
 def x_axis(ticks: Sequence[float], title: str, log: bool) -> alt.X:

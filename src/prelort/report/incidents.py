@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from datetime import datetime
 
 from prelort.events import (
     ClientFailed,
@@ -20,7 +19,7 @@ from prelort.events import (
     RunResumed,
     Waiting,
 )
-from prelort.report.formatting import listing, plain, plural, ranges
+from prelort.report.formatting import plain, plural, ranges
 
 LONGEST = 400
 """Characters of a reason that are shown: a client may send a whole traceback."""
@@ -82,50 +81,30 @@ def _described(event: Event) -> Iterator[tuple[str, str, str, bool]]:
         case RoundFinished() if "failed" in (event.stats.diagnostics or {}):
             yield "no diagnostics", "", str((event.stats.diagnostics or {})["failed"]), True
         case Waiting():
-            yield "waited", "", _waiting(event), False
+            yield "waiting", "", waits_for(event), False
         case ClientJoined():
             yield "joined", event.client, f"with rank {event.rank}", False
         case ClientLeft():
             yield "left", event.client, "", False
         case RoundRepeated():
-            yield "round repeated", "", f"attempt {event.attempt}: {event.reason}", True
+            yield "repeated", "", f"attempt {event.attempt}: {event.reason}", True
 
 
 def lines(event: Event) -> Iterator[str]:
     """An incident as lines of plain text for a terminal; none for other events."""
-    at = f"round {event.round}"
-    if isinstance(event, Waiting):
-        yield f"{at}: waiting for {waits_for(event)}"
-        return
     for incident in incidents([event]):
-        what = f"{at}: {incident.client} {incident.what}" if incident.client else ""
-        what = what or f"{at} {incident.what.removeprefix('round ')}"
-        yield what + (f": {incident.reason}" if incident.reason else "")
+        what = " ".join(filter(None, [incident.client, incident.what]))
+        reason = f": {incident.reason}" if incident.reason else ""
+        yield f"round {event.round}: {what}{reason}"
 
 
 def waits_for(event: Waiting) -> str:
-    """``1 more client until 14:05:00 (missing: a)``, in local time."""
-    missing = ", ".join(map(plain, event.missing))
+    """``1 more client until 14:05:00 (missing: a)``, in local time; with the date if it differs."""
+    until, now = event.until.astimezone(), event.time.astimezone()
+    clock = until.strftime("%H:%M:%S" if until.date() == now.date() else "%Y-%m-%d %H:%M:%S")
+    missing = f" (missing: {', '.join(map(plain, event.missing))})" if event.missing else ""
     count = max(event.needed - len(event.connected), 0)
-    names = f" (missing: {missing})" if missing else ""
-    return f"{plural(count, 'more client')} until {_local_time(event.until)}{names}"
-
-
-def _waiting(event: Waiting) -> str:
-    """``needs 2 clients; connected: a; missing: b; until 2026-11-21 12:00:00 UTC``."""
-    connected, missing = (
-        listing(map(plain, n)) or "none" for n in (event.connected, event.missing)
-    )
-    until = event.until.strftime("%Y-%m-%d %H:%M:%S %Z").rstrip()
-    needs = f"needs {plural(event.needed, 'client')}"
-    return f"{needs}; connected: {connected}; missing: {missing}; until {until}"
-
-
-def _local_time(until: datetime) -> str:
-    """The local time of day; with the date if that is not today."""
-    then = until.astimezone()
-    today = then.date() == datetime.now().astimezone().date()
-    return then.strftime("%H:%M:%S" if today else "%Y-%m-%d %H:%M:%S")
+    return f"{plural(count, 'more client')} until {clock}{missing}"
 
 
 def _short(text: str) -> str:
