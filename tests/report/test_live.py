@@ -35,15 +35,8 @@ from prelort.events import (
     encode,
 )
 from prelort.history import RunHistory
-from prelort.report.live import (
-    Display,
-    details,
-    elapsed,
-    latest_metric,
-    remaining,
-    share_done,
-    watch,
-)
+from prelort.report.live import Display, watch
+from prelort.report.status import details, elapsed, latest_metric, remaining, share_done
 
 TWO = {2: 27.0, 16: 21.0}
 HOSTILE = "[red]evil[/red] :smile:\x1b[31m\nx"
