@@ -30,6 +30,7 @@ def test_prints_the_tables_and_where_everything_is(
     out = Path("runs") / "mine"
     for line in (
         "Perplexity by rank prefix",
+        "prelort, seed 0: round 1/1",
         "prelort, seed 0: finished in",
         "1 of 2 cells, about",
         f"wrote  {out / 'results.md'}",

@@ -32,6 +32,7 @@ def test_five_lines(
     tuned, untuned = result.metrics[4]["perplexity"], result.base["perplexity"]
 
     assert tuned != untuned
+    assert repr(result).startswith("<RunResult 'runs/first': perplexity ")
     frame = result.to_pandas()
     (value,) = frame[(frame["round"] == 2) & (frame["rank"] == 4)]["value"][
         frame["metric"] == "perplexity"

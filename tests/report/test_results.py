@@ -140,6 +140,12 @@ class TestFrames:
         )
         assert results.mismatched("") == ["less"]
 
+    def test_printed_they_are_a_line(self):
+        results = study(TWO)
+        assert repr(results) == "<Results 'a study': prelort, zero-padding; 6 of 6 runs finished>"
+        assert repr(results.cells[0]) == "<CellResult prelort, seed 0: finished>"
+        assert repr(results.cells[0].history) == "<RunHistory: round 4, 5 clients, finished>"
+
     def test_nothing_measured_makes_empty_frames(self):
         results = runs(prelort=RunHistory())
         assert results.metrics == []
