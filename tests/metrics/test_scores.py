@@ -124,7 +124,7 @@ def test_every_metric_of_the_configuration_has_a_direction():
 def test_importing_the_scores_and_the_report_is_cheap():
     code = (
         "import sys, prelort.metrics.scores, prelort.report.tables, prelort.report.page,"
-        " prelort.report.write, prelort.report.progress\n"
+        " prelort.report.write, prelort.report.live\n"
         "heavy = {'torch', 'sklearn', 'nltk', 'rouge_score', 'pandas', 'altair', 'vl_convert'}\n"
         "heavy &= set(sys.modules)\n"
         "sys.exit(str(heavy) if heavy else 0)"

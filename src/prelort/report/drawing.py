@@ -22,7 +22,6 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 """Okabe and Ito's palette, which colour-blind readers can tell apart, without its faint yellow."""
 
 SHAPES = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "triangle-right")
-DASHES = ([1, 0], [6, 3], [2, 2])
 GREY = "#5c656e"
 FONT = "system-ui, 'Noto Sans', 'Liberation Sans', 'DejaVu Sans', sans-serif"
 TITLE: dict[str, Any] = {
@@ -107,9 +106,7 @@ def lines(
            alt.Tooltip("shown:N", title=form.name)]  # fmt: skip
     both = alt.Chart(frame[["series", "x", "at", "value", "shown"]])
     both = both.encode(x=at, y=y, color=colour)
-    line = both.mark_line(strokeWidth=2, clip=True).encode(
-        strokeDash=style("strokeDash", names, several), opacity=opacity, order="x:Q"
-    )
+    line = both.mark_line(strokeWidth=2, clip=True).encode(opacity=opacity, order="x:Q")
     point = both.mark_point(filled=True, size=45 if few else 25, clip=True).encode(
         shape=style("shape", names, several),
         opacity=opacity if few else alt.value(0),  # points for the tooltips alone
@@ -150,12 +147,11 @@ def stacked(
 
 
 def style(channel: str, names: Sequence[str], legend: bool) -> Any:
-    """The encoding of the series by colour, shape or dash: the same for a name in every chart."""
+    """The encoding of the series by colour or shape: the same for a name in every chart."""
     count = len(COLOURS)
     kind, values = {
         "color": (alt.Color, [COLOURS[i % count] for i in range(len(names))]),
         "shape": (alt.Shape, [SHAPES[(i + i // count) % count] for i in range(len(names))]),
-        "strokeDash": (alt.StrokeDash, [DASHES[i // count % 3] for i in range(len(names))]),
     }[channel]
     longest = max(map(len, names), default=0)
     columns = max(LEGEND_WIDTH // (LEGEND_SYMBOL + LETTER_WIDTH * min(longest, 21)), 2)
@@ -212,7 +208,7 @@ def side_by_side(charts: Iterable[alt.LayerChart], columns: int, shared: bool) -
     sized = [chart.properties(width=360, height=290) for chart in charts]
     how = "shared" if shared else "independent"
     grid = alt.concat(*sized, columns=columns, spacing=28)
-    return grid.resolve_scale(color=how, shape=how, strokeDash=how)
+    return grid.resolve_scale(color=how, shape=how)
 
 
 def finite(frame: pd.DataFrame, column: str) -> pd.DataFrame:
