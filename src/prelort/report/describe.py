@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.markup import escape
 from rich.table import Table
 
-from prelort.data.federated import ClientRows, FederatedRows
+from prelort.data.federated import FederatedRows
 from prelort.report.formatting import plain
-from prelort.tasks.columns import class_names, class_order
+from prelort.tasks.columns import class_names
 
 MAX_LABELS = 20
 """Labels that colours can tell apart; with more, bars are coloured by rank."""
@@ -23,24 +22,27 @@ def summary(rows: FederatedRows, label_column: str | None = None) -> Table:
 
     The entropy is that of the client's labels in bits: 0 for one label, log2(n) for n equal ones.
     """
+    clients, counts = rows.clients, _counts(rows, label_column)
+    ranks = sorted({client.rank for client in clients})
+
+    def labels(of: Counter[str]) -> list[str]:
+        return [str(len(of)), f"{_entropy(of):.2f}", escape(_most_frequent(of))] if counts else []
+
+    whole = f"{sum(len(client.train) for client in clients):,}"
+    total = ["all", f"{ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else str(ranks[0]), whole]
+    total += [f"{len(rows.test):,}", *labels(sum(counts, Counter()))]
+    heads = ("client", "rank", "rows", "test rows", "labels", "entropy", "most frequent")
     table = Table(title="The clients' data", show_footer=True)
-    table.add_column("client", "all", no_wrap=True, overflow="ellipsis", max_width=32)
-    table.add_column("rank", _ranks_text(rows.clients), justify="right")
-    table.add_column("rows", f"{sum(len(c.train) for c in rows.clients):,}", justify="right")
-    table.add_column("test rows", f"{len(rows.test):,}", justify="right")
-    if label_column is not None:
-        everyone: Counter[str] = sum(_counts(rows.clients, label_column), Counter())
-        table.add_column("labels", f"{len(everyone)}", justify="right")
-        table.add_column("entropy", f"{_entropy(everyone):.2f}", justify="right")
-        most = escape(_most_frequent(everyone))
-        table.add_column("most frequent", most, no_wrap=True, overflow="ellipsis")
-    for client in rows.clients:
+    for head, footer in zip(heads, total, strict=False):
+        text = head in ("client", "most frequent")
+        table.add_column(
+            head, footer, no_wrap=text, overflow="ellipsis", justify="left" if text else "right",
+            max_width=32 if head == "client" else None,
+        )  # fmt: skip
+    for number, client in enumerate(clients):
         test = "-" if client.test is None else f"{len(client.test):,}"
         cells = [escape(client.name), str(client.rank), f"{len(client.train):,}", test]
-        if label_column is not None:
-            (counts,) = _counts([client], label_column)
-            cells += [f"{len(counts)}", f"{_entropy(counts):.2f}", escape(_most_frequent(counts))]
-        table.add_row(*cells)
+        table.add_row(*cells, *(labels(counts[number]) if counts else []))
     if rows.dropped:
         lost = sum(dropped.rows for dropped in rows.dropped)
         table.caption = f"left out: {len(rows.dropped)} more with {lost:,} rows"
@@ -58,14 +60,17 @@ def picture(rows: FederatedRows, label_column: str | None, path: Path) -> None:
 
     from prelort.report.drawing import TITLE, save
 
-    labels = list(map(_plain, _labels(rows, label_column)))
-    held = []
-    for client in rows.clients:
-        whole = Counter({"": len(client.train)})
-        counts = _counts([client], label_column)[0] if label_column and labels else whole
-        name = f"{plain(client.name)}, rank {client.rank}"
-        for label, count in counts.items():
-            held.append((name, client.rank, _plain(label), count))
+    counts = _counts(rows, label_column)
+    names = rows.labels if rows.labels and label_column == rows.label_column else ()
+    names = names or tuple(sorted(sum(counts, Counter())))
+    if len(names) > MAX_LABELS:
+        counts, names = [], ()
+    labels = [_short(plain(name)) for name in names]
+    held = [
+        (f"{plain(client.name)}, rank {client.rank}", client.rank, _short(plain(label)), count)
+        for number, client in enumerate(rows.clients)
+        for label, count in (counts[number] if counts else {"": len(client.train)}).items()
+    ]
     data = pd.DataFrame(held, columns=["client", "rank", "label", "rows"])
     axis = alt.Axis(title=None, labelAngle=-90, labelLimit=180, labelOverlap=True)
     scheme = "tableau10" if len(labels) <= 10 else "tableau20"
@@ -88,20 +93,11 @@ def picture(rows: FederatedRows, label_column: str | None, path: Path) -> None:
     save(bars.properties(width=width, height=300), path)
 
 
-def _labels(rows: FederatedRows, label_column: str | None) -> Sequence[str]:
-    """The labels to colour by, in their order; none if they are too many."""
-    if label_column is None:
-        return ()
-    if rows.labels and label_column == rows.label_column:
-        labels: Sequence[str] = rows.labels
-    else:
-        orders = [class_order(client.train, label_column, client.name) for client in rows.clients]
-        labels = sorted({name for order in orders for name in order})
-    return labels if len(labels) <= MAX_LABELS else ()
-
-
-def _counts(clients: Sequence[ClientRows], column: str) -> list[Counter[str]]:
-    return [Counter(class_names(client.train, column, client.name)) for client in clients]
+def _counts(rows: FederatedRows, column: str | None) -> list[Counter[str]]:
+    """Each client's labels; none without a column."""
+    if column is None:
+        return []
+    return [Counter(class_names(client.train, column, client.name)) for client in rows.clients]
 
 
 def _entropy(counts: Counter[str]) -> float:
@@ -115,15 +111,5 @@ def _most_frequent(counts: Counter[str]) -> str:
     return ", ".join(f"{_short(name)} {100 * n / total:.0f} %" for name, n in top)
 
 
-def _ranks_text(clients: Sequence[ClientRows]) -> str:
-    ranks = [client.rank for client in clients]
-    low, high = min(ranks), max(ranks)
-    return str(low) if low == high else f"{low}-{high}"
-
-
 def _short(name: str) -> str:
     return name if len(name) <= 24 else name[:23] + "…"
-
-
-def _plain(name: str) -> str:
-    return _short(plain(name))
