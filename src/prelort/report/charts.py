@@ -83,11 +83,11 @@ def by_round(results: Results, setting: str, metric: str) -> alt.LayerChart | No
     form = metric_format(metric)
     frame = results.select(results.to_pandas(), setting, metric)
     frame = frame[frame["rank"] > 0]
-    names, series, where = results.methods, frame["method"], "highest rank"
     if len(results.cells) == 1:
-        names = [f"rank {rank}" for rank in sorted(set(frame["rank"]))]
-        series, where = frame["rank"].map("rank {}".format), "each rank"
+        names, where = [f"rank {rank}" for rank in sorted(set(frame["rank"]))], "each rank"
+        series = frame["rank"].map("rank {}".format)
     else:
+        names, where = results.methods, "highest rank"
         frame = frame[frame["rank"] == frame.groupby(["method", "seed"])["rank"].transform("max")]
         series = frame["method"]
     data = _means(series, frame["round"], frame["value"])
