@@ -30,7 +30,7 @@ ALLOWED = {
         *("adapters", "aggregation", "data", "diagnostics", "federation", "methods", "metrics"),
         *("models", "planning", "report", "tasks", "training"),
     },
-    "study": {"experiment", "methods", "report", "tasks"},
+    "study": {"experiment", "methods", "metrics", "report", "tasks"},
     "deployment": {"data", "experiment", "federation", "planning", "report", "study"},
     "cli": {"deployment", "experiment", "methods", "planning", "report", "study"},
 }

@@ -1,4 +1,4 @@
-"""The command line: ``prelort run | compare | watch | plan | evaluate | report | export | ...``.
+"""The command line: ``prelort run | compare | tune | watch | plan | evaluate | ...``.
 
 A module for each group of commands. Heavy imports (torch, transformers) are inside the commands,
 so that ``--help`` is quick.
@@ -13,7 +13,7 @@ import warnings
 import typer
 from rich.console import Console
 
-from prelort.cli import info, inspect, plan, run, sites
+from prelort.cli import info, inspect, plan, run, sites, tune
 from prelort.cli.screen import escaped, warn
 from prelort.errors import PrelortError
 from prelort.library_logging import quiet_libraries
@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 app.command(epilog=run.RUN_EXAMPLES)(run.run)
 app.command(epilog=run.COMPARE_EXAMPLES)(run.compare)
+app.command(epilog=tune.EXAMPLES)(tune.tune)
 app.command(epilog=inspect.WATCH_EXAMPLES)(inspect.watch)
 app.command(epilog=plan.EXAMPLES)(plan.plan)
 app.command(epilog=inspect.EVALUATE_EXAMPLES)(inspect.evaluate)

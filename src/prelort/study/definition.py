@@ -45,6 +45,11 @@ class Compare(Section):
     overrides: dict[str, tuple[str, ...]] = Field(
         default_factory=dict, description="a method's name to overrides for it alone"
     )
+    tuned: dict[str, dict[str, tuple[str, ...]]] = Field(
+        default_factory=dict,
+        description="a setting's name ('' without settings) to overrides for each method, after "
+        "those above; `prelort tune` writes it",
+    )
     reference: str | None = Field(
         None, description="the others are compared to it; default: prelort, or the first method"
     )
@@ -140,6 +145,7 @@ def load(
     """
     values = configuration.applied(configuration.read_values(path), overrides)
     section = values.pop("compare", {})
+    values.pop("tune", None)  # which `prelort tune` reads
     if not isinstance(section, Mapping):
         raise ConfigError(f"compare = {section!r} is not allowed: it is a section, [compare]")
     given: dict[str, Any] = dict(section)
@@ -152,7 +158,7 @@ def load(
     compare = configuration.validated(Compare, given, "compare")
     _check_names(compare, in_file=_strings(section.get("methods")))
     own = {name: some for name, some in compare.overrides.items() if name in compare.methods}
-    study = _study(values, compare.model_copy(update={"overrides": own}))
+    study = study_of(values, compare.model_copy(update={"overrides": own}))
     _check_metric(study)
     check_methods(study)
     return study
@@ -170,7 +176,7 @@ def of_run(
     names = tuple(dict.fromkeys(methods))
     if len(names) == 1:
         values = configuration.applied(values, [f"method.name={names[0]}"])
-    study = _study(values, Compare(methods=names if len(names) > 1 else (), seeds=()))
+    study = study_of(values, Compare(methods=names if len(names) > 1 else (), seeds=()))
     check_methods(study)
     return study
 
@@ -183,10 +189,10 @@ def of_folder(out: Path) -> Study:
     if (out / STUDY_FILE).is_file():
         values = configuration.read_toml(out / STUDY_FILE)
         compare = configuration.validated(Compare, values.pop("compare", {}), "compare")
-        return _study(values, compare)
+        return study_of(values, compare)
     folder = RunFolder(out)
     folder.read_config()
-    return _study(configuration.read_toml(folder.config_file), Compare(methods=(), seeds=()))
+    return study_of(configuration.read_toml(folder.config_file), Compare(methods=(), seeds=()))
 
 
 def check_methods(study: Study) -> None:
@@ -211,7 +217,8 @@ def folder_name(name: str) -> str:
     return re.sub(r"[^\w.+=-]+", "-", name, flags=re.ASCII).strip("-.")
 
 
-def _study(values: Mapping[str, Any], compare: Compare) -> Study:
+def study_of(values: Mapping[str, Any], compare: Compare) -> Study:
+    """The study of a run's values, changed by ``compare``. Raises `ConfigError`."""
     return Study(configuration.check(values), compare, tuple(_cells(values, compare)))
 
 
@@ -238,6 +245,7 @@ def _config(
     values: Mapping[str, Any], compare: Compare, method: str | None, seed: int | None, setting: str
 ) -> Config:
     own = compare.overrides.get(method or "", ())
+    own += compare.tuned.get(setting, {}).get(method or "", ())
     where = f"compare.overrides, {method!r}:"
     _refuse(where, own, ("seed",))
     more = [] if method is None or _is_variant(own) else [f"method.name={method}"]
@@ -282,6 +290,9 @@ def _check_names(compare: Compare, in_file: Sequence[str]) -> None:
                 f"compare.overrides: {name!r} is not compared: compare.methods has "
                 f"{', '.join(known)}"
             )
+    for setting in compare.tuned:
+        if setting not in (compare.settings or ("",)):
+            raise ConfigError(f"compare.tuned: there is no setting {setting!r} in compare.settings")
     if compare.reference is not None and compare.reference not in compare.methods:
         raise ConfigError(
             f"compare.reference = {compare.reference!r} is not compared: choose one of "
