@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
-import math
 import sys
 import time
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +31,6 @@ import raised  # noqa: E402
 import run  # noqa: E402
 import sandbox  # noqa: E402
 import tables  # noqa: E402
-import tune  # noqa: E402
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -222,34 +219,6 @@ class TestSandbox:
         monkeypatch.setenv("PATH", "")
         with pytest.raises(RuntimeError, match="is not run here: there is no `unshare`"):
             sandbox.interpreter()
-
-
-class TestRates:
-    def test_the_next_rate_is_tried_while_the_best_is_an_outer_one(self) -> None:
-        assert tune.beyond({0.5: 1.0, 1.0: 3.0, 2.0: 2.0}) is None
-        assert tune.beyond({0.5: 1.0, 1.0: 2.0, 2.0: 3.0}) == 4.0
-        assert tune.beyond({0.5: 3.0, 1.0: 2.0, 2.0: 1.0}) == 0.25
-        assert tune.beyond({8.0: 2.0, 16.0: 3.0}) is None
-        assert tune.beyond({1.0: 2.0, 2.0: 3.0, 4.0: -math.inf}) is None
-
-    def test_the_study_is_run_on_validation_rows_without_its_own_rates(self) -> None:
-        values = tomllib.loads((STUDIES / "claim-python.toml").read_text())
-        changed = tune.study_of(values, [0.5, 1.0])
-        assert changed["evaluation"]["on"] == "validation"
-        assert changed["compare"]["settings"] == {
-            "rate x 0.5": ["training.learning_rate=0.004"],
-            "rate x 1": ["training.learning_rate=0.008"],
-        }
-        seeds = values["compare"]["seeds"]
-        assert not set(changed["compare"]["seeds"]) & set(seeds)
-        assert "learning_rate" not in str(changed["compare"]["overrides"])
-        assert "method.objective=plain" in str(changed["compare"]["overrides"])
-
-    def test_what_counts_is_all_ranks_but_for_the_references_their_own(self) -> None:
-        curve = {4: 10.0, 8: 20.0}
-        assert tune.value_of("prelort", curve, "perplexity") == -15.0
-        assert tune.value_of("homogeneous-min", curve, "accuracy") == 10.0
-        assert tune.value_of("homogeneous-max", curve, "accuracy") == 20.0
 
 
 class TestReadFromRuns:
