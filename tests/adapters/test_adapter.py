@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prelort.adapters import AdapterSchema, Factors, LoraAdapter, ScaleRule
+from prelort.adapters import AdapterSchema, LoraAdapter, ScaleRule
 from prelort.errors import AdapterError
 from random_adapters import random_adapter, ranks, same_bits, scale_rules, seeds
 
@@ -68,13 +68,6 @@ def test_a_scale_must_be_a_number_above_zero(value):
         ScaleRule("alpha/r", 1.0)  # type: ignore[arg-type]
 
 
-def test_factors_that_do_not_fit_each_other_are_refused():
-    with pytest.raises(AdapterError, match=r"A is \[2, 5\], B is \[6, 3\]"):
-        Factors(torch.zeros(2, 5), torch.zeros(6, 3))
-    with pytest.raises(AdapterError, match="do not fit"):
-        Factors(torch.zeros(2), torch.zeros(6, 2))
-
-
 @quick
 @given(first=ranks, second=ranks, rule=scale_rules, seed=seeds)
 def test_tensors_and_back_is_the_same_adapter(first, second, rule, seed):
@@ -103,22 +96,6 @@ def test_partners_of_different_ranks_are_named():
     tensors = random_adapter(2).tensors() | {"tall.lora_A.weight": torch.zeros(3, 3)}
     with pytest.raises(AdapterError, match="layer 'tall': factors do not fit"):
         LoraAdapter.from_tensors(tensors, ScaleRule())
-
-
-@pytest.mark.parametrize(
-    "name", ["tall.lora_B.bias", "tall.lora_magnitude_vector", "tall.lora_embedding_A"]
-)
-def test_other_kinds_of_lora_tensors_are_named(name):
-    tensors = random_adapter(2).tensors() | {name: torch.zeros(3)}
-    with pytest.raises(AdapterError, match=rf"'{name}' is not supported"):
-        LoraAdapter.from_tensors(tensors, ScaleRule())
-
-
-@quick
-@given(rank=ranks, seed=seeds)
-def test_a_schema_accepts_the_prefixes_of_its_adapter(rank, seed):
-    adapter = random_adapter([9, 4], seed)
-    AdapterSchema.of(adapter).check(adapter.prefix(rank), rank)
 
 
 def test_a_schema_names_a_missing_tensor():

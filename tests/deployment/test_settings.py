@@ -6,7 +6,7 @@ import tomli_w
 
 from prelort.config import Config
 from prelort.deployment import settings
-from prelort.errors import ConfigError, PrelortError
+from prelort.errors import ConfigError
 
 WHOLE: dict[str, Any] = {"name": "a", "rank": 4, "data": {"source": "./rows.csv"}}
 
@@ -46,13 +46,6 @@ def test_a_wrong_value_is_one_sentence(
         read(tmp_path, values)
     assert "site.toml" in str(raised.value)
     assert "\n" not in str(raised.value)
-
-
-def test_the_server_does_not_learn_what_is_wrong(tmp_path: Path) -> None:
-    file = tmp_path / "secret-project" / "site.toml"
-    with pytest.raises(PrelortError) as raised:
-        settings.read_discreetly(file)
-    assert str(raised.value) == "its site file cannot be used: its log says why"
 
 
 def test_its_own_keys_go_before_the_federations(tmp_path: Path) -> None:

@@ -189,17 +189,3 @@ def test_a_node_without_settings_says_so(
     message = Message(content_of("{}"), dst_node_id=7, message_type="query")
     reply = site_app(federation)(message, context)
     assert sentence in reply.error.reason
-
-
-def test_messages_arrive_as_they_were_sent() -> None:
-    from multiprocessing import Pipe
-
-    one, other = Pipe()
-    blob = os.urandom(1 << 16)
-    # Smaller than a pipe's buffer, or both ends would have to work at once.
-    request = Request("train", "f.toml", ("a=1",), '{"x": "ü"}', blob[:30_000])
-    ipc.send(one, request)
-    assert ipc.receive_request(other) == request
-    for reply in (ipc.Reply("{}", b""), ipc.Reply(refused="why"), ipc.Reply("{}")):
-        ipc.send(other, reply)
-        assert ipc.receive_reply(one) == reply

@@ -31,23 +31,6 @@ def observed(config: Config, method: Method) -> tuple[dict[str, Any], float, Ser
     return observer.result(after), observer.seconds, after
 
 
-def test_a_round_is_measured_and_timed(make_config: Make) -> None:
-    config = make_config()
-    numbers, seconds, _ = observed(config, build(config.method, config.seed))
-    assert numbers["layers"] == {"measured": 3, "of": 3}
-    assert list(numbers["truncation_noise"]) == ["2", "5", "8"]
-    assert numbers["aggregation_noise"] > 0
-    assert len(numbers["dimension_energy"]) == 8
-    assert seconds > 0
-
-
-def test_nothing_is_measured_where_not_asked_for_or_without_a_global_model(
-    make_config: Make,
-) -> None:
-    assert diagnostics.observer(make_config(evaluation={"diagnostics": False})) is None
-    assert diagnostics.observer(make_config(method={"name": "fedsa-lora"})) is None
-
-
 @pytest.mark.parametrize("calls", [0, 1, 3])
 def test_a_failure_is_reported_once_and_the_run_goes_on(
     make_config: Make, calls: int, caplog: pytest.LogCaptureFixture

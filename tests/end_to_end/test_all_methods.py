@@ -123,16 +123,6 @@ def test_a_run_finishes_with_finite_numbers_everywhere(finished: Find, name: str
         assert math.isfinite(metrics["perplexity"])
 
 
-@every
-def test_all_clients_measure_for_themselves(finished: Find, name: str) -> None:
-    measured = finished(name).history.client_evaluations
-    assert list(measured) == [2]
-    assert measured[2].failures == {}
-    assert len(measured[2].clients) == 6
-    for client in measured[2].clients.values():
-        assert math.isfinite(client.metrics["perplexity"])
-
-
 @dataclass(frozen=True)
 class TestRows:
     """Each client's test rows, and all of them, in one batch: the mean loss is that of all tokens.
@@ -252,17 +242,6 @@ def test_plain_peft_gives_at_a_client_what_it_measured(
         {client: facts.metrics["perplexity"] for client, facts in measured.items()},
         rel=1e-4,
     )
-
-
-@every
-def test_every_folder_is_an_adapter_of_at_most_its_rank(finished: Find, name: str) -> None:
-    result = finished(name)
-    folders = sorted((result.path / "adapters").glob("*"))
-    assert (folders == []) == (name in PERSONAL)
-    for folder in folders:
-        adapter, _ = peft_folder.load(folder)
-        assert 1 <= adapter.rank <= int(folder.name.removeprefix("rank-"))
-        assert adapter.scale == result.adapter.scale
 
 
 class Killed(Exception):

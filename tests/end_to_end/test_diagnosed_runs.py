@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from processes import KILLED, LAST, Killer
+from processes import LAST
 
 import prelort
 from prelort.config import Config
@@ -35,10 +34,6 @@ def rounds_of(run: Path) -> list[RoundStats]:
     return [record.stats for record in rounds if record.stats is not None]
 
 
-def diagnostics_of(run: Path) -> list[dict[str, Any] | None]:
-    return [stats.diagnostics for stats in rounds_of(run)]
-
-
 def test_every_round_has_them(undisturbed: Path) -> None:
     rounds = rounds_of(undisturbed)
     assert len(rounds) == LAST
@@ -59,19 +54,6 @@ def test_every_round_has_them(undisturbed: Path) -> None:
     assert first["client_drift"]["mean"] is None
     assert second["client_drift"]["mean"] > 0
     assert second["initialization_noise"]["max"] > 0
-
-
-@pytest.mark.parametrize("number, count", [(1, 1), (2, 1), (3, 2)])
-def test_a_killed_run_has_the_same(
-    tmp_path: Path, killer: Killer, config_file: Path, undisturbed: Path, number: int, count: int
-) -> None:
-    """Killed when a client of the round has answered: the round is diagnosed anew."""
-    out = tmp_path / "run"
-    kill = {"trap": "event", "name": "client_finished", "round": number, "count": count}
-    assert killer.run(config_file, out, kill) == KILLED
-    assert len(rounds_of(out)) == number - 1
-    killer.finish(config_file, out)
-    assert diagnostics_of(out) == diagnostics_of(undisturbed)
 
 
 @pytest.mark.parametrize(

@@ -38,11 +38,6 @@ def test_the_readmes_python_example_runs_the_embedded_default(tmp_path: Path) ->
     assert {path.name for path in adapters.iterdir()} == {f"rank-{r}" for r in (2, 4, 8, 16)}
 
 
-def test_the_readmes_python_example_is_five_lines() -> None:
-    code = code_after((ROOT / "README.md").read_text(), "<!-- python example: begin -->")
-    assert len([line for line in code.splitlines() if line.strip()]) <= 5
-
-
 def test_contributings_method_in_one_file_runs(
     tmp_path: Path, make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,33 +39,4 @@ def test_a_file_that_cannot_grow_any_more(
         assert "prelort run --resume" in sentence
         code, said = killer.cli("run", "--resume", str(out), "-q")
         assert code == 0, said
-    assert_same_run(out, undisturbed)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, with room for half a run."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    options = ["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(disk)]
-    try:
-        mounted = subprocess.run(options, capture_output=True, check=False).returncode == 0
-    except OSError:
-        mounted = False
-    if not mounted:
-        pytest.skip("no permission to mount a small file system")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
-
-
-def test_a_disk_that_is_full(
-    small_disk: Path, killer: Killer, config_file: Path, undisturbed: Path
-) -> None:
-    out = small_disk / "run"
-    sentence = told(*killer.cli("run", str(config_file), "-q", "--out", str(out)))
-    assert "No space left on device" in sentence
-
-    subprocess.run(["mount", "-o", "remount,size=10m", str(small_disk)], check=True)
-    code, said = killer.cli("run", "--resume", str(out), "-q")
-    assert code == 0, said
     assert_same_run(out, undisturbed)

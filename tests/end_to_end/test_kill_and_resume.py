@@ -5,8 +5,6 @@ Real processes: forked by `killer.py`, which imports torch once, and killed by S
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -115,24 +113,4 @@ def test_killed_before_the_folder_was_a_run(
     assert killer.run(config_file, out, {}, resume=True) == {"code": 1}
     assert "holds no run" in killer.output.read_text()
     killer.finish(config_file, out, resume=False)
-    assert_same_run(out, undisturbed)
-
-
-def test_with_a_process_started_from_the_shell(
-    tmp_path: Path, killer: Killer, config_file: Path, undisturbed: Path
-) -> None:
-    """The same without forks: `python -m prelort.cli` resumes."""
-    out = tmp_path / "run"
-    kill = {"trap": "event", "name": "round_finished", "round": 2}
-    assert killer.run(config_file, out, kill) == KILLED
-    resumed = subprocess.run(
-        [sys.executable, "-m", "prelort.cli", "run", "--resume", str(out)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert resumed.returncode == 0, resumed.stderr
-    assert "round 3/3" in resumed.stdout
-    assert resumed.stderr == ""  # no progress bars nor notices of the libraries
     assert_same_run(out, undisturbed)

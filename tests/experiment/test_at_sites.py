@@ -18,7 +18,6 @@ from prelort.experiment.assemble import assemble
 from prelort.experiment.at_sites import at_sites, backend_at_sites, own_site
 from prelort.experiment.run import run
 from prelort.federation.client import LocalClient, make_client_app
-from prelort.federation.flower import identify_process
 from prelort.federation.in_process import InProcessGrid
 from prelort.history import RunHistory
 from prelort.models.base import location
@@ -127,20 +126,6 @@ def test_the_server_loads_no_model(files: dict[str, Path], tmp_path: Path) -> No
         assemble(with_source(server, files["all"]))  # as it does where it measures itself
 
 
-def test_what_the_server_makes_without_weights_is_what_it_makes_with_them(
-    files: dict[str, Path],
-) -> None:
-    config = config_of()
-    identify_process(1)
-    backend = backend_at_sites(config, InProcessGrid(lambda message, context: message, []))
-    with_weights = assemble(with_source(config, files["all"]))
-    assert backend.spec == with_weights.runtime.spec
-    expected = with_weights.initial.tensors()
-    for name, tensor in backend.initial.tensors().items():
-        assert (tensor == expected[name]).all()
-    assert backend.planned_ranks == (2, 4, 8)
-
-
 @pytest.mark.parametrize(
     "task, changes, sentence",
     [
@@ -174,11 +159,6 @@ def test_a_row_of_a_class_that_nobody_named_is_told(files: dict[str, Path]) -> N
     config = with_source(config, files["all"])
     with pytest.raises(ConfigError, match=r"row \d+ has the label 'no', which is not in data.lab"):
         own_site(config, "clinic-a", 2)
-
-
-def test_data_at_sites_cannot_be_run_in_one_process(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data\.source = 'sites' has no rows here"):
-        prelort.run(config_of(), tmp_path / "run")
 
 
 def test_by_loss_all_sites_begin_low(files: dict[str, Path]) -> None:

@@ -21,7 +21,7 @@ from prelort.experiment import checkpoint
 from prelort.experiment.assemble import Assembly, assemble, planned_ranks
 from prelort.experiment.folder import RunFolder
 from prelort.experiment.inspect import evaluate_run
-from prelort.federation.allocation import Allocation, ByLoss
+from prelort.federation.allocation import Allocation
 from prelort.tasks.interface import Example
 
 Make = Callable[..., Config]
@@ -55,12 +55,6 @@ def same_bits(one: LoraAdapter, other: LoraAdapter) -> bool:
 # The plan
 
 
-def test_without_a_plan_each_client_keeps_its_rank(make_config: Make) -> None:
-    offered, max_rank, allocation = planned(make_config())
-    assert offered == max_rank == [2, 2, 4, 4, 8, 8]
-    assert allocation == Allocation()
-
-
 def test_a_schedule_is_assigned_as_the_mix_is(make_config: Make) -> None:
     schedule = {"3": "8, 2, 4, 4, 2, 8", "5": "2*1"}
     ranks = {"mix": "2, 2, 4, 4, 8, 8", "assign": "in-order", "schedule": schedule}
@@ -81,16 +75,6 @@ def test_drawn_by_the_seed_a_later_mix_meets_the_same_clients(make_config: Make)
     assert [allocation.schedule[2][name] for name in SIX] == [{2: 8, 4: 16}[r] for r in offered]
     assert max_rank == [allocation.schedule[2][name] for name in SIX]
     assert len(set(offered)) == 2
-
-
-def test_by_loss_every_client_starts_at_the_lowest_and_may_get_the_highest(
-    make_config: Make,
-) -> None:
-    ranks = {"mix": "2, 2, 4, 4, 8, 8", "allocation": "by-loss", "high_share": 0.3}
-    offered, max_rank, allocation = planned(make_config(ranks=ranks, data=TUNING))
-    assert offered == [2] * 6
-    assert max_rank == [8] * 6
-    assert allocation == Allocation(by_loss=ByLoss(8, 0.3))
 
 
 def test_a_reference_that_ignores_ranks_may_use_the_highest_everywhere(make_config: Make) -> None:
@@ -119,13 +103,6 @@ def test_a_mix_that_does_not_fit_is_named_by_its_round(
 
 
 # What is made of it
-
-
-def test_the_global_adapter_has_the_highest_rank_of_the_plan(make_config: Make) -> None:
-    assembly = assemble(make_config(ranks={"mix": "2*1", "schedule": {"3": "4*0.5, 16*0.5"}}))
-    assert assembly.initial.rank == 16
-    assert [site.rank for site in assembly.clients] == [2] * 6
-    assert {site.max_rank for site in assembly.clients} == {4, 16}
 
 
 @pytest.mark.parametrize("by_loss", [True, False])
@@ -214,19 +191,6 @@ def test_a_run_by_loss_raises_those_with_the_best_validation_loss(
     assert result.levels == (2, 8)
 
 
-def test_a_run_measured_at_clients(make_config: Make, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    prelort.run(make_config(evaluation={"at_clients": True, "every": 2}), out)
-    evaluations = RunFolder(out).history().client_evaluations
-    assert sorted(evaluations) == [2, 3]
-    for event in evaluations.values():
-        assert event.failures == {}
-        assert [client.rank for client in event.clients.values()] == [2, 2, 4, 4, 8, 8]
-        for client in event.clients.values():
-            assert client.metrics["perplexity"] > 1
-            assert client.examples > 0
-
-
 def test_measuring_at_clients_does_not_change_the_run(make_config: Make, tmp_path: Path) -> None:
     results = []
     for at_clients in (False, True):
@@ -234,13 +198,3 @@ def test_measuring_at_clients_does_not_change_the_run(make_config: Make, tmp_pat
         results.append(prelort.run(config, tmp_path / str(at_clients)))
     assert same_bits(results[0].adapter, results[1].adapter)
     assert results[0].metrics == results[1].metrics
-
-
-def test_holding_rows_out_to_tune_on_leaves_the_test_as_it_is(
-    make_config: Make, tmp_path: Path
-) -> None:
-    bases = [
-        prelort.run(make_config(data=data, federation={"rounds": 1}), tmp_path / name).base
-        for name, data in (("without", {}), ("with", TUNING))
-    ]
-    assert bases[0] == bases[1]

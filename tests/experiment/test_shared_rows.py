@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from prelort.config import Config, to_toml
+from prelort.config import Config
 from prelort.experiment.assemble import Encoded, assemble
-from prelort.study.definition import of_run
-from prelort.study.run import run_study
 from prelort.tasks.causal_lm import CausalLM
 
 
@@ -46,23 +43,6 @@ def test_the_second_method_tokenises_nothing(
     assert second.runtime.model is not first.runtime.model
 
 
-def test_what_only_one_method_needs_is_added(
-    make_config: Callable[..., Config], encodings: list[int]
-) -> None:
-    """Personal methods measure at the clients, on rows that the others do not encode apart."""
-    encoded, personal = Encoded(), make_config(method={"name": "fedsa-lora"})
-    assemble(make_config(), encoded=encoded)
-    before = len(encodings)
-    found = assemble(personal, encoded=encoded)
-    alone = assemble(personal)
-    assert [client.test for client in found.clients] == [client.test for client in alone.clients]
-    assert all(client.test for client in found.clients)
-    assert [client.examples for client in found.clients] == [
-        client.examples for client in alone.clients
-    ]
-    assert len(encodings) == before + len(found.clients) + (2 * len(found.clients) + 1)
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -88,19 +68,3 @@ def test_other_rows_or_tokens_are_made_anew(
     ]
     assert found.test == alone.test
     assert found.rows is not before.rows
-
-
-def test_a_study_reads_its_rows_once(
-    make_config: Callable[..., Config], encodings: list[int], tmp_path: Path
-) -> None:
-    config = make_config(federation={"rounds": 1, "clients_per_round": 2})
-    (tmp_path / "run.toml").write_text(to_toml(config))
-    both = of_run(tmp_path / "run.toml", methods=["prelort", "zero-padding"])
-    _, second = run_study(both, tmp_path / "both").cells
-    once = len(encodings)
-    alone = of_run(tmp_path / "run.toml", methods=["zero-padding"])
-    (cell,) = run_study(alone, tmp_path / "one").cells
-    assert len(encodings) == 2 * once
-    assert second.history.final is not None
-    assert cell.history.final is not None
-    assert second.history.final.prefixes == cell.history.final.prefixes

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,15 +18,13 @@ from equality import equal
 from prelort.adapters import algebra
 from prelort.config import Config
 from prelort.events import ClientFinished, Event, RoundStarted
-from prelort.experiment.assemble import Assembly, assemble
-from prelort.experiment.backend import InProcess, clients_per_batch
+from prelort.experiment.assemble import assemble
+from prelort.experiment.backend import InProcess
 from prelort.experiment.measure import measure
 from prelort.experiment.run import RunResult
-from prelort.experiment.workers import default_threads, replica
+from prelort.experiment.workers import replica
 from prelort.methods import REGISTRY, trait
-from prelort.models.lora import install
 from prelort.tasks.causal_lm import CausalLM
-from prelort.training.steps import LocalSteps
 from run_files import events_of
 
 Make = Callable[..., Config]
@@ -74,21 +71,6 @@ def test_in_one_batch_the_results_are_the_same_but_for_rounding(
     for mine, theirs in zip(replies(found), replies(alone), strict=True):
         assert mine.client == theirs.client
         assert mine.loss == pytest.approx(theirs.loss, rel=1e-4)
-
-
-@pytest.mark.parametrize("clients_per_batch", [1, 2])
-def test_all_truncations_of_a_batch_in_one_pass(
-    make_config: Make, tmp_path: Path, clients_per_batch: int
-) -> None:
-    changes = {
-        "method": {"objective": "mean"},
-        "federation": {"clients_per_batch": clients_per_batch},
-    }
-    training = {"optimizer": "sgd", "learning_rate": 0.5}
-    slow = run(make_config(**changes, training=training), tmp_path / "slow")
-    merged = {**training, "batch_truncations": True}
-    fast = run(make_config(**changes, training=merged), tmp_path / "fast")
-    assert 0 < distance(slow, fast) < 1e-4
 
 
 @pytest.mark.parametrize("lora", [{"dropout": 0.2}, {}], ids=["llama", "bert"])
@@ -164,24 +146,6 @@ def test_a_batch_that_breaks_is_trained_one_by_one(
     assert "could not train in one batch" in (found.path / "log.txt").read_text()
 
 
-def test_a_client_that_fails_in_a_thread_is_left_out(
-    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    steps = LocalSteps.__init__
-
-    def failing(self, examples, settings, work):  # type: ignore[no-untyped-def]
-        if work.client == "site-1":
-            raise ValueError("broken disk")
-        steps(self, examples, settings, work)
-
-    monkeypatch.setattr(LocalSteps, "__init__", failing)
-    config = make_config(federation={"clients_per_round": 6, "rounds": 1})
-    found = run(config, tmp_path / "run", threads=2)
-    (failed,) = found.history.rounds[1].failures.values()
-    assert failed.client == "site-1"
-    assert "broken disk" in failed.reason
-
-
 def test_an_interruption_ends_the_training_under_way(
     make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,51 +172,6 @@ def test_an_interruption_ends_the_training_under_way(
         signal.signal(signal.SIGINT, before)
     assert time.monotonic() - started < 60
     assert not [t for t in threading.enumerate() if t.name.startswith("client")]
-
-
-@pytest.fixture(scope="module")
-def assembly(make_config: Make) -> Assembly:
-    return assemble(make_config())
-
-
-def test_a_replica_shares_the_bases_weights_and_nothing_else(assembly: Assembly) -> None:
-    work = assembly.runtime
-    other = replica(work)
-    install(work.model, assembly.initial)
-    install(other.model, assembly.initial.prefix(2))
-    mine, theirs = dict(work.model.named_parameters()), dict(other.model.named_parameters())
-    for name, parameter in mine.items():
-        assert (parameter is theirs[name]) == ("lora" not in name), name
-    ids = torch.tensor([[5, 6, 7]])
-    with torch.no_grad():
-        whole = other.model(input_ids=ids).logits
-        with work.truncation.at(0):  # of the first model alone
-            assert torch.equal(other.model(input_ids=ids).logits, whole)
-    hooks = [
-        len(m._forward_hooks) for n, m in other.model.named_modules() if n.endswith("A.default")
-    ]
-    assert set(hooks) == {1}
-
-
-def test_default_threads(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
-    model = assemble(make_config()).runtime.model
-    assert default_threads(make_config(threads=1), model) == 1  # 4 x 32 tokens of 32 numbers
-    large = {"training": {"batch_size": 32}}
-    make_config = partial(make_config, **large)
-    assert default_threads(make_config(threads=None), model) == 1  # torch itself uses all cores
-    assert default_threads(make_config(threads=1), model) == 8
-    assert default_threads(make_config(threads=3), model) == 2
-    assert default_threads(make_config(threads=16), model) == 1
-    dropping = assemble(make_config(lora={"dropout": 0.1})).runtime.model
-    assert default_threads(make_config(threads=1), dropping) == 8
-
-
-def test_how_many_train_in_one_batch_by_default(make_config: Make) -> None:
-    assert clients_per_batch(make_config(), torch.device("cpu"), 9) == 1
-    assert clients_per_batch(make_config(), torch.device("cuda"), 9) == 9
-    four = make_config(federation={"clients_per_batch": 4})
-    assert clients_per_batch(four, torch.device("cpu"), 9) == 4
 
 
 @pytest.mark.parametrize("metrics", [("perplexity",), ("perplexity", "rouge_l")])

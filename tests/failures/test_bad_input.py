@@ -42,6 +42,7 @@ CASES: dict[str, list[str]] = {
     "method.level_weights={3 = 1.0}": ["'3' is not a rank level", "2, 4, 8"],
     "method.level_weights={8 = 1.0}": ["nothing to train for a client of rank 2"],
     "data.source=nowhere.csv": ["data.source = 'nowhere.csv'", "no such file"],
+    "data.source=sites": ["data.source = 'sites' has no rows here"],
     "data.test=nowhere.jsonl": ["data.test = 'nowhere.jsonl'"],
     "model.name=./no/such/model": ["model.name = './no/such/model'", "no such folder"],
     "model.device=tpu9": ["model.device = 'tpu9'", "auto, cpu or cuda"],
@@ -173,16 +174,6 @@ class TestNothingIsOverwritten:
             error = command_line("run", config_file, *methods, "--out", out).error
             assert "cannot be written: Not a directory" in error
         assert (tmp_path / "file").read_text() == "mine"
-
-    def test_several_methods_refused_leave_the_folder_usable(
-        self, tmp_path: Path, command_line: CommandLine, config_file: Path
-    ) -> None:
-        out = tmp_path / "several"
-        methods = ["-m", "prelort", "-m", "zero-padding", "--out", out]
-        wrong = ["--set", "data.text_column=txt"]
-        assert "'txt'" in command_line("run", config_file, *methods, *wrong).error
-        assert not out.exists()
-        assert command_line("run", config_file, *methods, "-q").code == 0
 
     def test_the_second_methods_error_keeps_the_first_ones_run(
         self, tmp_path: Path, command_line: CommandLine, config_file: Path

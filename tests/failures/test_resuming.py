@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ import prelort
 from backends import in_this_process
 from command_line import CommandLine
 from prelort.config import Config
-from prelort.errors import CheckpointError, ConfigError, QuorumError
+from prelort.errors import ConfigError, QuorumError
 from prelort.events import ClientFailed, RunStarted
 from prelort.experiment.backend import Connect
 from prelort.experiment.folder import RunFolder
@@ -117,16 +116,6 @@ class TestAnotherBaseModel:
         weights.write_bytes(before)
 
     @pytest.mark.usefixtures("retrained")
-    def test_is_refused_with_both_fingerprints(self, run: Path) -> None:
-        before = files_of(run)
-        facts = json.loads((run / "checkpoints" / "00002" / "state.json").read_text())
-        with pytest.raises(CheckpointError) as refused:
-            resume(run)
-        assert "was trained on another base model" in str(refused.value)
-        assert f"fingerprint {facts['base']}" in str(refused.value)
-        assert files_of(run) == before
-
-    @pytest.mark.usefixtures("retrained")
     def test_is_refused_by_every_command(
         self, run: Path, command_line: CommandLine, tmp_path: Path
     ) -> None:
@@ -140,15 +129,6 @@ class TestAnotherBaseModel:
 
 
 class TestCheckpoints:
-    def test_none_that_is_whole_is_an_error(self, run: Path) -> None:
-        for path in (run / "checkpoints").iterdir():
-            (path / "state.json").write_text("{")
-        with (
-            pytest.warns(UserWarning, match="falling back"),
-            pytest.raises(CheckpointError, match=r"all checkpoints in .* are damaged"),
-        ):
-            resume(run)
-
     @pytest.mark.parametrize("event_log", ["whole", "unfinished line", "gone"])
     def test_none_at_all_starts_from_the_beginning(
         self, run: Path, finished: tuple[Path, Path], event_log: str
@@ -172,17 +152,6 @@ class TestCheckpoints:
         out = tmp_path / "adapter"
         assert "has no checkpoint yet" in command_line("export", run, "--out", out).error
         assert not out.exists()
-
-
-def test_a_run_that_another_process_is_at_is_refused(run: Path) -> None:
-    holder = RunFolder(run)
-    holder.lock()
-    before = files_of(run)
-    with pytest.raises(ConfigError, match="is in use: another prelort process"):
-        resume(run)
-    assert files_of(run) == before
-    holder.unlock()
-    resume(run)
 
 
 def failing(names: set[str], number: int) -> Connect:

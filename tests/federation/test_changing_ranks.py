@@ -90,37 +90,12 @@ def test_an_offered_rank_is_used_from_the_next_round_on(offer: int, max_rank: in
     assert run.state.ranks == {"site-1": offer}
 
 
-def test_what_a_client_is_sent_and_how_it_trains_follow_its_rank() -> None:
-    seen: dict[str, tuple[int, int, int]] = {}
-
-    def app(message: Message, context: Context) -> Message:
-        request = wire.header(message.content, TrainRequest)
-        rank = wire.adapter(message.content, request)[0].rank
-        name = CLIENTS[int(context.node_config["partition-id"])].name
-        seen[name] = request.rank, rank, request.levels[-1]
-        return small_client_app(CLIENTS)(message, context)
-
-    state = replace(make_state(), ranks={"site-1": 8})
-    make_run(small_client_app(CLIENTS, instead=dict.fromkeys(range(4), app)), state=state).train()
-    assert seen == {name: (rank,) * 3 for name, rank in usual(site_1=8).items()}
-
-
 def test_a_reply_counts_at_the_rank_that_its_client_had() -> None:
     """The aggregate of a round with offers is that of the same round without them."""
     replies = {("site-1", 1): {"next_rank": 8}, ("site-2", 1): {"next_rank": 2}}
     offering, plain = rounds(replies, make_config(rounds=1)), rounds({}, make_config(rounds=1))
     assert same_bits(offering.state.adapter, plain.state.adapter)
     assert offering.state.ranks == {"site-1": 8, "site-2": 2}
-
-
-def test_offers_may_follow_one_another_and_leave_earlier_states_as_they_were() -> None:
-    offers = {("site-0", number): {"next_rank": rank} for number, rank in [(1, 6), (2, 3), (3, 8)]}
-    states: list[tuple[ServerState, dict[str, int]]] = []
-    run = make_run(small_client_app(CLIENTS, replies=offers), make_config(rounds=5))
-    run.train(lambda state: states.append((state, dict(state.ranks))))
-    assert [asked["site-0"] for asked in ranks_asked(run).values()] == [2, 6, 3, 8, 8]
-    assert [change[2:] for change in run.rank_changes()] == [(2, 6), (6, 3), (3, 8)]
-    assert all(state.ranks == kept for state, kept in states)
 
 
 def test_a_refused_reply_offers_nothing() -> None:
@@ -168,11 +143,6 @@ def test_a_client_that_prunes_itself_continues_with_fewer_dimensions() -> None:
         assert not factors.A[:4].equal(before.layers[name].A[:4])
 
 
-def test_a_method_without_pruning_refuses_a_pruned_reply() -> None:
-    run = rounds({("site-2", 1): {"rank": 4}}, make_config(rounds=1))
-    assert [e.reason for e in run.of(ClientFailed)] == ["answers with rank 4, expected 8"]
-
-
 # A schedule
 
 SCHEDULE = {2: usual(site_0=4), 4: usual(site_0=2, site_2=2)}
@@ -192,15 +162,6 @@ def test_a_schedule_is_followed_and_its_levels_are_known_at_once() -> None:
     assert {event.reason for event in run.of(RankChanged)} == {"the server's allocation"}
     plan = Allocation({2: {"site-0": 3, "site-3": 8}}, ByLoss(6, 0.5))
     assert rounds({}, max_rank=8, allocation=plan).state.levels == (2, 3, 4, 6, 8)
-
-
-def test_a_schedule_counts_for_those_too_who_were_not_asked() -> None:
-    config = make_config(rounds=6, clients_per_round=1)
-    run = rounds({}, config, max_rank=8, allocation=Allocation(SCHEDULE))
-    for number, asked in ranks_asked(run).items():
-        ((name, rank),) = asked.items()
-        plan = usual() if number < 2 else SCHEDULE[2] if number < 4 else SCHEDULE[4]
-        assert rank == plan[name]
 
 
 def test_nobody_is_raised_above_the_maximum_rank_that_it_stated() -> None:
@@ -262,10 +223,6 @@ def test_who_has_no_loss_is_not_raised() -> None:
     replies = losses(9.0, 1.0, math.nan)
     replies["site-1", 1] |= {"base": "another"}
     assert by_loss(replies, 1.0).rank_changes() == [(1, "site-0", 2, 8)]
-
-
-def test_who_cannot_have_the_high_rank_gets_its_maximum() -> None:
-    assert by_loss(losses(*[1.0] * 4), 0.25, max_rank=5).rank_changes() == [(1, "site-0", 2, 5)]
 
 
 @given(

@@ -277,14 +277,6 @@ def test_what_it_draws_is_what_the_server_would_have_sent(
     assert any(not torch.equal(tensor, expected[name]) for name, tensor in other.items())
 
 
-def test_what_it_should_draw_but_was_sent_is_refused(bench: Bench) -> None:
-    sent = Broadcast(bench.initial.prefix(4), seeded_factors="A", factor_seed=5)
-    head = bench.request(sent, None)
-    reply = bench.ask(wire.pack(head, sent.trainable), MessageType.TRAIN)
-    assert reply.has_error()
-    assert "is surplus" in reply.error.reason
-
-
 # What it refuses
 
 
@@ -318,10 +310,6 @@ def test_a_server_that_disagrees_is_refused(
     bench: Bench, changes: dict[str, Any], reason: str
 ) -> None:
     assert reason in bench.refusal(Broadcast(bench.trained.prefix(4)), **changes)
-
-
-def test_an_adapter_of_another_shape_is_refused(bench: Bench) -> None:
-    assert "has shape" in bench.refusal(Broadcast(bench.trained.prefix(3)), rank=4)
 
 
 def test_a_fold_that_does_not_fit_is_refused(bench: Bench) -> None:
@@ -376,28 +364,6 @@ def test_it_begins_with_b_of_zeros_and_the_head_that_everyone_has(own: Bench) ->
     assert any("classifier" in name for name in kept)
 
 
-def test_it_goes_on_with_its_own_whatever_the_server_has(own: Bench) -> None:
-    own.train(personal(own.trained.prefix(4)))
-    later = trained_adapter(own.runtime.model, RULE, seed=9).prefix(4)
-    kept = own_tensors(own)(1)
-
-    _, found = own.train(personal(later), round=1)
-
-    expected = own.by_hand(Broadcast(with_own(own, later, kept)), round_index=1)
-    assert_same(found, {n: t for n, t in expected.tensors().items() if "lora_A" in n})
-    assert_same(own_tensors(own)(2), {n: t for n, t in expected.tensors().items() if n in kept})
-
-
-def test_a_round_that_is_done_again_begins_where_it_began(own: Bench) -> None:
-    sent = personal(own.trained.prefix(4))
-    first = [own.train(sent, round=number)[1] for number in range(3)]
-    left = own_tensors(own)(3)
-    for number in (2, 1, 2):
-        assert_same(own.train(sent, round=number)[1], first[number])
-    assert_same(own_tensors(own)(3), left)
-    assert any(not torch.equal(tensor, first[1][name]) for name, tensor in first[0].items())
-
-
 @pytest.mark.parametrize("rank", [2, 6, 8])
 def test_after_a_change_of_rank_it_has_the_slots_that_it_had(own: Bench, rank: int) -> None:
     """New slots have B = 0, so that they add nothing before they are trained."""
@@ -434,14 +400,6 @@ def test_it_measures_with_its_own_too(own: Bench) -> None:
 def test_without_a_place_to_keep_it_a_personal_round_is_refused(bert: Bench) -> None:
     said = bert.refusal(personal(bert.trained.prefix(4)))
     assert said == "has no place to keep its own factors: this method needs one"
-
-
-def test_damaged_factors_of_its_own_are_told_and_not_replaced(own: Bench, tmp_path: Path) -> None:
-    sent = personal(own.trained.prefix(4))
-    own.train(sent)
-    (path,) = (tmp_path / "personal").rglob("*.safetensors")
-    path.write_bytes(path.read_bytes()[:-9])
-    assert "is damaged" in own.refusal(sent, round=1)
 
 
 # Pruning and offers

@@ -21,14 +21,12 @@ from prelort.events import (
 )
 from prelort.federation.client_manager import (
     GRACE_SECONDS,
-    PULL_AT_ONCE,
     RETRY_SECONDS,
     START_SECONDS,
     ClientManager,
     ConnectedClient,
 )
 from prelort.federation.flower import Context, Error, Message, MessageType, RecordDict
-from prelort.federation.in_process import InProcessGrid
 from prelort.federation.transport import Transport
 from prelort.methods.interface import Client
 from small_federation import (
@@ -109,31 +107,6 @@ def test_a_node_without_properties_is_refused(error: Exception | None) -> None:
     assert len(found) == 3
     reason = "carries no header" if error is None else "RuntimeError: no data here"
     assert refused == {"node 1003": reason}
-
-
-class CountingGrid(InProcessGrid):
-    """Counts how often it was asked for its nodes, and how many ids each pull named."""
-
-    looks = 0
-
-    def get_node_ids(self) -> Iterable[int]:
-        self.looks += 1
-        return super().get_node_ids()
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        ids = list(message_ids)
-        self.pulls = [*getattr(self, "pulls", []), len(ids)]
-        return super().pull_messages(ids)
-
-
-def test_many_nodes_are_looked_at_once_and_not_once_for_each() -> None:
-    clients = clients_of([2, 8, 4] * 100)
-    grid = CountingGrid(small_client_app(clients), [{"partition-id": i} for i in range(300)])
-    found, _ = connected(grid)
-    assert {one.client.name: one.client for one in found} == {c.name: c for c in clients}
-    assert grid.looks == 1
-    assert max(grid.pulls) <= PULL_AT_ONCE
-    assert len(grid.pulls) == len(clients)
 
 
 # Over time

@@ -115,11 +115,6 @@ def test_who_cannot_or_answers_wrongly_is_named_with_the_reason(change: Any, rea
     assert reason in why
 
 
-def test_a_metric_that_is_no_number_is_recorded_as_such() -> None:
-    event = evaluate_clients(Measuring(site_1={"metrics": {"loss": math.nan}}).app)
-    assert math.isnan(event.clients["site-1"].metrics["loss"])
-
-
 class Folding(PrefixMethod):
     """A method with everything that a broadcast may have."""
 

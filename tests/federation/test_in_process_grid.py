@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import weakref
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
@@ -29,12 +26,6 @@ def message_to(node: int, text: str = "hello") -> Message:
 
 def text_of(reply: Message) -> str:
     return str(reply.content["text"]["text"])
-
-
-def test_node_ids_are_stable_and_not_the_servers() -> None:
-    grid = in_process(echo, 3)
-    assert list(grid.get_node_ids()) == list(grid.get_node_ids())
-    assert len(set(grid.get_node_ids()) - {1}) == 3
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -78,18 +69,6 @@ def test_threads_answer_at_the_same_time() -> None:
     grid.close()
 
 
-def test_a_client_keeps_its_state_between_messages() -> None:
-    def app(message: Message, context: Context) -> Message:
-        count = int(context.state["n"]["n"]) + 1 if "n" in context.state else 1
-        context.state["n"] = ConfigRecord({"n": count})
-        content = RecordDict({"text": ConfigRecord({"text": str(count)})})
-        return Message(content, reply_to=message)
-
-    grid = in_process(app, 2)
-    replies = grid.send_and_receive([message_to(node) for node in (1000, 1000, 1001, 1000)])
-    assert [text_of(reply) for reply in replies] == ["1", "2", "1", "3"]
-
-
 def test_an_exception_becomes_an_error_reply_and_is_logged(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -116,24 +95,3 @@ def test_an_interrupt_is_not_a_clients_failure() -> None:
     grid = in_process(app, 1)
     with pytest.raises(KeyboardInterrupt):
         list(grid.send_and_receive([message_to(1000)]))
-
-
-def test_with_one_in_flight_a_message_is_made_when_the_one_before_it_is_answered() -> None:
-    def app(message: Message, context: Context) -> Message:
-        return Message(RecordDict(), reply_to=message)
-
-    made: list[weakref.ref[Any]] = []
-    answered = 0
-
-    def messages() -> Iterator[Message]:
-        for node in range(1000, 1006):
-            assert len(made) == answered
-            assert sum(ref() is not None for ref in made) <= 1
-            message = message_to(node)
-            made.append(weakref.ref(message.content))
-            yield message
-
-    for _reply in Transport(in_process(app, 6), 1).send_and_receive(messages()):
-        answered += 1
-    assert answered == 6
-    assert not any(ref() for ref in made)

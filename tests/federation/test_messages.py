@@ -9,7 +9,7 @@ import pytest
 from prelort.errors import UpdateRefused
 from prelort.events import ClientFailed, ClientRefused, RoundFinished
 from prelort.federation import wire
-from prelort.federation.flower import Context, Error, Message, MessageType, RecordDict
+from prelort.federation.flower import Context, Error, Message, MessageType
 from prelort.federation.messages import (
     PROTOCOL,
     ClientProperties,
@@ -107,8 +107,3 @@ def test_a_site_of_another_protocol_is_refused_when_it_connects() -> None:
     (refused,) = run.of(ClientRefused)
     assert refused.reason == f"speaks protocol {PROTOCOL + 1}, expected {PROTOCOL}"
     assert refused.round == 0
-
-
-def test_a_message_of_no_protocol_at_all_is_refused() -> None:
-    with pytest.raises(UpdateRefused, match="carries no header"):
-        wire.header(RecordDict(), TrainRequest)

@@ -39,31 +39,12 @@ def test_everything_comes_back_bit_for_bit(store: PersonalStore) -> None:
         assert torch.equal(found[name], tensor)
 
 
-def test_there_is_nothing_before_the_first_round(store: PersonalStore) -> None:
-    assert store.load("site-0", before=0) == {}
-    assert store.load("site-0", before=9) == {}
-    store.save("site-0", 0, tensors(0))
-    assert store.load("site-0", before=0) == {}
-
-
 def test_a_round_reads_what_the_last_one_before_it_left(store: PersonalStore) -> None:
     """The client need not take part in every round."""
     for number in (0, 3, 10):
         store.save("site-0", number, tensors(number))
     read = [value(store.load("site-0", before=number)) for number in (1, 3, 4, 10, 11, 99)]
     assert read == [0, 0, 3, 3, 10, 10]
-
-
-def test_a_round_that_is_done_again_reads_what_it_read_at_first(store: PersonalStore) -> None:
-    """A run that was killed after round 7 goes on from the checkpoint before it, or before that."""
-    for number in range(8):
-        store.save("site-0", number, tensors(number))
-    for again in (6, 7):
-        assert value(store.load("site-0", before=again)) == again - 1
-    store.save("site-0", 6, tensors(60))
-    assert value(store.load("site-0", before=7)) == 60
-    store.save("site-0", 7, tensors(70))
-    assert value(store.load("site-0", before=8)) == 70
 
 
 def test_only_the_last_few_are_kept(store: PersonalStore, tmp_path: Path) -> None:
@@ -75,13 +56,6 @@ def test_only_the_last_few_are_kept(store: PersonalStore, tmp_path: Path) -> Non
     assert value(store.load("site-0", before=10)) == 9
     assert value(store.load("site-0", before=10 - KEPT + 1)) == 10 - KEPT
     assert store.load("site-0", before=10 - KEPT) == {}
-
-
-def test_rounds_are_in_the_order_of_their_numbers(store: PersonalStore) -> None:
-    for number in (99_998, 99_999, 100_000, 100_001, 100_002):
-        store.save("site-0", number, tensors(number))
-    assert value(store.load("site-0", before=100_001)) == 100_000
-    assert value(store.load("site-0", before=10**6)) == 100_002
 
 
 def test_clients_do_not_meet_and_write_nothing_outside(
@@ -125,11 +99,3 @@ def test_a_damaged_file_is_told_and_not_passed_over(
     with pytest.raises(CheckpointError, match=r"00001\.safetensors' is damaged"):
         store.load("site-0", before=2)
     assert value(store.load("site-0", before=1)) == 0
-
-
-def test_other_files_in_its_folder_are_no_rounds(store: PersonalStore, tmp_path: Path) -> None:
-    store.save("site-0", 2, tensors(2))
-    (own,) = (tmp_path / "personal").iterdir()
-    for name in ("notes.txt", "best.safetensors", ".00003.safetensors.tmp", "-1.safetensors"):
-        (own / name).write_bytes(b"x")
-    assert value(store.load("site-0", before=9)) == 2

@@ -192,12 +192,6 @@ class TestFailures:
         expected = (7.0 * weights[0] + 1.5 * sum(weights[1:])) / sum(weights)
         assert run.of(RoundFinished)[0].stats.loss == pytest.approx(expected, rel=1e-12)
 
-    def test_a_failure_in_one_round_does_not_bar_the_next(self) -> None:
-        run = make_run(fails_in(1, index=1))
-        run.train()
-        counts = [(one.stats.replies, one.stats.failures) for one in run.of(RoundFinished)]
-        assert counts == [(3, 1), (4, 0)]
-
 
 class TestQuorum:
     @pytest.mark.parametrize("quorum, enough", [(1, True), (3, True), (4, False), (0.75, True)])
@@ -228,11 +222,6 @@ class TestQuorum:
         assert "federation.quorum = 4 needs 4" in text
         assert "as it was after round 1" in text
         assert "site-2: OSError: network is gone" in text
-
-    def test_no_reply_at_all(self) -> None:
-        run = make_run(small_client_app(CLIENTS, instead=dict.fromkeys(range(4), raises)))
-        with pytest.raises(QuorumError, match="0 usable replies of 4"):
-            run.train()
 
 
 class TestConnecting:
@@ -354,16 +343,3 @@ def test_the_server_keeps_round_and_levels_and_the_method_its_memory() -> None:
     assert rounds == [1, 2, 3]
     assert state.levels == (2, 4, 8)
     assert state.memory["count"].item() == 3
-
-
-def test_a_run_from_a_state_gives_what_the_whole_run_gives() -> None:
-    states: list[ServerState] = []
-    config = make_config(rounds=4, clients_per_round=2)
-    whole = make_run(small_client_app(CLIENTS), config)
-    whole.train(states.append)
-
-    second = make_run(small_client_app(CLIENTS), config, state=states[1])
-    second.train()
-
-    assert same_bits(second.state.adapter, whole.state.adapter)
-    assert [event.round for event in second.of(RoundStarted)] == [3, 4]

@@ -17,7 +17,6 @@ from prelort.federation.transport import (
     NOT_SENT,
     PULL_BYTES,
     Transport,
-    portions,
 )
 from small_federation import PlannedGrid
 
@@ -67,24 +66,6 @@ def outcomes(
         (r.metadata.src_node_id, r.error.reason if r.has_error() else "good")
         for r in over.send_and_receive(messages_to(*(nodes or grid.arrivals)))
     ]
-
-
-@pytest.mark.parametrize(
-    "sizes, parts",
-    [
-        ([], []),
-        ([0, 0, 0], [3]),
-        ([4, 4, 2], [3]),
-        ([4, 4, 3], [2, 1]),
-        ([11, 1, 10, 10], [1, 1, 1, 1]),
-        ([1, 11, 0, 1], [1, 1, 2]),
-        ([10, 0, 0, 1], [3, 1]),
-    ],
-)
-def test_portions_keep_the_order_and_the_bound(sizes: list[int], parts: list[int]) -> None:
-    found = portions({f"m{i}": size for i, size in enumerate(sizes)}, max_bytes=10)
-    assert [len(part) for part in found] == parts
-    assert [name for part in found for name in part] == [f"m{i}" for i in range(len(sizes))]
 
 
 @pytest.mark.parametrize("in_flight", [None, 1, 2, 10])
@@ -137,21 +118,6 @@ def test_what_is_under_way_expires_soon_after_the_deadline() -> None:
     assert grid.sent["m0"].metadata.ttl == 1.0 + MARGIN_SECONDS
 
 
-def test_messages_are_made_one_by_one_after_the_deadline_too() -> None:
-    made = 0
-
-    def messages() -> Iterator[Message]:
-        nonlocal made
-        for message in messages_to(*range(2000, 2005)):
-            made += 1
-            yield message
-
-    grid = PlannedGrid({})
-    replies = transport(grid, 1, 1.0).send_and_receive(messages())
-    for count, _reply in enumerate(replies, start=1):
-        assert made == count
-
-
 def test_second_and_unknown_replies_are_ignored() -> None:
     arrivals: Arrivals = {
         2000: [(1.0, good), (1.0, good), (2.0, good)],
@@ -173,11 +139,6 @@ class TestMemory:
         replies = transport(grid).send_and_receive(messages)
         assert [reply.metadata.src_node_id for reply in replies] == list(grid.arrivals)
         assert grid.pulled == [(1, 1)] * 4
-
-    def test_small_replies_are_pulled_together(self) -> None:
-        grid = PlannedGrid({node: [(0.0, good)] for node in range(2000, 2010)})
-        assert len(outcomes(grid)) == 10
-        assert grid.pulled == [(10, 10)]
 
     def test_a_reply_that_was_taken_is_free_before_the_next_is_pulled(self) -> None:
         seen: list[weakref.ref[RecordDict]] = []

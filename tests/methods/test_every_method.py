@@ -323,20 +323,6 @@ def test_one_client_is_the_identity(name, rounds, own, rule):
         assert torch.equal(found.modules_to_save[module], tensor)
 
 
-@every_but(NEITHER, KEEPS_THE_REST, ONE_RANK_FOR_ALL)
-@rules
-@pytest.mark.parametrize("rank", [2, 3])
-def test_one_client_of_a_low_rank(name, rank, rule):
-    """Its function is the global one, or the global one of its rank."""
-    method, state = after_rounds(name, 1, rule)
-    (client,) = clients_of([rank])
-    sent = method.broadcast(state, client)
-    reply = trained(sent, 77)
-    after = aggregate(method, state, [Update(client, reply, 3)])
-    expected = function_of(sent, reply)
-    assert_near(dense(method.global_adapter(after, None if name in WHOLE else rank)), expected)
-
-
 @every
 @rules
 def test_the_order_of_replies_changes_nothing_but_rounding(name, rule):
@@ -347,29 +333,6 @@ def test_the_order_of_replies_changes_nothing_but_rounding(name, rule):
         assert_same_function(
             method, aggregate(method, state, [updates[i] for i in order]), expected
         )
-
-
-@every
-@pytest.mark.parametrize("present", [RANKS, [2]], ids=str)
-def test_the_same_replies_give_the_same_bits(name, present):
-    """Also where something is drawn: of few directions a method may fill its dimensions up."""
-    method, state = after_rounds(name, 0)
-    updates = replies(method, state, served(name, present), seed=50)
-    assert_same_state(aggregate(method, state, updates), aggregate(method, state, updates))
-
-
-@every
-def test_the_order_of_layers_in_a_reply_changes_no_bit(name):
-    """What is read from a message has its layers in any order."""
-    method, state = after_rounds(name)
-    updates = replies(method, state, served(name), seed=50)
-
-    def turned(adapter: LoraAdapter) -> LoraAdapter:
-        return replace(adapter, layers=dict(reversed(list(adapter.layers.items()))))
-
-    others = [replace(u, adapter=turned(u.adapter)) for u in updates]
-    elsewhere = replace(state, adapter=turned(state.adapter))
-    assert_same_state(aggregate(method, elsewhere, others), aggregate(method, state, updates))
 
 
 @every
@@ -384,29 +347,6 @@ def test_weights_are_relative_or_uniform(name):
     method = method_of(name, "uniform")
     others = [replace(u, examples=1 + u.examples**2) for u in updates]
     assert_same_state(aggregate(method, state, others), aggregate(method, state, updates))
-
-
-@every_but(OWN_WEIGHTS)
-def test_a_reply_of_weight_zero_says_nothing(name):
-    method, state = after_rounds(name)
-    first, second, third = replies(method, state, served(name), seed=50)
-    nothing = replace(second, examples=0)  # of the highest rank
-    expected = aggregate(method, state, [first, third])
-    for updates in ([nothing, first, third], [first, third, nothing]):
-        assert_same_state(aggregate(method, state, updates), expected)
-    assert_same_function(method, aggregate(method, state, [nothing]), state)
-
-
-@every
-def test_neither_the_state_nor_a_reply_is_changed(name):
-    method, state = after_rounds(name)
-    updates = replies(method, state, served(name), seed=50)
-    kept = [state.adapter.tensors(), dict(state.memory), *(u.adapter.tensors() for u in updates)]
-    before = [{n: t.clone() for n, t in tensors.items()} for tensors in kept]
-    after = aggregate(method, state, updates)
-    method.global_adapter(after), method.global_adapter(after, 2)
-    for tensors, copies in zip(kept, before, strict=True):
-        assert all(torch.equal(t, copies[n]) for n, t in tensors.items())
 
 
 @every
@@ -450,20 +390,6 @@ def holds(sent: Factors | None, old: Factors, j: int) -> bool:
     return sent is not None and bool((old.A[j] == sent.A).all(dim=1).any())
 
 
-@every
-def test_a_clients_rank_grows_and_shrinks(name):
-    method, state = after_rounds(name)
-    first = state
-    for number, rank in enumerate([2, 5, 8, 3, 1]):
-        clients = served(name, [rank, 5])
-        updates = replies(method, state, clients, seed=10 * number)
-        for client, update in zip(clients, updates, strict=True):
-            assert method.objective(state, client).levels[-1] == update.adapter.rank
-        state = aggregate(method, state, updates)
-        assert_sound(state, first)
-        assert state.round == first.round + number + 1
-
-
 @every_but(set(REGISTRY) - PRUNES)
 def test_a_client_that_prunes_itself_answers_with_fewer_slots(name):
     method, state = after_rounds(name)
@@ -474,23 +400,6 @@ def test_a_client_that_prunes_itself_answers_with_fewer_slots(name):
     new, old = after.adapter.layers["wide"], state.adapter.layers["wide"]
     assert torch.equal(new.A[R - 1], old.A[R - 1])
     assert not torch.equal(new.A[R - 2], old.A[R - 2])
-
-
-# Precision
-
-
-@every
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_precision_replies_are_taken_in_float32(name, dtype):
-    method, state = after_rounds(name)
-    clients = served(name)
-    half = replies(method, state, clients, seed=50, dtype=dtype)
-    after = aggregate(method, state, half)
-    assert_sound(after, state)
-    upcast = [replace(u, adapter=u.adapter.to(torch.float32)) for u in half]
-    assert_same_state(after, aggregate(method, state, upcast))
-    exact = aggregate(method, state, replies(method, state, clients, seed=50))
-    assert_same_function(method, after, exact, tolerance=3e-2)
 
 
 # What is kept and what is left

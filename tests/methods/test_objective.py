@@ -43,11 +43,6 @@ def test_given_level_weights_are_made_to_sum_to_one():
     assert objective.weights == (0.25, 0.0, 0.75)
 
 
-def test_given_level_weights_come_before_the_full_share():
-    config = MethodConfig(objective="step", full_share=0.9, level_weights={"2": 1, "4": 1})
-    assert configured(config, 4, LEVELS).weights == (0.5, 0.5)
-
-
 def test_the_sampled_kinds_give_the_full_rank_half_of_the_weight_by_default():
     for kind in SAMPLED:
         assert configured(MethodConfig(objective=kind), 8, LEVELS).weights == (0.25, 0.25, 0.5)
@@ -79,14 +74,6 @@ def test_weights_that_leave_nothing_to_train_are_an_error():
         configured(config, 4, LEVELS)
 
 
-def test_a_method_finds_that_before_the_run():
-    config = MethodConfig(name="prelort", level_weights={"8": 1.0})
-    clients = [Client("large", 8, 5), Client("small", 4, 5)]
-    with pytest.raises(ConfigError, match="client of rank 4"):
-        build(config, 0).check(start(levels=[4, 8]), clients)
-    build(config, 0).check(start(levels=[4, 8]), clients[:1])
-
-
 # Passes
 
 
@@ -97,32 +84,6 @@ def test_with_one_truncation_there_is_one_pass_with_nothing_cut():
         assert passes(objective) == [Pass(None)]
     (one,) = passes(nested("full+one", 8, LEVELS, full_share=0.0))
     assert one.ranks in (2, 4)
-
-
-def test_mean_is_a_pass_for_every_level_with_a_weight():
-    objective = nested("mean", 8, LEVELS, level_weights={2: 1, 8: 3})
-    assert passes(objective) == [Pass(2, 0.25), Pass(8, 0.75)]
-
-
-def test_step_is_one_pass_with_one_level():
-    (only,) = passes(nested("step", 8, LEVELS))
-    assert only.weight == 1.0
-    assert only.ranks in (2, 4, 8)
-
-
-def test_example_is_one_pass_with_a_level_for_each_example():
-    (only,) = passes(nested("example", 8, LEVELS), batch=50)
-    assert only.weight == 1.0
-    assert only.ranks.shape == (50,)
-    assert only.ranks.dtype == torch.int64
-    assert set(only.ranks.tolist()) == {2, 4, 8}
-
-
-def test_full_and_one_is_the_full_rank_and_one_lower_level():
-    full, one = passes(nested("full+one", 8, LEVELS, full_share=0.7))
-    assert full == Pass(8, pytest.approx(0.7))
-    assert one.ranks in (2, 4)
-    assert one.weight == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize("kind", SAMPLED)

@@ -144,18 +144,6 @@ def test_fed_plora_averages_each_module_over_those_who_drew_it(selection, rule, 
         assert_close(after.adapter, averaged(state.adapter, updates, shares, "nothing", drawn))
 
 
-def test_fed_plora_draws_anew_for_every_client_and_round():
-    method, state = method_of("fed-plora"), start()
-    one, other = (Client(name, 3, 1) for name in ("one", "other"))
-    drawn = [
-        tuple(method.modules(replace(state, round=r), c)["wide"].tolist())
-        for c in (one, other)
-        for r in range(4)
-    ]
-    assert len(set(drawn)) > 4
-    assert {j for modules in drawn for j in modules} == set(range(R))
-
-
 @rules
 @weightings
 def test_fslora_is_the_mean_of_the_masked_updates(rule, weights):
@@ -213,20 +201,6 @@ def test_with_one_trained_factor_the_mean_of_the_products_is_exact(name, rule):
             old = state.adapter.layers[layer]
             assert torch.equal(factors.A, old.A) == (trained == "B")
             assert torch.equal(factors.B, old.B) == (trained == "A")
-
-
-def test_fedsa_lora_shares_nothing_but_a():
-    method, state = method_of("fedsa-lora"), start()
-    sent = method.broadcast(state, Client("k", 5, 1))
-    assert sent.personal
-    for _, _, after in rounds_of(method, R, RULES[0]):
-        assert same_bits(
-            LoraAdapter({}, state.adapter.scale, after.adapter.modules_to_save),
-            LoraAdapter({}, state.adapter.scale, state.adapter.modules_to_save),
-        )
-        for name, factors in after.adapter.layers.items():
-            assert torch.equal(factors.B, state.adapter.layers[name].B)
-            assert not torch.equal(factors.A, state.adapter.layers[name].A)
 
 
 # Product by product
@@ -443,40 +417,12 @@ def test_segment_wise_is_zero_padding_divided_by_the_share_that_holds_a_slot(cli
 
 
 @identity
-@given(
-    clients=st.lists(
-        st.tuples(st.sampled_from([3, 8]), st.integers(1, 50)), min_size=1, max_size=5
-    ),
-    seed=seeds,
-)
-def test_with_two_levels_replication_is_segment_wise(clients, seed):
-    state = start(PATTERN)
-    updates = drawn_updates(state, clients, seed)
-    results = [
-        aggregate(method_of(name), state, updates).adapter for name in ("replication", "prelort")
-    ]
-    assert_close(results[0], results[1].tensors())
-
-
-@identity
 @given(clients=pairs, seed=seeds)
 def test_with_all_holders_as_donors_replication_is_segment_wise(clients, seed):
     state = start(PATTERN)
     updates = drawn_updates(state, clients, seed)
     copied = aggregate(method_of("replication", donors="holders"), state, updates).adapter
     assert same_bits(copied, aggregate(method_of("prelort"), state, updates).adapter)
-
-
-@identity
-@given(clients=pairs, rank=st.integers(1, 8), seed=seeds)
-def test_at_equal_ranks_the_factor_methods_are_fedit(clients, rank, seed):
-    state = start(rank)
-    updates = drawn_updates(state, [(rank, examples) for _, examples in clients], seed)
-    expected = aggregate(method_of("fedit"), state, updates).adapter
-    assert_close(expected, federated_average(updates, "examples"))
-    for name in ("prelort", "zero-padding", "replication", "fed-plora", "fslora"):
-        found = aggregate(method_of(name), state, updates).adapter
-        assert same_bits(found, expected), name
 
 
 @identity
@@ -507,13 +453,6 @@ class Largest(TorchDispatchMode):
             if isinstance(value, torch.Tensor):
                 self.numbers = max(self.numbers, value.numel())
         return result
-
-
-def test_the_largest_tensor_is_found():
-    """Guards the test below."""
-    with Largest() as largest:
-        torch.ones(30, 2) @ torch.ones(2, 30)
-    assert largest.numbers == 900
 
 
 @pytest.mark.parametrize("name", REGISTRY)

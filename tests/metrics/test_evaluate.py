@@ -259,18 +259,6 @@ def test_rouge_l_takes_the_first_examples_that_have_a_reference(llama):
     assert score(4) == pytest.approx(75)
 
 
-def test_a_prompt_too_long_for_the_positions_loses_its_oldest_tokens(llama):
-    llama.eval()
-    for start in range(2, 30):
-        ids = [2 + (start + i) % 30 for i in range(62)]
-        with torch.no_grad():
-            reference = greedy(llama, ids[62 - (64 - 5) :], 5)
-        if len(reference.split()) > 1:
-            break
-    found = measure(llama, Causal(), [Example(ids, ids, 62, reference)], (0,), ("rouge_l",))
-    assert found[0]["rouge_l"] == pytest.approx(100)
-
-
 def test_modes_and_gradients_are_as_before_and_progress_is_told(llama):
     llama.train()
     llama.model.layers[0].eval()
@@ -331,19 +319,6 @@ def test_where_memory_does_not_suffice_fewer_ranks_share_a_pass(llama, holds):
     assert all(values == pytest.approx(alone[0]) for values in found.values())
     assert sizes[0] == 8
     assert sizes.count(2 * (1 if holds == 1 else 2)) >= 4
-
-
-def test_no_memory_for_a_single_rank_is_an_error(llama):
-    class Full(Causal):
-        def losses(self, model, batch):
-            raise torch.OutOfMemoryError("full")
-
-    with pytest.raises(torch.OutOfMemoryError):
-        measure(llama, Full(), texts(2), (0, 2))
-
-
-def test_no_ranks_no_work(llama):
-    assert measure(llama, Causal(), texts(2), ()) == {}
 
 
 def test_what_cannot_be_measured_is_one_sentence(llama):

@@ -31,11 +31,6 @@ def test_accuracy_and_macro_f1_against_their_definitions(pairs):
     assert macro_f1(predicted, truth) == pytest.approx(sum(f1) / len(f1))
 
 
-def test_macro_f1_counts_a_class_that_is_only_predicted():
-    # Class 2 does not occur in the truth: F1 of 0: 1, of 1: 2/3, of 2: 0.
-    assert macro_f1([0, 1, 2], [0, 1, 1]) == pytest.approx((1 + 2 / 3 + 0) / 3)
-
-
 @pytest.mark.parametrize("score", [accuracy, macro_f1, rouge_l])
 def test_scores_refuse_what_does_not_pair(score):
     with pytest.raises(ValueError, match="2 predictions for 1"):
@@ -63,11 +58,6 @@ def test_perplexity_at_the_edges():
     assert math.isnan(perplexity(math.nan, 2))
     with pytest.raises(ValueError, match="0 tokens"):
         perplexity(1.0, 0)
-
-
-@given(st.floats(-1e300, 1e300), st.sets(ranks, min_size=1, max_size=8))
-def test_aurac_of_a_constant_is_the_constant(value, at):
-    assert aurac(dict.fromkeys(at, value)) == pytest.approx(value, rel=1e-9)
 
 
 @given(st.dictionaries(ranks, finite, min_size=1, max_size=8))
@@ -104,10 +94,6 @@ def test_rouge_l_by_hand():
     assert one == pytest.approx(100 * f)
     assert rouge_l(["the cat, a mat", ""], ["the cat sat on the mat", "x"]) == pytest.approx(50 * f)
     assert rouge_l(["same words"], ["same words"]) == pytest.approx(100)
-
-
-def test_rouge_l_does_not_stem():
-    assert rouge_l(["walking dogs"], ["walked dogs"]) == pytest.approx(50)
 
 
 def test_every_metric_of_the_configuration_has_a_direction():

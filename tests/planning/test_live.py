@@ -39,19 +39,6 @@ def test_what_backward_keeps_is_seen() -> None:
     assert watch.live[-1] == 10_004
 
 
-def test_gradients_are_told_apart() -> None:
-    weight = torch.ones(50, requires_grad=True)
-    watch = LiveBytes([weight])
-    weight.register_post_accumulate_grad_hook(lambda p: watch.mark_gradient(p.grad))
-    with watch:
-        (weight * 2).sum().backward()
-        torch.zeros(1)
-        assert watch.gradients[-1] == 200
-        weight.grad = None
-        torch.zeros(1)
-    assert watch.gradients[0] == watch.gradients[-1] == 0
-
-
 def test_fake_tensors_weigh_as_real_ones_and_have_some_value() -> None:
     with FakeTensorMode(), LiveBytes([]) as watch:
         huge = torch.empty(2**40, dtype=torch.bfloat16)

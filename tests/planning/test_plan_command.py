@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from command_line import CommandLine
-from prelort.config import Config, to_toml
+from prelort.config import Config
 from prelort.planning.memory import Planner
 
 
@@ -44,16 +44,6 @@ def test_json_has_every_byte(
     assert row["fits"] is True
     assert (row["adapter"], row["down"], row["sent"]) == (exact.adapter, exact.down, exact.sent)
     assert row["total"] == pytest.approx(exact.total, rel=1e-3)
-
-
-def test_takes_a_configuration(
-    command_line: CommandLine, settings: Callable[..., Config], tmp_path: Path
-) -> None:
-    file = tmp_path / "my.toml"
-    file.write_text(to_toml(settings(method={"name": "ffa-lora"})))
-    outcome = command_line("plan", file, "--ranks", "4", "--json", "--memory", "1GiB")
-    row = json.loads(outcome.out)["ranks"][0]
-    assert row["up"] < row["adapter"]  # only B travels
 
 
 def test_without_memory_that_of_the_machine_is_taken(
@@ -99,11 +89,3 @@ def test_an_encoder_cannot_be_planned_as_a_language_model(
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     error = command_line("plan", "--model", tmp_path, "--memory", "1GB").error
     assert "no causal model can be built from its configuration" in error
-
-
-def test_weights_are_not_needed(
-    command_line: CommandLine, tmp_path: Path, tiny_llama: Path
-) -> None:
-    (tmp_path / "config.json").write_bytes((tiny_llama / "config.json").read_bytes())
-    outcome = command_line("plan", "--model", tmp_path, "--memory", "1GB", "--ranks", "2")
-    assert outcome.code == 0

@@ -65,14 +65,6 @@ def test_the_setting_changes_the_file_and_the_methods_own_change_the_setting(
     assert rates["iid", "zero-padding"] == rates["dirichlet 0.1", "zero-padding"] == 2e-3
 
 
-def test_all_else_is_the_same_for_all_methods_of_a_cell(tmp_path: Path) -> None:
-    cells = {c.method: c.config for c in study_of(tmp_path).cells if c.setting == "iid"}
-    own = {"method": cells["prelort"].method, "training": cells["prelort"].training}
-    assert len(cells) == 3
-    for config in cells.values():
-        assert config.model_copy(update=own) == cells["prelort"]
-
-
 def test_without_a_file_it_is_the_embedded_default() -> None:
     study = load(methods=["zero-padding", "hetlora"], seeds=[4])
     assert [cell.config.seed for cell in study.cells] == [4, 4]
@@ -120,11 +112,6 @@ class TestRuns:
         with pytest.raises(ConfigError, match="prelort compare"):
             of_run(tmp_path / "study.toml")
 
-    @pytest.mark.parametrize("methods", [["prelorr"], ["prelort", "prelorr"]])
-    def test_an_unknown_method_is_refused(self, methods: list[str]) -> None:
-        with pytest.raises(ConfigError, match="unknown method 'prelorr'"):
-            of_run(None, [], methods)
-
 
 class TestFolders:
     def test_hold_the_study_that_was_written_to_them(self, tmp_path: Path) -> None:
@@ -136,24 +123,6 @@ class TestFolders:
         study = of_run(None, ["seed=4"])
         (tmp_path / "config.toml").write_text(to_toml(study.base))
         assert of_folder(tmp_path) == study
-
-    def test_need_not_be_read_where_the_methods_are(self, tmp_path: Path) -> None:
-        text = STUDY.replace('"zero-padding", ', '"my.module:Own", ').replace(
-            "zero-padding =", "x ="
-        )
-        text = text.replace('x = ["training.learning_rate=2e-3"]', "")
-        (tmp_path / "study.toml").write_text(text)
-        assert "my.module:Own" in of_folder(tmp_path).methods
-
-    def test_without_either_are_no_runs(self, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match="holds no run"):
-            of_folder(tmp_path)
-
-
-def test_empty_axes_are_the_configurations_own(tmp_path: Path) -> None:
-    study = study_of(tmp_path, "seed = 7\n[compare]\nmethods = []\nseeds = []\n")
-    assert study.is_run
-    assert (study.methods, study.seeds) == (("prelort",), (7,))
 
 
 SMALL = '[compare]\nmethods = ["prelort"]\nseeds = [0]\n'

@@ -9,7 +9,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ import pytest
 import prelort
 from prelort.config import Config, to_toml
 from prelort.errors import ConfigError
-from prelort.events import Checkpointed, Event, RankChanged, RoundFinished
+from prelort.events import Checkpointed, Event, RoundFinished
 from prelort.experiment.folder import RunFolder
 from prelort.history import RunHistory
 from prelort.methods import REGISTRY
@@ -130,14 +129,6 @@ class TestResults:
             assert NEEDS_ONE_RANK.split("'")[2] in (out / name).read_text()
         assert not (out / "two-steps" / "fedit" / "seed-0").exists()
 
-    def test_are_read_from_the_folder(self, finished: Finished) -> None:
-        _, out, results, _ = finished
-        again = prelort.read(out)
-        assert [(c.name, c.status, c.reason) for c in again.cells] == [
-            (c.name, c.status, c.reason) for c in results.cells
-        ]
-        assert again.to_pandas().equals(results.to_pandas())
-
     def test_the_measurements_are_those_of_the_runs(self, finished: Finished) -> None:
         study, out, _, _ = finished
         rows = table(out / "measurements.csv")
@@ -205,16 +196,6 @@ class TestResults:
         assert len(pictures) >= 2
         assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
 
-    def test_all_methods_of_a_cell_have_the_same_base(self, finished: Finished) -> None:
-        _, _, results, _ = finished
-        for setting in results.settings:
-            bases = {
-                (cell.seed, cell.history.base["perplexity"])
-                for cell in results.cells
-                if cell.setting == setting and cell.status == "finished"
-            }
-            assert len(bases) == len(results.seeds)
-
 
 class TestContinuing:
     def test_finished_cells_are_kept_and_failed_ones_tried_again(self, finished: Finished) -> None:
@@ -258,19 +239,6 @@ class TestContinuing:
         with pytest.raises(ConfigError, match="is not empty: choose another --out"):
             run_study(load(write()), tmp_path, new=True)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["thesis.txt"]
-
-    def test_one_process_at_a_time(self, tmp_path: Path, write: Write) -> None:
-        study = load(write(ONE))
-
-        class Second(Record):
-            def started(self, name: str) -> None:
-                with pytest.raises(ConfigError, match="is in use"):
-                    run_study(study, tmp_path / "out")
-                super().started(name)
-
-        record = Second()
-        run_study(study, tmp_path / "out", record)
-        assert record.begun == ["prelort, seed 0"]
 
     def test_interrupted_it_writes_the_results_so_far(self, tmp_path: Path, write: Write) -> None:
         study, out = load(write(TWO)), tmp_path / "out"
@@ -317,13 +285,6 @@ class TestRuns:
         again = Record()
         run_study(of_run(write("")), out, again)
         assert (again.rounds, adapters_of(out)) == ({}, before)
-
-    def test_raises_what_the_run_raises(self, tmp_path: Path, write: Write) -> None:
-        def broken(*arguments: Any, **options: Any) -> None:
-            raise ZeroDivisionError("a bug")
-
-        with pytest.raises(ZeroDivisionError):
-            run_study(of_run(write("")), tmp_path / "out", run=broken)
 
 
 class TestReading:
@@ -453,17 +414,6 @@ class TestSideBySide:
         folder = study.cells[0].folder
         assert adapters_of(tmp_path / "out" / folder) == adapters_of(alone / folder)
 
-    def test_events_that_give_a_reason_do_not_end_a_cell(
-        self, tmp_path: Path, write: Write
-    ) -> None:
-        """A planned change of ranks is an event with a reason."""
-        text = '[compare]\nmethods = ["prelort"]\nseeds = [0, 1]\n'
-        study = load(write(text), ["ranks.schedule={2 = '2*1'}"])
-        results = run_study(study, tmp_path / "out", jobs=2)
-        assert [cell.status for cell in results.cells] == ["finished", "finished"]
-        for cell in results.cells:
-            assert any(isinstance(event, RankChanged) for event in cell.history.incidents)
-
     def test_each_has_its_share_of_the_cores_and_keeps_it(
         self, tmp_path: Path, write: Write
     ) -> None:
@@ -480,14 +430,6 @@ class TestSideBySide:
         assert record.kept_cells == 2
         with pytest.raises(ConfigError, match="keys differ: threads"):
             run_study(load(file, [f"threads={share + 1}"]), out)
-
-    @pytest.mark.usefixtures("own_methods")
-    def test_a_process_that_dies_is_a_reason(self, tmp_path: Path, write: Write) -> None:
-        text = '[compare]\nmethods = ["own:Dying", "prelort"]\nseeds = [0]\n'
-        results = run_study(load(write(text)), tmp_path / "out", jobs=2)
-        dying, sound = results.cells
-        assert (sound.status, dying.status) == ("finished", "failed")
-        assert "killed by signal 9" in dying.reason
 
     @pytest.mark.usefixtures("own_methods")
     def test_a_worker_is_kept_for_the_next_cell_and_replaced_if_it_died(
@@ -509,16 +451,6 @@ class TestSideBySide:
         assert reasons[2] == "its process was killed by signal 9"
         assert children[0] == children[1] != children[3]
         assert worker.run(order, lambda event: None) == "stopped"
-
-    def test_closed_from_another_thread_it_ends_at_once(self, tmp_path: Path, write: Write) -> None:
-        (cell,) = load(write(ONE, federation={"rounds": 10_000, "clients_per_round": 1})).cells
-        worker = Worker()
-
-        def close(event: Event) -> None:
-            if isinstance(event, RoundFinished):
-                threading.Thread(target=worker.close).start()
-
-        assert "killed by signal 9" in worker.run(Order(cell.config, tmp_path / "out"), close)
 
 
 def test_all_methods_of_a_cell_train_the_same_clients_on_the_same_batches(

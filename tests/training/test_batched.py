@@ -13,11 +13,11 @@ from prelort.adapters import ScaleRule
 from prelort.errors import PrelortError
 from prelort.methods.objective import Objective, TailPenalty, nested, plain
 from prelort.models.lora import extract, install
-from prelort.training.adapter_stack import AdapterStack, stackable
+from prelort.training.adapter_stack import stackable
 from prelort.training.batched import BatchedClient, TrainedClient, train_batched
 from prelort.training.local import train
 from prelort.training.steps import Assignment
-from tiny_models import adapted, ragged_examples, trained_adapter
+from tiny_models import adapted, ragged_examples
 
 LEVELS = (1, 3, 8)
 RULES = [ScaleRule("constant", 0.7), ScaleRule("rslora", 1.3)]
@@ -171,39 +171,9 @@ def test_a_client_that_fails_is_named_and_the_others_go_on(llama):
     assert all(isinstance(e, PrelortError) for e in llama.batched([empty, late]))
 
 
-def test_equal_arguments_give_equal_bits_and_leave_the_model_as_it_was(llama, tiny_bert):
-    for bench in (llama, Clients(tiny_bert, RULES[0])):
-        first, second = (bench.batched(bench.clients()) for _ in range(2))
-        for one, other in zip(first, second, strict=True):
-            for name, tensor in one.adapter.tensors().items():
-                assert torch.equal(tensor, other.adapter.tensors()[name])
-        found = extract(bench.model, bench.rule).tensors()
-        assert all(torch.equal(t, found[n]) for n, t in bench.start.tensors().items())
-        assert all("forward" not in vars(module) for module in bench.model.modules())
-
-
 def test_which_models_can_be_shared(llama, tiny_bert):
     install(llama.model, llama.start.prefix(2), frozen=llama.start.prefix(3))
     assert not stackable(llama.model)
     install(llama.model, llama.start)
     assert stackable(llama.model)
     assert not stackable(adapted(tiny_bert, 8, modules_to_save=["LayerNorm", "classifier"]))
-
-
-def test_rows_go_through_their_owners_adapters(llama):
-    """Rows in any order of owners, each cut at a rank of its own, against each adapter alone."""
-    adapters = [llama.start.prefix(2), trained_adapter(llama.model, llama.rule, seed=4)]
-    ids = torch.randint(2, 256, (6, 5), generator=torch.Generator().manual_seed(1))
-    ranks = torch.tensor([1, 2, 8, 3, 0, 2])
-    owners = [0, 1, 0]
-    install(llama.model, llama.start)
-    stack = AdapterStack(llama.model, llama.runtime.truncation, adapters)
-    llama.model.eval()
-    with torch.no_grad(), stack.installed(), stack.rows(owners, ranks, 5):
-        found = llama.model(input_ids=ids).logits
-    for row in range(6):
-        adapter = adapters[owners[row // 2]]
-        install(llama.model, adapter)
-        with torch.no_grad(), llama.runtime.truncation.at(min(int(ranks[row]), adapter.rank)):
-            expected = llama.model(input_ids=ids[row : row + 1]).logits[0]
-        torch.testing.assert_close(found[row], expected, rtol=1e-5, atol=1e-5)

@@ -46,20 +46,6 @@ def test_each_epoch_covers_every_example_once_across_rounds(
         assert all(len(batch) == size for batch in part[:-1])
 
 
-def test_a_round_goes_on_where_the_last_one_stopped():
-    short = settings_of(batch_size=3, local_steps=2)
-    long = settings_of(batch_size=3, local_steps=10)
-    assert list(itertools.chain(*rounds_of(11, short, 5))) == rounds_of(11, long, 1)[0]
-
-
-def test_without_shuffling_batches_are_in_order():
-    config = settings_of(batch_size=2, local_steps=4, shuffle=False)
-    assert rounds_of(5, config, 2) == [
-        [[0, 1], [2, 3], [4], [0, 1]],
-        [[2, 3], [4], [0, 1], [2, 3]],
-    ]
-
-
 def test_orders_differ_between_epochs_clients_and_seeds():
     config = settings_of(local_steps=0, batch_size=4, local_epochs=1)
     first, second = rounds_of(16, config, 2)
@@ -84,8 +70,3 @@ def test_local_epochs_give_the_number_of_steps(examples, epochs, accumulation, s
         local_steps=0, batch_size=4, local_epochs=epochs, gradient_accumulation=accumulation
     )
     assert steps_per_round(examples, config) == steps
-
-
-def test_local_steps_come_before_local_epochs():
-    config = settings_of(batch_size=4, local_steps=3, local_epochs=9)
-    assert steps_per_round(100, config) == steps_per_round(1, config) == 3

@@ -10,7 +10,7 @@ from bench import Bench
 
 from prelort.adapters import LoraAdapter
 from prelort.adapters.algebra import concatenate
-from prelort.methods.objective import nested, plain
+from prelort.methods.objective import plain
 from prelort.models.lora import FROZEN, install, lora_layers
 from random_adapters import same_bits
 
@@ -59,18 +59,6 @@ def test_the_fold_is_trained_around_and_stays_as_it_is(bench, rank):
     assert not same_bits(alone, trained)
 
 
-def test_rounds_beside_folds_are_deterministic_and_leave_nothing_behind(bench):
-    plain_before = bench.train()
-    folded = bench.train(frozen=bench.fold(2), scale_multiplier=1.5)
-    bench.train(frozen=bench.fold(30, seed=8), trains="B", scale_multiplier=2.0)
-    for first, again in (
-        (folded, bench.train(frozen=bench.fold(2), scale_multiplier=1.5)),
-        (plain_before, bench.train()),
-    ):
-        assert first[0].loss == again[0].loss
-        assert same_bits(first[1], again[1])
-
-
 @pytest.mark.parametrize("rank", [2, 30], ids=["two products", "one matrix"])
 def test_the_loss_beside_a_fold_is_that_of_the_sum(bench, rank):
     """At rate zero, nearly: of one adapter that holds both, at one scale."""
@@ -86,11 +74,3 @@ def test_the_loss_beside_a_fold_is_that_of_the_sum(bench, rank):
     assert loss(frozen=fold, scale_multiplier=1.5) == pytest.approx(expected, rel=5e-6)
     for wrong in ({"scale_multiplier": 1.5}, {"frozen": fold}):
         assert loss(**wrong) != pytest.approx(expected, rel=2e-5)
-
-
-@pytest.mark.parametrize("kind", ["mean", "example", "step", "full+one"])
-def test_nested_training_works_on_one_factor_beside_a_fold(bench, kind):
-    objective = nested(kind, 4, (2, 4), full_share=0.5)
-    _, trained = bench.train(objective=objective, frozen=bench.fold(2), trains="B")
-    assert not moved(bench.start, trained, "A")
-    assert moved(bench.start, trained, "B") == set(bench.start.layers)

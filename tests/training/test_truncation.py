@@ -82,24 +82,6 @@ def test_outside_the_block_nothing_is_cut_even_after_an_error(tiny_llama):
     assert torch.equal(logits(model), plain)
 
 
-def test_a_truncation_stays_valid_when_another_adapter_is_installed(tiny_llama):
-    model, _, truncation = prepared(tiny_llama, RULES[1])
-    other = trained_adapter(adapted(tiny_llama, 5), RULES[1], seed=9)
-    install(model, other)
-    with truncation.at(3):
-        found = logits(model)
-    install(model, other.prefix(3))
-    torch.testing.assert_close(found, logits(model), **CLOSE)
-
-
-def test_after_detach_nothing_is_cut(tiny_llama):
-    model, _, truncation = prepared(tiny_llama, RULES[0])
-    plain = logits(model)
-    truncation.detach()
-    with truncation.at(2):
-        assert torch.equal(logits(model), plain)
-
-
 @pytest.mark.parametrize("rows", [2, 4])
 def test_ranks_that_do_not_match_the_rows_are_an_error(folder, rows):
     model, _, truncation = prepared(folder, RULES[0])
