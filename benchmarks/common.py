@@ -30,6 +30,18 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     }
 
 
+def local_app(clients: Sequence[Any]) -> Any:
+    """The Flower `ClientApp` of clients of this process, by their ``partition-id``."""
+    from prelort.federation.client import respond  # here: other benchmarks measure memory
+    from prelort.federation.client_app import client_app
+
+    return client_app(
+        lambda kind, content, context: respond(
+            clients[int(context.node_config["partition-id"])], kind, content
+        )
+    )
+
+
 def paired(sides: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
     """Seconds of each side, measured in turns so that disturbances affect all sides alike.
 

@@ -187,7 +187,7 @@ def main() -> None:
                         "Ray / this": ray / middle,
                     }
                 )
-    sizes = initial().num_parameters * 4
+    sizes = sum(t.numel() for t in initial().tensors().values()) * 4
     facts = {"MB to and from each client": sizes / 1e6, **vars(arguments), **machine()}
     report("floor", "Rounds without training", rows, facts)
 

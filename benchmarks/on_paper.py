@@ -68,7 +68,7 @@ def adding_rate(repeats: int) -> float:
         wire.check_adapter(found, schema, rank, 1e4)
         mean.add(found, 1.0)
         seconds.append(time.perf_counter() - started)
-    return 4 * adapter.num_parameters / statistics.median(seconds[1:])
+    return 4 * sum(t.numel() for t in adapter.tensors().values()) / statistics.median(seconds[1:])
 
 
 def superlink_rate() -> float:

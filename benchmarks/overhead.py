@@ -14,14 +14,13 @@ import time
 from pathlib import Path
 
 import torch
-from common import machine, paired, ratio, report
+from common import local_app, machine, paired, ratio, report
 
 from prelort import diagnostics, methods
 from prelort.config import load
 from prelort.experiment import checkpoint
 from prelort.experiment.assemble import Assembly, assemble
 from prelort.experiment.checkpoint import Checkpoint
-from prelort.federation.client import make_client_app
 from prelort.federation.federation import Federation
 from prelort.federation.in_process import InProcessGrid
 from prelort.federation.sampling import sample
@@ -36,7 +35,7 @@ from prelort.training.steps import Assignment
 def federated(assembly: Assembly) -> float:
     """Seconds of the rounds through server and client app, a checkpoint after each."""
     sites = assembly.clients
-    app = make_client_app(lambda context: sites[int(context.node_config["partition-id"])])
+    app = local_app(sites)
     grid = InProcessGrid(app, [{"partition-id": index} for index in range(len(sites))])
     with tempfile.TemporaryDirectory() as folder:
         config = assembly.config

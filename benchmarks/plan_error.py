@@ -29,6 +29,7 @@ from typing import Any
 import psutil
 import torch
 from common import machine, report
+from measured_peak import measured_peak
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -39,7 +40,6 @@ from transformers import (
 )
 
 from prelort.config import Config, check, load, to_toml
-from prelort.planning.measured import measured_peak
 from prelort.planning.memory import Planner
 from prelort.planning.sizes import show
 

@@ -123,7 +123,7 @@ def main(grid: Grid, context: Context) -> None:
     )
     state = ServerState(initial(spec))
     found: dict[str, Any] = {
-        "parameters": state.adapter.num_parameters,
+        "parameters": sum(t.numel() for t in state.adapter.tensors().values()),
         "before": psutil.Process().memory_info().rss,
         "events": [],
     }

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import machine, report
+from common import local_app, machine, report
 
 from prelort import methods
 from prelort.config import load
@@ -29,7 +29,6 @@ from prelort.events import RankChanged, RoundFinished
 from prelort.experiment.assemble import assemble
 from prelort.experiment.deterministic import deterministic
 from prelort.experiment.run import run
-from prelort.federation.client import make_client_app
 from prelort.federation.federation import Federation
 from prelort.federation.in_process import InProcessGrid
 from prelort.federation.transport import Transport
@@ -135,7 +134,7 @@ def counted(method: str, dtype: str) -> tuple[RunHistory, list[ServerState]]:
     with tempfile.TemporaryDirectory() as folder, deterministic(1):
         assembly = assemble(config, Path(folder))
         clients = assembly.clients
-        app = make_client_app(lambda context: clients[int(context.node_config["partition-id"])])
+        app = local_app(clients)
         grid = InProcessGrid(app, [{"partition-id": index} for index in range(len(clients))])
         spec = assembly.runtime.spec
         federation = Federation(config, Transport(grid, 1), spec, history.apply)

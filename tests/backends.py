@@ -10,14 +10,24 @@ from prelort.config import Config
 from prelort.experiment.assemble import assemble
 from prelort.experiment.backend import Backend, Connect, with_all_data
 from prelort.federation import wire
-from prelort.federation.client import make_client_app
-from prelort.federation.flower import Context, Message, MessageType
+from prelort.federation.client import LocalClient, respond
+from prelort.federation.client_app import client_app
+from prelort.federation.flower import ClientApp, Context, Message, MessageType
 from prelort.federation.in_process import InProcessGrid
 from prelort.federation.messages import TrainRequest
 from prelort.federation.transport import Transport
 
 Train = Callable[[str, int, Callable[[], Message]], Message]
 """From a client's name, the round (from 1) and what trains as usual to the reply."""
+
+
+def local_app(clients: Sequence[LocalClient]) -> ClientApp:
+    """The app of clients of this process, by their ``partition-id``."""
+    return client_app(
+        lambda kind, content, context: respond(
+            clients[int(context.node_config["partition-id"])], kind, content
+        )
+    )
 
 
 def in_this_process(
@@ -33,7 +43,7 @@ def in_this_process(
         assembly = assemble(config, folder)
         places = order or range(len(assembly.clients))
         clients = [assembly.clients[place] for place in places]
-        app = make_client_app(lambda context: clients[int(context.node_config["partition-id"])])
+        app = local_app(clients)
 
         def answer(message: Message, context: Context) -> Message:
             if message.metadata.message_type != MessageType.TRAIN:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import prelort
+from backends import local_app
 from prelort import config as configuration
 from prelort.config import Config
 from prelort.data import standard_library
@@ -17,7 +18,7 @@ from prelort.events import Metrics
 from prelort.experiment.assemble import assemble
 from prelort.experiment.at_sites import at_sites, backend_at_sites, own_site
 from prelort.experiment.run import run
-from prelort.federation.client import LocalClient, make_client_app
+from prelort.federation.client import LocalClient
 from prelort.federation.in_process import InProcessGrid
 from prelort.history import RunHistory
 from prelort.models.base import location
@@ -71,8 +72,7 @@ def sites_of(config: Config, files: dict[str, Path]) -> list[LocalClient]:
 
 
 def run_at(sites: Sequence[LocalClient], config: Config, path: Path) -> RunHistory:
-    app = make_client_app(lambda context: sites[int(context.node_config["partition-id"])])
-    grid = InProcessGrid(app, [{"partition-id": index} for index in range(len(sites))])
+    grid = InProcessGrid(local_app(sites), [{"partition-id": index} for index in range(len(sites))])
     return run(config, path, backend=at_sites(grid)).history
 
 

@@ -13,12 +13,13 @@ import pytest
 import safetensors.torch
 import torch
 
+from backends import local_app
 from prelort import tasks
 from prelort.adapters import AdapterSchema, Factors, LoraAdapter, ScaleRule
 from prelort.adapters.initial import fresh
 from prelort.config import LoraSettings, ModelConfig, TrainingConfig
 from prelort.federation import messages, wire
-from prelort.federation.client import ClientRuntime, LocalClient, make_client_app
+from prelort.federation.client import ClientRuntime, LocalClient
 from prelort.federation.client_app import REFUSED
 from prelort.federation.client_manager import AdapterSpec
 from prelort.federation.flower import Message, MessageType
@@ -75,7 +76,7 @@ class Bench:
         self.client = LocalClient("site-0", 4, examples_of(folder, 0), self.runtime)
 
     def ask(self, content: Any, kind: str) -> Message:
-        grid = in_process(make_client_app(lambda context: self.client), 1)
+        grid = in_process(local_app([self.client]), 1)
         (node,) = grid.get_node_ids()
         message = Message(content, dst_node_id=node, message_type=kind)
         (reply,) = grid.send_and_receive([message])

@@ -50,7 +50,8 @@ CLIENTS = clients_of([2, 8, 4, 4])
 def connected(grid: Any) -> tuple[list[ConnectedClient], dict[str, str]]:
     """Who is connected where all are there from the start, and who is refused and why."""
     refused: dict[str, str] = {}
-    return ClientManager(Transport(grid, 1), SPEC, refused.__setitem__).gather(1), refused
+    manager = ClientManager(Transport(grid, 1), SPEC, refused.__setitem__, 10**7)
+    return manager.gather(1), refused
 
 
 def test_clients_are_known_by_their_properties_in_the_order_of_their_names() -> None:
@@ -81,6 +82,7 @@ def test_the_maximum_rank_is_known_up_to_the_global_one(stated: int, known: int)
         ({"rank": 9}, "offers rank 9, but the global adapter has 8"),
         ({"max_rank": 0}, "malformed header: max_rank"),
         ({"examples": 0}, "malformed header: examples"),
+        ({"examples": 10**8}, "claims 100000000 examples, allowed are 1 to"),
         ({"client": ""}, "malformed header: client"),
         ({"client": "n" * 201}, "malformed header: client"),
         ({"client": "site-0"}, "a client of this name is connected already"),
@@ -165,7 +167,7 @@ class TestClientManager:
         self.refused: list[tuple[str, str]] = []
         self.waiting: list[tuple[float, list[str]]] = []
         manager = ClientManager(
-            grid.transport(patience, **more), SPEC, lambda *said: self.refused.append(said)
+            grid.transport(patience, **more), SPEC, lambda *said: self.refused.append(said), 10**7
         )
         names = lambda: [one.client.name for one in manager.connected]  # noqa: E731
         manager.gather(needed, lambda left: self.waiting.append((left, names())))
@@ -313,3 +315,12 @@ class TestRun:
         run = self.train(grid, rounds=3, method="fedit", state=make_state(8))
         assert {event.clients for event in run.of(RoundStarted)} == {("a",)}
         assert {event.client for event in run.of(ClientRefused)} == {"b"}
+
+    def test_one_that_cannot_be_served_does_not_count_and_is_not_asked_each_round(self) -> None:
+        guest = Node(client("b", 8), online=lambda now: now >= 1.5)
+        leaving = Node(client("c", 2), online=lambda now: now < 3.0)
+        grid = ChangingGrid(Node(client("a", 2)), guest, leaving)
+        with pytest.raises(QuorumError, match=r"1 clients are connected .* 2 are needed"):
+            self.train(grid, patience=2 * RETRY_SECONDS, rounds=9, method="fedit", min_clients=2)
+        assert [event.client for event in self.run.of(ClientRefused)] == ["b"]
+        assert grid.asked.count((MessageType.QUERY, "b")) <= 3

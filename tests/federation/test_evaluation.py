@@ -97,6 +97,8 @@ FAILURES = [
     (OSError("disk"), "OSError: disk"),
     (None, "carries no header"),
     ({"examples": 0}, "malformed header: examples"),
+    ({"examples": 10**8}, "claims 100000000 examples"),
+    ({"weight": 10**12}, "claims a weight of 1000000000000"),
     ({"protocol": 1}, "speaks protocol 1"),
     ({"base": "base-9"}, "another base model"),
     ({"scale": 9.0}, "another scale rule"),

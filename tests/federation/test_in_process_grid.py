@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 
 import pytest
@@ -95,3 +96,21 @@ def test_an_interrupt_is_not_a_clients_failure() -> None:
     grid = in_process(app, 1)
     with pytest.raises(KeyboardInterrupt):
         list(grid.send_and_receive([message_to(1000)]))
+
+
+def test_a_batch_that_raises_is_answered_one_by_one_with_its_memory_free() -> None:
+    """Outside the handler, whose traceback would hold the batch."""
+    handled: list[object] = []
+
+    def app(message: Message, context: Context) -> Message:
+        handled.append(sys.exc_info()[1])
+        return echo(message, context)
+
+    def fails(messages: object) -> list[Message]:
+        raise RuntimeError("no memory")
+
+    configs = [{"partition-id": i} for i in range(2)]
+    grid = InProcessGrid(app, configs, answer_batched=fails, clients_per_batch=2)
+    ids = grid.push_messages([message_to(node) for node in grid.get_node_ids()])
+    assert [reply.has_error() for reply in grid.pull_messages(ids)] == [False, False]
+    assert handled == [None, None]

@@ -170,7 +170,11 @@ class TestPartsOfAnAdapter:
 
     def test_a_validation_loss_that_is_no_number_is_none(self) -> None:
         """The client has learnt something all the same, so that its reply counts."""
-        assert take(reply(validation_loss=math.nan))[1].validation_loss is None
+        for content in (
+            reply(validation_loss=math.nan),
+            with_header(reply(), validation_loss=math.inf),
+        ):
+            assert take(content)[1].validation_loss is None
 
 
 class TestChanges:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,7 @@ from prelort.models.lora import extract, install
 from prelort.training.adapter_stack import stackable
 from prelort.training.batched import BatchedClient, TrainedClient, train_batched
 from prelort.training.local import train
-from prelort.training.steps import Assignment
+from prelort.training.steps import Assignment, LocalSteps
 from tiny_models import adapted, ragged_examples
 
 LEVELS = (1, 3, 8)
@@ -177,3 +178,12 @@ def test_which_models_can_be_shared(llama, tiny_bert):
     install(llama.model, llama.start)
     assert stackable(llama.model)
     assert not stackable(adapted(tiny_bert, 8, modules_to_save=["LayerNorm", "classifier"]))
+
+
+def test_time_out_is_of_a_clients_own_share_of_the_batchs_time(llama):
+    work = Assignment("k", 0, 1, 0, plain(3), timeout=0.01)
+    shared, alone = (LocalSteps(llama.examples, settings_of(), work, n) for n in (10_000, 1))
+    time.sleep(0.02)
+    shared.check_time()
+    with pytest.raises(PrelortError, match=r"timed out after 0\.01 s"):
+        alone.check_time()

@@ -107,11 +107,6 @@ class LoraAdapter:
             named[f"{name}.lora_B.weight"] = factors.B
         return named | dict(self.modules_to_save)
 
-    @property
-    def num_parameters(self) -> int:
-        """The number of parameters in all tensors."""
-        return sum(t.numel() for t in self.tensors().values())
-
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], scale: ScaleRule) -> LoraAdapter:
         """The inverse of `tensors`.

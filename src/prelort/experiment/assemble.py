@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from datasets import concatenate_datasets
 from peft import LoraConfig
+from transformers import PreTrainedTokenizerBase
 
 from prelort import tasks
 from prelort.adapters import AdapterSchema, LoraAdapter, ScaleRule
@@ -45,7 +46,7 @@ class Assembly:
     clients: tuple[LocalClient, ...]
     test: Sequence[Example]
     runtime: ClientRuntime
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     initial: LoraAdapter
     """The global adapter before the first round."""
     template: LoraConfig
@@ -185,7 +186,7 @@ def _test_rows(config: Config, rows: FederatedRows) -> Any:
 
 
 def prepare_model(
-    config: Config, tokenizer: Any, *, rank: int, labels: Sequence[str]
+    config: Config, tokenizer: PreTrainedTokenizerBase, *, rank: int, labels: Sequence[str]
 ) -> tuple[ClientRuntime, LoraAdapter]:
     """The base model with LoRA layers of ``rank``, and the federation's initial adapter."""
     task = tasks.get(config.task)

@@ -1,4 +1,4 @@
-"""The client side: data and runtime of a client, and the Flower `ClientApp` that answers for it."""
+"""The client side: data and runtime of a client, and its replies to the server's messages."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from prelort.adapters import LoraAdapter
 from prelort.adapters.initial import draw_a
 from prelort.errors import PrelortError, UpdateRefused
 from prelort.federation import messages, wire
-from prelort.federation.client_app import Kind, client_app
+from prelort.federation.client_app import Kind
 from prelort.federation.encoding import carries_change, change_of
-from prelort.federation.flower import ClientApp, Context, RecordDict
+from prelort.federation.flower import RecordDict
 from prelort.federation.messages import AdapterSpec
 from prelort.federation.personal import PersonalStore
 from prelort.metrics.evaluate import EvaluationSettings, evaluate, ranks_at_once
@@ -61,14 +61,6 @@ class LocalClient:
     personal: PersonalStore | None = None
     next_rank: Callable[[int], int | None] = lambda round_index: None
     stopped: Callable[[], bool] = lambda: False
-
-
-def make_client_app(client_of: Callable[[Context], LocalClient]) -> ClientApp:
-    """A `ClientApp` that answers for clients of this process.
-
-    ``client_of`` finds the client of a Flower context, e.g. by its ``partition-id``.
-    """
-    return client_app(lambda kind, content, context: respond(client_of(context), kind, content))
 
 
 def respond(client: LocalClient, kind: Kind, content: RecordDict) -> RecordDict:

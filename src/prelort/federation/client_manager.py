@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from prelort.errors import UpdateRefused
+from prelort.errors import ConfigError, UpdateRefused
 from prelort.federation import wire
 from prelort.federation.flower import Message, MessageType, envelope
 from prelort.federation.messages import AdapterSpec, ClientProperties
+from prelort.federation.replies import check_examples
 from prelort.federation.transport import POLL_SECONDS, Transport, from_node_asked
 from prelort.methods.interface import Client
 
@@ -21,6 +22,10 @@ RETRY_SECONDS = 30.0
 """After which a refused client is asked again: its site may have been corrected."""
 PULL_AT_ONCE = 100
 """Replies that are asked for at a time: an engine may hand over one for each look at all."""
+
+
+Admit = Callable[[Sequence[Client]], None]
+"""Raises `ConfigError` where these clients cannot take part together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +42,20 @@ class ClientManager:
 
     A node is asked for its properties when it appears, and again after it was away or has failed:
     it may have come back with another rank. ``refused`` is called with a node's or client's name
-    and the reason for each that is refused.
+    and the reason for each that is refused. ``max_examples``: what a client may claim.
     """
 
     def __init__(
-        self, transport: Transport, spec: AdapterSpec, refused: Callable[[str, str], None]
+        self,
+        transport: Transport,
+        spec: AdapterSpec,
+        refused: Callable[[str, str], None],
+        max_examples: int,
     ) -> None:
         self._transport = transport
         self._spec = spec
         self._refused = refused
+        self._max_examples = max_examples
         self._connected: dict[int, ConnectedClient] = {}
         """By node."""
         self._node_of: dict[str, int] = {}
@@ -75,12 +85,16 @@ class ClientManager:
             del self._connected[node]
 
     def gather(
-        self, needed: int, waiting: Callable[[float], None] = lambda seconds: None
+        self,
+        needed: int,
+        waiting: Callable[[float], None] = lambda seconds: None,
+        admit: Admit = lambda clients: None,
     ) -> list[ConnectedClient]:
         """The connected clients, once there are ``needed`` or the transport's patience is over.
 
         Where no client comes or goes everyone is asked once. ``waiting`` is called with the seconds
-        that are left, when the waiting begins and whenever a client has come or gone since.
+        that are left, when the waiting begins and whenever a client has come or gone since. A new
+        client is refused where ``admit`` does not take it beside those that are connected.
         """
         clock, patience = self._transport.clock, self._transport.patience
         if patience is None and self._gathered:
@@ -88,7 +102,7 @@ class ClientManager:
         started = clock.monotonic()
         reported: list[str] | None = None
         while True:
-            progress = self._look()
+            progress = self._look(admit)
             elapsed = clock.monotonic() - started
             enough = len(self._connected) >= needed
             if not self._worth_waiting(enough, elapsed):
@@ -119,7 +133,7 @@ class ClientManager:
             return bool(self._queries) and elapsed <= GRACE_SECONDS
         return elapsed <= self._transport.patience
 
-    def _look(self) -> bool:
+    def _look(self, admit: Admit) -> bool:
         """One look at the nodes: query new ones, take replies, forget those that are gone."""
         nodes = list(self._transport.grid.get_node_ids())
         online = set(nodes)
@@ -135,7 +149,7 @@ class ClientManager:
                 self._query(node)
         ids, received = list(self._queries), False
         for first in range(0, len(ids), PULL_AT_ONCE):
-            received |= self._receive(ids[first : first + PULL_AT_ONCE])
+            received |= self._receive(ids[first : first + PULL_AT_ONCE], admit)
         return received
 
     def _query(self, node: int) -> None:
@@ -145,7 +159,7 @@ class ClientManager:
         if message_id is not None:
             self._queries[message_id] = envelope(message)
 
-    def _receive(self, ids: list[str]) -> bool:
+    def _receive(self, ids: list[str], admit: Admit) -> bool:
         """Take the replies to these queries, until no more come; whether there were any."""
         received = False
         while ids and (replies := self._transport.pull(ids)):
@@ -153,19 +167,22 @@ class ClientManager:
             for reply in replies:
                 message = self._queries.pop(reply.metadata.reply_to_message_id, None)
                 if message is not None:
-                    self._accept(message.metadata.dst_node_id, from_node_asked(message, reply))
+                    node = message.metadata.dst_node_id
+                    self._accept(node, from_node_asked(message, reply), admit)
             ids = [message_id for message_id in ids if message_id in self._queries]
         return received
 
-    def _accept(self, node: int, reply: Message) -> None:
+    def _accept(self, node: int, reply: Message, admit: Admit) -> None:
         name = f"node {node}"
         try:
             properties = wire.header(wire.answered(reply), ClientProperties)
             name = properties.client
-            self._connected[node] = self._checked(node, properties)
+            found = self._checked(node, properties)
+            admit([*(one.client for one in self.connected), found.client])
+            self._connected[node] = found
             self._node_of[name] = node
             self._refusals.pop(node, None)
-        except UpdateRefused as error:
+        except (UpdateRefused, ConfigError) as error:
             _, reported = self._refusals.get(node, (0.0, ""))
             self._refusals[node] = (self._transport.clock.monotonic(), str(error))
             if str(error) != reported:  # it is asked again and again, and reported once
@@ -173,6 +190,7 @@ class ClientManager:
 
     def _checked(self, node: int, properties: ClientProperties) -> ConnectedClient:
         self._spec.check(properties)
+        check_examples(properties.examples, self._max_examples)
         highest = self._spec.schema.rank
         if properties.rank > highest:
             raise UpdateRefused(

@@ -28,7 +28,7 @@ from prelort.events import (
 )
 from prelort.federation import wire
 from prelort.federation.allocation import Allocation
-from prelort.federation.client_manager import ClientManager, ConnectedClient
+from prelort.federation.client_manager import Admit, ClientManager, ConnectedClient
 from prelort.federation.flower import Message, MessageType, RecordDict
 from prelort.federation.messages import AdapterSpec
 from prelort.federation.pooled import PooledMetrics, prefix_groups
@@ -75,7 +75,8 @@ class Federation:
         """Of the events; 0 before the first."""
         self._finished = 0
         """Rounds that are done."""
-        self._manager = ClientManager(transport, spec, self._refuse)
+        limit = config.federation.max_client_examples
+        self._manager = ClientManager(transport, spec, self._refuse, limit)
         self._failed: set[str] = set()
         """Clients that gave no usable answer in the last attempt."""
         self.clients: list[ConnectedClient] = []
@@ -146,7 +147,7 @@ class Federation:
             client = clients[reply.metadata.src_node_id]
             whole, *prefixes = groups[int(reply.metadata.group_id)]
             try:
-                head = checked_metrics(reply, client, state.round, self._spec)
+                head = checked_metrics(reply, client, state.round, self._spec, self._config)
                 pools[whole].add(head, head.metrics)
                 for rank in prefixes:
                     pools[rank].add(head, head.prefixes.get(rank, {}))
@@ -173,7 +174,7 @@ class Federation:
         for reply in self._transport.send_and_receive(messages):
             client = clients[reply.metadata.src_node_id]
             try:
-                head = checked_metrics(reply, client, state.round, self._spec)
+                head = checked_metrics(reply, client, state.round, self._spec, self._config)
                 values = {n: float("nan") if v is None else v for n, v in head.metrics.items()}
                 metrics[client.name] = ClientMetrics(client.rank, head.examples, values)
             except UpdateRefused as error:
@@ -268,10 +269,10 @@ class Federation:
                 self._log(RankChanged(current.number, name, old, new, reason))
         return ranks
 
-    def _gather(self) -> list[ConnectedClient]:
+    def _gather(self, admit: Admit = lambda clients: None) -> list[ConnectedClient]:
         """The connected clients, once there are enough. Raises `QuorumError` if none come."""
         needed = min_connected(self._config.federation)
-        connected = self._manager.gather(needed, lambda seconds: self._wait(needed, seconds))
+        connected = self._manager.gather(needed, lambda seconds: self._wait(needed, seconds), admit)
         patience = self._transport.patience
         if patience is not None and len(connected) < needed:
             names = ", ".join(self._manager.missing)
@@ -300,7 +301,8 @@ class Federation:
         for name in self._failed & before.keys():
             self._manager.disconnect(name)
         self._failed = set()
-        now = {c.client.name: c for c in self._suitable(method, state, self._gather(), before)}
+        connected = self._gather(lambda clients: method.check(state, clients))
+        now = {one.client.name: one for one in connected}
         for name in sorted(before.keys() - now.keys()):
             self._log(ClientLeft(self._round, name))
         ranks = dict(state.ranks)
@@ -311,25 +313,6 @@ class Federation:
                 ranks.pop(name, None)  # what it offers now counts, not what it was given before
         self.clients = list(now.values())
         return self._with_levels(replace(state, ranks=ranks))
-
-    def _suitable(
-        self,
-        method: Method,
-        state: ServerState,
-        connected: list[ConnectedClient],
-        before: Mapping[str, ConnectedClient],
-    ) -> list[ConnectedClient]:
-        """Those that the method can serve together; the new ones give way."""
-        try:
-            method.check(state, [one.client for one in connected])
-            return connected
-        except ConfigError as error:
-            known = [one for one in connected if before.get(one.client.name) == one]
-            for one in connected:
-                if one not in known:
-                    self._refuse(one.client.name, str(error))
-            method.check(state, [one.client for one in known])
-            return known
 
     def _with_levels(self, state: ServerState) -> ServerState:
         """The state with all ranks that were, are or will be in use.

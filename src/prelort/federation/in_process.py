@@ -139,7 +139,8 @@ class InProcessGrid(Grid):  # type: ignore[misc]
             return answer([(m, self._contexts[m.metadata.dst_node_id]) for m in messages])
         except Exception:
             log.exception("clients could not train in one batch: training one by one")
-            return [self._answer(message) for message in messages]
+        # Not in the handler, whose traceback holds the batch's memory.
+        return [self._answer(message) for message in messages]
 
     @property
     def run(self) -> Any:

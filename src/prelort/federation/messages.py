@@ -9,9 +9,10 @@ name refuses, with a sentence that says so. Everything else is a new protocol.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer
 
 from prelort.adapters import AdapterSchema, ScaleRule, Trained
 from prelort.errors import UpdateRefused
@@ -27,6 +28,12 @@ FEATURES: frozenset[str] = frozenset()
 
 Seconds = Annotated[float, PlainSerializer(lambda value: f"{value:.6e}", when_used="json")]
 """A time, always as many bytes long, so that equal runs count equal bytes."""
+
+Measured = Annotated[
+    float | None,
+    AfterValidator(lambda value: value if value is not None and isfinite(value) else None),
+]
+"""What a client has measured; a value that is not finite is None."""
 
 Factors = Literal["nothing", "A", "A and B"]
 
@@ -133,8 +140,8 @@ class EvaluateReply(Header):
     round: int
     examples: Annotated[int, Field(ge=1)]
     weight: Annotated[int, Field(ge=1)]
-    metrics: dict[str, float | None]
-    prefixes: dict[int, dict[str, float | None]] = Field(default_factory=dict)
+    metrics: dict[str, Measured]
+    prefixes: dict[int, dict[str, Measured]] = Field(default_factory=dict)
 
 
 class TrainReply(Header):
@@ -151,7 +158,7 @@ class TrainReply(Header):
     seconds: Annotated[Seconds, Field(ge=0.0, allow_inf_nan=False)]
     next_rank: Annotated[int, Field(ge=1)] | None = None
     """The rank that the client offers from now on; None: the one it has."""
-    validation_loss: float | None = None
+    validation_loss: Measured = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from prelort.config import FederationConfig
+from prelort.config import Config, FederationConfig
 from prelort.errors import UpdateRefused
 from prelort.federation import wire
 from prelort.federation.encoding import with_change
@@ -40,11 +40,7 @@ def checked_update(
         raise UpdateRefused(f"answers for {head.client!r}")
     if head.round != round_index:
         raise UpdateRefused(f"answers for round {head.round + 1}, expected {round_index + 1}")
-    if not 1 <= head.examples <= limits.max_client_examples:
-        raise UpdateRefused(
-            f"claims {head.examples} examples, allowed are 1 to "
-            f"federation.max_client_examples = {limits.max_client_examples}"
-        )
+    check_examples(head.examples, limits.max_client_examples)
     if not math.isfinite(head.loss):
         raise UpdateRefused(f"reports a loss of {head.loss}")
     if head.next_rank is not None and head.next_rank > spec.schema.rank:
@@ -65,12 +61,12 @@ def checked_update(
 
 
 def checked_metrics(
-    reply: Message, client: Client, finished: int, spec: AdapterSpec
+    reply: Message, client: Client, finished: int, spec: AdapterSpec, config: Config
 ) -> EvaluateReply:
     """What a client measured after so many ``finished`` rounds.
 
-    Raises `UpdateRefused` with the reason: an error or no answer, or another base, layers, scale,
-    client or round than asked.
+    Raises `UpdateRefused` with the reason: an error or no answer, another base, layers, scale,
+    client or round than asked, or an impossible number of examples or tokens.
     """
     head = wire.header(wire.answered(reply), EvaluateReply)
     spec.check(head)
@@ -78,4 +74,19 @@ def checked_metrics(
         raise UpdateRefused(f"answers for {head.client!r}")
     if head.round != finished:
         raise UpdateRefused(f"answers for round {head.round}, expected {finished}")
+    limit = config.federation.max_client_examples
+    check_examples(head.examples, limit)
+    if head.weight > limit * config.data.max_length:
+        raise UpdateRefused(
+            f"claims a weight of {head.weight}, allowed are federation.max_client_examples = "
+            f"{limit} times data.max_length = {config.data.max_length}"
+        )
     return head
+
+
+def check_examples(claimed: int, limit: int) -> None:
+    """Raise `UpdateRefused` for an impossible number of examples."""
+    if not 1 <= claimed <= limit:
+        raise UpdateRefused(
+            f"claims {claimed} examples, allowed are 1 to federation.max_client_examples = {limit}"
+        )

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from prelort.adapters import LoraAdapter
 from prelort.config import Config
 from prelort.federation import wire
 from prelort.federation.flower import RecordDict
-from prelort.federation.messages import AdapterSpec, EvaluateRequest, TrainRequest
+from prelort.federation.messages import AdapterSpec, Delivery, EvaluateRequest, TrainRequest
 from prelort.methods.interface import Broadcast, Client, Method, ServerState
 from prelort.training.settings import LocalTraining
 
@@ -27,7 +26,7 @@ def train_request(
     objective = method.objective(state, client)
     broadcast = method.broadcast(state, client)
     request = TrainRequest(
-        **_delivery(config, spec, broadcast, state.round),
+        **dict(_delivery(config, spec, broadcast, state.round)),
         rounds=config.federation.rounds,
         seed=config.seed,
         training=_training(config, method, spec.schema.rank / broadcast.trainable.rank),
@@ -53,7 +52,7 @@ def evaluate_request(
     """Measure an adapter after ``finished`` rounds, and prefixes of it by rank (0: the base)."""
     settings = config.evaluation
     request = EvaluateRequest(
-        **_delivery(config, spec, broadcast, finished),
+        **dict(_delivery(config, spec, broadcast, finished)),
         prefixes=tuple(prefixes),
         metrics=settings.metrics,
         batch_size=settings.batch_size,
@@ -71,17 +70,17 @@ def base_as_adapter(initial: LoraAdapter) -> LoraAdapter:
 
 def _delivery(
     config: Config, spec: AdapterSpec, broadcast: Broadcast, round_index: int
-) -> dict[str, Any]:
-    """The fields that every request states about the adapter that comes with it."""
-    return {
-        **spec.header(broadcast.trainable.rank).model_dump(),
-        "dtype": config.federation.wire_dtype,
-        "round": round_index,
-        "seeded_factors": broadcast.seeded_factors,
-        "factor_seed": broadcast.factor_seed,
-        "personal": broadcast.personal,
-        "scale_multiplier": broadcast.scale_multiplier,
-    }
+) -> Delivery:
+    """What every request states about the adapter that comes with it."""
+    return Delivery(
+        **dict(spec.header(broadcast.trainable.rank)),
+        dtype=config.federation.wire_dtype,
+        round=round_index,
+        seeded_factors=broadcast.seeded_factors,
+        factor_seed=broadcast.factor_seed,
+        personal=broadcast.personal,
+        scale_multiplier=broadcast.scale_multiplier,
+    )
 
 
 def _training(config: Config, method: Method, rank_ratio: float) -> LocalTraining:

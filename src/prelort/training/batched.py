@@ -68,7 +68,9 @@ def train_batched(
     errors: dict[int, PrelortError] = {}
     for index, client in enumerate(clients):
         try:
-            steps[index] = LocalSteps(client.examples, client.settings, client.assignment)
+            steps[index] = LocalSteps(
+                client.examples, client.settings, client.assignment, len(clients)
+            )
         except PrelortError as error:
             errors[index] = error
     if not steps:
@@ -104,8 +106,7 @@ def train_batched(
             for index in active.keys() - errors.keys():
                 optimizers[index].step(active[index].rate_multiplier())
     return [
-        errors.get(index)
-        or TrainedClient(stack.adapter(index), steps[index].result(clients=len(clients)))
+        errors.get(index) or TrainedClient(stack.adapter(index), steps[index].result())
         for index in range(len(clients))
     ]
 

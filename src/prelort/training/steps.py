@@ -65,11 +65,16 @@ class ForwardPass:
 class LocalSteps:
     """The steps that one client takes in one round, as a function of seed, client and round.
 
-    Raises `PrelortError` for a client without examples.
+    ``clients``: how many train in one batch; each takes an even share of its time. Raises
+    `PrelortError` for a client without examples.
     """
 
     def __init__(
-        self, examples: Sequence[Example], settings: LocalTraining, assignment: Assignment
+        self,
+        examples: Sequence[Example],
+        settings: LocalTraining,
+        assignment: Assignment,
+        clients: int = 1,
     ) -> None:
         client, index, seed = assignment.client, assignment.round_index, assignment.seed
         if not examples:
@@ -81,7 +86,13 @@ class LocalSteps:
         self._examples = examples
         self._order = batches(len(examples), settings, round_index=index, seed=seed, client=client)
         self._truncations = torch_generator(seed, "truncations", client, index)
+        self._clients = clients
         self._started = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """The client's own time so far."""
+        return (time.monotonic() - self._started) / self._clients
 
     def next(self, task: Task, pad_id: int) -> list[list[ForwardPass]]:
         """The passes of the next step, for each of its ``gradient_accumulation`` batches.
@@ -117,15 +128,14 @@ class LocalSteps:
 
     def check_time(self) -> None:
         """Raise `PrelortError` if the client has taken too long or was cancelled."""
-        if time.monotonic() - self._started > self.assignment.timeout:
+        if self.seconds > self.assignment.timeout:
             raise PrelortError(f"timed out after {self.assignment.timeout:g} s {self._place()}")
         if self.assignment.stopped():
             raise PrelortError(f"was cancelled {self._place()}")
 
-    def result(self, clients: int = 1) -> TrainResult:
-        """The result of all steps; ``clients`` that trained at once share the time evenly."""
-        seconds = (time.monotonic() - self._started) / clients
-        return TrainResult(sum(self.losses) / len(self.losses), len(self.losses), seconds)
+    def result(self) -> TrainResult:
+        """The result of all steps."""
+        return TrainResult(sum(self.losses) / len(self.losses), len(self.losses), self.seconds)
 
     def _place(self) -> str:
         return f"at local step {len(self.losses)} of {self.count}"

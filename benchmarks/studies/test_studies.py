@@ -9,7 +9,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import by_task
+import prepare
 import pytest
+import raised
+import run
+import sandbox
+import tables
+import tune
 
 from prelort.events import (
     ClientMetrics,
