@@ -316,9 +316,12 @@ class TestEvaluate:
         assert "rank 1" in outcome.out
         assert "rank 3" in outcome.out
 
-    def test_at_another_scale_is_refused(self, command_line: CommandLine, run: Path) -> None:
-        error = command_line("evaluate", run, "--set", "lora.scale=4.0").error
-        assert "scale is constant 2, not constant 4" in error
+    @pytest.mark.parametrize("override", ["lora.scale=4.0", "method.name=", "ranks.mix=2*1"])
+    def test_what_was_trained_cannot_be_changed(
+        self, command_line: CommandLine, run: Path, override: str
+    ) -> None:
+        error = command_line("evaluate", run, "--set", override).error
+        assert f"{override.partition('=')[0]} cannot differ from the run's own: only data," in error
 
 
 @pytest.fixture(scope="module")

@@ -179,6 +179,8 @@ class TestSentences:
             ({"ranks": {"xyzzy": 3}}, "unknown key 'ranks.xyzzy': allowed are mix, assign"),
             ({"federation": {"rounds": "many"}}, 'federation.rounds = "many" is not allowed'),
             ({"training": {"batch_size": 0}}, "training.batch_size = 0 is not allowed"),
+            ({"federation": {"rounds": True}}, "federation.rounds: true is not allowed"),
+            ({"federation": {"clients_per_batch": "all"}}, "integer, or input should be 'auto'"),
             ({"task": "poetry"}, "task = \"poetry\" is not allowed: input should be 'causal-lm'"),
             ({"lora": {"rank_pattern": {"q_proj": 0}}}, "lora.rank_pattern = 0 is not allowed"),
             ({"federation": {"quorum": -1}}, "federation.quorum = -1 is not allowed"),

@@ -95,3 +95,17 @@ def test_every_public_name_is_there(name: str) -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = prelort.nothing
+
+
+@pytest.mark.parametrize(
+    "call, sentence",
+    [
+        (lambda: prelort.run({}, "x"), "config must be a prelort.Config, not {}"),
+        (lambda: prelort.run(Config(), "x", listeners=print), "must be a list of functions"),
+        (lambda: prelort.run(Config(), None), "a folder's path is expected, not None"),
+        (lambda: prelort.read(None), "a folder's path is expected, not None"),
+    ],
+)
+def test_wrong_types_are_one_sentence(call: Callable[[], object], sentence: str) -> None:
+    with pytest.raises(prelort.PrelortError, match=sentence):
+        call()

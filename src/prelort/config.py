@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from prelort.errors import ConfigError
 
@@ -35,6 +43,15 @@ class Section(BaseModel):
     """A part of the configuration: immutable, without unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python would take true for 1."""
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and kind is not bool:
+            raise ValueError(f"{json.dumps(value)} is not allowed")
+        return value
 
 
 class NoOptions(Section):
@@ -383,7 +400,7 @@ def applied(
             )
         try:
             value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
+        except (tomllib.TOMLDecodeError, RecursionError):
             value = text
         *sections, last = key.strip().split(".")
         target = changed
@@ -424,7 +441,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"configuration file {str(path)!r} cannot be read: {error}") from None
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"configuration file {str(path)!r} is not valid TOML: {error}") from None
 
 
@@ -462,15 +479,17 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _sentence(error: ValidationError, kind: type[BaseModel], where: str) -> str:
     """The first error of a section of type ``kind``, as one sentence."""
-    first = error.errors()[0]
+    first, *others = error.errors()
     # Without the names that pydantic adds for the branches of a union.
     parts: list[str] = [where] if where else []
     section: Any = kind
+    depth = 0
     for part in first["loc"]:
         if not _is_section(section) or part not in section.model_fields:
             break
         parts.append(str(part))
         section = section.model_fields[part].annotation
+        depth += 1
     key = ".".join(parts)
     if first["type"] == "extra_forbidden":
         unknown = str(first["loc"][-1])
@@ -479,11 +498,19 @@ def _sentence(error: ValidationError, kind: type[BaseModel], where: str) -> str:
         hint = f"did you mean {close[0]!r}?" if close else f"allowed are {', '.join(allowed)}"
         hint = hint if allowed else "no keys are allowed here"
         return f"unknown key {'.'.join([*parts, unknown])!r}: {hint}"
-    message = first["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
     if first["type"] == "value_error":
+        message = _lower(first["msg"].removeprefix("Value error, "))
         return f"{key}: {message}" if key else message
+    # Every branch of a union has an error of its own: together they say what is allowed.
+    in_branch = len(first["loc"]) > depth and isinstance(first["loc"][depth], str)
+    branches = [e for e in others if in_branch and e["loc"][:depth] == first["loc"][:depth]]
+    messages = dict.fromkeys(_lower(e["msg"]) for e in [first, *branches])
+    message = ", or ".join(messages).replace("a valid tuple", "a list")
     return f"{key} = {json.dumps(first['input'], default=str)} is not allowed: {message}"
+
+
+def _lower(message: str) -> str:
+    return message[0].lower() + message[1:]
 
 
 def _is_section(annotation: Any) -> bool:

@@ -7,6 +7,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from prelort.errors import ConfigError
+
+
+def as_path(given: object) -> Path:
+    """The path of a folder. Raises `ConfigError` for what is none, such as None."""
+    if not isinstance(given, str | os.PathLike):
+        raise ConfigError(f"a folder's path is expected, not {given!r}")
+    return Path(given)
+
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace a file: readers, also after a crash, see the old or the new content."""

@@ -143,6 +143,7 @@ def test_a_model_with_pickled_weights_alone_is_refused(
         (b"\xff\xfe", "cannot be read"),
         (b"[data]\nsauce = 'x.csv'", "unknown key 'data.sauce': did you mean 'source'?"),
         (b"model = 3", "model = 3 is not allowed"),
+        (b"seed = " + b"[" * 5000, "is not valid TOML"),
     ],
 )
 def test_a_wrong_configuration_file_is_one_sentence(
@@ -198,6 +199,15 @@ def test_a_rank_above_the_smaller_dimension_warns_and_goes_on(
     assert "rank 20 is above the smaller dimension of layer" in warning
     assert "(16)" in warning
     assert (tmp_path / "run" / "adapters" / "rank-20").is_dir()
+
+
+@pytest.mark.parametrize("arguments", [["run", "--out"], ["evaluate"], ["site", "stop"]])
+def test_a_path_that_cannot_be_is_one_sentence_without_wrong_advice(
+    command_line: CommandLine, arguments: list[str]
+) -> None:
+    error = command_line(*arguments, "x" * 300).error
+    assert "File name too long" in error or "does not exist" in error
+    assert "--resume" not in error
 
 
 @pytest.mark.parametrize(

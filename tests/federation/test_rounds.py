@@ -20,7 +20,7 @@ from prelort.federation import wire
 from prelort.federation.flower import Context, Error, Message, RecordDict
 from prelort.federation.messages import TrainRequest
 from prelort.federation.transport import Transport
-from prelort.methods.interface import Aggregator, ServerState, Update
+from prelort.methods.interface import Aggregator, Broadcast, Client, ServerState, Update
 from small_federation import (
     App,
     PlannedGrid,
@@ -343,3 +343,42 @@ def test_the_server_keeps_round_and_levels_and_the_method_its_memory() -> None:
     assert rounds == [1, 2, 3]
     assert state.levels == (2, 4, 8)
     assert state.memory["count"].item() == 3
+
+
+class Broken(methods.PreLort):
+    """A user's method of which one part is wrong."""
+
+    part = ""
+
+    def broadcast(self, state: ServerState, client: Client) -> Broadcast:
+        return None if self.part == "broadcast" else super().broadcast(state, client)
+
+    def aggregator(self, state: ServerState) -> Aggregator:
+        inner, part = super().aggregator(state), self.part
+
+        class Wrong:
+            def add(self, update: Update) -> None:
+                if part == "add":
+                    raise KeyError("momentum")
+                inner.add(update)
+
+            def result(self) -> ServerState:
+                return None if part == "result" else inner.result()
+
+        return Wrong()
+
+
+@pytest.mark.parametrize(
+    "part, sentence",
+    [
+        ("broadcast", r"method Broken: broadcast\(\) must return a Broadcast, but returned None"),
+        ("result", r"Broken: its aggregator's result\(\) must return a ServerState, but .* None"),
+        ("add", r"aggregator's add\(\) raised KeyError: 'momentum' \(test_rounds.py, line \d+\)"),
+    ],
+)
+def test_a_mistake_in_a_users_method_is_one_sentence(part: str, sentence: str) -> None:
+    method = Broken(MethodConfig(), 0)
+    method.part = part
+    run = make_run(small_client_app(CLIENTS), ONE_ROUND, method=method)
+    with pytest.raises(PrelortError, match=sentence):
+        run.train()

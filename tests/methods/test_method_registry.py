@@ -27,6 +27,10 @@ class Half:
     def broadcast(self, state, client): ...
 
 
+class Nameless:
+    check = broadcast = objective = aggregator = global_adapter = print
+
+
 class WholeOnly(PreLort):
     def global_adapter(self, state, rank=None): ...
 
@@ -44,6 +48,7 @@ def own_file(tmp_path, monkeypatch):
     """A user's own file in the folder that they work in, which Python does not search."""
     (tmp_path / "a_users_method.py").write_text(OWN)
     (tmp_path / "broken_method.py").write_text("class Mine(:\n")
+    (tmp_path / "leaving_method.py").write_text("import sys\nsys.exit('bye')\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p and Path(p) != Path.cwd()])
     yield tmp_path
@@ -87,6 +92,8 @@ def test_a_users_own_class_is_found_in_their_own_folder(own_file):
         ("a_users_method:WholeOnly", r"must allow global_adapter\(.*, layers=None\)"),
         ("a_users_method:Stateless", r"must allow objective\(self, state, client\)"),
         ("broken_method:Mine", "invalid syntax"),
+        ("leaving_method:Mine", "cannot be imported: SystemExit: bye"),
+        ("a_users_method:Nameless", "lacks name"),
         (":Mine", "cannot be imported"),
         (".relative:Mine", "cannot be imported"),
         ("a_users_method:", "cannot be imported"),

@@ -140,6 +140,7 @@ OVERRIDES = "[compare.overrides]\n"
         ),
         ("[compare]\nseeds = [1, 1]", "compare.seeds: 1 is listed twice"),
         ("[compare]\nseeds = [-1]", "compare.seeds = -1 is not allowed: "),
+        ('[compare]\nmethods = "prelort"', "is not allowed: input should be a list"),
         ('[compare]\nseeds = "0"', 'compare.seeds = "0" is not allowed: '),
         ("compare = 3", "compare = 3 is not allowed: it is a section"),
         (

@@ -38,19 +38,9 @@ app.command(epilog=sites.NEW_EXAMPLES)(sites.new)
 app.command()(info.config)
 app.add_typer(sites.site_app, name="site", no_args_is_help=True)
 
-_USER_ERRORS = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EACCES,
-    errno.ENOENT,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.ENAMETOOLONG,
-)
-"""Full disk, no permission, no such place: the user can correct it."""
+_NO_SUCH_PLACE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+_NO_ACCESS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
+"""Full disk or no permission, perhaps in the middle of a run: the user can correct it."""
 
 
 def main() -> None:
@@ -64,12 +54,14 @@ def main() -> None:
         console.print(f"[bold red]error:[/bold red] {escaped(error)}", soft_wrap=True)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in _USER_ERRORS:
+        if error.errno not in (*_NO_SUCH_PLACE, *_NO_ACCESS):
             raise
         where = f" {error.filename!r}" if error.filename else ""
+        advice = ": finished rounds are kept; make room or choose another folder, then "
+        advice += "prelort run --resume FOLDER"
         console.print(
-            f"[bold red]error:[/bold red] {escaped(error.strerror or str(error))}{where}: finished "
-            "rounds are kept; make room or choose another folder, then prelort run --resume FOLDER",
+            f"[bold red]error:[/bold red] {escaped(error.strerror or str(error))}"
+            f"{escaped(where)}{advice if error.errno in _NO_ACCESS else ''}",
             soft_wrap=True,
         )
         sys.exit(2)

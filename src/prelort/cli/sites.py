@@ -63,5 +63,8 @@ def site_check(
 def site_stop(file: SiteFile) -> None:
     """Stop the site's trainer, if it runs: the next message would start another."""
     from prelort.deployment import trainer_client
+    from prelort.errors import ConfigError
 
+    if not file.is_file():
+        raise ConfigError(f"site file {str(file)!r} does not exist")
     trainer_client.stop(file)

@@ -67,11 +67,11 @@ class RunFolder:
         Raises `ConfigError` if it holds a run already, is in use or cannot be written.
         """
         try:
-            self._check_free()
+            self.check_free()
             self._made = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock(patience)
-            self._check_free()  # another process may have been faster
+            self.check_free()  # another process may have been faster
             write_atomically(self.config_file, configuration.to_toml(config).encode())
             write_atomically(self.versions_file, json.dumps(versions(), indent=2).encode())
         except OSError as error:
@@ -79,7 +79,8 @@ class RunFolder:
                 f"{str(self.path)!r} cannot be written: {error.strerror or error}"
             ) from None
 
-    def _check_free(self) -> None:
+    def check_free(self) -> None:
+        """Raise `ConfigError` if something is there that a new run must not touch."""
         if self.path.is_file():
             raise ConfigError(f"{str(self.path)!r} is a file: choose another --out")
         if is_taken(self.path):

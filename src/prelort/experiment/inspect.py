@@ -21,20 +21,27 @@ from prelort.experiment.measure import measure
 from prelort.models import base
 from prelort.models.lora import ADAPTER, install
 
+MEASURING = ("data", "evaluation", "model", "threads")
+"""What may differ in the configuration when a run is measured again."""
+
 
 def evaluate_run(path: Path, overrides: Sequence[str] = ()) -> Evaluated:
     """Measure a run's newest adapter and the untuned base again.
 
-    ``overrides`` change the configuration (data, evaluation); the model must stay the same.
+    ``overrides`` change the configuration. Raises `ConfigError` where they change what the run has
+    trained, and not just how it is measured.
     """
     folder = RunFolder(path)
-    folder.read_config()
+    trained = folder.read_config()
     config = configuration.load(folder.config_file, overrides)
+    for key in configuration.differences(trained, config):
+        if key.split(".")[0] not in MEASURING:
+            raise ConfigError(
+                f"{key} cannot differ from the run's own: only {', '.join(MEASURING)} say how it "
+                "is measured"
+            )
     assembly = assemble(config)
     found = _newest(folder, assembly.runtime.spec.base)
-    rule = assembly.runtime.spec.scale
-    if found.state.adapter.scale != rule:
-        raise ConfigError(f"the run's scale is {found.state.adapter.scale}, not {rule}")
     check_ranks(config, assembly.initial.rank)
     method = methods.build(config.method, config.seed)
     if methods.trait(method, "personal"):

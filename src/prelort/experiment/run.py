@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -35,9 +36,11 @@ from prelort.experiment.deterministic import deterministic
 from prelort.experiment.evaluation import check_ranks, evaluate, global_adapters
 from prelort.experiment.folder import RunFolder
 from prelort.federation.federation import Federation
+from prelort.files import as_path
 from prelort.history import RunHistory
 from prelort.methods.interface import ServerState
 from prelort.report import describe, trackers
+from prelort.report.formatting import plain
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -108,8 +111,14 @@ def run(
         CheckpointError: where the checkpoints are damaged or belong to another run.
         QuorumError: where too few clients take part or answer. What was finished is kept.
     """
+    if not isinstance(config, Config):
+        raise ConfigError(
+            f"config must be a prelort.Config, not {config!r}: prelort.load_config makes one"
+        )
+    if callable(listeners):
+        raise ConfigError("listeners must be a list of functions, not a single one")
     trackers.check(track)
-    folder = RunFolder(Path(out))
+    folder = RunFolder(as_path(out))
     with (
         _claimed(folder, config, resume=resume, patience=patience),
         _logging_to(folder.log_file),
@@ -200,8 +209,11 @@ def export(backend: Backend, adapters: Mapping[int, LoraAdapter], folder: Path) 
 
 def _describe(rows: FederatedRows, folder: Path) -> None:
     """Write a table and a picture of the clients' data."""
-    with (folder / "clients.txt").open("w", encoding="utf-8") as file:
-        Console(file=file, width=120).print(describe.summary(rows, rows.label_column))
+    text = io.StringIO()
+    Console(file=text, width=120).print(describe.summary(rows, rows.label_column))
+    # Names come from the data: one line and no control characters for each.
+    lines = [plain(line) for line in text.getvalue().split("\n")]
+    (folder / "clients.txt").write_text("\n".join(lines), encoding="utf-8")
     describe.picture(rows, rows.label_column, folder / "clients.png")
 
 

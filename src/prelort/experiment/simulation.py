@@ -22,6 +22,7 @@ from prelort.errors import ConfigError
 from prelort.experiment.assemble import Assembly, assemble
 from prelort.experiment.backend import Backend, with_all_data
 from prelort.experiment.deterministic import deterministic
+from prelort.experiment.folder import RunFolder
 from prelort.experiment.run import RunResult, run
 from prelort.federation.client import respond
 from prelort.federation.client_app import Kind, client_app
@@ -47,6 +48,8 @@ def run_simulated(
     if importlib.util.find_spec("ray") is None:
         raise ConfigError("--engine simulation needs Ray: pip install 'prelort[simulation]'")
     folder = Path(out)
+    if not options.get("resume"):
+        RunFolder(folder).check_free()  # before the data are read and the model is loaded
     with deterministic(config.threads):
         assembly = assemble(config, folder)
     count = len(assembly.clients)

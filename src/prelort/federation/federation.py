@@ -37,7 +37,9 @@ from prelort.federation.requests import base_as_adapter, evaluate_request, train
 from prelort.federation.round import Round
 from prelort.federation.sampling import check_numbers, min_connected, sample
 from prelort.federation.transport import Transport
+from prelort.methods.calls import calling, expect
 from prelort.methods.interface import Broadcast, Client, Method, Observe, ServerState
+from prelort.methods.objective import Objective
 
 log = logging.getLogger(__name__)
 
@@ -95,9 +97,15 @@ class Federation:
             check_numbers(len(self.clients), federation.clients_per_round, federation.quorum)
         state = self._with_levels(state)
         clients = [connected.client for connected in self.clients]
-        method.check(state, clients)
+        with calling(method, "check()"):
+            method.check(state, clients)
         for client in clients:  # what cannot be sent is refused now, not in some round
-            method.broadcast(state, client)
+            with calling(method, "broadcast()"):
+                sent = method.broadcast(state, client)
+            expect(method, "broadcast()", sent, Broadcast)
+            with calling(method, "objective()"):
+                objective = method.objective(state, client)
+            expect(method, "objective()", objective, Objective)
         return state
 
     def train(

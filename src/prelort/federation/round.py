@@ -23,6 +23,7 @@ from prelort.federation.messages import AdapterSpec, TrainReply
 from prelort.federation.reorder_buffer import ReorderBuffer
 from prelort.federation.replies import checked_update
 from prelort.federation.sampling import count_of
+from prelort.methods.calls import calling, expect
 from prelort.methods.interface import Client, Method, RoundObserver, ServerState, Update
 
 
@@ -55,7 +56,8 @@ class Round:
         self._spec = spec
         self._log = log
         self._observer = observer
-        self._aggregator = method.aggregator(state)
+        with calling(method, "aggregator()"):
+            self._aggregator = method.aggregator(state)
         self._buffer = ReorderBuffer([client.name for client in clients], self._aggregate)
         self._started = time.monotonic()
         self._aggregating = 0.0
@@ -124,12 +126,10 @@ class Round:
     def finish(self, ranks: dict[str, int]) -> tuple[ServerState, RoundStats]:
         """The state after the round, with these ranks that differ from the clients' own."""
         started = time.monotonic()
-        after = replace(
-            self._aggregator.result(),
-            round=self.number,
-            ranks=ranks,
-            levels=self._state.levels,
-        )
+        with calling(self._method, "its aggregator's result()"):
+            found = self._aggregator.result()
+        found = expect(self._method, "its aggregator's result()", found, ServerState)
+        after = replace(found, round=self.number, ranks=ranks, levels=self._state.levels)
         for name, tensor in after.adapter.tensors().items():
             if not bool(torch.isfinite(tensor).all()):
                 raise PrelortError(
@@ -169,5 +169,6 @@ class Round:
 
     def _aggregate(self, update: Update) -> None:
         started = time.monotonic()
-        self._aggregator.add(update)
+        with calling(self._method, "its aggregator's add()"):
+            self._aggregator.add(update)
         self._aggregating += time.monotonic() - started

@@ -124,7 +124,7 @@ def _imported(name: str) -> type[Method]:
         sys.path.append(os.getcwd())
     try:
         method = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # the user's own code may raise anything
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything
         raise ConfigError(
             f"method {name!r} cannot be imported: {type(error).__name__}: {error}"
         ) from error
@@ -132,6 +132,7 @@ def _imported(name: str) -> type[Method]:
         raise ConfigError(f"method {name!r} is not a class")
     parts = {n: f for n, f in inspect.getmembers(Method, inspect.isfunction) if n[0] != "_"}
     lacking = [part for part in parts if not callable(getattr(method, part, None))]
+    lacking += [] if isinstance(getattr(method, "name", None), str) else ["name"]
     if lacking:
         raise ConfigError(f"method {name!r} is no method: it lacks {', '.join(lacking)}")
     for part, definition in parts.items():

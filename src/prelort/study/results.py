@@ -11,7 +11,7 @@ from pathlib import Path
 from prelort.errors import ConfigError, PrelortError
 from prelort.events import EventLog
 from prelort.experiment.folder import RunFolder, is_taken
-from prelort.files import write_atomically
+from prelort.files import as_path, write_atomically
 from prelort.history import RunHistory
 from prelort.report.results import CellResult, Results
 from prelort.study.definition import STUDY_FILE, Cell, Study, of_folder
@@ -32,7 +32,7 @@ def read(path: Path | str) -> Results:
         ConfigError: the folder holds neither.
         PrelortError: a run's event log is damaged.
     """
-    out = Path(path)
+    out = as_path(path)
     return results_of(of_folder(out), out)
 
 

@@ -19,7 +19,7 @@ from prelort.config import Config
 from prelort.errors import ConfigError, PrelortError
 from prelort.events import Event
 from prelort.experiment.folder import GLANCE_SECONDS, RunFolder, is_taken
-from prelort.files import write_atomically
+from prelort.files import as_path, write_atomically
 from prelort.report.results import Results
 from prelort.report.write import PAGE_FILE, write_page, write_results, write_tables
 from prelort.study.definition import STUDY_FILE, Cell, Study, load
@@ -67,7 +67,7 @@ def compare(study: Study | Path | str, out: Path | str, *, jobs: int = 1) -> Res
             nothing: the results have its reason.
     """
     loaded = study if isinstance(study, Study) else load(study)
-    return run_study(loaded, Path(out), jobs=jobs)
+    return run_study(loaded, as_path(out), jobs=jobs)
 
 
 def run_study(

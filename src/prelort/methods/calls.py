@@ -1,0 +1,42 @@
+"""Calls into a method, which may be the user's own: its mistakes as one sentence."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from prelort.errors import PrelortError
+from prelort.methods.interface import Method
+
+T = TypeVar("T")
+
+
+@contextmanager
+def calling(method: Method, part: str) -> Iterator[None]:
+    """Raise `PrelortError` for whatever ``part`` of the method raises, with the place in its code.
+
+    Errors that are sentences already stay as they are.
+    """
+    try:
+        yield
+    except PrelortError:
+        raise
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise PrelortError(
+            f"method {type(method).__name__}: {part} raised {type(error).__name__}: {error} "
+            f"({Path(place.filename).name}, line {place.lineno})"
+        ) from error
+
+
+def expect(method: Method, part: str, value: object, kind: type[T]) -> T:
+    """What ``part`` of the method returned. Raises `PrelortError` if it is of another type."""
+    if not isinstance(value, kind):
+        raise PrelortError(
+            f"method {type(method).__name__}: {part} must return a {kind.__name__}, "
+            f"but returned {value!r}"
+        )
+    return value
