@@ -60,7 +60,9 @@ def dense_norm(products: Mapping[str, Tensor]) -> float:
 
 def same_bits(x: LoraAdapter, y: LoraAdapter) -> bool:
     """Whether two adapters have the same tensors, bit for bit and in the same types."""
-    first, second = x.tensors(), y.tensors()
-    return first.keys() == second.keys() and all(
-        first[n].dtype == second[n].dtype and torch.equal(first[n], second[n]) for n in first
+    a, b = x.tensors(), y.tensors()
+    return a.keys() == b.keys() and all(
+        (a[n].dtype, a[n].shape) == (b[n].dtype, b[n].shape)
+        and torch.equal(a[n].contiguous().view(torch.uint8), b[n].contiguous().view(torch.uint8))
+        for n in a
     )

@@ -21,10 +21,15 @@ from prelort.events import (
 NO_TIME = datetime(2026, 1, 1, tzinfo=UTC)
 
 
+def files_of(folder: Path) -> dict[str, bytes]:
+    """The bytes of every file but the lock, by its path inside the folder."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
 def adapters_of(run: Path) -> dict[str, bytes]:
     """The bytes of every adapter's files, by their path inside the run."""
-    files = sorted(path for path in (run / "adapters").rglob("*") if path.is_file())
-    return {str(path.relative_to(run)): path.read_bytes() for path in files}
+    return {f"adapters/{name}": data for name, data in files_of(run / "adapters").items()}
 
 
 def events_of(run: Path) -> list[Any]:

@@ -77,18 +77,6 @@ def clients_of(ranks: Sequence[int]) -> list[Client]:
     return [Client(f"site-{i}", rank, 10 + 3 * i) for i, rank in enumerate(ranks)]
 
 
-def same_bits(one: LoraAdapter, other: LoraAdapter) -> bool:
-    a, b = one.tensors(), other.tensors()
-    if a.keys() != b.keys() or one.scale != other.scale:
-        return False
-    return all(
-        a[n].dtype == b[n].dtype
-        and a[n].shape == b[n].shape
-        and torch.equal(a[n].contiguous().view(torch.uint8), b[n].contiguous().view(torch.uint8))
-        for n in a
-    )
-
-
 # Messages, whatever a client may say in them
 
 

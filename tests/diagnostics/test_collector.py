@@ -17,7 +17,6 @@ from prelort.diagnostics.collector import Collector
 from prelort.diagnostics.sample import Budget
 from prelort.methods import Broadcast, Client, Method, ServerState, Update, build
 from prelort.methods.averaging import weighting
-from prelort.methods.prefix import PrefixMethod
 from random_adapters import dense, dense_norm, random_adapter, scale_rules, seeds
 
 quick = settings(deadline=None, max_examples=25)
@@ -299,49 +298,6 @@ def test_before_anything_is_learnt():
     assert found["dimension_energy"] == [0.0] * RANK
     assert set(found["truncation_noise"].values()) == {None}
     assert set(found["tail_kept"].values()) == {None}
-
-
-def test_a_level_above_all_layers():
-    played = play("prelort", [(2, 3), (4, 1)], 2, own=4)
-    assert played.state.levels == (2, 4, RANK)
-    found = played.numbers()
-    assert_equals(found, brute_force(played))
-    assert found["truncation_noise"][str(RANK)] == 0.0
-    assert found["tail_kept"][str(RANK)] is None
-
-
-class Odd(PrefixMethod):
-    """A global function of a higher rank than the adapter, some of its layers frozen at clients."""
-
-    name = "odd"
-
-    def global_adapter(self, state, rank=None, layers=None):
-        ranks = [9, 2] if rank is None else [min(rank, 9), min(rank, 2)]
-        whole = random_adapter([9, 2], 31 + state.round)
-        cut = zip(whole.layers.items(), ranks, strict=True)
-        return LoraAdapter({n: f.prefix(rank) for (n, f), rank in cut}, whole.scale).select(layers)
-
-    def broadcast(self, state, client):
-        frozen = random_adapter([4, 4], 90 + client.rank).select(["wide"])
-        return Broadcast(state.adapter.prefix(client.rank), frozen, scale_multiplier=0.5)
-
-
-class Narrow(PrefixMethod):
-    """A global function without some of the adapter's layers."""
-
-    name = "narrow"
-
-    def global_adapter(self, state, rank=None, layers=None):
-        return super().global_adapter(state, rank, layers).select(["wide"])
-
-
-def test_any_global_adapter_can_be_measured():
-    played = play(Odd(MethodConfig(), 0), [(2, 3), (RANK, 4)], 2)
-    assert_equals(played.numbers(), brute_force(played))
-    found = play(Narrow(MethodConfig(), 0), [(2, 3), (RANK, 4)], 2).numbers()
-    assert found["layers"] == {"measured": 2, "of": 2}
-    assert found["aggregation_noise"] > 0
-    assert all(math.isfinite(value) for value in found["truncation_noise"].values())
 
 
 def test_too_many_dimensions_leave_out_the_clients():

@@ -22,8 +22,8 @@ from prelort.config import Config
 from prelort.data import federated
 from prelort.events import Checkpointed, ClientFinished, Event
 from prelort.tasks.interface import Example
+from random_adapters import same_bits
 from run_files import assert_same_run, events_of
-from small_federation import same_bits
 
 Make = Callable[..., Config]
 ONE_CLIENT = {"by": "iid", "clients": 1}

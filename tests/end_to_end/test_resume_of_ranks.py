@@ -11,7 +11,7 @@ from processes import KILLED, LAST, Killer
 
 from prelort.config import Config, to_toml
 from prelort.experiment import checkpoint
-from run_files import assert_same_run
+from run_files import assert_same_run, files_of
 
 pytestmark = pytest.mark.chaos
 
@@ -81,15 +81,6 @@ def undisturbed(
     return run
 
 
-def own_factors(run: Path) -> dict[str, bytes]:
-    """What clients keep to themselves, as bytes."""
-    folder = run / "personal"
-    return {
-        str(path.relative_to(run)): path.read_bytes()
-        for path in sorted(folder.rglob("*.safetensors"))
-    }
-
-
 @pytest.mark.parametrize(
     "name, event, number, damaged",
     [
@@ -119,7 +110,7 @@ def test_killed_and_resumed_is_as_if_never_killed(
 
     expected = undisturbed(name)
     assert_same_run(out, expected)
-    assert own_factors(out) == own_factors(expected)
+    assert files_of(out / "personal") == files_of(expected / "personal")
     for done in (LAST - 1, LAST):
         found, wanted = (
             checkpoint.load(path / "checkpoints" / f"{done:05d}").state for path in (out, expected)

@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from datasets import concatenate_datasets
 
 import prelort
-from prelort.adapters import LoraAdapter
 from prelort.config import Config
 from prelort.data import federated
 from prelort.errors import ConfigError
@@ -23,6 +21,7 @@ from prelort.experiment.folder import RunFolder
 from prelort.experiment.inspect import evaluate_run
 from prelort.federation.allocation import Allocation
 from prelort.tasks.interface import Example
+from random_adapters import same_bits
 
 Make = Callable[..., Config]
 SIX = [f"site-{number}" for number in range(6)]
@@ -47,11 +46,6 @@ def rank_changes(path: Path) -> set[tuple[int, str, int, int]]:
     }
 
 
-def same_bits(one: LoraAdapter, other: LoraAdapter) -> bool:
-    a, b = one.tensors(), other.tensors()
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 # The plan
 
 
@@ -66,15 +60,6 @@ def test_a_schedule_is_assigned_as_the_mix_is(make_config: Make) -> None:
         5: dict.fromkeys(SIX, 2),
     }
     assert allocation.by_loss is None
-
-
-def test_drawn_by_the_seed_a_later_mix_meets_the_same_clients(make_config: Make) -> None:
-    """Who had the low rank of the first mix has that of the second."""
-    ranks = {"mix": "2*0.5, 4*0.5", "assign": "random", "schedule": {"2": "8*0.5, 16*0.5"}}
-    offered, max_rank, allocation = planned(make_config(ranks=ranks, seed=3))
-    assert [allocation.schedule[2][name] for name in SIX] == [{2: 8, 4: 16}[r] for r in offered]
-    assert max_rank == [allocation.schedule[2][name] for name in SIX]
-    assert len(set(offered)) == 2
 
 
 def test_a_reference_that_ignores_ranks_may_use_the_highest_everywhere(make_config: Make) -> None:

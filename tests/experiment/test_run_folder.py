@@ -59,13 +59,6 @@ class TestCreate:
 
 
 class TestDiscard:
-    def test_leaves_an_empty_folder_that_was_there(self, tmp_path: Path) -> None:
-        folder = RunFolder(tmp_path)
-        folder.create(Config())
-        folder.discard()
-        assert tmp_path.is_dir()
-        assert list(tmp_path.iterdir()) == []
-
     def test_keeps_a_run_that_has_begun(self, tmp_path: Path) -> None:
         folder = RunFolder(tmp_path / "run")
         folder.create(Config())
@@ -94,11 +87,6 @@ class TestLock:
             folder.lock()
         folder.unlock()
         assert not is_running(tmp_path / "nothing")
-
-    def test_where_nothing_can_be_written_it_is_told(self, tmp_path: Path) -> None:
-        (tmp_path / "file").write_text("")
-        with pytest.raises(ConfigError, match="cannot be written"):
-            RunFolder(tmp_path / "file").lock()
 
 
 class TestAtomically:

@@ -19,7 +19,7 @@ from prelort.events import ClientFailed, RunStarted
 from prelort.experiment.backend import Connect
 from prelort.experiment.folder import RunFolder
 from prelort.federation.flower import Message
-from run_files import assert_same_run, events_of
+from run_files import assert_same_run, events_of, files_of
 
 Make = Callable[..., Config]
 
@@ -43,14 +43,6 @@ def run(tmp_path: Path, finished: tuple[Path, Path]) -> Path:
     """A copy of the finished run to do harm to."""
     shutil.copytree(finished[0], tmp_path / "run")
     return tmp_path / "run"
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and path.name != ".lock"
-    }
 
 
 def resume(run: Path) -> None:

@@ -21,13 +21,13 @@ from prelort.federation.flower import Context, Message
 from prelort.federation.messages import TrainRequest
 from prelort.methods.interface import Client, ServerState
 from prelort.methods.objective import Objective, TailPenalty
+from random_adapters import same_bits
 from small_federation import (
     SmallRun,
     clients_of,
     make_config,
     make_run,
     make_state,
-    same_bits,
     small_client_app,
 )
 

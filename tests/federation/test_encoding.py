@@ -20,7 +20,8 @@ from prelort.federation.encoding import (
     encode,
     with_change,
 )
-from small_federation import make_adapter, same_bits
+from random_adapters import same_bits
+from small_federation import make_adapter
 
 A, B, HEAD, BIAS = "q.lora_A.weight", "q.lora_B.weight", "head.weight", "head.bias"
 NUMBERS = st.floats(width=32, allow_nan=False, allow_infinity=False) | st.sampled_from(
@@ -119,14 +120,6 @@ def test_a_number_that_is_none_reaches_the_receiver_as_such(name: str, value: fl
     given[name].view(-1)[-1] = value
     with pytest.raises(UpdateRefused, match=f"'{name}' holds a value that is not finite"):
         decode(encode(given, "int8"), "int8")
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1e-9])
-def test_absurd_scales_are_refused(value: float) -> None:
-    found = good()
-    found[f"{NAME}:scale"][1] = value
-    with pytest.raises(UpdateRefused, match=f"'{NAME}' holds a value that is not finite, or its"):
-        decode(found, "int8")
 
 
 @pytest.mark.parametrize(

@@ -201,16 +201,6 @@ def test_a_pool_is_as_if_all_rows_lay_in_one_place(
     assert (pool.examples, pool.clients) == (rows, len(sites))
 
 
-def test_what_was_not_measured_counts_nothing() -> None:
-    pool = PooledMetrics()
-    pool.add(reply(5, 5), {})
-    pool.add(reply(5, 5), {"loss": None, "perplexity": None})
-    assert (pool.metrics(), pool.examples, pool.clients) == ({}, 0, 0)
-    pool.add(reply(10, 10), {"loss": 1.0, "rouge_l": 40.0})
-    pool.add(reply(30, 30), {"loss": 2.0, "rouge_l": None})  # a metric that only some could measure
-    assert pool.metrics() == {"loss": 1.75, "rouge_l": 40.0}
-
-
 def test_prefixes_of_one_adapter_form_a_group_and_the_base_goes_with_its_own_head() -> None:
     whole, other = make_adapter(8), make_adapter(2, seed=5)
     adapters = {0: whole, **{rank: whole.prefix(rank) for rank in (2, 4, 8)}}

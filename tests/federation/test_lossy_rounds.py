@@ -12,6 +12,7 @@ from prelort.events import ClientFailed
 from prelort.federation import wire
 from prelort.federation.encoding import decode, encode
 from prelort.federation.messages import TrainRequest
+from random_adapters import same_bits
 from small_federation import (
     SCALE,
     clients_of,
@@ -19,7 +20,6 @@ from small_federation import (
     make_reply_header,
     make_run,
     make_state,
-    same_bits,
     small_client_app,
 )
 

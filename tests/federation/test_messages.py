@@ -19,12 +19,12 @@ from prelort.federation.messages import (
     TrainReply,
     TrainRequest,
 )
+from random_adapters import same_bits
 from small_federation import (
     App,
     clients_of,
     make_config,
     make_run,
-    same_bits,
     small_client_app,
     with_header,
 )

@@ -22,6 +22,7 @@ from prelort.federation.flower import Error, Message, RecordDict
 from prelort.federation.messages import AdapterSpec, TrainReply
 from prelort.federation.replies import checked_update
 from prelort.methods import Broadcast, Update
+from random_adapters import same_bits
 from small_federation import (
     SCALE,
     SPEC,
@@ -33,7 +34,6 @@ from small_federation import (
     make_reply_header,
     raw_content,
     request_to,
-    same_bits,
     with_header,
 )
 

@@ -21,6 +21,7 @@ from prelort.federation.flower import Context, Error, Message, RecordDict
 from prelort.federation.messages import TrainRequest
 from prelort.federation.transport import Transport
 from prelort.methods.interface import Aggregator, Broadcast, Client, ServerState, Update
+from random_adapters import same_bits
 from small_federation import (
     App,
     PlannedGrid,
@@ -32,7 +33,6 @@ from small_federation import (
     make_config,
     make_run,
     make_state,
-    same_bits,
     small_client_app,
 )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import pickle
 from dataclasses import replace
@@ -22,17 +21,16 @@ from prelort.federation.flower import RecordDict
 from prelort.federation.messages import EvaluateReply, TrainReply, TrainRequest
 from prelort.methods.objective import TailPenalty
 from prelort.training.settings import LocalTraining
+from random_adapters import same_bits
 from small_federation import (
     DIMENSIONS,
     SCALE,
     SPEC,
     blob_of,
     clients_of,
-    header_of,
     make_adapter,
     make_reply_header,
     raw_content,
-    same_bits,
     with_header,
 )
 
@@ -116,14 +114,6 @@ def test_malformed_json_is_refused(text: str) -> None:
         wire.header(raw_content(text, None), TrainReply)
 
 
-@pytest.mark.parametrize("key", ["base", "rank", "client", "examples", "loss", "dtype"])
-def test_missing_keys_are_refused_by_name(key: str) -> None:
-    values = json.loads(header_of(reply()))
-    del values[key]
-    with pytest.raises(UpdateRefused, match=f"malformed header: {key}: Field required"):
-        wire.header(raw_content(json.dumps(values), None), TrainReply)
-
-
 @pytest.mark.parametrize(
     "kind, key, value",
     [
@@ -166,13 +156,6 @@ def test_no_header_is_refused() -> None:
 
 
 class TestSize:
-    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-    def test_is_header_and_blob_as_they_travel(self, dtype: str) -> None:
-        content = reply(dtype=dtype)
-        assert wire.size(content) == len(header_of(content).encode()) + len(blob_of(content))
-        content = wire.pack(SPEC.header(1))
-        assert wire.size(content) == len(header_of(content))
-
     def test_does_not_depend_on_the_time_taken(self) -> None:
         times = (0.0, 1e-7, 0.05, 0.049566507999, 3.0, 1234.5678, 1e5)
         assert len({wire.size(reply(seconds=seconds)) for seconds in times}) == 1
@@ -297,15 +280,6 @@ class TestFrozen:
         layers = {**frozen(2, 2).layers, layer: Factors(torch.ones(2, d_in), torch.ones(d_out, 2))}
         with pytest.raises(UpdateRefused, match=said):
             wire.check_frozen(LoraAdapter(layers, SCALE, modules), SPEC.schema)
-
-    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-    @pytest.mark.parametrize("factor", ["A", "B"])
-    def test_what_is_not_finite_is_refused_by_name(self, factor: str, value: float) -> None:
-        second = frozen(2, 2)
-        getattr(second.layers["model.k_proj"], factor)[-1, -1] = value
-        name = rf"model\.k_proj\.lora_{factor}\.weight"
-        with pytest.raises(UpdateRefused, match=f"frozen tensor '{name}' .*not finite"):
-            wire.check_frozen(second, SPEC.schema)
 
 
 class TestCheckAdapter:

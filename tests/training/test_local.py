@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from prelort.adapters import peft_folder
 from prelort.errors import PrelortError
 from prelort.methods.objective import nested
-from prelort.models.lora import ADAPTER, extract, install, trainable
+from prelort.models.lora import ADAPTER, extract, install
 from random_adapters import same_bits
 from tiny_models import base_model, kind_of, ragged_examples
 
@@ -267,16 +267,6 @@ def test_all_truncations_of_a_batch_in_one_pass_are_those_one_by_one(still, kind
     merged, found = still.train(batch_truncations=True, **settings)
     assert merged.loss == pytest.approx(one.loss, rel=1e-5)
     assert_close(found, expected, 2e-5)
-
-
-def test_bfloat16_is_near_float32_and_keeps_float32_weights(llama):
-    exact, expected = llama.train(objective=nested("mean", 8, LEVELS))
-    result, found = llama.train(objective=nested("mean", 8, LEVELS), precision="bfloat16")
-    assert result.loss == pytest.approx(exact.loss, rel=0.02)
-    assert result.loss != exact.loss
-    moved = distance(expected, llama.start)
-    assert 0 < distance(found, expected) < 0.2 * moved
-    assert {p.dtype for p in trainable(llama.model)[0]} == {torch.float32}
 
 
 # What goes wrong

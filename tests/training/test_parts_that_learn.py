@@ -11,8 +11,6 @@ from bench import Bench
 from prelort.adapters import LoraAdapter
 from prelort.adapters.algebra import concatenate
 from prelort.methods.objective import plain
-from prelort.models.lora import FROZEN, install, lora_layers
-from random_adapters import same_bits
 
 
 @pytest.fixture
@@ -37,26 +35,6 @@ def test_only_the_factors_that_learn_move(bench, trains, optimizer):
     everything = set(bench.start.layers)
     assert moved(bench.start, trained, "A") == (everything if "A" in trains else set())
     assert moved(bench.start, trained, "B") == (everything if "B" in trains else set())
-
-
-@pytest.mark.parametrize("rank", [2, 30], ids=["two products", "one matrix"])
-def test_the_fold_is_trained_around_and_stays_as_it_is(bench, rank):
-    fold = bench.fold(rank)
-
-    def frozen():
-        return [
-            parameter.clone()
-            for layer in lora_layers(bench.model).values()
-            for part in (layer.lora_A, layer.lora_B)
-            for parameter in part[FROZEN].parameters()
-        ]
-
-    install(bench.model, bench.start, frozen=fold)
-    before = frozen()
-    _, trained = bench.train(frozen=fold, optimizer="adamw", weight_decay=0.1)
-    assert all(torch.equal(a, b) for a, b in zip(before, frozen(), strict=True))
-    _, alone = bench.train(optimizer="adamw", weight_decay=0.1)
-    assert not same_bits(alone, trained)
 
 
 @pytest.mark.parametrize("rank", [2, 30], ids=["two products", "one matrix"])
