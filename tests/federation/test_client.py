@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,14 +18,15 @@ from backends import local_app
 from prelort import tasks
 from prelort.adapters import AdapterSchema, Factors, LoraAdapter, ScaleRule
 from prelort.adapters.initial import fresh
-from prelort.config import LoraSettings, ModelConfig, TrainingConfig
+from prelort.config import LoraSettings, ModelConfig, check
 from prelort.federation import messages, wire
 from prelort.federation.client import ClientRuntime, LocalClient
 from prelort.federation.client_app import REFUSED
 from prelort.federation.client_manager import AdapterSpec
 from prelort.federation.flower import Message, MessageType
 from prelort.federation.personal import PersonalStore
-from prelort.methods import Broadcast
+from prelort.federation.requests import evaluate_request, train_request
+from prelort.methods import Broadcast, Client, ServerState
 from prelort.methods.objective import Objective, TailPenalty, plain
 from prelort.metrics.evaluate import EvaluationSettings, evaluate
 from prelort.models.base import load_tokenizer
@@ -35,13 +37,23 @@ from prelort.training.settings import LocalTraining
 from prelort.training.steps import Assignment
 from prelort.training.tail import pairs, tail_norm
 from prelort.training.truncation import Truncation
-from small_federation import blob_of, in_process
+from small_federation import blob_of, in_process, with_header
 from tiny_models import base_model, kind_of, trained_adapter
 
 RULE = ScaleRule("rslora", 1.3)
 GLOBAL = 8
-TRAINING = LocalTraining.of(
-    TrainingConfig(local_steps=2, batch_size=4, learning_rate=0.05, optimizer="sgd")
+CONFIG = check(
+    {
+        "seed": 11,
+        "training": {
+            "local_steps": 2,
+            "batch_size": 4,
+            "learning_rate": 0.05,
+            "optimizer": "sgd",
+        },
+        "federation": {"rounds": 3},
+        "evaluation": {"batch_size": 3, "max_new_tokens": 1, "max_generated": 1},
+    }
 )
 
 
@@ -86,71 +98,39 @@ class Bench:
         content = wire.pack(self.runtime.spec.header(1))
         return wire.header(self.ask(content, MessageType.QUERY).content, messages.ClientProperties)
 
-    def request(self, sent: Broadcast, objective: Objective | None, **changes: Any) -> Any:
-        rank = sent.trainable.rank
-        goal = objective or plain(rank)
-        facts = {
-            **self.runtime.spec.header(rank).model_dump(),
-            "dtype": "float32",
-            "round": 0,
-            "seeded_factors": sent.seeded_factors,
-            "factor_seed": sent.factor_seed,
-            "personal": sent.personal,
-            "scale_multiplier": sent.scale_multiplier,
-            "rounds": 3,
-            "seed": 11,
-            "training": TRAINING,
-            "objective": goal.kind,
-            "levels": goal.levels,
-            "level_weights": goal.weights,
-            "tail": goal.tail,
-            "trains": sent.trains,
-            "timeout": 60.0,
-        }
-        return messages.TrainRequest(**(facts | changes))
+    def request(self, sent: Broadcast, objective: Objective | None = None, **changes: Any) -> Any:
+        """The server's message to train what a method broadcasts, with another header."""
+        goal = objective or plain(sent.trainable.rank)
+        method: Any = SimpleNamespace(
+            broadcast=lambda state, client: sent, objective=lambda state, client: goal
+        )
+        state, client = ServerState(self.trained), Client("site-0", 4, 8)
+        content = train_request(
+            CONFIG, self.runtime.spec, method, state, client, with_validation=False
+        )
+        return with_header(content, **changes)
 
     def train(
         self, sent: Broadcast, objective: Objective | None = None, **changes: Any
     ) -> tuple[messages.TrainReply, dict[str, torch.Tensor]]:
         """The reply's header, and the tensors that came with it."""
-        head = self.request(sent, objective, **changes)
-        content = wire.pack(head, sent.trainable, sent.frozen, without=wire.not_sent_down(head))
-        reply = self.ask(content, MessageType.TRAIN)
+        reply = self.ask(self.request(sent, objective, **changes), MessageType.TRAIN)
         assert not reply.has_error(), reply.error.reason
-        answered = wire.header(reply.content, messages.TrainReply)
-        return answered, tensors_in(reply)
+        tensors = safetensors.torch.load(blob_of(reply.content))
+        return wire.header(reply.content, messages.TrainReply), tensors
 
     def refusal(self, sent: Broadcast, **changes: Any) -> str:
         """The reason for which a request is refused."""
-        head = self.request(sent, None, **changes)
-        content = wire.pack(head, sent.trainable, sent.frozen, without=wire.not_sent_down(head))
-        reply = self.ask(content, MessageType.TRAIN)
+        reply = self.ask(self.request(sent, **changes), MessageType.TRAIN)
         assert reply.has_error()
         assert reply.error.code == REFUSED
         return str(reply.error.reason)
 
     def measure(self, sent: Broadcast, **changes: Any) -> Message:
-        facts = {
-            **self.runtime.spec.header(sent.trainable.rank).model_dump(),
-            "dtype": "float32",
-            "round": 1,
-            "seeded_factors": sent.seeded_factors,
-            "factor_seed": sent.factor_seed,
-            "personal": sent.personal,
-            "scale_multiplier": sent.scale_multiplier,
-            "metrics": None,
-            "batch_size": 3,
-            "max_new_tokens": 1,
-            "max_generated": 1,
-        }
-        head = messages.EvaluateRequest(**(facts | changes))
-        content = wire.pack(head, sent.trainable, sent.frozen, without=wire.not_sent_down(head))
-        return self.ask(content, MessageType.EVALUATE)
+        content = evaluate_request(CONFIG, self.runtime.spec, sent, 1)
+        return self.ask(with_header(content, **changes), MessageType.EVALUATE)
 
-    def by_hand(
-        self, sent: Broadcast, objective: Objective | None = None, round_index: int = 0
-    ) -> LoraAdapter:
-        """What the client's training makes of the whole adapter, without any message."""
+    def install(self, sent: Broadcast) -> None:
         install(
             self.runtime.model,
             sent.trainable,
@@ -158,25 +138,22 @@ class Bench:
             trains=sent.trains,
             scale_multiplier=sent.scale_multiplier,
         )
+
+    def by_hand(
+        self, sent: Broadcast, objective: Objective | None = None, round_index: int = 0
+    ) -> LoraAdapter:
+        """What the client's training makes of the whole adapter, without any message."""
+        self.install(sent)
         goal = objective or plain(sent.trainable.rank)
         work = Assignment("site-0", round_index, 3, 11, goal)
-        train(self.runtime, self.client.examples, TRAINING, work)
+        train(self.runtime, self.client.examples, LocalTraining.of(CONFIG.training), work)
         return extract(self.runtime.model, RULE)
 
     def loss(self, sent: Broadcast, examples: list[Example]) -> dict[str, float]:
-        install(
-            self.runtime.model,
-            sent.trainable,
-            frozen=sent.frozen,
-            scale_multiplier=sent.scale_multiplier,
-        )
+        self.install(sent)
         settings = EvaluationSettings(metrics=self.runtime.task.metrics)
         found = evaluate(self.runtime, examples, (1,), lambda *ranks: nullcontext(), settings)
         return found[1]
-
-
-def tensors_in(reply: Message) -> dict[str, torch.Tensor]:
-    return safetensors.torch.load(blob_of(reply.content))
 
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -227,13 +204,11 @@ def test_its_properties_have_its_rank_and_the_largest_it_may_get(
     "how",
     [
         {},
-        {"scale_multiplier": 2.0},
         {"trains": "A"},
-        {"trains": "B"},
         {"trains": "B", "scale_multiplier": 0.5},
     ],
 )
-@pytest.mark.parametrize("folded", [0, 3, 30])
+@pytest.mark.parametrize("folded", [0, 3])
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_its_reply_is_the_trained_part_of_what_it_received(
     request: pytest.FixtureRequest, kind: str, how: dict[str, Any], folded: int
@@ -365,8 +340,8 @@ def test_it_begins_with_b_of_zeros_and_the_head_that_everyone_has(own: Bench) ->
     assert any("classifier" in name for name in kept)
 
 
-@pytest.mark.parametrize("rank", [2, 6, 8])
-def test_after_a_change_of_rank_it_has_the_slots_that_it_had(own: Bench, rank: int) -> None:
+@pytest.mark.parametrize("rank", [2, 4, 8])
+def test_it_goes_on_with_its_own_also_after_a_change_of_rank(own: Bench, rank: int) -> None:
     """New slots have B = 0, so that they add nothing before they are trained."""
     own.train(personal(own.trained.prefix(4)))
     kept = own_tensors(own)(1)
