@@ -105,18 +105,6 @@ def batch_rows(monkeypatch: pytest.MonkeyPatch, check: Callable[[int], None]) ->
     return rows
 
 
-def test_clients_train_in_one_batch_unless_something_is_folded(
-    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = batch_rows(monkeypatch, lambda count: None)
-    run(make_config(federation={"clients_per_batch": 2, "rounds": 1}), tmp_path / "prelort")
-    assert rows == [8, 8, 4, 4]  # of three clients a round; the one left over trains alone
-    rows.clear()
-    folds = {"federation": {"clients_per_batch": 3}, "method": {"name": "fed-plora"}}
-    run(make_config(**folds), tmp_path / "folds")
-    assert max(rows) <= 8  # clients of the highest rank have nothing folded: two may meet
-
-
 def test_where_memory_does_not_suffice_the_batch_is_halved(
     make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,20 +118,6 @@ def test_where_memory_does_not_suffice_the_batch_is_halved(
     found = run(make_config(federation={"clients_per_batch": 5, **changes}), tmp_path / "halved")
     assert rows == [20, 8, 8, 12, 4, 4, 8, 8]
     assert distance(alone, found) < 1e-4
-
-
-def test_a_batch_that_breaks_is_trained_one_by_one(
-    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def breaks(count: int) -> None:
-        if count > 4:
-            raise RuntimeError("no")
-
-    alone = run(make_config(), tmp_path / "alone")
-    batch_rows(monkeypatch, breaks)
-    found = run(make_config(federation={"clients_per_batch": 3}), tmp_path / "broken")
-    assert distance(alone, found) == 0
-    assert "could not train in one batch" in (found.path / "log.txt").read_text()
 
 
 def test_an_interruption_ends_the_training_under_way(

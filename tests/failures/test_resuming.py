@@ -209,3 +209,15 @@ def test_a_client_with_an_impossible_name_is_refused(
     with pytest.raises(ConfigError, match="300 characters: 200 are allowed"):
         prelort.run(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_control_characters_of_a_clients_name_are_not_in_its_files(
+    tmp_path: Path, make_config: Make, text_file: Path
+) -> None:
+    source = tmp_path / "rows.jsonl"
+    source.write_text(text_file.read_text().replace("site-5", r"\u001b[31mred"))
+    config = make_config(data={"source": str(source)}, federation={"rounds": 1})
+    prelort.run(config, tmp_path / "run")
+    text = (tmp_path / "run" / "clients.txt").read_text()
+    assert "[31mred" in text
+    assert all(line.isprintable() for line in text.split("\n"))

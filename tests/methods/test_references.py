@@ -425,18 +425,6 @@ def test_with_all_holders_as_donors_replication_is_segment_wise(clients, seed):
     assert same_bits(copied, aggregate(method_of("prelort"), state, updates).adapter)
 
 
-@identity
-@given(clients=pairs, rank=st.integers(1, 8), rule=st.sampled_from(RULES), seed=seeds)
-def test_at_equal_ranks_raflora_is_flexlora(clients, rank, rule, seed):
-    state = start(rank, rule)
-    updates = drawn_updates(state, [(rank, examples) for _, examples in clients], seed)
-    products = [
-        dense(aggregate(method_of(name), state, updates).adapter)
-        for name in ("raflora", "flexlora")
-    ]
-    assert_near(*products)
-
-
 # No dense matrix on the server
 
 

@@ -62,10 +62,6 @@ def test_objectives_and_optimisers(
     assert_close(settings(**changes), 8)
 
 
-def test_the_lowest_rank(settings: Callable[..., Config]) -> None:
-    assert_close(settings(), 1)
-
-
 @pytest.mark.parametrize("method", ["fed-plora", "ffa-lora"])
 def test_methods(settings: Callable[..., Config], method: str) -> None:
     assert_close(settings(method={"name": method}), 4)

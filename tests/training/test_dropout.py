@@ -80,15 +80,6 @@ def test_eager_attention_and_functional_dropout_are_drawn_from_the_seed(tiny_ber
     assert same_bits(bench.train()[1], first)
 
 
-def test_masks_are_those_of_torchs_own_dropout():
-    x = torch.randn(50, 40)
-    torch.manual_seed(7)
-    expected = F.dropout(x, 0.3)
-    for inplace in (False, True):
-        with ClientDropout(7):
-            torch.testing.assert_close(nn.Dropout(0.3, inplace=inplace)(x.clone()), expected)
-
-
 @pytest.mark.parametrize("masked", ["not", "causal", "boolean", "additive"])
 def test_attention_with_dropout_is_torchs(masked):
     """At a probability at which nothing is dropped; and what is dropped is dropped in the mean."""

@@ -42,17 +42,6 @@ def still(folder):
 # Determinism
 
 
-@pytest.mark.parametrize("kind", ["plain", "mean", "example", "step", "full+one"])
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_equal_seeds_give_equal_bits(llama, kind, optimizer):
-    objective = nested(kind, 8, LEVELS, full_share=0.5)
-    (first, adapter), (second, again) = (
-        llama.train(objective=objective, optimizer=optimizer) for _ in range(2)
-    )
-    assert first.loss == second.loss
-    assert same_bits(adapter, again)
-
-
 @pytest.mark.parametrize("change", [{"seed": 1}, {"client": "other"}, {"round_index": 1}])
 def test_truncations_depend_on_seed_client_and_round(llama, change):
     settings = {"objective": nested("example", 8, LEVELS), "shuffle": False, "local_steps": 6}
