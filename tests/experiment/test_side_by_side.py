@@ -6,23 +6,29 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import prelort
+from backends import local_app
 from equality import equal
 from prelort.adapters import algebra
 from prelort.config import Config
 from prelort.events import ClientFinished, Event, RoundStarted
 from prelort.experiment.assemble import assemble
-from prelort.experiment.backend import InProcess
+from prelort.experiment.backend import Backend, InProcess, with_all_data
 from prelort.experiment.measure import measure
 from prelort.experiment.run import RunResult
 from prelort.experiment.workers import replica
+from prelort.federation.batched import answer_batched
+from prelort.federation.in_process import InProcessGrid
+from prelort.federation.transport import Transport
 from prelort.methods import REGISTRY, trait
 from prelort.tasks.causal_lm import CausalLM
 from run_files import events_of
@@ -90,53 +96,49 @@ def test_with_dropout_threads_do_not_change_a_bit_either(
         assert one.metrics == other.metrics
 
 
-def batch_rows(monkeypatch: pytest.MonkeyPatch, check: Callable[[int], None]) -> list[int]:
-    """The rows of each training batch, given to ``check`` too; a batch of one client has 4."""
-    rows: list[int] = []
-    real = CausalLM.losses
+class SmallMemory(CausalLM):
+    """Eight rows fit into its memory; a batch of one client has four."""
 
-    def losses(self, model, batch):  # type: ignore[no-untyped-def]
-        if model.training:
-            rows.append(len(batch["labels"]))
-            check(rows[-1])
-        return real(self, model, batch)
+    def losses(self, model: Any, batch: Any) -> torch.Tensor:
+        if model.training and len(batch["labels"]) > 8:
+            raise torch.OutOfMemoryError("full")
+        return super().losses(model, batch)
 
-    monkeypatch.setattr(CausalLM, "losses", losses)
-    return rows
+
+@contextmanager
+def with_small_memory(config: Config, folder: Path) -> Iterator[Backend]:
+    assembly = assemble(config, folder)
+    runtime = replace(assembly.runtime, task=SmallMemory())
+    clients = [replace(client, runtime=runtime) for client in assembly.clients]
+    grid = InProcessGrid(
+        local_app(clients),
+        [{"partition-id": index} for index in range(len(clients))],
+        answer_batched=answer_batched(lambda context: clients[context.node_config["partition-id"]]),
+        clients_per_batch=len(clients),
+    )
+    yield with_all_data(assembly, Transport(grid, len(clients)))
 
 
 def test_where_memory_does_not_suffice_the_batch_is_halved(
-    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_config: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def full(count: int) -> None:
-        if count > 8:
-            raise torch.OutOfMemoryError("full")
-
-    changes = {"clients_per_round": 5, "rounds": 1}
-    alone = run(make_config(federation=changes), tmp_path / "alone")
-    rows = batch_rows(monkeypatch, full)
-    found = run(make_config(federation={"clients_per_batch": 5, **changes}), tmp_path / "halved")
-    assert rows == [20, 8, 8, 12, 4, 4, 8, 8]
+    config = make_config(federation={"clients_per_round": 5, "rounds": 1})
+    alone = run(config, tmp_path / "alone")
+    found = prelort.run(config, tmp_path / "halved", backend=with_small_memory)
+    assert caplog.text.count("training in halves") == 2
+    assert "one by one" not in caplog.text
     assert distance(alone, found) < 1e-4
 
 
-def test_an_interruption_ends_the_training_under_way(
-    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interruption_ends_the_training_under_way(make_config: Make, tmp_path: Path) -> None:
     """Threads do not hear of Ctrl-C: they are stopped, and none is left behind."""
     config = make_config(training={"local_steps": 100_000})
-    entered = threading.Event()
-    batch_rows(monkeypatch, lambda count: entered.set())
     # A shell's background job ignores SIGINT, and Python then leaves it so.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def interrupt(event: Event) -> None:
         if isinstance(event, RoundStarted):
-            threading.Thread(target=press, daemon=True).start()
-
-    def press() -> None:
-        entered.wait(60)
-        os.kill(os.getpid(), signal.SIGINT)
+            threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
 
     started = time.monotonic()
     try:
