@@ -302,7 +302,7 @@ class FederationConfig(Section):
         description="data type of adapters in messages; int8 has one scale per rank dimension",
     )
     max_client_examples: Annotated[int, Field(ge=1)] = Field(
-        10_000_000, description="maximum number of examples that a reply may claim"
+        10_000_000, description="maximum number of examples that a client may claim"
     )
     max_abs_value: Annotated[float, Field(gt=0.0)] = Field(
         1e4, description="maximum absolute value in the adapter of a reply"

@@ -124,7 +124,7 @@ def test_one_round_is_what_plain_peft_training_does(still, settings, fused, tmp_
     assert result.loss == pytest.approx(sum(losses) / steps, rel=1e-6)
     assert result.steps == steps
     # Adam divides by the gradient's own size, so that the rounding of a tiny one counts in full.
-    tolerance = 1e-6 if "sgd" in settings else 1e-4 if fused else 1e-5
+    tolerance = 1e-6 if "sgd" in settings else 1e-3 if fused else 1e-5
     assert_close(found, expected, tolerance)
     assert distance(found, bench.start) > 2e-3
 
