@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import raised
 import run
 import sandbox
 import tables
-import tune
 
 from prelort.events import (
     ClientMetrics,
@@ -29,15 +27,7 @@ from prelort.events import (
 from prelort.study.definition import load
 
 ROOT = Path(__file__).parents[2]
-STUDIES = ROOT / "benchmarks" / "studies"
-sys.path.insert(0, str(STUDIES))
-
-import by_task  # noqa: E402
-import prepare  # noqa: E402
-import raised  # noqa: E402
-import run  # noqa: E402
-import sandbox  # noqa: E402
-import tables  # noqa: E402
+STUDIES = Path(__file__).parent
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:

@@ -86,7 +86,7 @@ def assert_segments(sums, replies, before):
         old = dense(between(before, *ends))
         mean = {n: sum(w * p[n] for p, w in holders) / total for n in old}
         assert_near(dense(segment.products.mean()), mean)
-        moved = sum(w * float((p[n] - old[n]).square().sum()) for p, w in holders for n in old)
+        moved = sum(w**2 * float((p[n] - old[n]).square().sum()) for p, w in holders for n in old)
         assert segment.moved == pytest.approx(moved, rel=1e-5)
 
 
