@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from command_line import CommandLine
+from command_line import CommandLine, Outcome
 
 CASES: dict[str, list[str]] = {
     # One override for a run: words of the sentence. Values that the configuration itself refuses
@@ -98,15 +98,27 @@ def test_a_file_that_cannot_be_used_is_named(
     assert source.read_bytes() == content
 
 
-def test_a_client_without_enough_text_is_named(
+def test_clients_without_enough_text_are_left_out_as_long_as_enough_are_left(
     tmp_path: Path, command_line: CommandLine, config_file: Path
 ) -> None:
-    rows = [{"client": f"site-{i}", "text": "the"} for i in range(6) for _ in range(2)]
-    source = tmp_path / "short.jsonl"
-    source.write_text("\n".join(map(json.dumps, rows)))
-    options = ["--set", f"data.source={source}", "--out", tmp_path / "run"]
-    error = command_line("run", config_file, *options).error
-    assert "has no text long enough" in error
+    def run(out: str, short: int, *more: str) -> Outcome:
+        words = ["the"] * short + ["the quick brown fox jumps over a lazy dog " * 3] * (6 - short)
+        rows = [{"client": f"site-{i}", "text": text} for i, text in enumerate(words) for _ in "ab"]
+        source = tmp_path / f"{out}.jsonl"
+        source.write_text("\n".join(map(json.dumps, rows)))
+        options = [f"data.source={source}", "federation.clients_per_round=6", *more]
+        sets = [part for option in options for part in ("--set", option)]
+        return command_line("run", config_file, *sets, "--out", tmp_path / out)
+
+    fine = run("two", 2)
+    assert fine.code == 0
+    assert (
+        "clients left out, since they have no text long enough to make one example: 2" in fine.err
+    )
+    assert "'site-0', 'site-1'" in fine.err
+    assert "left out: 2 more with 2 rows" in (tmp_path / "two" / "clients.txt").read_text()
+    assert "quorum = 5 needs 5 replies" in run("quorum", 2, "federation.quorum=5").error
+    assert "no text long enough to make one example, at any of its 6 clients" in run("all", 6).error
 
 
 def test_a_label_unseen_in_training_is_named(

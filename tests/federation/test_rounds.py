@@ -231,8 +231,11 @@ class TestConnecting:
             run.train()
 
     def test_too_few_clients_are_refused_before_any_training(self) -> None:
-        run = make_run(small_client_app(CLIENTS, properties={1: {"base": "x"}}))
-        with pytest.raises(ConfigError, match="clients_per_round = 4, but there are 3 clients"):
+        app = small_client_app(CLIENTS, properties={1: {"base": "x"}})
+        run = make_run(app, make_config(quorum=4))
+        with pytest.raises(
+            ConfigError, match="quorum = 4 needs 4 replies, but a round asks 3 of 3"
+        ):
             run.train()
         assert not run.of(RoundStarted)
 

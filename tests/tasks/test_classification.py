@@ -53,6 +53,16 @@ def test_a_class_label_goes_by_its_name(tokenizer: Any) -> None:
     assert [e.labels for e in encode(rows, tokenizer)] == [2, 0]
 
 
+def test_an_empty_text_is_one_token_also_in_a_batch_of_its_own() -> None:
+    rows = Dataset.from_dict({"text": ["", None, "a"], "label": ["no", "yes", "no"]})
+    for tokenizer in (make_tokenizer(), make_tokenizer(bos=True)):
+        empty, missing, _ = examples = encode(rows, tokenizer)
+        assert read(tokenizer, empty.input_ids) == read(tokenizer, missing.input_ids) == "<bos>"
+        for batch in (TASK.collate(examples, 0), TASK.collate([empty], 0)):
+            assert batch["input_ids"].dtype == torch.int64
+            assert batch["attention_mask"].sum(dim=1).min() == 1
+
+
 def test_no_rows_are_no_examples(tokenizer: Any) -> None:
     rows = Dataset.from_dict({"text": ["x"], "label": ["no"]}).select([])
     assert encode(rows, tokenizer) == []

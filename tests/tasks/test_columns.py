@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
@@ -46,3 +48,23 @@ def test_class_order_is_by_number_or_alphabet() -> None:
     assert columns.class_order(text, "n", "") == ("-1", "9", "10")
     assert columns.class_order(text, "s", "") == ("10", "a", "b")
     assert columns.class_order(text.cast_column("n", Value("int64")), "n", "") == ("-1", "9", "10")
+
+
+@pytest.mark.parametrize(
+    "cells, message",
+    [
+        ([1.0, 0.25, 1.0], "row 2 has 0.25 in column 'y', which is a measurement and no class"),
+        (["1", "1e-3", "1"], "row 2 has 1e-3 in column 'y'"),
+        ([1.0, float("nan")], "row 2 has no value in column 'y'"),
+        (range(40), "column 'y' has 40 different values in 40 rows"),
+        ([f"a sentence {n // 2}" for n in range(43)], "22 different values in 43 rows"),
+    ],
+)
+def test_measurements_and_texts_are_no_classes(cells: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"data.source: .*{message}"):
+        columns.class_order(Dataset.from_dict({"y": list(cells)}), "y", "data.source")
+
+
+@pytest.mark.parametrize("cells", [[1.0, 5.0], ["nan", "inf"], [f"{n // 2}" for n in range(44)]])
+def test_whole_numbers_and_words_are_classes(cells: list[Any]) -> None:
+    assert len(columns.class_order(Dataset.from_dict({"y": cells}), "y", "")) == len(set(cells))

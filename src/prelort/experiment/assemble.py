@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from prelort import tasks
 from prelort.adapters import AdapterSchema, LoraAdapter, ScaleRule
 from prelort.config import Config
 from prelort.data import federated, ranks
-from prelort.data.federated import ClientRows, FederatedRows
+from prelort.data.federated import ClientRows, Dropped, FederatedRows
 from prelort.errors import ConfigError
 from prelort.federation.allocation import Allocation, ByLoss
 from prelort.federation.client import ClientRuntime, LocalClient
@@ -35,6 +36,8 @@ from prelort.training.truncation import Truncation
 log = logging.getLogger(__name__)
 
 Examples = Sequence[Example]
+
+NO_EXAMPLE = "no text long enough to make one example"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,22 +103,21 @@ def assemble(
             )
     check_numbers(len(rows.clients), config.federation.clients_per_round, config.federation.quorum)
     offered, max_rank, allocation = planned_ranks(config, rows)
+    planned = {
+        client.name: both for client, *both in zip(rows.clients, offered, max_rank, strict=True)
+    }
     tokenizer = base.load_tokenizer(config.model)
-    runtime, initial = prepare_model(config, tokenizer, rank=max(max_rank), labels=rows.labels)
-    task = runtime.task
+    task = tasks.get(config.task)
 
     def encode(some: Any) -> list[Example]:
         return task.encode(some, tokenizer, config.data, rows.labels)
 
-    def enough(what: str, examples: list[Example]) -> list[Example]:
-        if not examples:
-            raise ConfigError(f"{what} has no text long enough to make one example")
-        return examples
-
-    def train(client: ClientRows) -> Examples:
-        return encoded.examples(
-            "train", client.name, lambda: enough(f"client {client.name!r}", encode(client.train))
-        )
+    train = {
+        client.name: encoded.examples("train", client.name, partial(encode, client.train))
+        for client in rows.clients
+    }
+    rows = _with_examples(rows, train, config)
+    runtime, initial = prepare_model(config, tokenizer, rank=max(max_rank), labels=rows.labels)
 
     def own(kind: str, client: ClientRows, some: Any) -> Examples:
         return encoded.examples(kind, client.name, lambda: encode(some)) if some is not None else ()
@@ -125,15 +127,15 @@ def assemble(
     clients = tuple(
         LocalClient(
             name=client.name,
-            rank=rank,
-            examples=train(client),
+            rank=planned[client.name][0],
+            examples=train[client.name],
             runtime=runtime,
-            max_rank=largest,
+            max_rank=planned[client.name][1],
             validation=own("validation", client, client.validation) if by_loss else (),
             test=own("test", client, client.test) if measured_there else (),
             personal=PersonalStore(folder / "personal") if folder is not None else None,
         )
-        for client, rank, largest in zip(rows.clients, offered, max_rank, strict=True)
+        for client in rows.clients
     )
     if measured_there and not any(client.test for client in clients):
         raise ConfigError(
@@ -142,12 +144,37 @@ def assemble(
             "are dealt by"
         )
     test = encoded.examples(
-        "drawn tests",
-        "",
-        lambda: _at_most(config, enough("the test set", encode(_test_rows(config, rows)))),
+        "drawn tests", "", lambda: _at_most(config, encode(_test_rows(config, rows)))
     )
+    if not test:
+        raise ConfigError(f"the test set has {NO_EXAMPLE}")
     template = runtime.model.peft_config[ADAPTER]
     return Assembly(config, rows, clients, test, runtime, tokenizer, initial, template, allocation)
+
+
+def _with_examples(
+    rows: FederatedRows, examples: Mapping[str, Examples], config: Config
+) -> FederatedRows:
+    """The rows of the clients that have an example to train on; a warning names the others.
+
+    Raises `ConfigError` if too few clients are left.
+    """
+    without = [client for client in rows.clients if not examples[client.name]]
+    if not without:
+        return rows
+    names = ", ".join(repr(client.name) for client in without[:5]) + ", ..." * (len(without) > 5)
+    reason = f"clients left out, since they have {NO_EXAMPLE}: {len(without)} ({names})"
+    left = tuple(client for client in rows.clients if examples[client.name])
+    if not left:
+        raise ConfigError(f"data.source has {NO_EXAMPLE}, at any of its {len(without)} clients")
+    per_round, quorum = config.federation.clients_per_round, config.federation.quorum
+    try:
+        check_numbers(len(left), min(per_round, len(left)), quorum)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; {reason}") from None
+    warnings.warn(reason, stacklevel=3)
+    dropped = [Dropped(client.name, len(client.train), NO_EXAMPLE) for client in without]
+    return replace(rows, clients=left, dropped=(*rows.dropped, *dropped))
 
 
 def planned_ranks(config: Config, rows: FederatedRows) -> tuple[list[int], list[int], Allocation]:

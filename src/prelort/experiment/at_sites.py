@@ -17,7 +17,7 @@ from prelort.config import SITES, Config
 from prelort.data import federated, ranks
 from prelort.errors import ConfigError
 from prelort.events import Metrics
-from prelort.experiment.assemble import assemble, prepare_model
+from prelort.experiment.assemble import NO_EXAMPLE, assemble, prepare_model
 from prelort.experiment.backend import Backend, Connect, Evaluate
 from prelort.experiment.measure import Progress, measure
 from prelort.federation.allocation import Allocation, ByLoss
@@ -59,8 +59,10 @@ def backend_at_sites(config: Config, grid: Grid) -> Backend:
     if config.data.source != SITES:
         assembly = assemble(config)
         served = _served(config, assembly.runtime, assembly.initial, assembly.test)
+        labels = assembly.rows.labels
     else:
         served = _without_rows(config, max(planned))
+        labels = config.data.labels or ()
     federation = config.federation
     by_loss = ByLoss(max(planned), config.ranks.high_share)
     return Backend(
@@ -71,6 +73,7 @@ def backend_at_sites(config: Config, grid: Grid) -> Backend:
         allocation=Allocation({}, by_loss if config.ranks.allocation == "by-loss" else None),
         evaluate=served.evaluate,
         planned_ranks=planned,
+        labels=labels,
     )
 
 
@@ -96,7 +99,7 @@ def own_site(config: Config, name: str, rank: int, folder: Path | None = None) -
 
     examples = encode(rows.train)
     if not examples:
-        raise ConfigError("data.source has no text long enough to make one example")
+        raise ConfigError(f"data.source has {NO_EXAMPLE}")
     by_loss = config.ranks.allocation == "by-loss"
     return LocalClient(
         name=name,

@@ -38,7 +38,8 @@ class Backend:
     ``initial``: the global adapter before the first round. ``template``: what an exported adapter's
     PEFT configuration says besides its ranks. ``evaluate``: None where the server has no test
     examples, so that the clients measure. ``planned_ranks``: rank levels that are expected whoever
-    is connected. ``rows``: who holds which data, where that is known.
+    is connected. ``rows``: who holds which data, where that is known. ``labels``: the class names
+    in the order of their numbers, for a classification.
     """
 
     spec: AdapterSpec
@@ -49,6 +50,7 @@ class Backend:
     evaluate: Evaluate | None = None
     planned_ranks: tuple[int, ...] = ()
     rows: FederatedRows | None = None
+    labels: tuple[str, ...] = ()
 
 
 Connect = Callable[[Config, Path], AbstractContextManager[Backend]]
@@ -133,4 +135,5 @@ def with_all_data(
             progress,
         ),
         rows=assembly.rows,
+        labels=assembly.rows.labels,
     )

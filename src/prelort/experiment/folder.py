@@ -4,6 +4,7 @@ config.toml          the resolved configuration; `prelort run config.toml` repea
 versions.json        of Python, of the libraries that matter, and of the machine
 metrics.jsonl        one event a line, written while the run goes
 log.txt              tracebacks of clients that failed
+labels.json          classification: the names of the classes, in the order of their numbers
 checkpoints/00012/   the server's state after a round, the last two kept
 adapters/rank-8/     the result: standard PEFT folders, one for each rank
 results.md, *.png    tables and pictures
@@ -41,6 +42,7 @@ _BEFORE_THE_ROUNDS = (
     "metrics.jsonl",
     "log.txt",
     "clients.txt",
+    "labels.json",
     "clients.png",
     "trackers.json",
     ".lock",

@@ -9,7 +9,7 @@ from pathlib import Path
 from prelort import config as configuration
 from prelort import methods
 from prelort.adapters import peft_folder
-from prelort.data import federated
+from prelort.config import Config
 from prelort.errors import CheckpointError, ConfigError
 from prelort.events import Evaluated
 from prelort.experiment import checkpoint
@@ -20,6 +20,7 @@ from prelort.experiment.folder import RunFolder, is_taken
 from prelort.experiment.measure import measure
 from prelort.models import base
 from prelort.models.lora import ADAPTER, install
+from prelort.tasks import labels
 
 MEASURING = ("data", "evaluation", "model", "threads")
 """What may differ in the configuration when a run is measured again."""
@@ -40,6 +41,7 @@ def evaluate_run(path: Path, overrides: Sequence[str] = ()) -> Evaluated:
                 f"{key} cannot differ from the run's own: only {', '.join(MEASURING)} say how it "
                 "is measured"
             )
+    config = _with_labels(config, path)
     assembly = assemble(config)
     found = _newest(folder, assembly.runtime.spec.base)
     check_ranks(config, assembly.initial.rank)
@@ -60,7 +62,7 @@ def export_run(path: Path, out: Path, rank: int | None, *, merge: bool) -> Path:
     Raises `ConfigError` for a rank that the adapter does not have or an ``out`` that is not empty.
     """
     folder = RunFolder(path)
-    config = folder.read_config()
+    config = _with_labels(folder.read_config(), path)
     if is_taken(out):
         raise ConfigError(f"{str(out)!r} exists and is not empty: choose another --out")
     found = _newest(folder, base.fingerprint(config.model))
@@ -72,14 +74,12 @@ def export_run(path: Path, out: Path, rank: int | None, *, merge: bool) -> Path:
     if not 1 <= rank <= max_rank:
         raise ConfigError(f"--rank {rank} is not allowed: the adapter has ranks 1 to {max_rank}")
     tokenizer = base.load_tokenizer(config.model)
-    # Of the data only the class names are needed, and only where there are classes.
-    labels: tuple[str, ...] = ()
-    if config.task == "classification":
-        labels = config.data.labels or federated.load(config).labels
-    runtime, _ = prepare_model(config, tokenizer, rank=found.state.adapter.rank, labels=labels)
+    names = config.data.labels or ()
+    runtime, _ = prepare_model(config, tokenizer, rank=found.state.adapter.rank, labels=names)
     adapter = method.global_adapter(found.state, rank)
     if not merge:
         peft_folder.save(adapter, out, runtime.model.peft_config[ADAPTER])
+        labels.write(out, names)
         return out
     install(runtime.model, adapter)
     runtime.truncation.detach()
@@ -87,6 +87,12 @@ def export_run(path: Path, out: Path, rank: int | None, *, merge: bool) -> Path:
     merged.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return out
+
+
+def _with_labels(config: Config, path: Path) -> Config:
+    """The configuration with the classes that were trained, whichever other data have."""
+    names = labels.read(path) or config.data.labels
+    return config.model_copy(update={"data": config.data.model_copy(update={"labels": names})})
 
 
 def _newest(folder: RunFolder, base_fingerprint: str) -> Checkpoint:

@@ -41,6 +41,7 @@ from prelort.history import RunHistory
 from prelort.methods.interface import ServerState
 from prelort.report import describe, trackers
 from prelort.report.formatting import plain
+from prelort.tasks import labels
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -152,6 +153,7 @@ def train(config: Config, folder: RunFolder, backend: Backend, log: RunLog) -> R
         if state.round == 0:
             if backend.rows is not None:
                 _describe(backend.rows, folder.path)
+            labels.write(folder.path, backend.labels)
             clients = len(federation.clients)
             log(RunStarted(0, method.name, config.task, config.seed, rounds, clients, state.levels))
             log(evaluate(config, backend, federation, method, state, log))
@@ -205,6 +207,7 @@ def export(backend: Backend, adapters: Mapping[int, LoraAdapter], folder: Path) 
     """Write each rank's adapter as a PEFT folder ``rank-N``."""
     for rank, adapter in adapters.items():
         peft_folder.save(adapter, folder / f"rank-{rank}", backend.template)
+        labels.write(folder / f"rank-{rank}", backend.labels)
 
 
 def _describe(rows: FederatedRows, folder: Path) -> None:

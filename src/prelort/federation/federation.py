@@ -93,8 +93,9 @@ class Federation:
         if not self.clients:
             raise ConfigError("no client can take part: all were refused, see the log")
         if self._transport.patience is None:
-            federation = self._config.federation
-            check_numbers(len(self.clients), federation.clients_per_round, federation.quorum)
+            federation, there = self._config.federation, len(self.clients)
+            # A round of fewer clients than configured is one of all that there are.
+            check_numbers(there, min(federation.clients_per_round, there), federation.quorum)
         state = self._with_levels(state)
         clients = [connected.client for connected in self.clients]
         with calling(method, "check()"):

@@ -83,7 +83,9 @@ def load_model(
     }
     if kind == "classification":
         options |= {"num_labels": len(labels)}
-        options |= {"id2label": dict(enumerate(labels)), "ignore_mismatched_sizes": True}
+        numbers = {name: number for number, name in enumerate(labels)}
+        options |= {"id2label": dict(enumerate(labels)), "label2id": numbers}
+        options |= {"ignore_mismatched_sizes": True}
     if config.quantization != "none":
         options |= {"quantization_config": _quantized(config, device), "device_map": str(device)}
     auto = AutoModelForSequenceClassification if kind == "classification" else AutoModelForCausalLM

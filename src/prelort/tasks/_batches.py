@@ -26,7 +26,8 @@ def tokenise(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 def pad_right(sequences: Sequence[Sequence[int]], value: int) -> torch.Tensor:
     """Sequences as one int64 tensor [batch, longest], filled on the right."""
     longest = max(map(len, sequences))
-    return torch.tensor([[*ids, *[value] * (longest - len(ids))] for ids in sequences])
+    rows = [[*ids, *[value] * (longest - len(ids))] for ids in sequences]
+    return torch.tensor(rows, dtype=torch.long)
 
 
 def attention_mask(lengths: Sequence[int]) -> torch.Tensor:

@@ -48,7 +48,8 @@ class Classification:
     ) -> list[Example]:
         """One example a row, with the tokenizer's special tokens, cut to ``max_length``.
 
-        Raises `ConfigError` for a label that is not in ``labels``.
+        A text without any token becomes one special token. Raises `ConfigError` for a label that is
+        not in ``labels``.
         """
         if len(rows) == 0:
             return []
@@ -66,8 +67,10 @@ class Classification:
         for name in classes:
             if name not in numbers:
                 raise ConfigError(f"the label {name!r} is not among those of the training rows")
+        special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        empty = [token for token in special if token is not None][:1]
         return [
-            Example(ids, numbers[name])
+            Example(ids or empty, numbers[name])
             for ids, name in zip(encoded["input_ids"], classes, strict=True)
         ]
 

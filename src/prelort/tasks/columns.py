@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,11 @@ from prelort.errors import ConfigError
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+MANY_CLASSES = 20
+"""Up to so many classes may be those of a small sample."""
+
+OTHER_LABELS = "name another data.label_column, or list the classes in data.labels"
 
 
 def find(key: str, wanted: str | None, candidates: Sequence[str], available: Sequence[str]) -> str:
@@ -87,19 +93,40 @@ def class_names(rows: Dataset, column: str, where: str) -> list[str]:
 def class_order(rows: Dataset, column: str, where: str) -> tuple[str, ...]:
     """The classes that occur: in the order of a `datasets.ClassLabel`, else sorted.
 
-    Names that are all whole numbers are sorted as numbers.
+    Names that are all whole numbers are sorted as numbers. Raises `ConfigError` for what are no
+    classes: numbers that are not whole, and different values in most rows.
     """
-    seen = set(class_names(rows, column, where))
+    names = class_names(rows, column, where)
+    seen = set(names)
     feature = rows.features[column]
     if hasattr(feature, "int2str"):
         return tuple(name for name in feature.names if name in seen)
+    for number, name in enumerate(names, start=1):
+        if _is_fraction(name):
+            raise ConfigError(
+                f"{where}: row {number} has {name} in column {column!r}, which is a measurement "
+                f"and no class: regression is not supported; {OTHER_LABELS}"
+            )
+    if len(seen) > max(MANY_CLASSES, len(names) / 2):
+        raise ConfigError(
+            f"{where}: column {column!r} has {len(seen)} different values in {len(names)} rows, "
+            f"so that most classes would have one example; {OTHER_LABELS}"
+        )
     if all(name.lstrip("-").isdecimal() for name in seen):
         return tuple(sorted(seen, key=lambda name: (int(name), name)))
     return tuple(sorted(seen))
 
 
+def _is_fraction(name: str) -> bool:
+    try:
+        value = float(name)
+    except ValueError:
+        return False
+    return math.isfinite(value) and not value.is_integer()
+
+
 def _text(cell: Any, column: str) -> str:
-    if cell is None:
+    if cell is None or cell != cell:  # pandas writes a missing cell as nan
         return ""
     if isinstance(cell, str):
         return cell
