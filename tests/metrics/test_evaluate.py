@@ -7,7 +7,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from prelort.errors import ConfigError
 from prelort.metrics.evaluate import EvaluationSettings, evaluate
@@ -201,6 +207,29 @@ def test_rouge_l_is_that_of_greedy_text_from_the_prompt_alone(llama, size):
     assert result[0]["rouge_l"] == pytest.approx(100)
     references = [e.reference for e in examples]
     assert result[4]["rouge_l"] == pytest.approx(rouge_l(sharper, references))
+
+
+def test_generation_is_greedy_whatever_the_models_settings_are(llama):
+    prompts = [[7], [9, 3]]
+    llama.eval()
+    with torch.no_grad():
+        plain = [greedy(llama, prompt, 12) for prompt in prompts]
+    examples = [
+        Example([*p, 3], [IGNORED] * len(p) + [3], len(p), t)
+        for p, t in zip(prompts, plain, strict=True)
+    ]
+    before = llama.generation_config
+    llama.generation_config = GenerationConfig(
+        do_sample=True, temperature=2.0, repetition_penalty=5.0, suppress_tokens=[4, 5, 6],
+        no_repeat_ngram_size=1, min_new_tokens=3, eos_token_id=END,
+    )  # fmt: skip
+    own = llama.generation_config
+    try:
+        result = measure(llama, Causal(), examples, (0,), metrics=("rouge_l",), max_new_tokens=12)
+        assert llama.generation_config is own
+    finally:
+        llama.generation_config = before
+    assert result[0]["rouge_l"] == pytest.approx(100)
 
 
 def test_rouge_l_stops_at_the_end_token_even_if_the_filler_is_a_word(llama):

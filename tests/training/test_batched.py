@@ -98,6 +98,12 @@ SETTINGS = {
     "no clipping": {"max_grad_norm": 0.0},
     "accumulated": {"gradient_accumulation": 2},
     "epochs of unequal lengths": {"local_steps": 0, "local_epochs": 2.0, "batch_size": 2},
+    "epochs that end within a step": {
+        "local_steps": 0,
+        "local_epochs": 1.0,
+        "batch_size": 2,
+        "gradient_accumulation": 3,
+    },
     "warm-up": {"schedule": "linear", "warmup": 0.5},
     "gradient checkpointing": {"gradient_checkpointing": True},
     "rates and scales": {"rates": (4.0, 2.0, 1.0, 0.5), "scales": (3.0, 1.0, 0.5, 1.0)},

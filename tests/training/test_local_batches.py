@@ -62,6 +62,8 @@ def test_orders_differ_between_epochs_clients_and_seeds():
         (16, 2.5, 1, 10),
         (16, 0.5, 1, 2),
         (16, 1, 2, 2),
+        (17, 1, 2, 3),  # the last step has one batch
+        (3, 1, 4, 1),
         (3, 0.1, 4, 1),
     ],
 )
@@ -70,3 +72,6 @@ def test_local_epochs_give_the_number_of_steps(examples, epochs, accumulation, s
         local_steps=0, batch_size=4, local_epochs=epochs, gradient_accumulation=accumulation
     )
     assert steps_per_round(examples, config) == steps
+    (order,) = rounds_of(examples, config, 1)
+    if epochs >= 1:
+        assert len(list(itertools.chain(*order))) == pytest.approx(examples * epochs)

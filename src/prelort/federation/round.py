@@ -25,6 +25,7 @@ from prelort.federation.replies import checked_update
 from prelort.federation.sampling import count_of
 from prelort.methods.calls import calling, expect
 from prelort.methods.interface import Client, Method, RoundObserver, ServerState, Update
+from prelort.training.batches import batches_per_round
 
 
 class Round:
@@ -92,7 +93,7 @@ class Round:
         size = wire.size(reply.content)
         self._bytes_up += size
         self._replies[client.name] = head
-        batches = head.steps * self._config.training.gradient_accumulation
+        batches = batches_per_round(head.examples, self._config.training)
         self._log(
             ClientFinished(
                 self.number,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft import PeftModel
+from transformers import GenerationConfig
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
@@ -45,8 +48,8 @@ def continuations(
 ) -> list[str]:
     """The text that the model adds to each prompt (lists of token ids, none of them empty).
 
-    Greedy, in one batch, without special tokens and surrounding blanks. The model must be in eval
-    mode and gradients off.
+    Greedy, whatever the model's own settings of generation are; in one batch, without special
+    tokens and surrounding blanks. The model must be in eval mode and gradients off.
     """
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
@@ -55,9 +58,7 @@ def continuations(
         ids[row, width - len(prompt) :] = torch.tensor(list(prompt))
         mask[row, width - len(prompt) :] = 1
     ends = end_tokens(model, tokenizer)
-    output = model.generate(
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device),
+    greedy = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
@@ -65,9 +66,28 @@ def continuations(
         pad_token_id=pad_id,
         eos_token_id=ends or None,
     )
+    with _without_settings(model) as base:
+        output = base.generate(
+            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=greedy
+        )
     # Rows that ended early are filled up with the padding, which need not be a special token.
     kept = [_until(row, ends) for row in output[:, width:].tolist()]
     return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in kept]
+
+
+@contextmanager
+def _without_settings(model: Any) -> Iterator[Any]:
+    """The base model, whose own settings of generation do not count.
+
+    `generate` adds them to those that it is given: penalties of repetition, suppressed tokens, ...
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    own = base.generation_config
+    base.generation_config = GenerationConfig()
+    try:
+        yield base
+    finally:
+        base.generation_config = own
 
 
 def _until(tokens: list[int], ends: Sequence[int]) -> list[int]:

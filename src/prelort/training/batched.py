@@ -116,7 +116,7 @@ def _shared_passes(
 ) -> Iterator[dict[int, ForwardPass]]:
     """The passes of one step: the clients' first ones together, then their second ones, ..."""
     own = {index: steps.next(runtime.task, runtime.pad_id) for index, steps in active.items()}
-    for micro_batches in zip(*own.values(), strict=True):
+    for micro_batches in zip_longest(*own.values(), fillvalue=[]):
         for parts in zip_longest(*micro_batches):
             yield {i: part for i, part in zip(own, parts, strict=True) if part is not None}
 

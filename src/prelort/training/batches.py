@@ -7,33 +7,38 @@ from collections.abc import Iterator
 
 import torch
 
+from prelort.config import TrainingConfig
 from prelort.seeds import torch_generator
 from prelort.training.settings import LocalTraining
 
 
-def micro_batches_per_epoch(examples: int, settings: LocalTraining) -> int:
+def micro_batches_per_epoch(examples: int, settings: LocalTraining | TrainingConfig) -> int:
     """Number of batches that cover a client's examples once."""
     return math.ceil(examples / settings.batch_size)
 
 
-def steps_per_round(examples: int, settings: LocalTraining) -> int:
-    """Optimiser steps that a client takes in one round (at least 1)."""
+def batches_per_round(examples: int, settings: LocalTraining | TrainingConfig) -> int:
+    """Batches that a client trains on in one round (at least 1)."""
     if settings.local_steps > 0:
-        return settings.local_steps
-    batches = micro_batches_per_epoch(examples, settings) * settings.local_epochs
-    return max(1, round(batches / settings.gradient_accumulation))
+        return settings.local_steps * settings.gradient_accumulation
+    return max(1, round(micro_batches_per_epoch(examples, settings) * settings.local_epochs))
+
+
+def steps_per_round(examples: int, settings: LocalTraining) -> int:
+    """Optimiser steps that a client takes in one round, the last perhaps of fewer batches."""
+    return math.ceil(batches_per_round(examples, settings) / settings.gradient_accumulation)
 
 
 def batches(
     examples: int, settings: LocalTraining, *, round_index: int, seed: int, client: str
 ) -> Iterator[list[int]]:
-    """Indices of the batches of one round, ``steps * gradient_accumulation`` lists.
+    """Indices of the batches of one round, `batches_per_round` lists.
 
     The order of the examples changes each epoch. An epoch that is not finished continues in the
     next round: the position follows from ``round_index`` (from 0), so no state is kept between
     rounds. The last batch of an epoch may be smaller.
     """
-    per_round = steps_per_round(examples, settings) * settings.gradient_accumulation
+    per_round = batches_per_round(examples, settings)
     per_epoch = micro_batches_per_epoch(examples, settings)
     order: list[int] = []
     current = -1

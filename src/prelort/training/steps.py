@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -95,11 +96,11 @@ class LocalSteps:
         return (time.monotonic() - self._started) / self._clients
 
     def next(self, task: Task, pad_id: int) -> list[list[ForwardPass]]:
-        """The passes of the next step, for each of its ``gradient_accumulation`` batches.
+        """The passes of the next step, for each of its (at most) ``gradient_accumulation`` batches.
 
         Their weights make the sum of the losses the objective per token (or per example).
         """
-        chosen = [next(self._order) for _ in range(self.settings.gradient_accumulation)]
+        chosen = islice(self._order, self.settings.gradient_accumulation)
         micro = [[self._examples[i] for i in batch] for batch in chosen]
         collated = [task.collate(examples, pad_id) for examples in micro]
         total = max(1, sum(task.weight(batch) for batch in collated))
