@@ -98,12 +98,17 @@ class DataConfig(Section):
         description="classification: the classes in order; default: those in the data (real sites "
         "must name them, since none sees them all)",
     )
-    prompt_template: str = Field(
-        "{instruction}\n\n{context}\n\n",
-        description="instruction task: the prompt, with columns in braces",
+    prompt_template: str | None = Field(
+        None,
+        description="instruction task: the prompt, with columns in braces; default: the columns "
+        "instruction (and context or input), prompt, or question",
     )
     completion_column: str | None = Field(None, description="instruction task: the answer")
-    messages_column: str = Field("messages", description="chat task: list of role and content")
+    messages_column: str | None = Field(
+        None,
+        description="chat task: list of role and content; default: messages, conversations, or "
+        "prompt and completion",
+    )
     max_length: Annotated[int, Field(ge=8)] = Field(
         128, description="maximum number of tokens per example"
     )

@@ -121,6 +121,14 @@ def test_clients_without_enough_text_are_left_out_as_long_as_enough_are_left(
     assert "no text long enough to make one example, at any of its 6 clients" in run("all", 6).error
 
 
+def test_an_encoder_without_a_task_says_which_task_is_its_own(
+    tmp_path: Path, command_line: CommandLine, config_file: Path, tiny_bert: Path
+) -> None:
+    options = ["--set", f"model.name={tiny_bert}", "--out", tmp_path / "run"]
+    error = command_line("run", config_file, *options).error
+    assert "no causal language model but of type 'bert': set task = \"classification\"" in error
+
+
 def test_a_label_unseen_in_training_is_named(
     tmp_path: Path, command_line: CommandLine, classification_file: Path
 ) -> None:

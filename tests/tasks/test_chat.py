@@ -66,7 +66,28 @@ def test_a_conversation_ends_with_its_last_assistant_turn(chat_tokenizer: Any) -
 
 def test_an_assistant_may_begin(chat_tokenizer: Any) -> None:
     (example,) = encode([say("a: hello", "u: hi", "a: so")], chat_tokenizer)
-    assert learnt(chat_tokenizer, example) == "<assistant>hello<end>|so<end>"
+    assert read(chat_tokenizer, example.input_ids).startswith("<assistant>hello<end><user>")
+    assert learnt(chat_tokenizer, example) == "hello<end>|so<end>"
+
+
+def test_the_template_may_mark_what_the_assistant_says() -> None:
+    answer = "{% generation %}{{ message['content'] }}<end>{% endgeneration %}\n"
+    template = (
+        "{% for message in messages %}<{{ message['role'] }}>"
+        + f"{{% if message['role'] == 'assistant' %}}{answer}"
+        + "{% else %}{{ message['content'] }}<end>{% endif %}{% endfor %}"
+    )
+    tokenizer = make_tokenizer(template=template)
+    first, second = encode(
+        [say("a: hello", "u: hi", "a: so"), say("u: q", "a: yes", "u: bye")], tokenizer
+    )
+    assert learnt(tokenizer, first) == "hello<end>|so<end>"
+    assert read(tokenizer, first.input_ids[: first.prompt_length]).endswith("hi<end><assistant>")
+    assert learnt(tokenizer, second) == "yes<end>"
+    assert (
+        encode([say("a: ")], make_tokenizer(template=template.replace("<end>{% endg", "{% endg")))
+        == []
+    )
 
 
 def test_a_template_may_drop_thoughts_from_earlier_turns() -> None:
@@ -111,7 +132,7 @@ def test_needs_a_chat_template(tokenizer: Any) -> None:
 
 def test_a_refusal_of_the_template_is_told() -> None:
     tokenizer = make_tokenizer(template="{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(ConfigError, match="refuses a conversation: roles must alternate"):
+    with pytest.raises(ConfigError, match="begins with 'hi': roles must alternate"):
         encode([say("u: hi", "a: hello")], tokenizer)
 
 
@@ -122,15 +143,44 @@ def test_a_refusal_of_the_template_is_told() -> None:
         [{"role": "user"}],
         [{"role": "user", "content": None}],
         ["hi"],
-        [{"from": "human", "value": "hi"}],
+        [{"role": "user", "content": [{"type": "image", "text": None}]}],
+        [{"role": "user", "text": "hi"}],
     ],
 )
-def test_refuses_what_are_no_messages(chat_tokenizer: Any, cell: Any) -> None:
-    with pytest.raises(ConfigError, match="column 'messages' must hold lists of messages with 'ro"):
-        encode([cell], chat_tokenizer)
+def test_names_the_row_that_is_no_conversation(cell: Any) -> None:
+    rows = Dataset.from_dict({"messages": [None, cell] if cell == "hi" else [[], cell]})
+    number = 1 if cell == "hi" else 2
+    with pytest.raises(ConfigError, match=f"data.source: row {number}, column 'messages': "):
+        TASK.check(rows, DataConfig(), "data.source")
+
+
+SHAREGPT = [
+    {"from": "system", "value": "S"},
+    {"from": "human", "value": "hi"},
+    {"from": "gpt", "value": "hello"},
+]
+PARTS = [
+    {"role": role, "content": [{"type": "text", "text": half} for half in (text[:1], text[1:])]}
+    for role, text in (("user", "hi"), ("assistant", "hello"))
+]
+
+
+@pytest.mark.parametrize(
+    "row, prompt",
+    [
+        ({"conversations": SHAREGPT, "id": "x"}, "<system>S<end><user>hi<end>"),
+        ({"messages": PARTS}, "<user>hi<end>"),
+        ({"prompt": say("u: hi"), "completion": say("a: hello")}, "<user>hi<end>"),
+    ],
+)
+def test_formats_of_the_hub(chat_tokenizer: Any, row: dict[str, Any], prompt: str) -> None:
+    (example,) = TASK.encode(Dataset.from_list([row]), chat_tokenizer, DataConfig(), ())
+    assert read(chat_tokenizer, example.input_ids) == f"{prompt}<assistant>hello<end>"
+    assert learnt(chat_tokenizer, example) == "hello<end>"
+    assert example.reference == "hello"
 
 
 def test_names_the_missing_column() -> None:
-    with pytest.raises(ConfigError, match=r"data\.messages_column = 'messages' is not a column"):
-        TASK.columns(DataConfig(), ["conversations"])
-    assert TASK.columns(DataConfig(), ["messages"]) == ("messages",)
+    with pytest.raises(ConfigError, match=r"data\.messages_column is not set, and none of the usu"):
+        TASK.columns(DataConfig(), ["talk"])
+    assert TASK.columns(DataConfig(messages_column="talk"), ["talk"]) == ("talk",)

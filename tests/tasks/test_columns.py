@@ -31,8 +31,8 @@ def test_cells_as_text() -> None:
     assert columns.texts(rows, "a") == ["1", "2.5", ""]
     assert columns.texts(rows, "b") == ["True", "False", ""]
     assert columns.texts(rows, "c") == ["x", "", ""]
-    with pytest.raises(ConfigError, match="column 'd' holds list values, where text or numbers"):
-        columns.texts(Dataset.from_dict({"d": [["x"]]}), "d")
+    with pytest.raises(ConfigError, match=r"data: row 2 has list \['x'\] in column 'd', where"):
+        columns.texts(Dataset.from_dict({"d": [None, ["x"]]}), "d")
 
 
 def test_class_names() -> None:

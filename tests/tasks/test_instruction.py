@@ -72,9 +72,22 @@ def test_an_empty_context_leaves_no_gap(tokenizer: Any) -> None:
     assert [read(tokenizer, e.input_ids) for e in examples] == ["Q\n\nA<eos>", "Q\n\nC\n\nA<eos>"]
 
 
-def test_columns_are_the_completion_and_those_of_the_template() -> None:
-    columns = ["context", "instruction", "output", "id"]
-    assert TASK.columns(DataConfig(), columns) == ("output", "instruction", "context")
+@pytest.mark.parametrize(
+    "row, text",
+    [
+        ({"prompt": "The sky is", "completion": " blue"}, "The sky is| blue<eos>"),
+        ({"response": "A", "instruction": "Q"}, "Q\n\n|A<eos>"),
+        ({"instruction": "Q", "context": "C", "response": "A", "id": 7}, "Q\n\nC\n\n|A<eos>"),
+        ({"instruction": "Q", "input": "", "output": "A", "text": "x"}, "Q\n\n|A<eos>"),
+        ({"Instruction": "Q", "Input": "C", "Output": "A"}, "Q\n\nC\n\n|A<eos>"),
+        ({"question": "Q", "answer": "A"}, "Q\n\n|A<eos>"),
+    ],
+)
+def test_usual_columns_need_no_template(tokenizer: Any, row: dict[str, Any], text: str) -> None:
+    (example,) = TASK.encode(Dataset.from_list([row]), tokenizer, DataConfig(), ())
+    prompt, answer = text.split("|")
+    assert read(tokenizer, example.input_ids) == prompt + answer
+    assert learnt(tokenizer, example) == answer
 
 
 def test_a_column_of_the_template_is_no_completion() -> None:
@@ -85,10 +98,11 @@ def test_a_column_of_the_template_is_no_completion() -> None:
 @pytest.mark.parametrize(
     "values, available, message",
     [
+        ({}, ["ask", "answer"], r"data\.prompt_template is not set, and none of the usual names"),
         (
-            {},
-            ["instruction", "answer"],
-            r"prompt_template: column = 'context' is not a column: the",
+            {"prompt_template": "{q}{c}"},
+            ["q", "answer"],
+            r"prompt_template: column = 'c' is not a column: the",
         ),
         ({"prompt_template": "{q}"}, ["q"], r"data\.completion_column is not set, and none of the"),
         ({"prompt_template": "{q"}, ["q"], r"data\.prompt_template = '{q' is not allowed"),

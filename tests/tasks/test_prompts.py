@@ -6,9 +6,10 @@ from hypothesis import strategies as st
 
 from prelort.config import DataConfig
 from prelort.errors import ConfigError
+from prelort.tasks.instruction import template
 from prelort.tasks.prompts import fields, render
 
-DEFAULT = DataConfig().prompt_template
+DEFAULT = template(DataConfig(), ["instruction", "context"])
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,16 @@ def read_json(path: Path) -> Dataset:
     try:
         return Dataset.from_dict(columns)
     except (ValueError, TypeError) as error:
-        mixed = next((name for name in names if not _is_of_one_type(columns[name])), None)
-        raise ValueError(f"column {mixed!r} mixes kinds of values: {error}") from None
+        name = next((name for name in names if not _is_of_one_type(columns[name])), None)
+        if name is None:
+            raise ValueError(reason(error)) from None
+        values = columns[name]
+        ends = range(1, len(values) + 1)
+        row = ends[bisect_left(ends, True, key=lambda end: not _is_of_one_type(values[:end]))]
+        raise ValueError(
+            f"row {row} has another kind of value in column {name!r} than the rows before it: "
+            f"{json.dumps(values[row - 1])[:60]}"
+        ) from None
 
 
 def _is_of_one_type(values: list[Any]) -> bool:

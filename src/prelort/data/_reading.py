@@ -56,7 +56,10 @@ def reason(error: BaseException) -> str:
     if error.__cause__ is not None:
         return reason(error.__cause__)
     if isinstance(error, UnicodeDecodeError):
-        return f"it is not UTF-8 text ({error.reason} at byte {error.start})"
+        return (
+            f"it is not UTF-8 text ({error.reason} at byte {error.start}); older Windows programs "
+            "write cp1252: save it as UTF-8, or convert it by iconv -f cp1252 -t utf-8"
+        )
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split()) or type(error).__name__

@@ -17,7 +17,7 @@ from prelort.data.partition import Part, client_column, partition, resolved
 from prelort.data.shares import apportion
 from prelort.errors import ConfigError
 from prelort.seeds import numpy_generator
-from prelort.tasks.columns import class_names, class_order, listed, require_filled
+from prelort.tasks.columns import class_names, class_order, listed
 from prelort.tasks.columns import names as column_names
 
 
@@ -154,19 +154,20 @@ def _with_validation(
 
 
 def _read(config: Config, data: DataConfig) -> tuple[Dataset, Dataset | None, tuple[str, ...]]:
-    """Training rows, test rows, and the task's columns; both sets have them.
-
-    The first column is filled in every row.
-    """
+    """Training rows, test rows, and the task's columns, which both sets have and can be read."""
     train, test = sources.read(data)
-    columns = tasks.get(config.task).columns(data, train.column_names)
-    for key, rows in (("data.source", train), ("data.test", test)):
-        if rows is None:
-            continue
+    task = tasks.get(config.task)
+    columns = task.columns(data, train.column_names)
+    task.check(train, data, "data.source")
+    if test is not None:
         for column in columns:
-            if column not in rows.column_names:
-                raise ConfigError(f"{key} has no column {column!r}: {listed(rows.column_names)}")
-        require_filled(rows, columns[0], key)
+            if column not in test.column_names:
+                raise ConfigError(
+                    f"data.test has no column {column!r}: {listed(test.column_names)}"
+                )
+        # A further column could be taken for one that the training rows do not have.
+        test = test.select_columns([c for c in test.column_names if c in train.column_names])
+        task.check(test, data, "data.test")
     return train, test, columns
 
 

@@ -106,8 +106,9 @@ def assemble(
     planned = {
         client.name: both for client, *both in zip(rows.clients, offered, max_rank, strict=True)
     }
-    tokenizer = base.load_tokenizer(config.model)
     task = tasks.get(config.task)
+    base.check_kind(config.model, task.kind)
+    tokenizer = base.load_tokenizer(config.model)
 
     def encode(some: Any) -> list[Example]:
         return task.encode(some, tokenizer, config.data, rows.labels)

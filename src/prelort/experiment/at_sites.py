@@ -87,6 +87,7 @@ def own_site(config: Config, name: str, rank: int, folder: Path | None = None) -
         raise ConfigError(
             f"rank = {rank} is not allowed: the federation's highest is {max(planned)} (ranks.mix)"
         )
+    base.check_kind(config.model, tasks.get(config.task).kind)
     rows = federated.load_own(config, name)
     tokenizer = base.load_tokenizer(config.model)
     labels = config.data.labels or ()

@@ -22,6 +22,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 from transformers.utils import cached_file
 
 from prelort.config import EMBEDDED, ModelConfig
@@ -54,6 +58,23 @@ def device_of(name: str) -> torch.device:
 def load_configuration(config: ModelConfig) -> PretrainedConfig:
     """The base model's configuration, without its weights. Raises `ConfigError`."""
     return _from_pretrained(AutoConfig, config, "configuration")
+
+
+def check_kind(config: ModelConfig, kind: str) -> None:
+    """Raise `ConfigError` for an encoder where the task needs a causal language model.
+
+    transformers would give it a head that was never trained to predict what comes next.
+    """
+    found = load_configuration(config)
+    if kind != "causal" or "AutoModelForCausalLM" in (getattr(found, "auto_map", None) or {}):
+        return
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(found.model_type)
+    encoder = found.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if causal is None or (encoder and causal not in (found.architectures or ())):
+        raise ConfigError(
+            f"model.name = {config.name!r} is no causal language model but of type "
+            f'{found.model_type!r}: set task = "classification", or choose another model'
+        )
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:

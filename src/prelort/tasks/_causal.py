@@ -7,9 +7,12 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 
+from prelort.config import DataConfig
 from prelort.errors import ConfigError
 from prelort.tasks._batches import attention_mask, pad_right
+from prelort.tasks.columns import require_texts
 from prelort.tasks.interface import IGNORED, Batch, Example
 
 
@@ -17,6 +20,14 @@ class CausalTask:
     """Next-token prediction where an example's ``labels`` are not `IGNORED`."""
 
     kind: Literal["causal", "classification"] = "causal"
+
+    def columns(self, config: DataConfig, available: Sequence[str]) -> tuple[str, ...]:
+        """The columns read; each causal task says which."""
+        raise NotImplementedError
+
+    def check(self, rows: Dataset, config: DataConfig, where: str) -> None:
+        """Raise `ConfigError` naming the first row of ``where`` whose cells are no text."""
+        require_texts(rows, self.columns(config, rows.column_names), where)
 
     def collate(self, examples: Sequence[Example], pad_id: int) -> Batch:
         """``input_ids``, ``attention_mask`` and ``labels``, each [batch, longest], int64."""

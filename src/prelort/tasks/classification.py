@@ -12,7 +12,7 @@ from datasets import Dataset
 from prelort.config import DataConfig
 from prelort.errors import ConfigError
 from prelort.tasks._batches import attention_mask, pad_right
-from prelort.tasks.columns import class_names, find, texts
+from prelort.tasks.columns import class_names, find, require_texts, texts
 from prelort.tasks.interface import Batch, Example
 
 TEXT_COLUMNS = (
@@ -42,6 +42,10 @@ class Classification:
         text = find("data.text_column", config.text_column, TEXT_COLUMNS, available)
         label = find("data.label_column", config.label_column, LABEL_COLUMNS, available)
         return text, label
+
+    def check(self, rows: Dataset, config: DataConfig, where: str) -> None:
+        """Raise `ConfigError` naming the first row of ``where`` whose cells are no text."""
+        require_texts(rows, self.columns(config, rows.column_names), where)
 
     def encode(
         self, rows: Dataset, tokenizer: Any, config: DataConfig, labels: Sequence[str]

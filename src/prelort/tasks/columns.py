@@ -51,39 +51,53 @@ def cells(rows: Dataset, column: str) -> list[Any]:
     return list(rows[column][:])
 
 
-def require_filled(rows: Dataset, column: str, where: str) -> None:
-    """Raise `ConfigError` naming the first row (counted from 1) of ``where`` without a value."""
-    for number, cell in enumerate(cells(rows, column), start=1):
+def require_texts(rows: Dataset, columns: Sequence[str], where: str) -> None:
+    """Raise `ConfigError` naming the first row (counted from 1) of ``where`` that is no text.
+
+    The first of the columns must have a value in every row.
+    """
+    for column in columns:
+        texts(rows, column, where)
+    for number, cell in enumerate(cells(rows, columns[0]), start=1):
         if cell is None:
-            raise ConfigError(f"{where}: row {number} has no value in column {column!r}")
+            raise ConfigError(f"{where}: row {number} has no value in column {columns[0]!r}")
 
 
-def texts(rows: Dataset, column: str) -> list[str]:
+def texts(rows: Dataset, column: str, where: str = "data") -> list[str]:
     """The cells of a column as text: numbers as written, a missing cell as the empty text.
 
-    Raises `ConfigError` for lists, objects and the like.
+    Raises `ConfigError` naming the first row of ``where`` with a list, an object or the like.
     """
-    return [_text(cell, column) for cell in cells(rows, column)]
+    written: list[str] = []
+    for number, cell in enumerate(cells(rows, column), start=1):
+        text = _text(cell)
+        if text is None:
+            raise ConfigError(
+                f"{where}: row {number} has {type(cell).__name__} {str(cell)[:40]} in column "
+                f"{column!r}, where text or a number is needed"
+            )
+        written.append(text)
+    return written
 
 
-def names(rows: Dataset, column: str) -> list[str | None]:
+def names(rows: Dataset, column: str, where: str = "data") -> list[str | None]:
     """The value of each row in a column as the name of a class (or client), None where missing.
 
     A `datasets.ClassLabel` gives its names, a whole number its digits, a string itself. The empty
     string counts as missing.
     """
     feature = rows.features[column]
-    values = cells(rows, column)
     if hasattr(feature, "int2str"):
         # The hub marks the classes of unlabelled rows by -1.
+        values = cells(rows, column)
         return [None if v is None or v < 0 else str(feature.int2str(v)) for v in values]
-    return [_text(value, column) or None for value in values]
+    return [text or None for text in texts(rows, column, where)]
 
 
 def class_names(rows: Dataset, column: str, where: str) -> list[str]:
     """`names`, all of them present; raises `ConfigError` naming the first row without one."""
     found: list[str] = []
-    for number, name in enumerate(names(rows, column), start=1):
+    for number, name in enumerate(names(rows, column, where), start=1):
         if name is None:
             raise ConfigError(f"{where}: row {number} has no value in column {column!r}")
         found.append(name)
@@ -125,7 +139,8 @@ def _is_fraction(name: str) -> bool:
     return math.isfinite(value) and not value.is_integer()
 
 
-def _text(cell: Any, column: str) -> str:
+def _text(cell: Any) -> str | None:
+    """A cell as text; None where it is no text and no number."""
     if cell is None or cell != cell:  # pandas writes a missing cell as nan
         return ""
     if isinstance(cell, str):
@@ -134,6 +149,4 @@ def _text(cell: Any, column: str) -> str:
         return str(int(cell))  # whole numbers become floats where a neighbour is missing
     if isinstance(cell, (bool, int, float)):
         return str(cell)
-    raise ConfigError(
-        f"column {column!r} holds {type(cell).__name__} values, where text or numbers are needed"
-    )
+    return None

@@ -46,6 +46,10 @@ class Task(Protocol):
         """The columns read, found among ``available``; raises `ConfigError` naming what is not."""
         ...
 
+    def check(self, rows: Dataset, config: DataConfig, where: str) -> None:
+        """Raise `ConfigError` naming the first row, from 1, of ``where`` that cannot be read."""
+        ...
+
     def encode(
         self, rows: Dataset, tokenizer: Any, config: DataConfig, labels: Sequence[str]
     ) -> list[Example]:
