@@ -32,14 +32,23 @@ ALLOWED = {
     },
     "study": {"experiment", "methods", "metrics", "report", "tasks"},
     "deployment": {"data", "experiment", "federation", "planning", "report", "study"},
-    "cli": {"deployment", "experiment", "methods", "planning", "report", "study"},
+    "cli": {"deployment", "experiment", "methods", "planning", "report", "study", "tasks"},
 }
 CORE = {
     *("adapters", "aggregation", "methods", "models", "tasks", "metrics", "training"),
     "federation",
 }
 OPTIONAL = {"report", "diagnostics", "planning", "deployment", "cli", "experiment", "study"}
-UNDER_ALL = {"config", "errors", "events", "files", "history", "library_logging", "seeds"}
+UNDER_ALL = {
+    "config",
+    "config_reference",
+    "errors",
+    "events",
+    "files",
+    "history",
+    "library_logging",
+    "seeds",
+}
 
 
 def imported(file: Path) -> Iterator[str]:

@@ -20,6 +20,7 @@ from prelort import config as configuration
 from prelort.cli.screen import from_library
 from prelort.config import Config, check, load, to_toml
 from prelort.federation import client as client_module
+from prelort.tasks import TASKS
 from run_files import adapters_of
 
 COMMANDS = (
@@ -109,6 +110,52 @@ class TestConfig:
         (tmp_path / "my.toml").write_text(outcome.out)
         assert load(tmp_path / "my.toml") == load()
         assert outcome.out == configuration.EMBEDDED_FILE.read_text()
+
+    def test_all_keys_at_their_defaults_are_a_configuration_and_the_documented_one(
+        self, command_line: CommandLine
+    ) -> None:
+        text = command_line("config", "--all").out
+        assert check(tomllib.loads(text)) == configuration.Config()
+        for key in configuration.flat(configuration.Config()):
+            assert re.search(rf"^(# )?{key.rpartition('.')[2]} =", text, re.MULTILINE), key
+        assert "None" not in text  # as where a key has no description
+        page = Path(__file__).parents[1] / "docs" / "configuration-reference.md"
+        assert text in page.read_text(), "paste what `prelort config --all` prints"
+
+    @pytest.mark.parametrize("task", TASKS)
+    def test_a_starter_is_a_configuration_for_its_task(
+        self, command_line: CommandLine, task: str
+    ) -> None:
+        starter = check(tomllib.loads(command_line("config", "--task", task).out))
+        assert starter.task == task
+        assert starter.threads is None
+        assert starter.training.learning_rate < load().training.learning_rate
+
+    def test_a_starter_suits_its_model_and_runs(
+        self, command_line: CommandLine, tmp_path: Path, tiny_bert: Path, text_file: Path
+    ) -> None:
+        text = command_line("config", "--task", "classification", "--model", tiny_bert).out
+        (tmp_path / "my.toml").write_text(text)
+        starter = load(tmp_path / "my.toml")
+        assert starter.model.name == str(tiny_bert)
+        assert starter.data.max_length == 128  # the model's positions
+        sets = [f"data.source={text_file}", "federation.rounds=1", "ranks.mix=4*0.5, 8*0.5"]
+        options = [part for one in sets for part in ("--set", one)]
+        outcome = command_line("run", tmp_path / "my.toml", *options, "-q", "-o", tmp_path / "run")
+        assert outcome.code == 0
+
+    @pytest.mark.parametrize(
+        "options, words",
+        [
+            (["--task", "regression"], "task = 'regression' is not allowed: the tasks are causal-"),
+            (["--model", "x"], "--model x needs --task: causal-lm"),
+            (["--all", "--task", "chat"], "give --all alone"),
+        ],
+    )
+    def test_of_what_does_not_go_together(
+        self, command_line: CommandLine, options: list[str], words: str
+    ) -> None:
+        assert words in command_line("config", *options).error
 
 
 class TestRun:

@@ -66,7 +66,9 @@ class ModelConfig(Section):
 
     name: str = Field(EMBEDDED, description="'embedded', a local folder, or a hub name")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "float32", description="of the base's weights; auto: as the model was saved"
+    )
     device: str = Field("auto", description="'auto', 'cpu', 'cuda' or 'cuda:N'")
     quantization: Literal["none", "8bit", "4bit"] = Field(
         "none", description="load the base in 8 or 4 bits (needs bitsandbytes)"
@@ -136,7 +138,9 @@ class PartitionConfig(Section):
     alpha: Annotated[float, Field(gt=0.0)] = Field(
         0.5, description="dirichlet, quantity: concentration; small is more uneven"
     )
-    shards_per_client: Annotated[int, Field(ge=1)] = 2
+    shards_per_client: Annotated[int, Field(ge=1)] = Field(
+        2, description="shards: slices of the rows sorted by label that a client gets"
+    )
     min_examples: Annotated[int, Field(ge=1)] = Field(
         1, description="minimum number of rows per client"
     )
@@ -154,7 +158,9 @@ class LoraSettings(Section):
     scale: Annotated[float, Field(gt=0.0)] = Field(
         2.0, description="s of the constant rule, alpha of rslora"
     )
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0, description="of the adapters' input, in training"
+    )
     modules_to_save: tuple[str, ...] | None = Field(
         None, description="modules trained in full (default for classification: the head)"
     )
@@ -205,10 +211,16 @@ class TrainingConfig(Section):
     local_epochs: Annotated[float, Field(gt=0.0)] = Field(
         1.0, description="passes over the client's examples per round if local_steps is 0"
     )
-    batch_size: Annotated[int, Field(ge=1)] = 8
-    gradient_accumulation: Annotated[int, Field(ge=1)] = 1
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: Annotated[float, Field(gt=0.0)] = 8e-3
+    batch_size: Annotated[int, Field(ge=1)] = Field(
+        8, description="examples in a forward and backward pass"
+    )
+    gradient_accumulation: Annotated[int, Field(ge=1)] = Field(
+        1, description="batches of an optimiser step"
+    )
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="starts fresh each round")
+    learning_rate: Annotated[float, Field(gt=0.0)] = Field(
+        8e-3, description="made for the embedded model; `prelort config --task` says others"
+    )
     rank_exponent: Annotated[float, Field(ge=0.0, le=1.0)] | None = Field(
         None,
         description="a client of rank r trains at learning_rate * (highest rank / r) ** "
@@ -217,7 +229,9 @@ class TrainingConfig(Section):
     head_learning_rate: Annotated[float, Field(gt=0.0)] | None = Field(
         None, description="for modules trained in full; default: learning_rate"
     )
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0.0)] = Field(
+        0.0, description="of the optimiser, at each step"
+    )
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="SGD only")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "cosine", description="of the learning rate, over the whole run and not within one round"
@@ -231,7 +245,9 @@ class TrainingConfig(Section):
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="bfloat16: autocast of the forward pass"
     )
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(
+        False, description="compute activations again instead of keeping them: slower, less memory"
+    )
     batch_truncations: bool = Field(
         False,
         description="all truncations of a batch (mean, full+one) in one forward pass: faster on "
@@ -264,7 +280,7 @@ class MethodConfig(Section):
     )
     options: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
-        description="of single methods: [method.options.hetlora] gamma = 0.9; see docs/methods",
+        description="of single methods: [method.options.hetlora] gamma = 0.9; see docs/methods/index.md",
     )
 
     def options_of(self, name: str, kind: type[S]) -> S:
@@ -275,7 +291,7 @@ class MethodConfig(Section):
 class FederationConfig(Section):
     """Rounds, participation and limits."""
 
-    rounds: Annotated[int, Field(ge=1)] = 12
+    rounds: Annotated[int, Field(ge=1)] = Field(12, description="rounds of the whole run")
     clients_per_round: Annotated[int, Field(ge=1)] | Share = Field(
         5, description="number of clients, or (with a decimal point) share of them"
     )
@@ -332,9 +348,9 @@ class EvaluationConfig(Section):
     )
     diagnostics: bool = Field(
         True,
-        description="aggregation noise, drift and rank energy of each round (docs/diagnostics)",
+        description="aggregation noise, drift and rank energy of each round (docs/diagnostics.md)",
     )
-    batch_size: Annotated[int, Field(ge=1)] = 32
+    batch_size: Annotated[int, Field(ge=1)] = Field(32, description="examples in a forward pass")
     metrics: tuple[Literal["accuracy", "macro_f1", "perplexity", "rouge_l"], ...] | None = Field(
         None, description="default: the task's own"
     )
@@ -347,8 +363,12 @@ class EvaluationConfig(Section):
 class Config(Section):
     """A whole run."""
 
-    seed: Annotated[int, Field(ge=0)] = 0
-    task: Literal["causal-lm", "instruction", "chat", "classification"] = "causal-lm"
+    seed: Annotated[int, Field(ge=0)] = Field(
+        0, description="decides everything random: partition, ranks, cohorts, batches, factors"
+    )
+    task: Literal["causal-lm", "instruction", "chat", "classification"] = Field(
+        "causal-lm", description="what is learnt, and which columns are read"
+    )
     threads: Annotated[int, Field(ge=1)] | None = Field(
         None, description="CPU threads per process; default: all cores"
     )

@@ -35,7 +35,7 @@ app.command(epilog=inspect.REPORT_EXAMPLES)(inspect.report)
 app.command(epilog=inspect.EXPORT_EXAMPLES)(inspect.export)
 app.command()(info.methods)
 app.command(epilog=sites.NEW_EXAMPLES)(sites.new)
-app.command()(info.config)
+app.command(epilog=info.CONFIG_EXAMPLES)(info.config)
 app.add_typer(sites.site_app, name="site", no_args_is_help=True)
 
 _NO_SUCH_PLACE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)

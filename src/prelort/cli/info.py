@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
+
+import typer
 
 from prelort.cli.screen import wide_console
+from prelort.errors import ConfigError
+from prelort.tasks import TASKS
+
+CONFIG_EXAMPLES = """[bold]Examples[/bold]
+
+  prelort config --task classification --model FacebookAI/roberta-base > my.toml
+
+  prelort config --all
+"""
 
 
 def methods() -> None:
@@ -19,8 +31,32 @@ def methods() -> None:
     wide_console().print(table)
 
 
-def config() -> None:
-    """Print the embedded default configuration, a start for your own."""
-    from prelort.config import EMBEDDED_FILE
+def config(
+    task: Annotated[
+        str | None, typer.Option("--task", help="causal-lm, instruction, chat or classification.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="For --task: a folder or a hub name.")
+    ] = None,
+    every_key: Annotated[
+        bool, typer.Option("--all", help="Every key with its default and what is allowed.")
+    ] = False,
+) -> None:
+    """Print a configuration to start from: the embedded default, or one for your task and model."""
+    if every_key and (task or model):
+        raise ConfigError("give --all alone, or --task with or without --model")
+    if model is not None and task is None:
+        raise ConfigError(f"--model {model} needs --task: {', '.join(TASKS)}")
+    if every_key:
+        from prelort.config_reference import reference
 
-    sys.stdout.write(EMBEDDED_FILE.read_text(encoding="utf-8"))
+        text = reference()
+    elif task is not None:
+        from prelort.planning.starter import starter
+
+        text = starter(task, model)
+    else:
+        from prelort.config import EMBEDDED_FILE
+
+        text = EMBEDDED_FILE.read_text(encoding="utf-8")
+    sys.stdout.write(text)

@@ -1,0 +1,112 @@
+"""A configuration to start from, with values that suit the task and the size of the model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from prelort import tasks
+from prelort.config import LoraSettings, ModelConfig
+from prelort.models.base import load_configuration
+from prelort.planning.skeleton import skeleton
+
+MODELS = {"classification": "FacebookAI/roberta-base"}
+ANY_MODEL = "Qwen/Qwen3-0.6B"
+"""What stands in a starter that is written for no model, of the tasks without one of their own."""
+
+COLUMNS = {
+    "causal-lm": "column `text`",
+    "instruction": "columns `instruction` and `response`, or as docs/configuration.md says",
+    "chat": "column `messages`: lists of `role` and `content`",
+    "classification": "columns `text` and `label`",
+}
+TOKENS = {"causal-lm": 512, "instruction": 512, "chat": 1024, "classification": 256}
+
+TEMPLATE = """\
+# Federated {task} with {name}. Put your data at (1) and read (2);
+# `prelort plan THIS-FILE --memory 16GiB` says which ranks a machine affords, and
+# `prelort config --all` prints every key.
+
+seed = 0
+task = "{task}"
+
+[model]
+name = {name}
+dtype = "{dtype}"
+# quantization = "4bit"            # a base that is too large for the GPU otherwise
+
+[data]
+source = "my-data.csv"             # (1) a CSV/TSV/JSON/Parquet/text file or a hub name with
+                                   #     {columns}
+max_length = {tokens:<21} # tokens of an example; longer ones are cut
+
+[partition]
+by = "auto"                        # (2) a client per value of a column `client`, else 16 even ones
+
+[ranks]
+mix = "4*0.25, 8*0.25, 16*0.25, 32*0.25"
+
+[training]
+local_epochs = 1.0
+batch_size = {batch_size:<21} # with gradient_accumulation 16 examples a step
+gradient_accumulation = {accumulation}
+learning_rate = {rate:<18} # too high if the loss does not fall from the first rounds on
+warmup = 0.03
+precision = "{precision}"
+gradient_checkpointing = {checkpointing}
+
+[federation]
+rounds = 10
+clients_per_round = 0.5            # share of the clients
+
+[evaluation]
+every = 2
+
+[method]
+name = "prelort"
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Values for models of up to ``parameters`` parameters."""
+
+    parameters: float
+    rate: str
+    batch_size: int
+    large: bool = False
+
+
+SIZES = (
+    Size(3e7, "4e-3", 16),
+    Size(2e8, "1e-3", 16),
+    Size(1.2e9, "5e-4", 8),
+    Size(float("inf"), "2e-4", 2, large=True),
+)
+"""Rates of LoRA at scale 2 fall with a model's width; large models need their memory saved."""
+
+
+def starter(task: str, model: str | None = None) -> str:
+    """The text of a starter. Raises `ConfigError` for an unknown task or model."""
+    kind = tasks.get(task).kind
+    name = model or MODELS.get(task, ANY_MODEL)
+    parameters, tokens = 1e8 if task in MODELS else 6e8, TOKENS[task]
+    if model is not None:
+        config = ModelConfig(name=model)
+        shapes = skeleton(config, LoraSettings(), 1, kind, labels=2)
+        parameters = sum(weight.numel() for weight in shapes.parameters())
+        positions = getattr(load_configuration(config), "max_position_embeddings", None)
+        tokens = min(tokens, positions or tokens)
+    size = next(size for size in SIZES if parameters <= size.parameters)
+    return TEMPLATE.format(
+        task=task,
+        name=json.dumps(name),
+        dtype="bfloat16" if size.large else "float32",
+        columns=COLUMNS[task],
+        tokens=tokens,
+        batch_size=size.batch_size,
+        accumulation=16 // size.batch_size,
+        rate=size.rate,
+        precision="bfloat16" if size.large else "float32",
+        checkpointing=str(size.large).lower(),
+    )
