@@ -46,6 +46,7 @@ UNDER_ALL = {
     "events",
     "files",
     "history",
+    "hub",
     "library_logging",
     "seeds",
 }

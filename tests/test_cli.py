@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prelort
-from command_line import CommandLine
+from command_line import CommandLine, Outcome
 from prelort import cli
 from prelort import config as configuration
 from prelort.cli.screen import from_library
 from prelort.config import Config, check, load, to_toml
+from prelort.events import Evaluated, EventLog
+from prelort.experiment import inspect
 from prelort.federation import client as client_module
 from prelort.tasks import TASKS
 from run_files import adapters_of
@@ -333,7 +336,59 @@ def run(study: Path) -> Path:
     return study / "prelort"
 
 
+def test_version(command_line: CommandLine) -> None:
+    assert command_line("--version").out == f"prelort {metadata.version('prelort')}\n"
+
+
+def test_start_from_an_adapter_goes_on_where_it_was(
+    command_line: CommandLine, config_file: Path, run: Path, tmp_path: Path
+) -> None:
+    def start(out: str, adapter: Path, *more: str) -> Outcome:
+        options = [part for one in ("federation.rounds=1", *more) for part in ("--set", one)]
+        given = ["--start-from", adapter, "-o", tmp_path / out, "-q"]
+        return command_line("run", config_file, *options, *given)
+
+    assert start("run", run, "evaluation.every=1").code == 0
+    assert start("wider", run / "adapters" / "rank-4", "evaluation.every=1").code == 0
+    whole, cut = (
+        [e for e in EventLog(tmp_path / out / "metrics.jsonl").read() if isinstance(e, Evaluated)]
+        for out in ("run", "wider")
+    )
+    final = EventLog(run / "metrics.jsonl").read()
+    (expected,) = [e.prefixes for e in final if isinstance(e, Evaluated) and e.round == 2]
+    assert whole[0].prefixes == expected
+    assert cut[0].prefixes[4] == expected[4]
+    assert cut[0].prefixes[8]["loss"] == pytest.approx(expected[4]["loss"])
+    assert "its scale is constant 2, and that of" in start("scale", run, "lora.scale=4.0").error
+    assert "'ffa-lora', whose clients draw" in start("ffa", run, "method.name=ffa-lora").error
+    assert "not a PEFT adapter folder" in start("none", tmp_path).error
+
+
 class TestEvaluate:
+    def test_saves_json_and_lists_the_runs_of_a_folder(
+        self, command_line: CommandLine, run: Path, study: Path, tmp_path: Path
+    ) -> None:
+        assert command_line("evaluate", run, "-q", "--out", tmp_path / "found.json").code == 0
+        found = json.loads((tmp_path / "found.json").read_text())
+        assert found["prefixes"].keys() == {"2", "4", "8"}
+        for command in (["evaluate", study], ["export", study, "--out", tmp_path / "out"]):
+            error = command_line(*command).error
+            assert error.endswith(f"runs: {str(run)!r}, {str(study / 'zero-padding')!r}")
+
+    def test_obeys_threads(
+        self, command_line: CommandLine, run: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        used: list[int] = []
+        measure = inspect.measure
+
+        def watching(*given: Any) -> Any:
+            used.append(torch.get_num_threads())
+            return measure(*given)
+
+        monkeypatch.setattr(inspect, "measure", watching)
+        assert command_line("evaluate", run, "-q", "--set", "threads=3").code == 0
+        assert used == [3]
+
     def test_gives_what_the_run_gave(self, command_line: CommandLine, run: Path) -> None:
         before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
         outcome = command_line("evaluate", run)
@@ -543,8 +598,12 @@ class TestExport:
         assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
         assert (tmp_path / "mine.txt").read_text() == "mine"
 
-    def test_of_a_study_is_refused(
-        self, command_line: CommandLine, study: Path, tmp_path: Path
+    def test_names_the_base_where_its_users_find_it(
+        self, command_line: CommandLine, run: Path, tmp_path: Path
     ) -> None:
-        error = command_line("export", study, "--out", tmp_path / "a").error
-        assert "holds no run" in error
+        options = ["--base-name", "org/model"]
+        assert command_line("export", run, *options, "--out", tmp_path / "a").code == 0
+        written = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+        assert written["base_model_name_or_path"] == "org/model"
+        error = command_line("export", run, *options, "--merge", "--out", tmp_path / "b").error
+        assert "--base-name is for adapters" in error

@@ -10,7 +10,7 @@ import copy
 import difflib
 import json
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -35,6 +35,9 @@ SITES = "sites"
 
 EMBEDDED_FILE = Path(__file__).parent / "embedded" / "default.toml"
 """The default configuration."""
+
+PATHS = (("model", "name"), ("data", "source"), ("data", "test"), ("lora", "start_from"))
+"""Section and key of what may be a path."""
 
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 
@@ -164,6 +167,10 @@ class LoraSettings(Section):
     modules_to_save: tuple[str, ...] | None = Field(
         None, description="modules trained in full (default for classification: the head)"
     )
+    start_from: str | None = Field(
+        None,
+        description="begin from this adapter: a PEFT folder, or a finished run; needs this scale",
+    )
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
         default_factory=dict, description="maximum rank of single layers, by (the end of) a name"
     )
@@ -280,7 +287,7 @@ class MethodConfig(Section):
     )
     options: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
-        description="of single methods: [method.options.hetlora] gamma = 0.9; see docs/methods/index.md",
+        description="of single methods (their pages): [method.options.hetlora] gamma = 0.9",
     )
 
     def options_of(self, name: str, kind: type[S]) -> S:
@@ -414,7 +421,8 @@ def applied(
 ) -> dict[str, Any]:
     """The values with ``a.b=value`` overrides, in order; errors say that they stand at ``where``.
 
-    A value is TOML, or else a string.
+    A value is TOML, or else a string. Paths of models and data become absolute, so that what is
+    started here can go on elsewhere.
     """
     changed = copy.deepcopy(dict(values))
     for override in overrides:
@@ -435,7 +443,21 @@ def applied(
                 raise ConfigError(f"{where} {override!r}: {section!r} is a value, not a section")
             target = inner
         target[last] = value
+    for section, key in PATHS:
+        inner = changed.get(section)
+        named = inner.get(key) if isinstance(inner, dict) else None
+        if isinstance(inner, dict) and isinstance(named, str) and _is_path(named):
+            inner[key] = str(Path(named).expanduser().absolute())
     return changed
+
+
+def _is_path(text: str) -> bool:
+    if text in ("", EMBEDDED, SITES):
+        return False
+    try:
+        return Path(text).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # too long, a zero byte, no such user
+        return False
 
 
 def check(values: Mapping[str, Any]) -> Config:
@@ -486,6 +508,12 @@ def differences(first: Config, second: Config) -> list[str]:
     return [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
 
 
+def conflicts(old: Config, new: Config) -> list[str]:
+    """The dotted keys in which a run that goes on must not differ: all, but for more rounds."""
+    more = new.federation.rounds > old.federation.rounds
+    return [key for key in differences(old, new) if key != "federation.rounds" or not more]
+
+
 def _without_none(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _without_none(v) for k, v in value.items() if v is not None}
@@ -500,6 +528,13 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
+
+
+def unknown_key(key: str, allowed: Sequence[str]) -> str:
+    """A sentence about a dotted key whose last part is not ``allowed``, with the nearest one."""
+    close = difflib.get_close_matches(key.rpartition(".")[2], allowed, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"allowed are {', '.join(allowed)}"
+    return f"unknown key {key!r}: {hint if allowed else 'no keys are allowed here'}"
 
 
 def _sentence(error: ValidationError, kind: type[BaseModel], where: str) -> str:
@@ -519,10 +554,7 @@ def _sentence(error: ValidationError, kind: type[BaseModel], where: str) -> str:
     if first["type"] == "extra_forbidden":
         unknown = str(first["loc"][-1])
         allowed = list(section.model_fields)
-        close = difflib.get_close_matches(unknown, allowed, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"allowed are {', '.join(allowed)}"
-        hint = hint if allowed else "no keys are allowed here"
-        return f"unknown key {'.'.join([*parts, unknown])!r}: {hint}"
+        return unknown_key(".".join([*parts, unknown]), allowed)
     if first["type"] == "value_error":
         message = _lower(first["msg"].removeprefix("Value error, "))
         return f"{key}: {message}" if key else message

@@ -235,7 +235,7 @@ ONE = [{"text": "t", "label": "a"}]
         ([{"words": "t", "label": "a"}], None, {}, r"data\.text_column is not set"),
         (labelled(40), [*ONE, {"text": ["t"], "label": "b"}], {}, r"data\.test: row 2 has list"),
         (labelled(40), None, {"ranks": {"mix": "2, 4"}}, "2 ranks for 4 clients"),
-        (labelled(7), None, {}, "needs 8 rows, and there are 7"),
+        (labelled(7), None, {}, "needs 8 rows, 2 for each client, and there are 7"),
         (labelled(40), None, {"data": {"label_column": "topic"}}, "'topic' is not a column"),
     ],
 )

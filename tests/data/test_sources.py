@@ -1,18 +1,23 @@
 from __future__ import annotations
 
+import functools
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
 import pytest
 from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetNotFoundError
 
+from prelort import hub
 from prelort.config import DataConfig
 from prelort.data import _reading, sources
 from prelort.errors import ConfigError
+
+ask_once = hub.offline
 
 ROWS = [{"text": "one, two", "label": "a"}, {"text": 'say "hi"\nnow', "label": "b"}]
 
@@ -234,6 +239,32 @@ def test_a_damaged_saved_folder_is_refused(tmp_path: Path) -> None:
 
 
 # The hub: `load_dataset` is the boundary to the network.
+
+
+@pytest.fixture(autouse=True)
+def hub_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "offline", lambda: False)
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_an_unreachable_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch, answers: bool) -> None:
+    asked: list[str] = []
+
+    class Session:
+        def head(self, url: str, timeout: float) -> None:
+            asked.append(url)
+            if not answers:
+                raise OSError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub, "get_session", Session)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    offline = functools.cache(ask_once.__wrapped__)
+    assert [offline(), offline()] == [not answers] * 2
+    assert len(asked) == 1
+    if not answers:
+        with pytest.raises(ConfigError, match="the hub cannot be reached"):
+            read("org/set")
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,21 @@ class TestCreate:
         versions = json.loads((folder.path / "versions.json").read_text())
         assert {"python", "torch", "flwr", "peft"} <= versions.keys()
 
+    def test_a_start_that_was_killed_does_not_take_the_folder(self, tmp_path: Path) -> None:
+        killed = RunFolder(tmp_path)
+        killed.create(Config(seed=1))
+        killed.metrics_file.write_text("begun")
+        killed.unlock()
+        RunFolder(tmp_path).create(Config(seed=2))
+        assert killed.read_config().seed == 2
+        assert not killed.metrics_file.exists()
+
+    def test_somebodys_configuration_is_left_alone(self, tmp_path: Path) -> None:
+        (tmp_path / "config.toml").write_text("mine")
+        with pytest.raises(ConfigError, match="exists and is not empty: choose another --out"):
+            RunFolder(tmp_path).create(Config())
+        assert (tmp_path / "config.toml").read_text() == "mine"
+
     @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
     def test_no_permission_is_refused(self, tmp_path: Path) -> None:
         tmp_path.chmod(0o500)

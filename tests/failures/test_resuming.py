@@ -53,7 +53,7 @@ class TestAnotherConfiguration:
     @pytest.mark.parametrize(
         "overrides, keys",
         [
-            (["federation.rounds=9"], "federation.rounds"),
+            (["federation.rounds=1"], "federation.rounds"),
             (["lora.rank_pattern={q_proj = 2}"], "lora.rank_pattern, lora.rank_pattern.q_proj"),
             (["method.name=zero-padding"], "method.name"),
             (["threads=2", "ranks.mix=4*1"], "ranks.mix, threads"),
@@ -71,6 +71,37 @@ class TestAnotherConfiguration:
         assert str(run) in str(refused.value)
         assert files_of(run) == before
 
+    def test_more_rounds_go_on_also_from_elsewhere(
+        self,
+        finished: tuple[Path, Path],
+        command_line: CommandLine,
+        tmp_path: Path,
+        text_file: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+        shutil.copytree(finished[1], here / "model")
+        shutil.copy(text_file, here / "rows.jsonl")
+        elsewhere.mkdir()
+        monkeypatch.chdir(here)
+        paths = [
+            part
+            for one in ("model.name=model", "data.source=rows.jsonl")
+            for part in ("--set", one)
+        ]
+        begun = command_line("run", finished[0] / "config.toml", *paths, "-o", "run", "-q")
+        assert begun.code == 0
+        before = events_of(here / "run")
+        monkeypatch.chdir(elsewhere)
+        longer = ["--set", "federation.rounds=3"]
+        assert command_line("run", "--resume", here / "run", *longer, "-q").code == 0
+        assert RunFolder(here / "run").read_config().federation.rounds == 3
+        assert RunFolder(here / "run").history().done == 3
+        events = events_of(here / "run")
+        assert events[: len(before) - 1] == before[:-1]  # all but that it was finished
+        assert [e.rounds for e in events if isinstance(e, RunStarted)] == [2, 3]
+        assert command_line("evaluate", here / "run", "-q").code == 0
+
     def test_a_damaged_configuration_or_none_is_refused(self, run: Path, tmp_path: Path) -> None:
         (run / "config.toml").write_text("[model")
         with pytest.raises(ConfigError, match="is not valid TOML"):
@@ -87,7 +118,7 @@ class TestAnotherConfiguration:
         assert command_line("run", again, "--set", "seed=0", "--resume", run, "-q").code == 0
         assert command_line("run", "--resume", run, "-m", "prelort", "-q").code == 0
         before = files_of(run)
-        error = command_line("run", "--resume", run, "--set", "federation.rounds=9").error
+        error = command_line("run", "--resume", run, "--set", "federation.rounds=1").error
         assert "these keys differ: federation.rounds." in error
         command_line("run", "--resume", run, "-m", "zero-padding").error  # noqa: B018  exit code 2
         error = command_line("run", "--resume", run, "--out", tmp_path / "new").error

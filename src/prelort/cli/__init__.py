@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno
 import sys
 import warnings
+from importlib import metadata
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -21,10 +23,24 @@ from prelort.library_logging import quiet_libraries
 app = typer.Typer(
     help="Federated LoRA fine-tuning for clients whose hardware affords different ranks.",
     no_args_is_help=True,
+    invoke_without_command=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True)
+    ] = False,
+) -> None:
+    if version:
+        print(f"prelort {metadata.version('prelort')}")
+        raise typer.Exit
+
+
 app.command(epilog=run.RUN_EXAMPLES)(run.run)
 app.command(epilog=run.COMPARE_EXAMPLES)(run.compare)
 app.command(epilog=tune.EXAMPLES)(tune.tune)

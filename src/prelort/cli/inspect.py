@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +11,7 @@ from rich.console import Console
 
 from prelort.cli.options import Overrides, Quiet
 from prelort.cli.screen import escaped, wide_console
-from prelort.errors import PrelortError
+from prelort.errors import ConfigError, PrelortError
 
 WATCH_EXAMPLES = """[bold]Examples[/bold]
 
@@ -29,7 +29,7 @@ WAIT_SECONDS = 60
 
 EVALUATE_EXAMPLES = (
     "[bold]Examples[/bold]\n\n  prelort evaluate runs/first/prelort\n\n"
-    "  prelort evaluate runs/first/prelort --set data.test=other.csv"
+    "  prelort evaluate runs/first/prelort --set data.test=other.csv --out other.json"
 )
 
 REPORT_EXAMPLES = (
@@ -39,7 +39,7 @@ REPORT_EXAMPLES = (
 
 EXPORT_EXAMPLES = (
     "[bold]Examples[/bold]\n\n"
-    "  prelort export runs/first/prelort --rank 4 --out adapter-r4\n\n"
+    "  prelort export runs/first/prelort --rank 4 --out adapter-r4 --base-name Qwen/Qwen3-0.6B\n\n"
     "  prelort export runs/first/prelort --rank 16 --merge --out model-tuned"
 )
 
@@ -70,17 +70,28 @@ def watch(
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Folder of a run.")],
     overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Save the values to this file, as JSON.")
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Measure a run's adapter again at every rank prefix, for instance on other data."""
+    from rich.progress import Progress
+
+    from prelort.events import encode
     from prelort.experiment.inspect import evaluate_run
     from prelort.history import RunHistory
     from prelort.report import tables
     from prelort.report.results import CellResult, Results
 
     console = wide_console()
-    with console.status("measuring", spinner="dots") if not quiet else nullcontext():
-        evaluated = evaluate_run(run, overrides or [])
+    with Progress(console=console, transient=True, disable=quiet) as bar:
+        task = bar.add_task("measuring", total=None)
+        evaluated = evaluate_run(
+            run, overrides or [], lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    if out is not None:
+        out.write_text(encode(evaluated) + "\n", encoding="utf-8")
     cell = CellResult("", run.resolve().name, 0, RunHistory.of([evaluated]))
     console.print(tables.terminal(Results([cell], cell.method)))
 
@@ -108,9 +119,15 @@ def export(
     merge: Annotated[
         bool, typer.Option("--merge", help="Write the whole model, adapter merged into the base.")
     ] = False,
+    base_name: Annotated[
+        str | None,
+        typer.Option("--base-name", help="Where users find the base model (default: its place)."),
+    ] = None,
 ) -> None:
     """Write any prefix of a run's adapter as a PEFT folder, or merged into the base model."""
     from prelort.experiment.inspect import export_run
 
-    written = export_run(run, out, rank, merge=merge)
+    if merge and base_name is not None:
+        raise ConfigError("--base-name is for adapters: a merged model names no base")
+    written = export_run(run, out, rank, merge=merge, base_name=base_name)
     Console().print(f"wrote {escaped(written)}", soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 import time
@@ -32,6 +33,10 @@ RUN_EXAMPLES = """[bold]Examples[/bold]
   prelort run --set model.name=Qwen/Qwen3-0.6B --set data.source=reports.csv
 
   prelort run --resume runs/first
+
+  prelort run --resume runs/first --set federation.rounds=40
+
+  prelort run my.toml --start-from runs/first/prelort
 
   prelort run --set threads=1 --parallel 4
 
@@ -74,6 +79,10 @@ def run(
     resume: Annotated[
         Path | None, typer.Option("--resume", help="Continue what is in this folder.")
     ] = None,
+    start_from: Annotated[
+        Path | None,
+        typer.Option("--start-from", help="Begin from this adapter: a PEFT folder, or a run."),
+    ] = None,
     engine: Annotated[
         str, typer.Option("--engine", help="in-process, or simulation (Flower's, with Ray).")
     ] = "in-process",
@@ -103,6 +112,8 @@ def run(
         raise ConfigError("give --out for a new run or --resume for an old one, not both")
     if jobs > 1 and (engine, parallel) != ("in-process", None):
         raise ConfigError("--jobs shares the cores between runs: give no --engine or --parallel")
+    if start_from is not None:
+        overrides = [*(overrides or []), f"lora.start_from={json.dumps(str(start_from))}"]
     if resume is not None:
         study = _resumed(resume, config, overrides or [], method or [])
     else:

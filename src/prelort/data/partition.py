@@ -104,7 +104,7 @@ def _by_column(rows: Dataset, config: PartitionConfig) -> list[Part]:
         requested = f"partition.clients = {config.clients}" if config.clients else "one client"
         raise ConfigError(
             f"{requested} is more than there are: {len(enough)} of the {len(groups)} values of "
-            f"column {column!r} have at least partition.min_examples = {config.min_examples} rows"
+            f"column {column!r} have the {config.min_examples} rows that a client needs"
         )
     return [Part(name, _ascending(enough[name])) for name in largest_first[: config.clients]]
 
@@ -115,8 +115,8 @@ def _number_of_clients(config: PartitionConfig, rows: int) -> int:
     needed = config.clients * config.min_examples
     if needed > rows:
         raise ConfigError(
-            f"partition.clients = {config.clients} with partition.min_examples = "
-            f"{config.min_examples} needs {needed} rows, and there are {rows}"
+            f"partition.clients = {config.clients} needs {needed} rows, {config.min_examples} for "
+            f"each client, and there are {rows}"
         )
     return config.clients
 

@@ -9,6 +9,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetNotFoundError
 
+from prelort import hub
 from prelort.config import EMBEDDED, SITES, DataConfig
 from prelort.data import files
 from prelort.data._reading import reason
@@ -102,6 +103,8 @@ def _saved(path: Path, split: str, key: str) -> Any:
 
 def _loaded(name: str, subset: str | None, split: str, key: str) -> Any:
     """Through `datasets.load_dataset`: from the hub, or a local copy of a hub repository."""
+    if not Path(name).is_dir():
+        hub.offline()
     try:
         return load_dataset(name, subset, split=split)
     except DatasetNotFoundError:

@@ -6,9 +6,18 @@ import logging
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
-from prelort.config import Config, Section, check, read_toml, validated
+from prelort.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    Section,
+    check,
+    read_toml,
+    unknown_key,
+    validated,
+)
 from prelort.errors import ConfigError, PrelortError
 from prelort.planning import sizes
 
@@ -63,6 +72,15 @@ class SiteSettings(Section):
     )
     state: str = Field("state", description="folder for logs and the site's own state")
     trainer: TrainerSettings = TrainerSettings()
+
+    @field_validator("data", "model")
+    @classmethod
+    def _known_keys(cls, values: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        allowed = list((DataConfig if info.field_name == "data" else ModelConfig).model_fields)
+        for key in values:
+            if key not in allowed:
+                raise ValueError(unknown_key(key, allowed))
+        return values
 
     @model_validator(mode="after")
     def _has_data(self) -> SiteSettings:

@@ -16,11 +16,12 @@ from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase
 
 from prelort import tasks
-from prelort.adapters import AdapterSchema, LoraAdapter, ScaleRule
+from prelort.adapters import AdapterSchema, LoraAdapter, ScaleRule, peft_folder
+from prelort.adapters.initial import filled
 from prelort.config import Config
 from prelort.data import federated, ranks
 from prelort.data.federated import ClientRows, Dropped, FederatedRows
-from prelort.errors import ConfigError
+from prelort.errors import AdapterError, ConfigError
 from prelort.federation.allocation import Allocation, ByLoss
 from prelort.federation.client import ClientRuntime, LocalClient
 from prelort.federation.messages import MAX_NAME, AdapterSpec
@@ -119,6 +120,7 @@ def assemble(
     }
     rows = _with_examples(rows, train, config)
     runtime, initial = prepare_model(config, tokenizer, rank=max(max_rank), labels=rows.labels)
+    initial = started_from(config, initial)
 
     def own(kind: str, client: ClientRows, some: Any) -> Examples:
         return encoded.examples(kind, client.name, lambda: encode(some)) if some is not None else ()
@@ -237,6 +239,26 @@ def prepare_model(
         modules_to_save=initial.modules_to_save,
     )
     return runtime, initial
+
+
+def started_from(config: Config, initial: LoraAdapter) -> LoraAdapter:
+    """The initial adapter, or the one that ``lora.start_from`` names, filled up to its ranks.
+
+    Raises `ConfigError` for an adapter of other layers, modules or another scale.
+    """
+    if config.lora.start_from is None:
+        return initial
+    folder = Path(config.lora.start_from)
+    ranks = sorted(folder.glob("adapters/rank-*"), key=lambda path: int(path.name[5:]))
+    try:
+        found, _ = peft_folder.load(ranks[-1] if ranks else folder)
+        if found.scale != initial.scale:
+            raise AdapterError(f"its scale is {found.scale}, and that of this run {initial.scale}")
+        found = found.prefix(min(found.rank, initial.rank))
+        AdapterSchema.of(initial).check(found, found.rank)
+    except AdapterError as error:
+        raise ConfigError(f"lora.start_from = {config.lora.start_from!r}: {error}") from None
+    return filled(found, initial, config.seed)
 
 
 def _at_most(config: Config, examples: list[Example]) -> list[Example]:

@@ -17,7 +17,7 @@ from prelort.config import SITES, Config
 from prelort.data import federated, ranks
 from prelort.errors import ConfigError
 from prelort.events import Metrics
-from prelort.experiment.assemble import NO_EXAMPLE, assemble, prepare_model
+from prelort.experiment.assemble import NO_EXAMPLE, assemble, prepare_model, started_from
 from prelort.experiment.backend import Backend, Connect, Evaluate
 from prelort.experiment.measure import Progress, measure
 from prelort.federation.allocation import Allocation, ByLoss
@@ -59,15 +59,16 @@ def backend_at_sites(config: Config, grid: Grid) -> Backend:
     if config.data.source != SITES:
         assembly = assemble(config)
         served = _served(config, assembly.runtime, assembly.initial, assembly.test)
-        labels = assembly.rows.labels
+        labels, initial = assembly.rows.labels, assembly.initial
     else:
         served = _without_rows(config, max(planned))
         labels = config.data.labels or ()
+        initial = started_from(config, served.initial)
     federation = config.federation
     by_loss = ByLoss(max(planned), config.ranks.high_share)
     return Backend(
         spec=served.spec,
-        initial=served.initial,
+        initial=initial,
         template=served.template,
         transport=Transport(grid, deadline=federation.timeout, patience=federation.wait),
         allocation=Allocation({}, by_loss if config.ranks.allocation == "by-loss" else None),

@@ -35,7 +35,7 @@ LIBRARIES = ("prelort", "torch", "transformers", "peft", "datasets", "flwr", "sa
 GLANCE_SECONDS = 0.2
 """A lock that is held for less may be `is_running` looking at it."""
 
-_LEFTOVERS = (".config.toml.tmp", ".study.toml.tmp", ".lock")
+_LEFTOVERS = (".versions.json.tmp", ".config.toml.tmp", ".study.toml.tmp", ".lock")
 _BEFORE_THE_ROUNDS = (
     "config.toml",
     "versions.json",
@@ -45,7 +45,6 @@ _BEFORE_THE_ROUNDS = (
     "labels.json",
     "clients.png",
     "trackers.json",
-    ".lock",
 )
 
 
@@ -74,12 +73,17 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock(patience)
             self.check_free()  # another process may have been faster
-            write_atomically(self.config_file, configuration.to_toml(config).encode())
+            self._clear()  # what a start that crashed has left
             write_atomically(self.versions_file, json.dumps(versions(), indent=2).encode())
+            self.write_config(config)
         except OSError as error:
             raise ConfigError(
                 f"{str(self.path)!r} cannot be written: {error.strerror or error}"
             ) from None
+
+    def write_config(self, config: Config) -> None:
+        """Write the resolved configuration."""
+        write_atomically(self.config_file, configuration.to_toml(config).encode())
 
     def check_free(self) -> None:
         """Raise `ConfigError` if something is there that a new run must not touch."""
@@ -97,17 +101,21 @@ class RunFolder:
         if self.checkpoints.exists():
             return
         self.unlock()
-        for name in _BEFORE_THE_ROUNDS:
-            (self.path / name).unlink(missing_ok=True)
+        self._clear()
+        (self.path / ".lock").unlink(missing_ok=True)
         if self._made:
             with contextlib.suppress(OSError):  # somebody has put a file of their own there
                 self.path.rmdir()
 
+    def _clear(self) -> None:
+        for name in _BEFORE_THE_ROUNDS:
+            (self.path / name).unlink(missing_ok=True)
+
     def read_config(self) -> Config:
         """The configuration of the run that is there. Raises `ConfigError` if there is none."""
         if not self.config_file.is_file():
-            runs = sorted(str(file.parent) for file in self.path.glob("*/config.toml"))
-            advice = f"; name one of its runs, such as {runs[0]!r}" if runs else ""
+            runs = sorted(repr(str(file.parent)) for file in self.path.rglob("config.toml"))
+            advice = f"; name one of its runs: {', '.join(runs)}" if runs else ""
             raise ConfigError(f"{str(self.path)!r} holds no run: config.toml is missing{advice}")
         return configuration.load(self.config_file)
 
@@ -156,10 +164,12 @@ def is_running(path: Path) -> bool:
 def is_taken(path: Path) -> bool:
     """Whether something is there that a new run must not touch.
 
-    What a run leaves that was killed while it wrote its first file does not count.
+    What a run leaves that was killed before its first checkpoint does not count. It has written the
+    versions first: a configuration alone is somebody's own.
     """
     if path.is_dir():
-        return any(child.name not in _LEFTOVERS for child in path.iterdir())
+        left = {child.name for child in path.iterdir()}.difference(_LEFTOVERS)
+        return bool(left.difference(_BEFORE_THE_ROUNDS if "versions.json" in left else ()))
     return path.exists()
 
 

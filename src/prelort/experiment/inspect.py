@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from prelort import config as configuration
@@ -15,9 +16,10 @@ from prelort.events import Evaluated
 from prelort.experiment import checkpoint
 from prelort.experiment.assemble import assemble, prepare_model
 from prelort.experiment.checkpoint import Checkpoint
+from prelort.experiment.deterministic import deterministic
 from prelort.experiment.evaluation import check_ranks, global_adapters
 from prelort.experiment.folder import RunFolder, is_taken
-from prelort.experiment.measure import measure
+from prelort.experiment.measure import Progress, measure
 from prelort.models import base
 from prelort.models.lora import ADAPTER, install
 from prelort.tasks import labels
@@ -26,8 +28,10 @@ MEASURING = ("data", "evaluation", "model", "threads")
 """What may differ in the configuration when a run is measured again."""
 
 
-def evaluate_run(path: Path, overrides: Sequence[str] = ()) -> Evaluated:
-    """Measure a run's newest adapter and the untuned base again.
+def evaluate_run(
+    path: Path, overrides: Sequence[str] = (), progress: Progress | None = None
+) -> Evaluated:
+    """Measure a run's newest adapter and the untuned base again, with the run's threads.
 
     ``overrides`` change the configuration. Raises `ConfigError` where they change what the run has
     trained, and not just how it is measured.
@@ -42,6 +46,11 @@ def evaluate_run(path: Path, overrides: Sequence[str] = ()) -> Evaluated:
                 "is measured"
             )
     config = _with_labels(config, path)
+    with deterministic(config.threads):
+        return _evaluated(config, folder, progress)
+
+
+def _evaluated(config: Config, folder: RunFolder, progress: Progress | None) -> Evaluated:
     assembly = assemble(config)
     found = _newest(folder, assembly.runtime.spec.base)
     check_ranks(config, assembly.initial.rank)
@@ -50,15 +59,19 @@ def evaluate_run(path: Path, overrides: Sequence[str] = ()) -> Evaluated:
         raise ConfigError(f"method {config.method.name!r} leaves no global model to measure")
     work, test = assembly.runtime, assembly.test
     started = time.monotonic()
-    untuned = measure(config, [work], test, {0: assembly.initial})[0]
-    measured = measure(config, [work], test, global_adapters(config, method, found.state))
+    adapters = {0: assembly.initial, **global_adapters(config, method, found.state)}
+    measured = measure(config, [work], test, adapters, progress)
+    untuned = measured.pop(0)
     seconds = time.monotonic() - started
     return Evaluated(found.state.round, measured, seconds, base=untuned)
 
 
-def export_run(path: Path, out: Path, rank: int | None, *, merge: bool) -> Path:
+def export_run(
+    path: Path, out: Path, rank: int | None, *, merge: bool, base_name: str | None = None
+) -> Path:
     """Write the adapter cut to ``rank`` to ``out``: a PEFT folder, or a whole merged model.
 
+    ``base_name``: where the PEFT folder says that its base is, instead of where it was here.
     Raises `ConfigError` for a rank that the adapter does not have or an ``out`` that is not empty.
     """
     folder = RunFolder(path)
@@ -78,7 +91,10 @@ def export_run(path: Path, out: Path, rank: int | None, *, merge: bool) -> Path:
     runtime, _ = prepare_model(config, tokenizer, rank=found.state.adapter.rank, labels=names)
     adapter = method.global_adapter(found.state, rank)
     if not merge:
-        peft_folder.save(adapter, out, runtime.model.peft_config[ADAPTER])
+        template = runtime.model.peft_config[ADAPTER]
+        if base_name is not None:
+            template = replace(template, base_model_name_or_path=base_name)
+        peft_folder.save(adapter, out, template)
         labels.write(out, names)
         return out
     install(runtime.model, adapter)

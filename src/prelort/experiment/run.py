@@ -6,7 +6,7 @@ import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -100,7 +100,7 @@ def run(
         config: the resolved configuration.
         out: the run's folder; for a new run it must be empty or not exist.
         resume: continue the run in ``out`` from its last checkpoint, to the same adapters, bit for
-            bit (same machine, same number of threads).
+            bit (same machine, same number of threads); with more rounds also a finished one.
         listeners: called with each event.
         backend: where the run takes place; by default in this process.
         track: names of experiment trackers (`prelort.report.trackers`). None of them can stop a
@@ -159,6 +159,9 @@ def train(config: Config, folder: RunFolder, backend: Backend, log: RunLog) -> R
             log(evaluate(config, backend, federation, method, state, log))
             _save(state, config, folder, backend, log)
         else:
+            started = log.history.started
+            if started is not None and started.rounds != rounds:  # it goes on for longer
+                log(replace(started, rounds=rounds))
             log(RunResumed(state.round))
         for server_round in range(state.round + 1, rounds + 1):
             state, stats = federation.train(method, state, server_round)
@@ -254,8 +257,11 @@ def _save(
 def _claimed(folder: RunFolder, config: Config, *, resume: bool, patience: float) -> Iterator[None]:
     """The folder for this process alone; a new run that is refused leaves nothing behind."""
     if resume:
-        _check_same(folder.read_config(), config, folder.path)
+        old = folder.read_config()
+        _check_same(old, config, folder.path)
         folder.lock(patience)
+        if old != config:
+            folder.write_config(config)
     else:
         methods.find(config.method.name)
         folder.create(config, patience)
@@ -271,7 +277,7 @@ def _claimed(folder: RunFolder, config: Config, *, resume: bool, patience: float
 
 def _check_same(old: Config, new: Config, path: Path) -> None:
     """Raise `ConfigError` naming the keys in which a resumed run's configuration differs."""
-    keys = configuration.differences(old, new)
+    keys = configuration.conflicts(old, new)
     if keys:
         raise ConfigError(
             f"the run in {str(path)!r} was started with another configuration; these keys "

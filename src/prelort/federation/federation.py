@@ -104,6 +104,11 @@ class Federation:
             with calling(method, "broadcast()"):
                 sent = method.broadcast(state, client)
             expect(method, "broadcast()", sent, Broadcast)
+            if self._config.lora.start_from is not None and sent.seeded_factors != "nothing":
+                raise ConfigError(
+                    f"lora.start_from is not possible with method {method.name!r}, whose clients "
+                    "draw their factors themselves"
+                )
             with calling(method, "objective()"):
                 objective = method.objective(state, client)
             expect(method, "objective()", objective, Objective)

@@ -28,6 +28,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import cached_file
 
+from prelort import hub
 from prelort.config import EMBEDDED, ModelConfig
 from prelort.errors import ConfigError
 
@@ -190,6 +191,8 @@ def _from_pretrained(auto: Any, config: ModelConfig, what: str, **options: Any) 
     looks_local = os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1
     if looks_local and not Path(name).expanduser().is_dir():
         raise ConfigError(f"model.name = {config.name!r}: there is no such folder")
+    local = looks_local or Path(name).is_dir()
+    without_hub = not local and hub.offline()
     try:
         return auto.from_pretrained(
             str(Path(name).expanduser()) if looks_local else name,
@@ -199,6 +202,8 @@ def _from_pretrained(auto: Any, config: ModelConfig, what: str, **options: Any) 
         )
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error)
+        if without_hub:
+            first_line = "the hub is not reachable, and its cache does not have it"
         raise ConfigError(
             f"model.name = {config.name!r}: its {what} cannot be loaded "
             f"(give 'embedded', a local folder or a hub name): {first_line}"

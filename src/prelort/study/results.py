@@ -60,10 +60,11 @@ def results_of(study: Study, out: Path) -> Results:
     )
 
 
-def is_finished(folder: Path) -> bool:
-    """Whether the run in a folder is finished; not if its log is damaged."""
+def is_finished(folder: Path, rounds: int = 0) -> bool:
+    """Whether the run in a folder is finished, after ``rounds``; not if its log is damaged."""
     try:
-        return RunFolder(folder).history().finished
+        history = RunFolder(folder).history()
+        return history.finished and history.done >= rounds
     except PrelortError:
         return False
 

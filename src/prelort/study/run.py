@@ -236,7 +236,7 @@ def _unfinished(study: Study, out: Path, track: Sequence[str]) -> list[Cell]:
     for cell in study.cells:
         folder = RunFolder(out / cell.folder)
         if folder.config_file.is_file():
-            differ = configuration.differences(folder.read_config(), cell.config)
+            differ = configuration.conflicts(folder.read_config(), cell.config)
             if cell.config.threads is None:  # then a begun run keeps its own
                 differ = [key for key in differ if key != "threads"]
             if differ:
@@ -246,7 +246,11 @@ def _unfinished(study: Study, out: Path, track: Sequence[str]) -> list[Cell]:
                     "again"
                 )
     always = study.is_run or bool(track)
-    return [cell for cell in study.cells if always or not is_finished(out / cell.folder)]
+    return [
+        cell
+        for cell in study.cells
+        if always or not is_finished(out / cell.folder, cell.config.federation.rounds)
+    ]
 
 
 @contextmanager
