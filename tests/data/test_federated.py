@@ -46,15 +46,6 @@ def test_holds_out_a_share_of_each_client(write: Write) -> None:
     assert rows.dropped == ()
 
 
-def test_the_seed_decides_everything(write: Write) -> None:
-    path = write("train", labelled(60))
-    first = as_lists(load(configured(path, seed=1)))
-    assert as_lists(load(configured(path, seed=1))) == first
-    second = as_lists(load(configured(path, seed=2)))
-    assert second[0] != first[0]
-    assert second[1] != first[1]
-
-
 def by_client(sizes: dict[str, int]) -> Rows:
     names = [name for name, size in sizes.items() for _ in range(size)]
     return [{"text": "t", "client": name, "id": i} for i, name in enumerate(names)]
@@ -71,28 +62,6 @@ def test_a_clients_held_out_rows_do_not_depend_on_the_others(write: Write) -> No
     assert held[0] == held[1]
 
 
-def test_the_ranks_do_not_depend_on_how_rows_are_dealt(write: Write) -> None:
-    path = write("train", labelled(60))
-    other = {"by": "quantity", "clients": 4}
-    ranks = [
-        [c.rank for c in load(configured(path, **values)).clients]
-        for values in ({}, {"partition": other}, {"data": {"test_fraction": 0.5}})
-    ]
-    assert ranks[0] == ranks[1] == ranks[2]
-
-
-@pytest.mark.parametrize("fraction", [0.01, 0.99])
-def test_training_and_test_rows_are_at_least_one(write: Write, fraction: float) -> None:
-    rows = load(
-        configured(
-            write("train", labelled(8)),
-            data={"test_fraction": fraction},
-            partition={"by": "iid", "clients": 4, "min_examples": 1},
-        )
-    )
-    assert [(len(c.train), len(c.test)) for c in rows.clients] == [(1, 1)] * 4  # type: ignore[arg-type]
-
-
 def test_a_client_of_one_row_is_left_out_where_one_must_be_held_out(write: Write) -> None:
     rows = [{"text": "t", "client": name} for name in "aaab"]
     values: dict[str, Any] = {
@@ -106,14 +75,6 @@ def test_a_client_of_one_row_is_left_out_where_one_must_be_held_out(write: Write
     assert [(d.name, d.rows, d.reason) for d in loaded.dropped] == [("b", 1, "too few rows")]
     given = load(configured(source, data={"test": write("test", rows)}, **values))
     assert [c.name for c in given.clients] == ["a", "b"]
-
-
-def test_a_given_test_set_is_pooled_and_nobodys_own(write: Write) -> None:
-    test = write("test", labelled(9))
-    rows = load(configured(write("train", labelled(40)), data={"test": test}))
-    assert ids(rows.test) == list(range(9))
-    assert all(client.test is None for client in rows.clients)
-    assert sorted(i for c in rows.clients for i in ids(c.train)) == list(range(40))
 
 
 @pytest.mark.parametrize("names", [("a", "b"), (1, 2)])

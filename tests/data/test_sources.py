@@ -14,7 +14,7 @@ from datasets.exceptions import DatasetNotFoundError
 
 from prelort import hub
 from prelort.config import DataConfig
-from prelort.data import _reading, sources
+from prelort.data import sources
 from prelort.errors import ConfigError
 
 ask_once = hub.offline
@@ -106,16 +106,6 @@ def test_a_changed_file_is_read_anew_and_leaves_nothing_in_the_cache(
     os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     assert read(path)["text"][:] == ["two"]
     assert not cache.exists()
-
-
-def test_a_large_file_is_mapped_from_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_reading, "IN_MEMORY", 1)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    rows = read(write(tmp_path / "data.csv", "text\none\n"))
-    assert rows["text"][:] == ["one"]
-    assert rows.cache_files
 
 
 def test_reads_what_save_to_disk_wrote(tmp_path: Path) -> None:

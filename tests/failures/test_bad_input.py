@@ -113,12 +113,15 @@ def test_clients_without_enough_text_are_left_out_as_long_as_enough_are_left(
     fine = run("two", 2)
     assert fine.code == 0
     assert (
-        "clients left out, since they have no text long enough to make one example: 2" in fine.err
+        "no usable example (too short a text, or no assistant turn): 2 ('site-0', 'site-1')"
+        in fine.err
     )
-    assert "'site-0', 'site-1'" in fine.err
     assert "left out: 2 more with 2 rows" in (tmp_path / "two" / "clients.txt").read_text()
     assert "quorum = 5 needs 5 replies" in run("quorum", 2, "federation.quorum=5").error
-    assert "no text long enough to make one example, at any of its 6 clients" in run("all", 6).error
+    assert (
+        "no usable example (too short a text, or no assistant turn), at any of its 6 clients"
+        in run("all", 6).error
+    )
 
 
 def test_an_encoder_without_a_task_says_which_task_is_its_own(

@@ -44,11 +44,6 @@ def test_the_last_block_needs_eight_tokens(tokenizer: Any, length: int, kept: li
     assert [len(e.input_ids) for e in encode(["x" * length], tokenizer)] == kept
 
 
-def test_empty_documents_count_for_nothing(tokenizer: Any) -> None:
-    (example,) = encode(["", "first", None, "second", ""], tokenizer)
-    assert learnt(tokenizer, example) == "first<eos>second"
-
-
 def test_a_tokenizer_that_begins_texts_with_bos_does_so() -> None:
     tokenizer = make_tokenizer(bos=True)
     (example,) = encode(["one", "two"], tokenizer)
@@ -66,12 +61,6 @@ def test_texts_longer_than_the_model_are_no_warning(
 def test_needs_an_end_of_sequence_token() -> None:
     with pytest.raises(ConfigError, match=r"the tokenizer has no end-of-sequence token"):
         encode(["one"], make_tokenizer(eos=False))
-
-
-def test_finds_its_column() -> None:
-    assert TASK.columns(DataConfig(), ["id", "content"]) == ("content",)
-    with pytest.raises(ConfigError, match=r"data\.text_column is not set, and none of the usual"):
-        TASK.columns(DataConfig(), ["id"])
 
 
 def test_a_batch_is_padded_on_the_right() -> None:
@@ -103,9 +92,3 @@ def test_the_loss_does_not_depend_on_padding(causal_model: torch.nn.Module) -> N
     apart = sum(TASK.losses(causal_model, TASK.collate([e], 0)).sum().item() for e in examples)
     together = TASK.losses(causal_model, TASK.collate(examples, 3)).sum().item()
     assert together == pytest.approx(apart, rel=1e-5)
-
-
-def test_nothing_learnt_is_a_loss_of_zero(causal_model: torch.nn.Module) -> None:
-    batch = TASK.collate([Example([5, 6], [IGNORED, IGNORED])], 0)
-    assert TASK.weight(batch) == 0
-    assert TASK.losses(causal_model, batch).sum().item() == 0.0

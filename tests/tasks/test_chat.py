@@ -39,13 +39,6 @@ def test_the_assistants_turns_are_learnt(chat_tokenizer: Any) -> None:
     assert example.reference == "ciao"
 
 
-def test_the_tokens_are_those_of_the_template(chat_tokenizer: Any) -> None:
-    conversation = say("u: hi", "a: hello", "u: bye", "a: ciao")
-    (example,) = encode([conversation], chat_tokenizer)
-    whole = chat_tokenizer.apply_chat_template(conversation, return_dict=False)
-    assert example.input_ids == whole
-
-
 def test_conversations_are_not_mixed_up(chat_tokenizer: Any) -> None:
     draw = random.Random(0)
     conversations = [
@@ -178,9 +171,3 @@ def test_formats_of_the_hub(chat_tokenizer: Any, row: dict[str, Any], prompt: st
     assert read(chat_tokenizer, example.input_ids) == f"{prompt}<assistant>hello<end>"
     assert learnt(chat_tokenizer, example) == "hello<end>"
     assert example.reference == "hello"
-
-
-def test_names_the_missing_column() -> None:
-    with pytest.raises(ConfigError, match=r"data\.messages_column is not set, and none of the usu"):
-        TASK.columns(DataConfig(), ["talk"])
-    assert TASK.columns(DataConfig(messages_column="talk"), ["talk"]) == ("talk",)

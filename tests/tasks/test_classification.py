@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from byte_tokens import make_tokenizer, read
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import Dataset
 from transformers import BertConfig, BertForSequenceClassification
 
 from prelort.config import DataConfig
@@ -47,12 +47,6 @@ def test_a_row_is_its_text_and_the_number_of_its_class() -> None:
     assert [e.labels for e in examples] == [1, 0]
 
 
-def test_a_class_label_goes_by_its_name(tokenizer: Any) -> None:
-    features = Features({"text": Value("string"), "label": ClassLabel(names=["maybe", "no"])})
-    rows = Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}, features=features)
-    assert [e.labels for e in encode(rows, tokenizer)] == [2, 0]
-
-
 def test_an_empty_text_is_one_token_also_in_a_batch_of_its_own() -> None:
     rows = Dataset.from_dict({"text": ["", None, "a"], "label": ["no", "yes", "no"]})
     for tokenizer in (make_tokenizer(), make_tokenizer(bos=True)):
@@ -61,11 +55,6 @@ def test_an_empty_text_is_one_token_also_in_a_batch_of_its_own() -> None:
         for batch in (TASK.collate(examples, 0), TASK.collate([empty], 0)):
             assert batch["input_ids"].dtype == torch.int64
             assert batch["attention_mask"].sum(dim=1).min() == 1
-
-
-def test_no_rows_are_no_examples(tokenizer: Any) -> None:
-    rows = Dataset.from_dict({"text": ["x"], "label": ["no"]}).select([])
-    assert encode(rows, tokenizer) == []
 
 
 def test_an_unknown_label_is_named(tokenizer: Any) -> None:
@@ -85,13 +74,6 @@ def test_an_unknown_label_is_named(tokenizer: Any) -> None:
 )
 def test_finds_its_columns(available: list[str], found: tuple[str, str]) -> None:
     assert TASK.columns(DataConfig(), available) == found
-
-
-def test_names_the_missing_column() -> None:
-    with pytest.raises(ConfigError, match=r"data\.label_column is not set, and none of the usual"):
-        TASK.columns(DataConfig(), ["text", "id"])
-    with pytest.raises(ConfigError, match=r"data\.text_column = 'txt' is not a column: the colum"):
-        TASK.columns(DataConfig(text_column="txt"), ["text", "label"])
 
 
 def test_a_batch_weighs_its_examples() -> None:

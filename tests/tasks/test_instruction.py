@@ -38,10 +38,6 @@ def test_bos_where_the_tokenizer_puts_it() -> None:
     assert read(tokenizer, example.input_ids[: example.prompt_length]) == "<bos>say yes\n"
 
 
-def test_numbers_are_completions(tokenizer: Any) -> None:
-    assert encode("1 + 1", 2, tokenizer).reference == "2"
-
-
 @pytest.mark.parametrize("bos", [False, True])
 @settings(max_examples=60, deadline=None)
 @given(prompt=st.integers(1, 40), completion=st.integers(0, 40), length=st.integers(8, 50))
@@ -62,14 +58,6 @@ def test_truncation_cuts_the_prompt_on_the_left_before_the_completion(
     assert tokens == whole_prompt + kept
     assert example.labels == [IGNORED] * len(whole_prompt) + example.input_ids[len(whole_prompt) :]
     assert example.prompt_length == len(whole_prompt)
-
-
-def test_an_empty_context_leaves_no_gap(tokenizer: Any) -> None:
-    rows = Dataset.from_dict(
-        {"instruction": ["Q", "Q"], "context": ["", "C"], "response": ["A", "A"]}
-    )
-    examples = TASK.encode(rows, tokenizer, DataConfig(), ())
-    assert [read(tokenizer, e.input_ids) for e in examples] == ["Q\n\nA<eos>", "Q\n\nC\n\nA<eos>"]
 
 
 @pytest.mark.parametrize(

@@ -7,21 +7,10 @@ from typing import get_args
 import pytest
 
 from prelort import tasks
-from prelort.config import Config, EvaluationConfig
+from prelort.config import Config
 from prelort.errors import ConfigError
-from prelort.tasks.interface import Task
 
 NAMES = get_args(Config.model_fields["task"].annotation)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_every_task_of_the_configuration_exists(name: str) -> None:
-    task: Task = tasks.get(name)
-    assert task.name == name
-    assert task.kind == ("classification" if name == "classification" else "causal")
-    assert task.metrics
-    assert set(task.metrics) <= set(task.allowed_metrics)
-    EvaluationConfig(metrics=task.allowed_metrics)  # type: ignore[arg-type]
 
 
 def test_an_unknown_task_is_refused_with_the_names() -> None:

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 Examples = Sequence[Example]
 
-NO_EXAMPLE = "no text long enough to make one example"
+NO_EXAMPLE = "no usable example (too short a text, or no assistant turn)"
 
 
 @dataclass(frozen=True, slots=True)
