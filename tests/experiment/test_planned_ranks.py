@@ -100,11 +100,25 @@ def test_a_site_gets_the_rows_that_its_part_in_the_run_needs(
     assembly = assemble(config, tmp_path)
     for site, rows in zip(assembly.clients, assembly.rows.clients, strict=True):
         assert site.examples == encoded(assembly, rows.train)
-        assert site.validation == (encoded(assembly, rows.validation) if by_loss else ())
         assert site.test == (() if by_loss else encoded(assembly, rows.test))
         assert site.personal is not None
         assert site.personal.folder == tmp_path / "personal"
+        assert bool(site.validation) == by_loss
     assert all(site.personal is None for site in assemble(config).clients)
+
+
+def test_clients_are_allocated_ranks_by_their_loss_on_rows_that_all_share(
+    make_config: Make,
+) -> None:
+    data = TUNING | {"max_test_examples": 7}
+    ranks = {"mix": "2*0.5, 8*0.5", "allocation": "by-loss"}
+    assembly = assemble(make_config(ranks=ranks, data=data))
+    (shared, *others) = [site.validation for site in assembly.clients]
+    assert all(other == shared for other in others)
+    everyone = [client.validation for client in assembly.rows.clients]
+    pool = encoded(assembly, concatenate_datasets(everyone))
+    assert len(shared) == 7 < len(pool)
+    assert all(example in pool for example in shared)
 
 
 def test_measuring_at_clients_without_rows_of_their_own_is_refused(

@@ -122,10 +122,20 @@ def assemble(
     runtime, initial = prepare_model(config, tokenizer, rank=max(max_rank), labels=rows.labels)
     initial = started_from(config, initial)
 
-    def own(kind: str, client: ClientRows, some: Any) -> Examples:
-        return encoded.examples(kind, client.name, lambda: encode(some)) if some is not None else ()
+    def own_test(client: ClientRows) -> Examples:
+        if client.test is None:
+            return ()
+        return encoded.examples("test", client.name, lambda: encode(client.test))
 
-    by_loss = allocation.by_loss is not None
+    def drawn(on: str) -> Examples:
+        examples = encoded.examples(
+            f"all {on}", "", lambda: _at_most(config, encode(_pooled(rows, on)))
+        )
+        if not examples:
+            raise ConfigError(f"the {on} set has {NO_EXAMPLE}")
+        return examples
+
+    shared = drawn("validation") if allocation.by_loss is not None else ()
     measured_there = config.evaluation.at_clients or trait(find(config.method.name), "personal")
     clients = tuple(
         LocalClient(
@@ -134,8 +144,8 @@ def assemble(
             examples=train[client.name],
             runtime=runtime,
             max_rank=planned[client.name][1],
-            validation=own("validation", client, client.validation) if by_loss else (),
-            test=own("test", client, client.test) if measured_there else (),
+            validation=shared,
+            test=own_test(client) if measured_there else (),
             personal=PersonalStore(folder / "personal") if folder is not None else None,
         )
         for client in rows.clients
@@ -146,11 +156,7 @@ def assemble(
             "holds out data.test_fraction of its rows, or give it the column that natural clients "
             "are dealt by"
         )
-    test = encoded.examples(
-        "drawn tests", "", lambda: _at_most(config, encode(_test_rows(config, rows)))
-    )
-    if not test:
-        raise ConfigError(f"the test set has {NO_EXAMPLE}")
+    test = drawn(config.evaluation.on)
     template = runtime.model.peft_config[ADAPTER]
     return Assembly(config, rows, clients, test, runtime, tokenizer, initial, template, allocation)
 
@@ -209,8 +215,9 @@ def planned_ranks(config: Config, rows: FederatedRows) -> tuple[list[int], list[
     return offered, max_rank, allocation
 
 
-def _test_rows(config: Config, rows: FederatedRows) -> Any:
-    if config.evaluation.on == "test":
+def _pooled(rows: FederatedRows, on: str) -> Any:
+    """The test rows, or all clients' validation rows."""
+    if on == "test":
         return rows.test
     return concatenate_datasets([c.validation for c in rows.clients if c.validation is not None])
 

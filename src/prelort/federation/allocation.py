@@ -1,9 +1,10 @@
 """Which rank a client has in which round, as far as the server decides it.
 
 By a schedule, or by loss (Byun & Lee, arXiv 2406.17477): all start at the lowest rank; after the
-first round, which asks every client, those with the best loss on their own validation rows get
-the highest. What the paper leaves open is read so: the share counts all clients, and a client
-whose first round failed is not raised.
+first round, which asks every client, those with the best validation loss get the highest. What the
+paper leaves open is read so: the share counts all clients, a client whose first round failed is not
+raised, and the loss is one on rows that all share, where one place has the data of all. On its own
+rows the client with the fewest topics is the best, whatever it has learned.
 """
 
 from __future__ import annotations

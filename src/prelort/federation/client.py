@@ -46,7 +46,9 @@ class ClientRuntime(ModelRuntime):
 class LocalClient:
     """One client: its name, the rank it affords, its examples, and its runtime.
 
-    ``max_rank``: the largest rank it can be raised to (0: its rank). ``next_rank`` is called after
+    ``max_rank``: the largest rank it can be raised to (0: its rank). ``validation``: the examples
+    by whose loss the server allocates ranks, the same for all clients where they can be.
+    ``next_rank`` is called after
     each round (from 0) and returns the rank from the next round on, None for no change.
     ``stopped`` is called during training and says whether to give up.
     """
