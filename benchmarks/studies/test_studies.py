@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import by_task
+import claims
 import prepare
 import pytest
 import raised
@@ -302,3 +303,58 @@ class TestTables:
         assert tables.study_table("one", "", "accuracy", "other").count("\n") == 2
         with pytest.raises(SystemExit, match="no setting 'iid'"):
             tables.study_table("one", "iid", "accuracy")
+
+
+class TestClaims:
+    def test_what_the_documentation_says_about_winners_is_what_was_kept(self) -> None:
+        assert claims.in_pages() == []
+
+    @pytest.fixture
+    def kept(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        values = {
+            "a": {4: (10.0, 20.0, 30.0), 8: (9.0, 18.0, 27.0)},
+            "b": {4: (11.0, 21.0, 32.0), 8: (8.0, 20.0, 28.0)},
+            "homogeneous-min": {4: (5.0, 5.0, 5.0), 8: (5.0, 5.0, 5.0)},
+        }
+        lines = ["setting,method,seed,round,rank,metric,value"]
+        for method, at in values.items():
+            for rank, seeds in at.items():
+                for seed, value in enumerate(seeds):
+                    own = f",{method},{seed},"
+                    lines.append(f"{own}1,{rank},perplexity,{99 - value}")
+                    lines.append(f"{own}2,{rank},perplexity,{value}")
+        folder = tmp_path / "studies" / "one"
+        folder.mkdir(parents=True)
+        (folder / "measurements.csv").write_text("\n".join(lines))
+        monkeypatch.setattr(tables, "RESULTS", tmp_path)
+
+    @pytest.mark.parametrize(
+        "statement, holds",
+        [
+            ("4 | a > b", True),
+            ("4 | b > a", False),
+            ("8 | a > b", False),  # better in the mean, worse with one seed
+            ("8 | a >= b", True),
+            ("8 | b >= a", False),
+            ("8 | a = b", True),
+            ("4 | a = b", False),
+            ("AURAC | a >= *", True),
+            ("4 AURAC | a >= b; homogeneous-min", False),
+            ("4 8 | a rises", True),
+            ("8 4 | a rises", False),
+            ("4 | a > c", False),
+            ("4 | a wins", False),
+        ],
+    )
+    def test_a_claim_holds_if_the_final_values_say_so(
+        self, kept: None, statement: str, holds: bool
+    ) -> None:
+        text = f"It wins.\n<!-- claim:\n  one || perplexity | {statement} -->"
+        assert (list(claims.problems(text)) == []) == holds
+
+    @pytest.mark.parametrize(
+        "text", ["- It wins.\n- It does not <!-- claim:\n -->", "It is\nthe best."]
+    )
+    def test_a_winner_without_a_claim_is_found(self, text: str) -> None:
+        (problem,) = claims.problems(text)
+        assert "has no claim" in problem
