@@ -87,11 +87,15 @@ def wrong(claim: str) -> Iterator[str]:
     study, setting, metric, at, statement = (part.strip() for part in claim.split("|"))
     kept, places = Kept(study, setting, metric), at.split()
     if statement.endswith(" rises"):
+        if len(places) < 2:
+            raise ValueError("it needs two ranks or more")
         if not kept.rises(statement.removesuffix(" rises"), places):
             yield f"{study}: {statement} does not hold"
         return
     method, relation, named = re.split(r" (>=|>|=) ", statement)
     others = kept.others(method) if named == "*" else [one.strip() for one in named.split(";")]
+    if not (places and others):
+        raise ValueError("it compares nothing")
     for place in places:
         for other in others:
             mean, low, high = kept.gain(method, other, place)

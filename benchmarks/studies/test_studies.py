@@ -344,6 +344,8 @@ class TestClaims:
             ("8 4 | a rises", False),
             ("4 | a > c", False),
             ("4 | a wins", False),
+            ("| a > b", False),
+            ("4 | a rises", False),
         ],
     )
     def test_a_claim_holds_if_the_final_values_say_so(
