@@ -60,12 +60,14 @@ def test_the_base_is_loaded_in_the_type_asked_for(tiny_llama, dtype):
     assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
 
 
-def test_a_tokenizer_without_padding_pads_with_its_end(tiny_llama, copy):
+def test_a_tokenizer_without_padding_pads_as_the_model_says_or_with_its_end(tiny_llama, copy):
     assert load_tokenizer(config_of(tiny_llama)).pad_token == "<pad>"
     path = copy / "tokenizer_config.json"
     values = json.loads(path.read_text())
     del values["pad_token"]
     path.write_text(json.dumps(values))
+    assert load_tokenizer(config_of(copy)).pad_token == "<pad>"
+    change_config(copy, pad_token_id=None)
     assert load_tokenizer(config_of(copy)).pad_token == "<eos>"
     del values["eos_token"]
     path.write_text(json.dumps(values))

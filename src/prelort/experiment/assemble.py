@@ -228,11 +228,12 @@ def prepare_model(
     """The base model with LoRA layers of ``rank``, and the federation's initial adapter."""
     task = tasks.get(config.task)
     fingerprint = base.fingerprint(config.model)
+    new = base.new_modules(config.model, task.kind, labels)
     with torch.random.fork_rng():
         # A new classification head comes from the global generator: the same head for a seed.
         torch.manual_seed(derive(config.seed, "head"))
         model = base.load_model(config.model, task.kind, labels, pad_id=tokenizer.pad_token_id)
-        wrapped = attach(model, config.lora, rank, task.kind)
+        wrapped = attach(model, config.lora, rank, task.kind, new)
     scale = ScaleRule(config.lora.scale_rule, config.lora.scale)
     initial = initial_adapter(wrapped, scale, config.seed)
     _warn_of_large_ranks(initial)

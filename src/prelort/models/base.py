@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from tokenizers.processors import Sequence as InOrder
+from tokenizers.processors import TemplateProcessing
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -79,12 +82,33 @@ def check_kind(config: ModelConfig, kind: str) -> None:
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer, with a padding token (the end token where it has none)."""
+    """The base model's tokenizer, completed where it does not suit the model.
+
+    Where there is no padding token, or the embedding has no row for it, padding is the token that
+    the model's configuration names, else the end token. An encoder-decoder classifies by the end
+    token's state, so each text gets one.
+    """
     tokenizer = _from_pretrained(AutoTokenizer, config, "tokenizer")
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token is None:
-            raise ConfigError(f"model.name = {config.name!r}: its tokenizer has no padding token")
-        tokenizer.pad_token = tokenizer.eos_token
+    model = load_configuration(config)
+    text = model.get_text_config()
+    rows = getattr(text, "vocab_size", None) or len(tokenizer)
+    candidates = tokenizer.pad_token_id, getattr(text, "pad_token_id", None), tokenizer.eos_token_id
+    pad = next((i for i in candidates if i is not None and 0 <= i < rows), None)
+    if pad is None:
+        raise ConfigError(
+            f"model.name = {config.name!r}: its tokenizer has no padding token and no end token "
+            f"among the {rows} tokens of the model: set one and save the tokenizer"
+        )
+    if pad != tokenizer.pad_token_id:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+    end = tokenizer.eos_token_id
+    if model.is_encoder_decoder and end is not None and end not in tokenizer("a")["input_ids"]:
+        own = tokenizer.backend_tokenizer.post_processor
+        template = {"single": f"$A {tokenizer.eos_token}", "pair": f"$A $B {tokenizer.eos_token}"}
+        ending = TemplateProcessing(**template, special_tokens=[(tokenizer.eos_token, end)])
+        tokenizer.backend_tokenizer.post_processor = (
+            ending if own is None else InOrder([own, ending])
+        )
     return tokenizer
 
 
@@ -95,43 +119,87 @@ def load_model(
 
     A new classification head is initialised from torch's global generator: seed it first.
     Raises `ConfigError` for a missing model, for one without safetensors weights, and where
-    weights other than the new head are missing.
+    weights are missing that `new_modules` does not name.
     """
     device = device_of(config.device)
-    options: dict[str, Any] = {
-        "use_safetensors": True,
-        "dtype": config.dtype,
-        "output_loading_info": True,
+    options: dict[str, Any] = {}
+    if config.quantization != "none":
+        new = new_modules(config, kind, labels)
+        options = {"quantization_config": _quantized(config, device, new)}
+    if options or hasattr(load_configuration(config), "quantization_config"):
+        options |= {"device_map": str(device)}
+    model, loading = _load(config, kind, labels, **options)
+    _new_modules(config, model, loading, kind)
+    model.config.pad_token_id = pad_id
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.pad_token_id = pad_id
+    for module in model.modules():
+        # bitsandbytes packs a layer's 4-bit weights in the first evaluation on such a CPU, and they
+        # stay packed: a product without a gradient, so that training would be wrong.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    model.requires_grad_(False)
+    return model if options else model.to(device)
+
+
+def new_modules(config: ModelConfig, kind: str, labels: Sequence[str]) -> tuple[str, ...]:
+    """The modules of a classifier that are trained in full: its head, and what is drawn at random.
+
+    What the checkpoint lacks is transformers' own report, made without reading the weights. Raises
+    `ConfigError` where something is missing that is not a linear layer outside the repeated ones:
+    then this is not the whole model.
+    """
+    if kind != "classification":
+        return ()
+    model, loading = _load(config, kind, labels, device_map="meta")
+    return _new_modules(config, model, loading, kind)
+
+
+def _new_modules(
+    config: ModelConfig, model: PreTrainedModel, loading: dict[str, Any], kind: str
+) -> tuple[str, ...]:
+    head = head_modules(model) if kind == "classification" else ()
+    shapes = {entry[0] for entry in loading["mismatched_keys"]}
+    drawn = {*loading["missing_keys"], *shapes}
+    drawn = {name for name in drawn if not name.startswith(tuple(f"{own}." for own in head))}
+    repeated = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, nn.ModuleList))
+    owners = {name: name.rpartition(".")[0] for name in drawn}
+    lacking = {
+        name
+        for name, owner in owners.items()
+        if kind != "classification"
+        or name in shapes
+        or owner.startswith(repeated)
+        or not isinstance(model.get_submodule(owner), nn.Linear)
     }
+    if lacking:
+        raise ConfigError(
+            f"model.name = {config.name!r}: its weights lack {min(lacking)!r} in the shape that "
+            f"its configuration says ({len(lacking)} such tensors): this is not the whole model"
+        )
+    return (*head, *sorted({*owners.values()}))
+
+
+def head_modules(model: PreTrainedModel) -> tuple[str, ...]:
+    """The names of a classifier's modules that stand beside its encoder or decoder."""
+    inside = model.base_model
+    return tuple(
+        name
+        for name, module in model.named_children()
+        if module is not inside and inside is not model and any(True for _ in module.parameters())
+    )
+
+
+def _load(config: ModelConfig, kind: str, labels: Sequence[str], **options: Any) -> Any:
+    """The model and transformers' report of how its tensors and the checkpoint's match."""
+    options |= {"use_safetensors": True, "dtype": config.dtype, "output_loading_info": True}
     if kind == "classification":
         options |= {"num_labels": len(labels)}
         numbers = {name: number for number, name in enumerate(labels)}
         options |= {"id2label": dict(enumerate(labels)), "label2id": numbers}
         options |= {"ignore_mismatched_sizes": True}
-    if config.quantization != "none":
-        options |= {"quantization_config": _quantized(config, device), "device_map": str(device)}
     auto = AutoModelForSequenceClassification if kind == "classification" else AutoModelForCausalLM
-    model, loading = _from_pretrained(auto, config, "model", **options)
-    _check_whole(config, model, kind, loading)
-    model.config.pad_token_id = pad_id
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.pad_token_id = pad_id
-    model.requires_grad_(False)
-    return model if config.quantization != "none" else model.to(device)
-
-
-def _check_whole(config: ModelConfig, model: Any, kind: str, loading: dict[str, Any]) -> None:
-    """Raise `ConfigError` naming a weight that transformers drew at random outside a new head."""
-    drawn = {*loading["missing_keys"], *(entry[0] for entry in loading["mismatched_keys"])}
-    if kind == "classification":
-        # Encoders come with and without a pooler; it stands between the encoder and the head.
-        inside = f"{model.base_model_prefix}."
-        drawn = {name for name in drawn if name.startswith(inside) and ".pooler." not in name}
-    if drawn:
-        raise ConfigError(
-            f"model.name = {config.name!r}: its weights lack {min(drawn)!r} in the shape that its "
-            f"configuration says ({len(drawn)} such tensors): this is not the whole model"
-        )
+    return _from_pretrained(auto, config, "model", **options)
 
 
 def fingerprint(config: ModelConfig) -> str:
@@ -210,8 +278,11 @@ def _from_pretrained(auto: Any, config: ModelConfig, what: str, **options: Any) 
         ) from error
 
 
-def _quantized(config: ModelConfig, device: torch.device) -> Any:
-    """The settings of bitsandbytes. Raises `ConfigError` without the library."""
+def _quantized(config: ModelConfig, device: torch.device, whole: Sequence[str]) -> Any:
+    """The settings of bitsandbytes; ``whole``: modules that keep their type because they learn.
+
+    Raises `ConfigError` without the library.
+    """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
             f"model.quantization = {config.quantization!r} needs bitsandbytes: "
@@ -219,9 +290,13 @@ def _quantized(config: ModelConfig, device: torch.device) -> Any:
         )
     from transformers import BitsAndBytesConfig
 
+    skipped = list(whole) or None  # None: what transformers itself leaves out, the output layer
     if config.quantization == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     compute = torch.bfloat16 if device.type == "cuda" else torch.float32
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=compute,
+        llm_int8_skip_modules=skipped,
     )

@@ -56,7 +56,9 @@ class LoraProduct(torch.autograd.Function):
             y = F.linear(grouped, weight, bias).baddbmm_(narrow, b.transpose(1, 2))
         context.save_for_backward(grouped, weight, a, b, narrow, mask)
         context.shape = x.shape
-        return y.view(*x.shape[:-1], b.shape[1])
+        # Not a view, which could not be changed in place, as some models do.
+        output: Tensor = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], b.shape[1]])
+        return output
 
     @staticmethod
     @once_differentiable

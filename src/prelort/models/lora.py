@@ -8,13 +8,15 @@ strict: what is missing, surplus or mis-shaped is an error.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -22,6 +24,7 @@ from prelort.adapters import AdapterSchema, Factors, LoraAdapter, ScaleRule, Tra
 from prelort.adapters.initial import fresh
 from prelort.config import LoraSettings
 from prelort.errors import AdapterError, ConfigError
+from prelort.models.targets import all_linear, check_targets, last_parts
 
 ADAPTER = "default"
 """The name of the adapter inside the PEFT model."""
@@ -30,38 +33,61 @@ FROZEN = "frozen"
 """The name of the second path, of what is folded into the base for a round."""
 
 
-def attach(model: PreTrainedModel, settings: LoraSettings, rank: int, kind: str) -> PeftModel:
+def attach(
+    model: PreTrainedModel,
+    settings: LoraSettings,
+    rank: int,
+    kind: str,
+    new_modules: Sequence[str] = (),
+) -> PeftModel:
     """Wrap the base in PEFT with LoRA layers of ``rank`` (smaller where a pattern says so).
 
-    Raises `ConfigError` if a target module, a module to save or a key of the rank pattern matches
+    ``new_modules`` are trained in full, besides those of the settings (`base.new_modules`). Raises
+    `ConfigError` if a target module, a module to save or a key of the rank pattern matches
     nothing (it lists what exists), or matches what cannot be adapted.
     """
     rule = ScaleRule(settings.scale_rule, settings.scale)
     targets = settings.target_modules
     names = [targets] if isinstance(targets, str) else list(targets)
-    everything = names == ["all-linear"]
-    if not everything:
-        _check_targets(model, names)
+    saved = list(dict.fromkeys([*(settings.modules_to_save or ()), *new_modules]))
     for name in settings.modules_to_save or ():
         if not any(own.endswith(name) for own, _ in model.named_modules()):
             raise ConfigError(f"lora.modules_to_save: {name!r} matches no module of this model")
+    if names == ["all-linear"]:
+        names = all_linear(model, saved, kind)
+    else:
+        check_targets(model, names)
     config = LoraConfig(
         task_type=TaskType.SEQ_CLS if kind == "classification" else TaskType.CAUSAL_LM,
         r=rank,
         lora_alpha=rule.lora_alpha(rank),
         use_rslora=rule.kind == "rslora",
         lora_dropout=settings.dropout,
-        target_modules="all-linear" if everything else names,
-        modules_to_save=list(settings.modules_to_save) if settings.modules_to_save else None,
+        target_modules=names,
+        modules_to_save=saved or None,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         rank_pattern={key: min(largest, rank) for key, largest in settings.rank_pattern.items()},
     )
-    wrapped: PeftModel = get_peft_model(model, config, adapter_name=ADAPTER)
+    try:
+        wrapped: PeftModel = get_peft_model(model, config, adapter_name=ADAPTER)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ConfigError(
+            f"lora.target_modules or lora.modules_to_save do not suit this model: {error}"
+        ) from error
+    if config.target_parameters:
+        raise ConfigError(
+            f"lora.target_modules = {names!r}: PEFT adapts stacked experts for them "
+            f"({', '.join(sorted(config.target_parameters))}), which is not supported here: "
+            "name other layers, or use 'all-linear', which leaves the experts out"
+        )
+    for wrapper in wrapped.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            _train_in_float32(wrapper)
     for key in settings.rank_pattern:
         if not any(re.match(rf"(.*\.)?({key})$", name) for name in lora_layers(wrapped)):
             raise ConfigError(
                 f"lora.rank_pattern: {key!r} matches no adapted layer: they are "
-                f"{', '.join(_last_parts(lora_layers(wrapped)))}"
+                f"{', '.join(last_parts(lora_layers(wrapped)))}"
             )
     return wrapped
 
@@ -212,6 +238,36 @@ def _frozen_linear(weight: Tensor) -> nn.Linear:
     return linear
 
 
+def _train_in_float32(wrapper: ModulesToSaveWrapper) -> None:
+    """Let the trained copy of a module compute in float32 inside a base of another type.
+
+    Its output has the type that the base's own module would give.
+    """
+    kinds = {p.dtype for p in wrapper.original_module.parameters()}
+    if not all(kind.is_floating_point for kind in kinds):
+        raise ConfigError(
+            "lora.modules_to_save names a quantised layer, which cannot be trained in full: use "
+            "model.quantization = 'none', or leave it out"
+        )
+    if kinds == {torch.float32}:
+        return
+    outer = kinds.pop()
+
+    def enter(module: nn.Module, inputs: Any, named: Any) -> Any:
+        return tree_map(lambda x: _cast(x, torch.float32), (inputs, named))
+
+    def leave(module: nn.Module, inputs: Any, output: Any) -> Any:
+        return tree_map(lambda x: _cast(x, outer), output)
+
+    copy = wrapper.modules_to_save[ADAPTER]
+    copy.register_forward_pre_hook(enter, with_kwargs=True)
+    copy.register_forward_hook(leave)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
 def saved_module_places(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     """Where the tensors are that are trained in full: own name -> (module, attribute)."""
     return dict(_modules_to_save(model))
@@ -247,22 +303,3 @@ def _check_names(expected: object, given: object, what: str) -> None:
         raise AdapterError(f"{what} {missing[0]!r} of the base model is missing in the adapter")
     if surplus:
         raise AdapterError(f"{what} {surplus[0]!r} of the adapter is not in the base model")
-
-
-def _check_targets(model: nn.Module, names: list[str]) -> None:
-    """Every name must match at the end of some module's name, and linear layers only."""
-    for name in names:
-        matches = [m for n, m in model.named_modules() if f".{n}".endswith(f".{name}")]
-        strange = [m for m in matches if not isinstance(m, nn.Linear | Conv1D)]
-        if not matches or strange:
-            what = f"a {type(strange[0]).__name__}, no linear layer" if strange else "no layer"
-            linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-            raise ConfigError(
-                f"lora.target_modules = {names!r}: {name!r} matches {what}: this model has "
-                f"{', '.join(_last_parts(linear))}"
-            )
-
-
-def _last_parts(names: Iterable[str]) -> list[str]:
-    """The last parts of the names of layers, once each."""
-    return sorted({name.split(".")[-1] for name in names})

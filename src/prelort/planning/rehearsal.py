@@ -19,7 +19,11 @@ import torch
 from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -29,11 +33,12 @@ from prelort import methods, tasks
 from prelort.adapters import Factors, LoraAdapter, ScaleRule
 from prelort.config import Config
 from prelort.data import ranks
+from prelort.errors import ConfigError
 from prelort.methods.interface import Broadcast, Client, ServerState
 from prelort.methods.objective import Objective
 from prelort.models.lora import extract, install, trainable
 from prelort.planning.live import LiveBytes
-from prelort.planning.skeleton import for_gpu, materialise, skeleton
+from prelort.planning.skeleton import GroupedProducts, for_gpu, materialise, skeleton
 from prelort.tasks.interface import Example
 from prelort.training.local import train
 from prelort.training.runtime import ModelRuntime
@@ -133,7 +138,7 @@ class Rehearser:
         """One round at this rank. Raises `ConfigError` for a method that cannot train it."""
         sent, objective = self._sent(rank)
         down, up = self._travelling(sent)
-        with self._mode, _without_gc():
+        with self._mode, GroupedProducts(), _without_gc():
             install(
                 self._model,
                 _on_cpu(sent.trainable),
@@ -141,7 +146,14 @@ class Rehearser:
                 trains=sent.trains,
                 scale_multiplier=sent.scale_multiplier,
             )
-            return self._round(rank, objective, down, up)
+            try:
+                return self._round(rank, objective, down, up)
+            except (DataDependentOutputException, DynamicOutputShapeException) as error:
+                raise ConfigError(
+                    f"model.name = {self.config.model.name!r}: the memory of this architecture "
+                    f"cannot be estimated, since shapes in it depend on the tokens ({error}); a "
+                    "run of one round with few steps measures it"
+                ) from error
 
     def _round(self, rank: int, objective: Objective, down: int, up: int) -> Rehearsal:
         training = self.config.training.model_copy(

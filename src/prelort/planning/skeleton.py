@@ -8,13 +8,14 @@ import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from prelort.config import LoraSettings, ModelConfig
 from prelort.errors import ConfigError
-from prelort.models.base import load_configuration
+from prelort.models.base import head_modules, load_configuration
 from prelort.models.lora import ADAPTER, attach
 
 BLOCK = 64
@@ -43,7 +44,8 @@ def skeleton(
             )
             model.requires_grad_(False)
             whole = get_keys_to_not_convert(model)
-            wrapped = attach(model, lora, rank, kind)
+            new = head_modules(model) if kind == "classification" else ()
+            wrapped = attach(model, lora, rank, kind, new)
     except (ValueError, ImportError, KeyError) as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
@@ -131,10 +133,31 @@ class _Dequantising(torch.autograd.Function):
         return gradients[0].to(ctx.dtype) @ weight, None, None
 
 
+class GroupedProducts(TorchFunctionMode):
+    """The allocations of a mixture's experts, whose products fake tensors have in bfloat16 only."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is getattr(torch, "_grouped_mm", None):
+            return _Grouped.apply(args[0], args[1])  # type: ignore[no-untyped-call]
+        return func(*args, **(kwargs or {}))
+
+
+class _Grouped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.shape = x.shape
+        return x.new_empty(x.shape[0], weight.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0].new_empty(ctx.shape), None
+
+
 def _stand_in(model: nn.Module, quantization: str, compute: torch.dtype, whole: list[str]) -> None:
     """Replace the linear layers that transformers would quantise: not ``whole``, not the head."""
     for name, parent in list(model.named_modules()):
-        if isinstance(parent, ModulesToSaveWrapper) or ".modules_to_save." in f".{name}.":
+        learns = {"original_module", "modules_to_save"} & {*name.split(".")}
+        if learns or isinstance(parent, ModulesToSaveWrapper):
             continue
         for child, layer in list(parent.named_children()):
             own = f"{name}.{child}".removeprefix("base_model.model.").removesuffix(".base_layer")

@@ -1,0 +1,89 @@
+"""Which layers of a base model are adapted.
+
+PEFT's own ``all-linear`` turns stacked experts into adapted parameters and takes every linear layer
+that it finds, also those of parts that text never reaches. (`peft.tuners.tuners_utils` and
+`peft.utils.transformers_weight_conversion` are private in part: only this module imports them.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from peft import LoraConfig
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from prelort.errors import ConfigError
+
+
+def all_linear(model: PreTrainedModel, saved: Sequence[str], kind: str) -> list[str]:
+    """The linear layers that text goes through and plain PEFT can adapt, by their full names.
+
+    Left out are the output layer, ``saved`` modules and what is in them, the towers of other
+    inputs than text, and layers whose names PEFT takes for a mixture's experts or refuses (Mamba's
+    fused projections).
+    """
+    heads = SEQ_CLS_HEAD_NAMES if kind == "classification" else []  # PEFT trains them in full
+    ends = (*saved, *heads)
+    output = model.get_output_embeddings()
+    left_out = [n for n, m in model.named_modules() if m is output or (ends and n.endswith(ends))]
+    left_out += _other_towers(model)
+    inside = tuple(f"{name}." for name in left_out)
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+        and name not in left_out
+        and not name.startswith(inside)
+    ]
+    usable = {part: _usable(model, part) for part in last_parts(names)}
+    return [name for name in names if usable[name.split(".")[-1]]]
+
+
+def check_targets(model: nn.Module, names: list[str]) -> None:
+    """Every name must match at the end of some module's name, and linear layers only."""
+    for name in names:
+        matches = [m for n, m in model.named_modules() if f".{n}".endswith(f".{name}")]
+        strange = [m for m in matches if not isinstance(m, nn.Linear | Conv1D)]
+        if not matches or strange:
+            what = f"a {type(strange[0]).__name__}, no linear layer" if strange else "no layer"
+            linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+            raise ConfigError(
+                f"lora.target_modules = {names!r}: {name!r} matches {what}: this model has "
+                f"{', '.join(last_parts(linear))}"
+            )
+
+
+def last_parts(names: Iterable[str]) -> list[str]:
+    """The last parts of the names of layers, once each."""
+    return sorted({name.split(".")[-1] for name in names})
+
+
+def _other_towers(model: PreTrainedModel) -> list[str]:
+    """In a model of several kinds of input, all that stands beside the language model."""
+    if model.config.get_text_config() is model.config:
+        return []
+    text = model.get_decoder()
+    name = next((n for n, m in model.named_modules() if m is text), "")
+    parts = name.split(".") if name else []
+    return [
+        ".".join([*parts[:depth], child])
+        for depth in range(len(parts))
+        for child, _ in model.get_submodule(".".join(parts[:depth])).named_children()
+        if child != parts[depth]
+    ]
+
+
+def _usable(model: PreTrainedModel, part: str) -> bool:
+    """Whether PEFT adapts a layer whose name ends with ``part`` as such."""
+    config = LoraConfig(target_modules=[part])
+    try:
+        _check_lora_target_modules_mamba(config, model, part)
+        convert_peft_config_for_transformers(config, model, None)
+    except ValueError:
+        return False
+    return part in (config.target_modules or ())
