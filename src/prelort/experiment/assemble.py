@@ -32,6 +32,7 @@ from prelort.models import base
 from prelort.models.lora import ADAPTER, attach, initial_adapter
 from prelort.seeds import derive, numpy_generator
 from prelort.tasks.interface import Example
+from prelort.training.preflight import Preflight, check_model, rehearse
 from prelort.training.truncation import Truncation
 
 log = logging.getLogger(__name__)
@@ -186,6 +187,12 @@ def _with_examples(
     return replace(rows, clients=left, dropped=(*rows.dropped, *dropped))
 
 
+def preflight(assembly: Assembly) -> Preflight:
+    """Try the model on the first client's examples, before anything is trained."""
+    examples = next(client.examples for client in assembly.clients if client.examples)
+    return rehearse(assembly.config, assembly.runtime, assembly.initial, examples)
+
+
 def planned_ranks(config: Config, rows: FederatedRows) -> tuple[list[int], list[int], Allocation]:
     """The rank that each client begins with, the largest it may get, and the plan between."""
     offered = [client.rank for client in rows.clients]
@@ -233,6 +240,7 @@ def prepare_model(
         # A new classification head comes from the global generator: the same head for a seed.
         torch.manual_seed(derive(config.seed, "head"))
         model = base.load_model(config.model, task.kind, labels, pad_id=tokenizer.pad_token_id)
+        check_model(config, model, task.kind)
         wrapped = attach(model, config.lora, rank, task.kind, new)
     scale = ScaleRule(config.lora.scale_rule, config.lora.scale)
     initial = initial_adapter(wrapped, scale, config.seed)

@@ -17,7 +17,13 @@ from prelort.config import SITES, Config
 from prelort.data import federated, ranks
 from prelort.errors import ConfigError
 from prelort.events import Metrics
-from prelort.experiment.assemble import NO_EXAMPLE, assemble, prepare_model, started_from
+from prelort.experiment.assemble import (
+    NO_EXAMPLE,
+    assemble,
+    preflight,
+    prepare_model,
+    started_from,
+)
 from prelort.experiment.backend import Backend, Connect, Evaluate
 from prelort.experiment.measure import Progress, measure
 from prelort.federation.allocation import Allocation, ByLoss
@@ -30,6 +36,7 @@ from prelort.models import base
 from prelort.models.lora import ADAPTER, shapes
 from prelort.planning.skeleton import skeleton
 from prelort.tasks.interface import Example
+from prelort.training.preflight import rehearse
 
 
 def at_sites(grid: Grid) -> Connect:
@@ -92,7 +99,7 @@ def own_site(config: Config, name: str, rank: int, folder: Path | None = None) -
     rows = federated.load_own(config, name)
     tokenizer = base.load_tokenizer(config.model)
     labels = config.data.labels or ()
-    runtime, _ = prepare_model(config, tokenizer, rank=max(planned), labels=labels)
+    runtime, initial = prepare_model(config, tokenizer, rank=max(planned), labels=labels)
 
     def encode(some: Any) -> list[Example]:
         if some is None:
@@ -102,6 +109,7 @@ def own_site(config: Config, name: str, rank: int, folder: Path | None = None) -
     examples = encode(rows.train)
     if not examples:
         raise ConfigError(f"data.source has {NO_EXAMPLE}")
+    rehearse(config, runtime, initial, examples)
     by_loss = config.ranks.allocation == "by-loss"
     return LocalClient(
         name=name,
@@ -122,7 +130,9 @@ def dealt_site(
 
     ``rank``: instead of the one that it was dealt. Raises `ConfigError`.
     """
-    clients = assemble(config, folder).clients
+    assembly = assemble(config, folder)
+    preflight(assembly)
+    clients = assembly.clients
     if not 0 <= index < len(clients):
         raise ConfigError(
             f"partition = {index} is not allowed: the data are dealt to {len(clients)} clients, "

@@ -15,7 +15,7 @@ from prelort.adapters import LoraAdapter
 from prelort.config import Config
 from prelort.data.federated import FederatedRows
 from prelort.events import Metrics
-from prelort.experiment.assemble import Assembly, Encoded, assemble
+from prelort.experiment.assemble import Assembly, Encoded, assemble, preflight
 from prelort.experiment.measure import Progress, measure
 from prelort.experiment.workers import RuntimePool, default_threads, replica
 from prelort.federation.allocation import Allocation
@@ -73,6 +73,7 @@ class InProcess:
     def __call__(self, config: Config, folder: Path) -> Iterator[Backend]:
         """The backend of one run: its clients in threads, or several in one batch."""
         assembly = assemble(config, folder, self._encoded)
+        preflight(assembly)
         runtime, clients = assembly.runtime, assembly.clients
         batched = clients_per_batch(config, runtime.model.device, len(clients))
         threads = 1 if batched > 1 else self._parallel or default_threads(config, runtime.model)

@@ -19,7 +19,7 @@ import torch
 from prelort import config as configuration
 from prelort.config import Config
 from prelort.errors import ConfigError
-from prelort.experiment.assemble import Assembly, assemble
+from prelort.experiment.assemble import Assembly, assemble, preflight
 from prelort.experiment.backend import Backend, with_all_data
 from prelort.experiment.deterministic import deterministic
 from prelort.experiment.folder import RunFolder
@@ -52,6 +52,7 @@ def run_simulated(
         RunFolder(folder).check_free()  # before the data are read and the model is loaded
     with deterministic(config.threads):
         assembly = assemble(config, folder)
+        preflight(assembly)
     count = len(assembly.clients)
     server_app, results = ServerApp(), []
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prelort.errors import ConfigError
 from prelort.metrics import scores
 from prelort.metrics.generate import continuations, fit_prompt
 from prelort.tasks.interface import Batch, Example, Task
-from prelort.training.runtime import ModelRuntime
+from prelort.training.runtime import ModelRuntime, evaluation_mode
 
 T = TypeVar("T")
 
@@ -74,7 +74,8 @@ def evaluate(
     generated = _batches([e.prompt_length for e in prompts], settings.batch_size)
     count = _Counter(progress, (len(batches) + len(generated)) * len(ranks))
     predict = any(metric in FROM_LOGITS for metric in settings.metrics)
-    with _evaluation_mode(runtime.model):
+    # Not inference_mode: tensors made there (rotary caches) must not meet autograd later.
+    with evaluation_mode(runtime.model), torch.no_grad():
         for indices in batches:
             batch = runtime.task.collate([examples[i] for i in indices], runtime.pad_id)
             weight = int(runtime.task.weight(batch))
@@ -233,17 +234,3 @@ def _summary(
     }
     values = {metric: score_of[metric]() for metric in metrics}
     return values | {"loss": outputs.nll / outputs.weight}
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """No gradients and eval mode; afterwards every module is back in the mode that it had."""
-    # Not inference_mode: tensors made there (rotary caches) must not meet autograd later.
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

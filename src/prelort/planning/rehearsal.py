@@ -41,6 +41,7 @@ from prelort.planning.live import LiveBytes
 from prelort.planning.skeleton import GroupedProducts, for_gpu, materialise, skeleton
 from prelort.tasks.interface import Example
 from prelort.training.local import train
+from prelort.training.preflight import check_model
 from prelort.training.runtime import ModelRuntime
 from prelort.training.settings import LocalTraining
 from prelort.training.steps import Assignment
@@ -108,6 +109,7 @@ class Rehearser:
         self._model: PeftModel = skeleton(
             config.model, config.lora, UNLIMITED, self.task.kind, labels
         )
+        check_model(config, self._model.get_base_model(), self.task.kind)
         with self._mode:
             materialise(self._model)
             self._truncation = Truncation(self._model, self.scale)

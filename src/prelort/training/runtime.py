@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from prelort.tasks.interface import Task
@@ -30,3 +33,15 @@ class ModelRuntime:
         """Where the model's weights are."""
         device: torch.device = next(self.model.parameters()).device
         return device
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards every module is back in the mode that it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,292 @@
+"""What is checked before anything is trained: that the base suits the task, and that it learns.
+
+`check_model` needs shapes alone, so that a plan can make it without weights. `rehearse` runs the
+model on a few real examples, on the base alone and with an adapter whose factors are all drawn, so
+that every trained tensor has a gradient. Neither changes the model or the random state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+
+from prelort.adapters import Factors, LoraAdapter
+from prelort.config import Config
+from prelort.errors import ConfigError
+from prelort.models.lora import ADAPTER, install, lora_layers, saved_module_places
+from prelort.tasks.interface import Example
+from prelort.training.runtime import ModelRuntime, evaluation_mode
+
+ROWS = 4
+"""Examples of the trial batch, at most the batch size of training."""
+
+STEPS = (1e-3, 3e-3, 1e-2)
+"""Changes of the loss, relative to it, by which a gradient is tried."""
+
+AGREEMENT = 0.3
+"""How far a difference of the loss may be from what the gradient says, relative to that."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preflight:
+    """What was found: the base's mean loss, and the adapted layers that no gradient reaches."""
+
+    loss: float
+    idle: tuple[str, ...] = ()
+
+
+def check_model(config: Config, model: PreTrainedModel, kind: str) -> None:
+    """Raise `ConfigError` for a base that cannot do the task; it may be on the meta device."""
+    name = config.model.name
+    settings: Any = model.config
+    masked = type(settings) in MODEL_FOR_MASKED_LM_MAPPING
+    if kind == "causal" and masked and not (settings.is_decoder or getattr(settings, "causal", 0)):
+        raise _not_causal(name)
+    longest = positions(model)
+    if longest is not None and config.data.max_length > longest:
+        raise ConfigError(
+            f"data.max_length = {config.data.max_length} is more than the {longest} positions of "
+            f"model.name = {name!r}: use at most {longest}"
+        )
+
+
+def positions(model: PreTrainedModel) -> int | None:
+    """The longest text for which there are learned positions; None without a table of them."""
+    whole = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    inputs = model.get_input_embeddings()
+    found = []
+    for table in model.modules():
+        if not isinstance(table, nn.Embedding) or table is inputs:
+            continue
+        # RoBERTa and its kin count from the padding index on; OPT and BART add rows instead.
+        offset = getattr(table, "offset", 0)
+        reserved = offset or (0 if table.padding_idx is None else table.padding_idx + 1)
+        if whole is not None and table.num_embeddings == whole + offset:
+            found.append(table.num_embeddings - reserved)
+    return min(found, default=None)
+
+
+def rehearse(
+    config: Config, runtime: ModelRuntime, initial: LoraAdapter, examples: Sequence[Example]
+) -> Preflight:
+    """Try the model on some of the ``examples``. Raises `ConfigError` for what is wrong with it.
+
+    In float32 the gradient of the first layers is also compared with differences of the loss along
+    it: a backward pass that is cut or wrong anywhere shows there.
+    """
+    model, name = runtime.model, config.model.name
+    base: PreTrainedModel = model.get_base_model()
+    _check_tokens(name, base, runtime, examples)
+    some = sorted(examples, key=lambda e: -len(e.input_ids))[
+        : min(ROWS, config.training.batch_size)
+    ]
+    batch = runtime.task.collate(some, runtime.pad_id)
+    batch = {key: value.to(runtime.device) for key, value in batch.items()}
+    weight = max(1, runtime.task.weight(batch))
+    tokens = (batch["input_ids"].shape[0], batch["input_ids"].shape[1])
+
+    def loss(rank: int | None = None) -> Tensor:
+        with runtime.truncation.at(rank, tokens):
+            mean: Tensor = runtime.task.losses(model, batch).double().sum() / weight
+            return mean
+
+    probe = _probe(initial)
+    with torch.random.fork_rng(), evaluation_mode(model), runtime.truncation.fused(model):
+        try:
+            install(model, probe)
+            called = _Called(lora_layers(model))
+            with torch.no_grad(), called:
+                untuned = float(loss(0))
+                _check_finite(name, base, untuned)
+                if runtime.task.kind == "causal":
+                    _check_causal(name, runtime, some[0])
+            loss().backward()  # type: ignore[no-untyped-call]
+            idle = _check_gradients(config, model, called.names)
+            if _smooth(base):
+                _check_agreement(name, model, lambda: float(loss()))
+        except (IndexError, RuntimeError, ValueError, TypeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ConfigError(
+                f"model.name = {name!r} fails on a batch of {len(some)} examples of up to "
+                f"{tokens[1]} tokens: {first_line}"
+            ) from error
+        finally:
+            install(model, initial)
+    return Preflight(untuned, idle)
+
+
+def _not_causal(name: str) -> ConfigError:
+    return ConfigError(
+        f"model.name = {name!r} is no causal language model: what it predicts for a token depends "
+        "on later ones, so that its loss means nothing; use task = 'classification', or a causal "
+        "model"
+    )
+
+
+def _check_tokens(
+    name: str, base: PreTrainedModel, runtime: ModelRuntime, examples: Sequence[Example]
+) -> None:
+    """Every token must have a row in the embedding; an encoder-decoder needs its end token once."""
+    rows = base.get_input_embeddings().num_embeddings
+    largest = max((max(e.input_ids, default=0) for e in examples), default=0)
+    if largest >= rows:
+        token = runtime.tokenizer.convert_ids_to_tokens(largest) if runtime.tokenizer else ""
+        raise ConfigError(
+            f"model.name = {name!r}: the texts have token {largest} ({token!r}), but its embedding "
+            f"has {rows} rows: resize the model's embedding, or use its own tokenizer"
+        )
+    if base.config.is_encoder_decoder:
+        end = base.config.eos_token_id
+        counts = {e.input_ids.count(end) for e in examples}
+        if counts - {1}:
+            raise ConfigError(
+                f"model.name = {name!r} classifies by the state of its end token {end!r}, which "
+                f"must be in every text once; there are texts with {max(counts - {1})} of them"
+            )
+
+
+def _check_finite(name: str, base: nn.Module, loss: float) -> None:
+    """Say of a base whose loss is no number whether its weights or its type are to blame."""
+    if math.isfinite(loss):
+        return
+    for tensor, value in base.named_parameters():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            own = tensor.removesuffix(".base_layer.weight").removesuffix(".weight")
+            raise ConfigError(
+                f"model.name = {name!r}: the base model itself gives loss {loss}: its weights are "
+                f"damaged, {own!r} has values that are not finite; load it again"
+            )
+    raise ConfigError(
+        f"model.name = {name!r}: the base model itself gives loss {loss}, though its weights are "
+        "finite: it overflows; use model.dtype = 'bfloat16' or 'float32'"
+    )
+
+
+def _check_causal(name: str, runtime: ModelRuntime, example: Example) -> None:
+    """Another last token must not change what is predicted before it."""
+    ids = example.input_ids
+    other = next((i for i in ids if i != ids[-1]), None)
+    if other is None:
+        return
+    both = torch.tensor([ids, [*ids[:-1], other]], device=runtime.device)
+    with runtime.truncation.at(0, (2, len(ids))):
+        each = [
+            runtime.model(input_ids=row[None], attention_mask=torch.ones_like(row)[None])
+            for row in both
+        ]
+    first, second = (out.logits[0, :-1].float() for out in each)
+    exact = _smooth(runtime.model)
+    if float((first - second).norm()) > (1e-3 if exact else 0.1) * float(first.std()) * math.sqrt(
+        first.numel()
+    ):
+        raise _not_causal(name)
+
+
+def _check_gradients(config: Config, model: nn.Module, called: Iterable[str]) -> tuple[str, ...]:
+    """Every tensor that learns must have a gradient; the layers that the model never calls."""
+    idle: list[str] = []
+    called = set(called)
+    for name, layer in lora_layers(model).items():
+        gradients = [layer.lora_A[ADAPTER].weight.grad, layer.lora_B[ADAPTER].weight.grad]
+        if name not in called:
+            idle.append(name)
+        else:
+            _check_gradient(config, f"layer {name!r}", gradients)
+    for name, (module, attribute) in saved_module_places(model).items():
+        _check_gradient(config, f"tensor {name!r}", [getattr(module, attribute).grad])
+    if idle and config.lora.target_modules not in ("all-linear", ("all-linear",)):
+        raise ConfigError(
+            f"lora.target_modules: the model never calls layer {idle[0]!r} on text "
+            f"({len(idle)} such layers), so it cannot learn: leave it out"
+        )
+    return tuple(idle)
+
+
+def _check_gradient(config: Config, what: str, gradients: Sequence[Tensor | None]) -> None:
+    for gradient in gradients:
+        if gradient is None or not torch.isfinite(gradient).all():
+            found = "no gradient" if gradient is None else "a gradient that is not finite"
+            raise ConfigError(
+                f"{what} is meant to learn and has {found}: the backward pass of model.name = "
+                f"{config.model.name!r} with quantization = {config.model.quantization!r} and "
+                f"dtype = {config.model.dtype!r} does not work on this device"
+            )
+
+
+def _check_agreement(name: str, model: nn.Module, loss: Callable[[], float]) -> None:
+    """Compare the gradient of the first quarter of the layers with the loss around it."""
+    layers = list(lora_layers(model).items())
+    first = layers[: max(1, len(layers) // 4)]
+    pairs = [(layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight) for _, layer in first]
+    moved = [(w, w.grad.clone()) for pair in pairs for w in pair if w.grad is not None]
+    slope = math.sqrt(sum(float(g.double().square().sum()) for _, g in moved))
+    if slope == 0:
+        return
+    seen = []
+    with torch.no_grad():
+        here = abs(loss())
+        for step in STEPS:
+            distance = step * max(here, 0.1) / slope
+            ends = []
+            for sign in (1, -2, 1):
+                for weight, gradient in moved:
+                    weight.add_(gradient, alpha=sign * distance / slope)
+                ends.append(loss())
+            seen.append((ends[0] - ends[1]) / (2 * distance * slope))
+            if abs(seen[-1] - 1) < AGREEMENT:
+                return
+    raise ConfigError(
+        f"model.name = {name!r}: the gradient of layers {first[0][0]!r} to {first[-1][0]!r} is "
+        f"wrong: along it the loss changes by {min(seen, key=lambda s: abs(s - 1)):.2g} of what it "
+        "says; a part of the base has no right backward pass on this device (a quantised one on a "
+        "CPU?)"
+    )
+
+
+def _probe(initial: LoraAdapter) -> LoraAdapter:
+    """``initial`` at rank 2 at most, with B drawn too, so that A has a gradient."""
+    generator = torch.Generator().manual_seed(0)
+    layers = {
+        name: Factors(f.A, torch.empty(f.B.shape).normal_(std=0.02, generator=generator))
+        for name, f in initial.prefix(min(2, initial.rank)).layers.items()
+    }
+    return replace(initial, layers=layers)
+
+
+def _smooth(model: nn.Module) -> bool:
+    """Whether the loss is precise enough for differences: not in half precision or 8 bits."""
+    low = any(p.dtype in (torch.float16, torch.bfloat16, torch.int8) for p in model.parameters())
+    return not low
+
+
+class _Called:
+    """Which of the layers a forward pass calls, with at least one row."""
+
+    def __init__(self, layers: dict[str, Any]) -> None:
+        self.names: set[str] = set()
+        self._layers = layers
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> None:
+        for name, layer in self._layers.items():
+            self._handles.append(layer.register_forward_hook(self._hook(name)))
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+            if inputs[0].numel():
+                self.names.add(name)
+
+        return hook
