@@ -7,6 +7,7 @@ that it finds, also those of parts that text never reaches. (`peft.tuners.tuners
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 
 from peft import LoraConfig
@@ -18,6 +19,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from prelort.errors import ConfigError
+
+WORTH_SAYING = 0.01
+"""The share of the weights from which on it is said that they stay frozen."""
 
 
 def all_linear(model: PreTrainedModel, saved: Sequence[str], kind: str) -> list[str]:
@@ -41,7 +45,16 @@ def all_linear(model: PreTrainedModel, saved: Sequence[str], kind: str) -> list[
         and not name.startswith(inside)
     ]
     usable = {part: _usable(model, part) for part in last_parts(names)}
-    return [name for name in names if usable[name.split(".")[-1]]]
+    chosen = [name for name in names if usable[name.split(".")[-1]]]
+    frozen = {n: model.get_submodule(n).weight for n in {*names} - {*chosen}} | stacked(model)
+    share = sum(w.numel() for w in frozen.values()) / sum(p.numel() for p in model.parameters())
+    if share > WORTH_SAYING:
+        warnings.warn(
+            f"lora.target_modules = 'all-linear' leaves {share:.0%} of the weights frozen, which "
+            f"are no linear layers to PEFT: {', '.join(last_parts(frozen))}",
+            stacklevel=2,
+        )
+    return chosen
 
 
 def check_targets(model: nn.Module, names: list[str]) -> None:
@@ -61,6 +74,17 @@ def check_targets(model: nn.Module, names: list[str]) -> None:
 def last_parts(names: Iterable[str]) -> list[str]:
     """The last parts of the names of layers, once each."""
     return sorted({name.split(".")[-1] for name in names})
+
+
+def stacked(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of several matrices in one tensor, such as a mixture's experts, by name."""
+    convolutions = nn.Conv1d | nn.Conv2d | nn.Conv3d
+    return {
+        f"{owner}.{name}": parameter
+        for owner, module in model.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim > 2 and not isinstance(module, convolutions)
+    }
 
 
 def _other_towers(model: PreTrainedModel) -> list[str]:

@@ -20,15 +20,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 from prelort.adapters import Factors, LoraAdapter
 from prelort.config import Config
 from prelort.errors import ConfigError
+from prelort.methods import find
 from prelort.models.lora import ADAPTER, install, lora_layers, saved_module_places
+from prelort.models.targets import stacked
 from prelort.tasks.interface import Example
 from prelort.training.runtime import ModelRuntime, evaluation_mode
 
 ROWS = 4
 """Examples of the trial batch, at most the batch size of training."""
 
-STEPS = (1e-3, 3e-3, 1e-2)
-"""Changes of the loss, relative to it, by which a gradient is tried."""
+STEPS = (3e-3, 1e-2, 3e-2)
+"""Changes of weights along their gradient, relative to their norm: one must agree with it."""
 
 AGREEMENT = 0.3
 """How far a difference of the loss may be from what the gradient says, relative to that."""
@@ -92,7 +94,7 @@ def rehearse(
     weight = max(1, runtime.task.weight(batch))
     tokens = (batch["input_ids"].shape[0], batch["input_ids"].shape[1])
 
-    def loss(rank: int | None = None) -> Tensor:
+    def loss(rank: int | Tensor | None = None) -> Tensor:
         with runtime.truncation.at(rank, tokens):
             mean: Tensor = runtime.task.losses(model, batch).double().sum() / weight
             return mean
@@ -107,9 +109,12 @@ def rehearse(
                 _check_finite(name, base, untuned)
                 if runtime.task.kind == "causal":
                     _check_causal(name, runtime, some[0])
+            objective = getattr(find(config.method.name), "default_objective", "plain")
+            if (config.method.objective or objective) == "example":
+                loss(torch.full((tokens[0],), probe.rank))  # which not every model can do
             loss().backward()  # type: ignore[no-untyped-call]
             idle = _check_gradients(config, model, called.names)
-            if _smooth(base):
+            if _exact(base) and not stacked(base):  # experts switch with the smallest change
                 _check_agreement(name, model, lambda: float(loss()))
         except (IndexError, RuntimeError, ValueError, TypeError) as error:
             if isinstance(error, torch.OutOfMemoryError):
@@ -184,10 +189,8 @@ def _check_causal(name: str, runtime: ModelRuntime, example: Example) -> None:
             for row in both
         ]
     first, second = (out.logits[0, :-1].float() for out in each)
-    exact = _smooth(runtime.model)
-    if float((first - second).norm()) > (1e-3 if exact else 0.1) * float(first.std()) * math.sqrt(
-        first.numel()
-    ):
+    rounding = 1e-3 if _exact(runtime.model) else 0.1
+    if float((first - second).norm()) > rounding * float((first - first.mean()).norm()):
         raise _not_causal(name)
 
 
@@ -229,26 +232,27 @@ def _check_agreement(name: str, model: nn.Module, loss: Callable[[], float]) -> 
     pairs = [(layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight) for _, layer in first]
     moved = [(w, w.grad.clone()) for pair in pairs for w in pair if w.grad is not None]
     slope = math.sqrt(sum(float(g.double().square().sum()) for _, g in moved))
+    size = math.sqrt(sum(float(w.detach().double().square().sum()) for w, _ in moved))
     if slope == 0:
         return
-    seen = []
+    ratios = []
     with torch.no_grad():
-        here = abs(loss())
         for step in STEPS:
-            distance = step * max(here, 0.1) / slope
-            ends = []
-            for sign in (1, -2, 1):
+            distance, ends = step * size, []
+            for times in (1, -2):
                 for weight, gradient in moved:
-                    weight.add_(gradient, alpha=sign * distance / slope)
+                    weight.add_(gradient, alpha=times * distance / slope)
                 ends.append(loss())
-            seen.append((ends[0] - ends[1]) / (2 * distance * slope))
-            if abs(seen[-1] - 1) < AGREEMENT:
+            for weight, gradient in moved:
+                weight.add_(gradient, alpha=distance / slope)
+            ratios.append((ends[0] - ends[1]) / (2 * distance * slope))
+            if abs(ratios[-1] - 1) < AGREEMENT:
                 return
+    closest = min(ratios, key=lambda ratio: abs(ratio - 1))
     raise ConfigError(
         f"model.name = {name!r}: the gradient of layers {first[0][0]!r} to {first[-1][0]!r} is "
-        f"wrong: along it the loss changes by {min(seen, key=lambda s: abs(s - 1)):.2g} of what it "
-        "says; a part of the base has no right backward pass on this device (a quantised one on a "
-        "CPU?)"
+        f"wrong: along it the loss changes by {closest:.2g} times what it says; a part of the base "
+        "has no right backward pass on this device (a quantised one on a CPU?)"
     )
 
 
@@ -262,10 +266,10 @@ def _probe(initial: LoraAdapter) -> LoraAdapter:
     return replace(initial, layers=layers)
 
 
-def _smooth(model: nn.Module) -> bool:
-    """Whether the loss is precise enough for differences: not in half precision or 8 bits."""
-    low = any(p.dtype in (torch.float16, torch.bfloat16, torch.int8) for p in model.parameters())
-    return not low
+def _exact(model: nn.Module) -> bool:
+    """Whether the model computes in more than half precision."""
+    low = (torch.float16, torch.bfloat16, torch.int8)
+    return not any(parameter.dtype in low for parameter in model.parameters())
 
 
 class _Called:
