@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -42,6 +42,9 @@ EXPORT_EXAMPLES = (
     "  prelort export runs/first/prelort --rank 4 --out adapter-r4 --base-name Qwen/Qwen3-0.6B\n\n"
     "  prelort export runs/first/prelort --rank 16 --merge --out model-tuned"
 )
+
+
+Precision = Literal["float32", "bfloat16", "float16"]
 
 
 def watch(
@@ -123,11 +126,17 @@ def export(
         str | None,
         typer.Option("--base-name", help="Where users find the base model (default: its place)."),
     ] = None,
+    dtype: Annotated[
+        Precision | None,
+        typer.Option("--dtype", help="Type of the merged model (default: the base's own)."),
+    ] = None,
 ) -> None:
     """Write any prefix of a run's adapter as a PEFT folder, or merged into the base model."""
     from prelort.experiment.inspect import export_run
 
     if merge and base_name is not None:
         raise ConfigError("--base-name is for adapters: a merged model names no base")
-    written = export_run(run, out, rank, merge=merge, base_name=base_name)
+    if dtype is not None and not merge:
+        raise ConfigError("--dtype is for merged models: an adapter's tensors stay float32")
+    written = export_run(run, out, rank, merge=merge, base_name=base_name, dtype=dtype)
     Console().print(f"wrote {escaped(written)}", soft_wrap=True)

@@ -16,6 +16,7 @@ from prelort.config import Config
 from prelort.data.federated import FederatedRows
 from prelort.events import Metrics
 from prelort.experiment.assemble import Assembly, Encoded, assemble, preflight
+from prelort.experiment.exported import check_adapters
 from prelort.experiment.measure import Progress, measure
 from prelort.experiment.workers import RuntimePool, default_threads, replica
 from prelort.federation.allocation import Allocation
@@ -37,9 +38,10 @@ class Backend:
 
     ``initial``: the global adapter before the first round. ``template``: what an exported adapter's
     PEFT configuration says besides its ranks. ``evaluate``: None where the server has no test
-    examples, so that the clients measure. ``planned_ranks``: rank levels that are expected whoever
-    is connected. ``rows``: who holds which data, where that is known. ``labels``: the class names
-    in the order of their numbers, for a classification.
+    examples, so that the clients measure. ``check_exported``: whether adapters in PEFT folders are
+    what was measured; None where the server has no model. ``planned_ranks``: rank levels that are
+    expected whoever is connected. ``rows``: who holds which data, where that is known. ``labels``:
+    the class names in the order of their numbers, for a classification.
     """
 
     spec: AdapterSpec
@@ -48,6 +50,7 @@ class Backend:
     transport: Transport
     allocation: Allocation = field(default_factory=Allocation)
     evaluate: Evaluate | None = None
+    check_exported: Callable[[Mapping[Path, LoraAdapter]], None] | None = None
     planned_ranks: tuple[int, ...] = ()
     rows: FederatedRows | None = None
     labels: tuple[str, ...] = ()
@@ -134,6 +137,9 @@ def with_all_data(
             assembly.test,
             adapters,
             progress,
+        ),
+        check_exported=lambda exported: check_adapters(
+            assembly.config.model, assembly.runtime, assembly.rows.labels, exported
         ),
         rows=assembly.rows,
         labels=assembly.rows.labels,

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from prelort import config as configuration
 from prelort import methods
 from prelort.adapters import peft_folder
 from prelort.config import Config
 from prelort.errors import CheckpointError, ConfigError
 from prelort.events import Evaluated
-from prelort.experiment import checkpoint
+from prelort.experiment import checkpoint, exported
 from prelort.experiment.assemble import assemble, prepare_model
 from prelort.experiment.checkpoint import Checkpoint
 from prelort.experiment.deterministic import deterministic
@@ -67,12 +69,20 @@ def _evaluated(config: Config, folder: RunFolder, progress: Progress | None) -> 
 
 
 def export_run(
-    path: Path, out: Path, rank: int | None, *, merge: bool, base_name: str | None = None
+    path: Path,
+    out: Path,
+    rank: int | None,
+    *,
+    merge: bool,
+    base_name: str | None = None,
+    dtype: str | None = None,
 ) -> Path:
     """Write the adapter cut to ``rank`` to ``out``: a PEFT folder, or a whole merged model.
 
     ``base_name``: where the PEFT folder says that its base is, instead of where it was here.
-    Raises `ConfigError` for a rank that the adapter does not have or an ``out`` that is not empty.
+    ``dtype``: of a merged model; default: the base's. What was written is loaded again and its
+    logits compared. Raises `ConfigError` for a rank that the adapter does not have, an ``out`` that
+    is not empty and a quantised base to merge into, `AdapterError` where the logits differ.
     """
     folder = RunFolder(path)
     config = _with_labels(folder.read_config(), path)
@@ -96,12 +106,20 @@ def export_run(
             template = replace(template, base_model_name_or_path=base_name)
         peft_folder.save(adapter, out, template)
         labels.write(out, names)
+        exported.check_adapters(config.model, runtime, names, {out: adapter})
         return out
+    if getattr(runtime.model.get_base_model(), "is_quantized", False):
+        raise ConfigError(
+            "--merge needs a base that is not quantised, since rounding the sum again would change "
+            "it: export without --merge and load the adapter beside the quantised base"
+        )
     install(runtime.model, adapter)
-    runtime.truncation.detach()
-    merged = runtime.model.merge_and_unload()
+    measured = exported.logits(runtime, runtime.model)
+    rounding = exported.tolerance(runtime.model)
+    merged = exported.merge(config.model, runtime, adapter, getattr(torch, dtype or "", None))
     merged.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    exported.check_merged(out, runtime, names, measured, rounding)
     return out
 
 

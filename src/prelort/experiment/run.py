@@ -207,10 +207,13 @@ class RunLog:
 
 
 def export(backend: Backend, adapters: Mapping[int, LoraAdapter], folder: Path) -> None:
-    """Write each rank's adapter as a PEFT folder ``rank-N``."""
-    for rank, adapter in adapters.items():
-        peft_folder.save(adapter, folder / f"rank-{rank}", backend.template)
-        labels.write(folder / f"rank-{rank}", backend.labels)
+    """Write each rank's adapter as a PEFT folder ``rank-N``, and check it where the model is."""
+    exported = {folder / f"rank-{rank}": adapter for rank, adapter in adapters.items()}
+    for path, adapter in exported.items():
+        peft_folder.save(adapter, path, backend.template)
+        labels.write(path, backend.labels)
+    if backend.check_exported is not None:
+        backend.check_exported(exported)
 
 
 def _describe(rows: FederatedRows, folder: Path) -> None:

@@ -126,7 +126,7 @@ def load_model(
     if config.quantization != "none":
         new = new_modules(config, kind, labels)
         options = {"quantization_config": _quantized(config, device, new)}
-    if options or hasattr(load_configuration(config), "quantization_config"):
+    if options or _is_quantised(config):
         options |= {"device_map": str(device)}
     model, loading = _load(config, kind, labels, **options)
     _new_modules(config, model, loading, kind)
@@ -151,7 +151,9 @@ def new_modules(config: ModelConfig, kind: str, labels: Sequence[str]) -> tuple[
     """
     if kind != "classification":
         return ()
-    model, loading = _load(config, kind, labels, device_map="meta")
+    # bitsandbytes unpacks a checkpoint that is quantised already, which needs its numbers.
+    where = str(device_of(config.device)) if _is_quantised(config) else "meta"
+    model, loading = _load(config, kind, labels, device_map=where)
     return _new_modules(config, model, loading, kind)
 
 
@@ -178,6 +180,11 @@ def _new_modules(
             f"its configuration says ({len(lacking)} such tensors): this is not the whole model"
         )
     return (*head, *sorted({*owners.values()}))
+
+
+def _is_quantised(config: ModelConfig) -> bool:
+    """Whether the checkpoint itself is quantised."""
+    return hasattr(load_configuration(config), "quantization_config")
 
 
 def head_modules(model: PreTrainedModel) -> tuple[str, ...]:
