@@ -9,7 +9,7 @@ BIN := .venv/bin
 TORCH ?= torch==2.13.0
 OUT ?= runs/quickstart
 
-.PHONY: help install quickstart federation test test-flwr chaos lint types format docs bench evidence-small clean
+.PHONY: help install quickstart federation test test-flwr chaos nightly lint types format docs bench evidence-small clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -33,7 +33,7 @@ federation: install ## run 1 SuperLink and 3 sites on this machine, with TLS and
 	PATH="$(CURDIR)/$(BIN):$$PATH" runs/federation/scripts/demo.sh
 
 test: install ## run the tests
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 -m "not chaos"
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 -m "not chaos and not nightly"
 
 # The other end of the range of flwr, beside everything else of .venv.
 FLWR ?= $(shell $(BIN)/python -c 'from importlib.metadata import version as v; print("1.41.0" if v("flwr").startswith("1.42") else "1.42.0")')
@@ -50,6 +50,9 @@ test-flwr: install ## run the tests that depend on Flower with the other support
 
 chaos: install ## run the tests in which processes are killed, hang and misbehave, and real sites: minutes
 	$(BIN)/python -m pytest -n 2 --maxschedchunk 1 -m chaos tests
+
+nightly: install ## run the tests of all architectures against plain PEFT
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 -m nightly
 
 lint: install ## check style and formatting
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 
+import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
@@ -40,9 +41,7 @@ def all_linear(model: PreTrainedModel, saved: Sequence[str], kind: str) -> list[
     names = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-        and name not in left_out
-        and not name.startswith(inside)
+        if is_linear(module) and name not in left_out and not name.startswith(inside)
     ]
     usable = {part: _usable(model, part) for part in last_parts(names)}
     chosen = [name for name in names if usable[name.split(".")[-1]]]
@@ -61,14 +60,25 @@ def check_targets(model: nn.Module, names: list[str]) -> None:
     """Every name must match at the end of some module's name, and linear layers only."""
     for name in names:
         matches = [m for n, m in model.named_modules() if f".{n}".endswith(f".{name}")]
-        strange = [m for m in matches if not isinstance(m, nn.Linear | Conv1D)]
+        strange = [m for m in matches if not is_linear(m)]
         if not matches or strange:
             what = f"a {type(strange[0]).__name__}, no linear layer" if strange else "no layer"
-            linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+            linear = {n for n, m in model.named_modules() if is_linear(m)}
             raise ConfigError(
                 f"lora.target_modules = {names!r}: {name!r} matches {what}: this model has "
                 f"{', '.join(last_parts(linear))}"
             )
+
+
+@torch.no_grad()
+def is_linear(module: nn.Module) -> bool:
+    """Whether a layer maps vectors to vectors: some routers are derived from one and do not."""
+    if not isinstance(module, nn.Linear):
+        return isinstance(module, Conv1D)
+    if type(module).forward is nn.Linear.forward or type(module.weight) is not nn.Parameter:
+        return True  # a quantised one has a type of its own
+    output = module(module.weight.new_zeros(1, module.in_features))
+    return isinstance(output, torch.Tensor) and output.shape == (1, module.out_features)
 
 
 def last_parts(names: Iterable[str]) -> list[str]:

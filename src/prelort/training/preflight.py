@@ -8,6 +8,7 @@ that every trained tensor has a gradient. Neither changes the model or the rando
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +23,7 @@ from prelort.config import Config
 from prelort.errors import ConfigError
 from prelort.methods import find
 from prelort.models.lora import ADAPTER, install, lora_layers, saved_module_places
-from prelort.models.targets import stacked
+from prelort.models.targets import last_parts, stacked
 from prelort.tasks.interface import Example
 from prelort.training.runtime import ModelRuntime, evaluation_mode
 
@@ -116,7 +117,7 @@ def rehearse(
             idle = _check_gradients(config, model, called.names)
             if _exact(base) and not stacked(base):  # experts switch with the smallest change
                 _check_agreement(name, model, lambda: float(loss()))
-        except (IndexError, RuntimeError, ValueError, TypeError) as error:
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -206,11 +207,18 @@ def _check_gradients(config: Config, model: nn.Module, called: Iterable[str]) ->
             _check_gradient(config, f"layer {name!r}", gradients)
     for name, (module, attribute) in saved_module_places(model).items():
         _check_gradient(config, f"tensor {name!r}", [getattr(module, attribute).grad])
-    if idle and config.lora.target_modules not in ("all-linear", ("all-linear",)):
+    if not idle:
+        return ()
+    if config.lora.target_modules not in ("all-linear", ("all-linear",)):
         raise ConfigError(
             f"lora.target_modules: the model never calls layer {idle[0]!r} on text "
             f"({len(idle)} such layers), so it cannot learn: leave it out"
         )
+    warnings.warn(
+        f"the model calls {len(idle)} of its adapted layers on no text, so they stay as they are: "
+        f"{', '.join(last_parts(idle))}",
+        stacklevel=2,
+    )
     return tuple(idle)
 
 
