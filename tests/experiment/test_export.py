@@ -10,10 +10,12 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import prelort
+from prelort.adapters import peft_folder
 from prelort.config import Config
+from prelort.errors import AdapterError
 from prelort.experiment.inspect import export_run
 
 
@@ -50,3 +52,35 @@ def test_a_classifier_is_exported_with_its_head_and_its_class_names(
     ids = torch.arange(2, 22).view(2, 10)
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_an_export_that_is_not_what_was_measured_is_an_error_that_names_a_tensor(
+    make_config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = peft_folder.save
+    monkeypatch.setattr(
+        peft_folder, "save", lambda adapter, *where: save(adapter.scaled(2.0), *where)
+    )
+    with pytest.raises(AdapterError, match=r"rank-2'.* gives other logits .*lora_B.* is not what"):
+        prelort.run(make_config(federation={"rounds": 2}), tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoints").is_dir()
+
+
+@pytest.mark.parametrize(
+    "lora", [{"target_modules": ["c_attn", "lm_head"]}, {"modules_to_save": ["wte"]}]
+)
+def test_tied_embeddings_are_merged_one_by_one_and_in_the_type_of_the_base(
+    make_config: Callable[..., Config], tiny_gpt2: Path, tmp_path: Path, lora: dict[str, object]
+) -> None:
+    """That the logits are right is what `export_run` checks by itself."""
+    low = AutoModelForCausalLM.from_pretrained(tiny_gpt2, dtype=torch.bfloat16)
+    low.save_pretrained(tmp_path / "base")
+    for file in tiny_gpt2.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "base")
+    config = make_config(model={"name": str(tmp_path / "base")}, lora=lora)
+    prelort.run(config, tmp_path / "run")
+    for dtype, expected in ((None, torch.bfloat16), ("float32", torch.float32)):
+        out = export_run(tmp_path / "run", tmp_path / f"{dtype}", None, merge=True, dtype=dtype)
+        merged = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+        assert merged.dtype == expected
+        assert not torch.equal(merged.lm_head.weight, merged.transformer.wte.weight)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaModel
 
 import prelort
 from prelort.adapters import ScaleRule
@@ -117,3 +117,44 @@ def test_a_whole_run_on_a_four_bit_base(
     assert result.metrics[8]["perplexity"] < result.base["perplexity"]
     full = prelort.run(make_config(model={"name": str(wide_llama)}), tmp_path / "full")
     assert result.base["perplexity"] != full.base["perplexity"]
+
+
+def test_an_evaluation_leaves_the_gradients_of_a_four_bit_base_as_they_were(
+    wide_llama: Path,
+) -> None:
+    """On CPUs with bfloat16 instructions bitsandbytes would pack the weights in it."""
+    settings = ModelConfig(name=str(wide_llama), device="cpu", quantization="4bit")
+    model = attach(base.load_model(settings, "causal", pad_id=0), LoraSettings(), 4, "causal")
+    ids = torch.arange(2, 34).view(2, 16)
+
+    def gradients() -> list[torch.Tensor]:
+        install(model, initial_adapter(model, ScaleRule(), seed=0))
+        model.train()
+        model(input_ids=ids).logits.square().sum().backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    before = gradients()
+    with torch.no_grad():
+        model.eval()(input_ids=ids)
+    for first, second in zip(before, gradients(), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_an_encoder_with_a_new_head_of_several_layers_is_trained_quantised(
+    make_config: Callable[..., Config], tokenizer: Any, tmp_path: Path, bits: str
+) -> None:
+    shape = RobertaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=128,
+        pad_token_id=0,
+    )
+    RobertaModel(shape, add_pooling_layer=False).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    model = {"name": str(tmp_path / "base"), "quantization": bits}
+    config = make_config(task="classification", model=model, federation={"rounds": 1})
+    result = prelort.run(config, tmp_path / "run")
+    assert "classifier.dense.weight" in result.adapter.modules_to_save

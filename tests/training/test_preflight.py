@@ -1,0 +1,182 @@
+"""What is refused before anything is trained, and that checking changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    OPTConfig,
+    RobertaConfig,
+)
+
+import prelort
+from prelort.adapters import ScaleRule
+from prelort.config import Config
+from prelort.errors import ConfigError
+from prelort.models.lora import initial_adapter, lora_layers
+from prelort.tasks import get
+from prelort.training.preflight import positions, rehearse
+from prelort.training.runtime import ModelRuntime
+from prelort.training.truncation import Truncation
+from tiny_models import adapted, ragged_examples
+
+RULE = ScaleRule("constant", 0.5)
+
+
+def runtime_of(folder: Path) -> ModelRuntime:
+    model = adapted(folder, 4)
+    return ModelRuntime(model, Truncation(model, RULE), get("causal-lm"), pad_id=0)
+
+
+def rehearsed(make_config: Callable[..., Config], runtime: ModelRuntime, folder: Path) -> Any:
+    initial = initial_adapter(runtime.model, RULE, seed=0)
+    return rehearse(make_config(), runtime, initial, ragged_examples(folder))
+
+
+def test_nothing_is_changed(make_config: Callable[..., Config], tiny_llama: Path) -> None:
+    runtime = runtime_of(tiny_llama)
+    weights = {n: p.clone() for n, p in runtime.model.named_parameters() if "lora" not in n}
+    modes = [module.training for module in runtime.model.modules()]
+    state = torch.get_rng_state()
+    found = rehearsed(make_config, runtime, tiny_llama)
+    assert 4 < found.loss < 8
+    assert not found.idle
+    assert torch.equal(torch.get_rng_state(), state)
+    assert modes == [module.training for module in runtime.model.modules()]
+    after = dict(runtime.model.named_parameters())
+    assert all(torch.equal(after[name], weight) for name, weight in weights.items())
+    assert all(parameter.grad is None for parameter in after.values())
+
+
+class Wrong(torch.autograd.Function):
+    """The identity with another gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0].flip(-1)
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda x: x.detach(), "is meant to learn and has no gradient"),
+        (Wrong.apply, "the gradient of layers .* is wrong"),
+        (lambda x: x * float("nan"), "the base model itself gives loss nan.*overflows"),
+    ],
+)
+def test_a_broken_base_is_refused(
+    make_config: Callable[..., Config],
+    tiny_llama: Path,
+    change: Callable[[Tensor], Tensor],
+    says: str,
+) -> None:
+    runtime = runtime_of(tiny_llama)
+    second = runtime.model.get_base_model().model.layers[1]
+    second.register_forward_pre_hook(lambda module, inputs: (change(inputs[0]), *inputs[1:]))
+    with pytest.raises(ConfigError, match=says):
+        rehearsed(make_config, runtime, tiny_llama)
+
+
+def test_an_adapted_layer_that_is_never_called_is_said(
+    make_config: Callable[..., Config], tiny_llama: Path
+) -> None:
+    runtime = runtime_of(tiny_llama)
+    del runtime.model.get_base_model().model.layers[1]
+    runtime.model.get_base_model().model.config.num_hidden_layers = 1
+    spare = lora_layers(runtime.model)["model.layers.0.mlp.up_proj"]
+    runtime.model.get_base_model().add_module("spare", spare)
+    runtime.model.get_base_model().model.layers[0].mlp.up_proj = torch.nn.Linear(32, 48, bias=False)
+    with pytest.warns(UserWarning, match=r"calls 1 of its adapted layers on no text.*spare"):
+        assert rehearsed(make_config, runtime, tiny_llama).idle == ("spare",)
+
+
+def test_damaged_weights_are_named_before_any_training(
+    make_config: Callable[..., Config], tiny_llama: Path, tmp_path: Path, tokenizer: Any
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    config = make_config(model={"name": str(tmp_path / "base")})
+    with pytest.raises(ConfigError, match=r"damaged, 'model\.layers\.0\.self_attn\.q_proj' has"):
+        prelort.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_masked_language_model_and_tokens_without_a_row_are_refused(
+    make_config: Callable[..., Config], tmp_path: Path, tokenizer: Any
+) -> None:
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    small |= {"num_attention_heads": 4, "pad_token_id": 0}
+    BertForMaskedLM(BertConfig(vocab_size=300, **small)).save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    with pytest.raises(ConfigError, match="is no causal language model"):
+        prelort.run(make_config(model={"name": str(tmp_path / "bert")}), tmp_path / "run")
+    config = BertConfig(vocab_size=200, is_decoder=True, **small)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "few")
+    tokenizer.save_pretrained(tmp_path / "few")
+    with pytest.raises(ConfigError, match=r"have token \d+ .* its embedding has 200 rows"):
+        prelort.run(make_config(model={"name": str(tmp_path / "few")}), tmp_path / "run")
+
+
+def test_a_base_that_looks_ahead_is_refused_whatever_it_is_called(
+    make_config: Callable[..., Config], tiny_llama: Path
+) -> None:
+    runtime = runtime_of(tiny_llama)
+    for layer in runtime.model.get_base_model().model.layers:
+        layer.register_forward_hook(lambda module, inputs, output: output + output.mean(1, True))
+    with pytest.raises(ConfigError, match="is no causal language model"):
+        rehearsed(make_config, runtime, tiny_llama)
+
+
+WIDTHS = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize(
+    "auto, shape, longest",
+    [
+        (AutoModelForCausalLM, GPT2Config(**WIDTHS), 64),
+        (AutoModelForCausalLM, OPTConfig(**WIDTHS, ffn_dim=48, word_embed_proj_dim=32), 64),
+        (AutoModelForSequenceClassification, RobertaConfig(**WIDTHS, pad_token_id=1), 62),
+    ],
+    ids=["gpt2", "opt", "roberta"],
+)
+def test_the_positions_of_a_table_are_those_that_can_be_used(
+    auto: Any, shape: Any, longest: int
+) -> None:
+    """The model runs at that length and fails at the next."""
+    with torch.device("meta"):
+        assert positions(auto.from_config(shape)) == longest
+    model = auto.from_config(shape)
+    model(input_ids=torch.full((1, longest), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, longest + 1), 5))
+
+
+def test_a_length_beyond_the_positions_is_refused(
+    make_config: Callable[..., Config], tiny_gpt2: Path, tmp_path: Path
+) -> None:
+    config = make_config(model={"name": str(tiny_gpt2)}, data={"max_length": 400})
+    with pytest.raises(ConfigError, match=r"data\.max_length = 400 is more than the 128 positions"):
+        prelort.run(config, tmp_path / "run")
