@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
 from prelort.adapters import Factors, LoraAdapter
 from prelort.config import Config
 from prelort.errors import ConfigError
 from prelort.methods import find
+from prelort.models import base
 from prelort.models.lora import ADAPTER, install, lora_layers, saved_module_places
 from prelort.models.targets import last_parts, stacked
 from prelort.tasks.interface import Example
@@ -48,10 +48,7 @@ class Preflight:
 def check_model(config: Config, model: PreTrainedModel, kind: str) -> None:
     """Raise `ConfigError` for a base that cannot do the task; it may be on the meta device."""
     name = config.model.name
-    settings: Any = model.config
-    masked = type(settings) in MODEL_FOR_MASKED_LM_MAPPING
-    if kind == "causal" and masked and not (settings.is_decoder or getattr(settings, "causal", 0)):
-        raise _not_causal(name)
+    base.check_kind(config.model, kind)
     longest = positions(model)
     if longest is not None and config.data.max_length > longest:
         raise ConfigError(
@@ -85,8 +82,8 @@ def rehearse(
     it: a backward pass that is cut or wrong anywhere shows there.
     """
     model, name = runtime.model, config.model.name
-    base: PreTrainedModel = model.get_base_model()
-    _check_tokens(name, base, runtime, examples)
+    inner: PreTrainedModel = model.get_base_model()
+    _check_tokens(name, inner, runtime, examples)
     some = sorted(examples, key=lambda e: -len(e.input_ids))[
         : min(ROWS, config.training.batch_size)
     ]
@@ -107,7 +104,7 @@ def rehearse(
             called = _Called(lora_layers(model))
             with torch.no_grad(), called:
                 untuned = float(loss(0))
-                _check_finite(name, base, untuned)
+                _check_finite(name, inner, untuned)
                 if runtime.task.kind == "causal":
                     _check_causal(name, runtime, some[0])
             objective = getattr(find(config.method.name), "default_objective", "plain")
@@ -115,7 +112,7 @@ def rehearse(
                 loss(torch.full((tokens[0],), probe.rank))  # which not every model can do
             loss().backward()  # type: ignore[no-untyped-call]
             idle = _check_gradients(config, model, called.names)
-            if _exact(base) and not stacked(base):  # experts switch with the smallest change
+            if _exact(inner) and not stacked(inner):  # experts switch with the smallest change
                 _check_agreement(name, model, lambda: float(loss()))
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
             if isinstance(error, torch.OutOfMemoryError):
@@ -139,10 +136,10 @@ def _not_causal(name: str) -> ConfigError:
 
 
 def _check_tokens(
-    name: str, base: PreTrainedModel, runtime: ModelRuntime, examples: Sequence[Example]
+    name: str, model: PreTrainedModel, runtime: ModelRuntime, examples: Sequence[Example]
 ) -> None:
     """Every token must have a row in the embedding; an encoder-decoder needs its end token once."""
-    rows = base.get_input_embeddings().num_embeddings
+    rows = model.get_input_embeddings().num_embeddings
     largest = max((max(e.input_ids, default=0) for e in examples), default=0)
     if largest >= rows:
         token = runtime.tokenizer.convert_ids_to_tokens(largest) if runtime.tokenizer else ""
@@ -150,8 +147,8 @@ def _check_tokens(
             f"model.name = {name!r}: the texts have token {largest} ({token!r}), but its embedding "
             f"has {rows} rows: resize the model's embedding, or use its own tokenizer"
         )
-    if base.config.is_encoder_decoder:
-        end = base.config.eos_token_id
+    if model.config.is_encoder_decoder:
+        end = model.config.eos_token_id
         counts = {e.input_ids.count(end) for e in examples}
         if counts - {1}:
             raise ConfigError(
@@ -160,11 +157,11 @@ def _check_tokens(
             )
 
 
-def _check_finite(name: str, base: nn.Module, loss: float) -> None:
+def _check_finite(name: str, model: nn.Module, loss: float) -> None:
     """Say of a base whose loss is no number whether its weights or its type are to blame."""
     if math.isfinite(loss):
         return
-    for tensor, value in base.named_parameters():
+    for tensor, value in model.named_parameters():
         if value.is_floating_point() and not torch.isfinite(value).all():
             own = tensor.removesuffix(".base_layer.weight").removesuffix(".weight")
             raise ConfigError(
