@@ -63,14 +63,16 @@ def config_of(make_config: Make, name: str, **changes: Any) -> Config:
     """Two rounds of three of six clients, everybody measures at the end.
 
     Ranks are mixed, and after the first round one client's grows and two clients' shrink. Under
-    rslora a slot counts by how many there are, so that nothing is right by chance.
+    rslora, where a method allows it, a slot counts by how many there are, so that nothing is right
+    by chance.
     """
+    rule = "constant" if REGISTRY[name].one_scale else "rslora"
     values: dict[str, Any] = {
         "method": {"name": name, "options": {name: OPTIONS.get(name, {})}},
         "federation": {"rounds": 2, "clients_per_round": 3},
         "ranks": {"mix": "2, 2, 4, 4, 8, 8", "schedule": {"2": "8, 2, 4, 2, 2, 8"}},
         "training": {"learning_rate": 3e-2, "local_steps": 1},
-        "lora": {"dropout": 0.1, "scale_rule": "rslora", "scale": 4.0},
+        "lora": {"dropout": 0.1, "scale_rule": rule, "scale": 4.0 if rule == "rslora" else 2.0},
         "evaluation": {"at_clients": True},
     }
     if name in ONE_RANK_FOR_ALL:

@@ -448,3 +448,19 @@ def test_global_adapters_have_their_rank_and_survive_a_peft_folder(
         assert same_bits(loaded, found)
     whole = method.global_adapter(state)
     assert_near(dense(method.global_adapter(state, whole.rank)), dense(whole))
+
+
+@pytest.mark.parametrize("name", sorted({*REGISTRY} - {"fslora", "fedsa-lora"}))
+def test_under_rslora_one_clients_mean_is_its_function_or_is_refused(name: str) -> None:
+    """FSLoRA's clients train a random sketch, FedSA-LoRA has no global function."""
+    method = build(MethodConfig(name=name), 0)
+    state = untrained(rule=ScaleRule("rslora", 3.0))
+    client = clients_of([2])[0]
+    try:
+        method.check(state, [client])
+    except ConfigError as error:
+        assert "rslora" in str(error) or name in ONE_RANK_FOR_ALL
+        return
+    (reply,) = replies(method, state, [client])
+    expected = function_of(method.broadcast(state, client), reply.adapter)
+    assert_near(dense(method.global_adapter(aggregate(method, state, [reply]))), expected, 1e-4)

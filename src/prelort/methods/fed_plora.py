@@ -47,6 +47,7 @@ class FedPlora(PrefixMethod):
     name: ClassVar[str] = "fed-plora"
     summary: ClassVar[str] = "clients train random rank dimensions, the rest folded into the base"
     paper: ClassVar[str] = "Fed-PLoRA, Zhang et al. 2026, arXiv 2602.16936"
+    one_scale: ClassVar[bool] = False
     may_nest: ClassVar[bool] = False
     Options: ClassVar[type[Section]] = FedPloraOptions
 

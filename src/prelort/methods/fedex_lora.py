@@ -49,6 +49,7 @@ class FedExLora(PrefixMethod):
     name: ClassVar[str] = "fedex-lora"
     summary: ClassVar[str] = "averages factors, and folds what that misses into everyone's base"
     paper: ClassVar[str] = "FedEx-LoRA, Singhal et al. 2024, arXiv 2410.09432"
+    one_scale: ClassVar[bool] = False
     Options: ClassVar[type[Section]] = FedExOptions
 
     def broadcast(self, state: ServerState, client: Client) -> Broadcast:

@@ -19,6 +19,7 @@ class FedSaLora(PrefixMethod):
     name: ClassVar[str] = "fedsa-lora"
     summary: ClassVar[str] = "only A is shared; B and the head are each client's own"
     paper: ClassVar[str] = "FedSA-LoRA, Guo et al. 2024, arXiv 2410.01463"
+    one_scale: ClassVar[bool] = False
     personal: ClassVar[bool] = True
 
     def broadcast(self, state: ServerState, client: Client) -> Broadcast:

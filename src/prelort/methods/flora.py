@@ -42,6 +42,7 @@ class Flora(PrefixMethod):
     name: ClassVar[str] = "flora"
     summary: ClassVar[str] = "stacks all adapters, folds the stack into the base, starts anew"
     paper: ClassVar[str] = "FLoRA, Wang et al. 2024, arXiv 2409.05976"
+    one_scale: ClassVar[bool] = False
     may_nest: ClassVar[bool] = False
 
     def energy(self) -> float:

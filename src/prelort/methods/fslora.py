@@ -30,6 +30,7 @@ class FsLora(PrefixMethod):
     name: ClassVar[str] = "fslora"
     summary: ClassVar[str] = "clients train random sketches; absent dimensions count as unchanged"
     paper: ClassVar[str] = "FSLoRA, Fang et al. 2025, arXiv 2501.19389"
+    one_scale: ClassVar[bool] = False
     may_nest: ClassVar[bool] = False
 
     def sketch(self, state: ServerState, client: Client) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ class HomogeneousMin(PrefixMethod):
     name: ClassVar[str] = "homogeneous-min"
     summary: ClassVar[str] = "reference: everyone at the lowest rank (FedIT)"
     paper: ClassVar[str] = "FedIT at r_min, arXiv 2305.05644"
+    one_scale: ClassVar[bool] = False
 
     def rank(self, state: ServerState) -> int:
         """The rank at which everyone trains."""

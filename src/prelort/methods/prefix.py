@@ -32,6 +32,8 @@ class PrefixMethod:
     """Clients of rank r train at (maximum rank / r) to this power times the learning rate."""
     may_nest: ClassVar[bool] = True
     """Whether ``method.objective`` may ask for truncations of what a client trains."""
+    one_scale: ClassVar[bool] = True
+    """Whether factors of all ranks are averaged as they are, which needs one scale for them."""
     personal: ClassVar[bool] = False
     """Whether there is no global model, so that only clients can evaluate."""
     ignores_ranks: ClassVar[bool] = False
@@ -47,7 +49,18 @@ class PrefixMethod:
         self.options: Any = config.options_of(self.name, self.Options)
 
     def check(self, state: ServerState, clients: Sequence[Client]) -> None:
-        """Any mixture of ranks is served; the objective of each must leave something to train."""
+        """Any mixture of ranks is served; the objective of each must leave something to train.
+
+        Where factors are averaged, rsLoRA's scale allows one rank only: at the global rank R a
+        client of rank r would count sqrt(r / R) of what it trained.
+        """
+        ranks = sorted({*state.levels, *(client.rank for client in clients)})
+        if self.one_scale and state.adapter.scale.kind == "rslora" and len(ranks) > 1:
+            raise ConfigError(
+                f"lora.scale_rule = 'rslora' with ranks {ranks[0]} to {ranks[-1]}: {self.name} "
+                "averages factors, whose scales differ then; use 'constant', or a method that "
+                "averages products, such as flexlora"
+            )
         for client in clients:
             self.objective(state, client)
 
@@ -77,6 +90,8 @@ class ProductMethod(PrefixMethod):
     So the first r of them are the best approximation of rank r, with the product that they have
     within the whole.
     """
+
+    one_scale: ClassVar[bool] = False
 
     def broadcast(self, state: ServerState, client: Client) -> Broadcast:
         """The best approximation of the client's rank."""
