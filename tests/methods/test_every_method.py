@@ -457,7 +457,7 @@ def test_under_rslora_one_clients_mean_is_its_function_or_is_refused(name: str) 
     state = untrained(rule=ScaleRule("rslora", 3.0))
     client = clients_of([2])[0]
     if trait(method, "one_scale"):
-        with pytest.raises(ConfigError, match="rslora|needs one rank"):
+        with pytest.raises(ConfigError, match=r"rslora|needs one rank"):
             method.check(state, [client])
         return
     method.check(state, [client])
