@@ -114,7 +114,7 @@ def messages(engine: str, clients: int, number: int) -> list[float]:
                 Message(content, dst_node_id=node, message_type=MessageType.TRAIN) for node in nodes
             )
             for reply in transport.send_and_receive(out):
-                wire.answered(reply)
+                wire.reply_content(reply)
             seconds.append(time.perf_counter() - started)
 
     _run_on(engine, clients, talk)

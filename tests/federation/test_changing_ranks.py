@@ -234,13 +234,13 @@ def test_nobody_left_out_is_better_than_one_raised(
     losses: dict[str, float], share: float, silent: int
 ) -> None:
     clients = len(losses) + silent
-    raised = ByLoss(8, share).raised(losses, clients)
+    raised = ByLoss(8, share).select(losses, clients)
     finite = {name for name, loss in losses.items() if math.isfinite(loss)}
     assert set(raised) <= finite
     assert len(raised) == min(len(finite), max(1, round(share * clients)))
     worst = max(((losses[name], name) for name in raised), default=(-math.inf, ""))
     assert all((losses[name], name) > worst for name in finite - set(raised))  # equal: by name
-    assert raised == ByLoss(8, share).raised(dict(reversed(losses.items())), clients)
+    assert raised == ByLoss(8, share).select(dict(reversed(losses.items())), clients)
 
 
 # From a state

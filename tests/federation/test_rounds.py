@@ -234,7 +234,7 @@ class TestConnecting:
         app = small_client_app(CLIENTS, properties={1: {"base": "x"}})
         run = make_run(app, make_config(quorum=4))
         with pytest.raises(
-            ConfigError, match="quorum = 4 needs 4 replies, but a round asks 3 of 3"
+            ConfigError, match="quorum = 4 needs 4 replies, but a round trains 3 of 3"
         ):
             run.train()
         assert not run.of(RoundStarted)

@@ -52,9 +52,9 @@ def test_a_share_of_a_hundredth_is_not_lost_to_rounding(available: int, percent:
     "clients, per_round, quorum, said",
     [
         (4, 9, 1, "clients_per_round = 9, but there are 4 clients"),
-        (6, 3, 4, "quorum = 4 needs 4 replies, but a round asks 3 of 6 clients"),
-        (6, 0.5, 4, "quorum = 4 needs 4 replies, but a round asks 3 of 6 clients"),
-        (2, 2, 5, "quorum = 5 needs 5 replies, but a round asks 2 of 2 clients"),
+        (6, 3, 4, "quorum = 4 needs 4 replies, but a round trains 3 of 6 clients"),
+        (6, 0.5, 4, "quorum = 4 needs 4 replies, but a round trains 3 of 6 clients"),
+        (2, 2, 5, "quorum = 5 needs 5 replies, but a round trains 2 of 2 clients"),
     ],
 )
 def test_numbers_that_cannot_work_out_are_refused(

@@ -1,10 +1,10 @@
-"""Which rank a client has in which round, as far as the server decides it.
+"""Ranks that the server allocates to clients, by a schedule or by loss.
 
-By a schedule, or by loss (Byun & Lee, arXiv 2406.17477): all start at the lowest rank; after the
-first round, which asks every client, those with the best validation loss get the highest. What the
-paper leaves open is read so: the share counts all clients, a client whose first round failed is not
-raised, and the loss is one on rows that all share, where one place has the data of all. On its own
-rows the client with the fewest topics is the best, whatever it has learned.
+By loss (Byun & Lee, arXiv 2406.17477): all clients start at the lowest rank and train in the first
+round, after which those with the best validation loss get the highest rank. Our reading where the
+paper is silent: the share is of all clients, a client whose first round failed is not raised, and
+where one machine has all data the loss is on shared rows. On its own rows the client with the
+fewest topics would be the best, whatever it has learned.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ class ByLoss:
     high: int
     share: float
 
-    def raised(self, losses: Mapping[str, float], clients: int) -> dict[str, int]:
-        """The clients to raise, by their validation losses; equal ones by name."""
+    def select(self, losses: Mapping[str, float], clients: int) -> dict[str, int]:
+        """The clients to raise -> their new rank; clients of equal loss are in order of names."""
         count = max(1, round(self.share * clients))
-        known = {name: loss for name, loss in losses.items() if math.isfinite(loss)}
-        best = sorted(known, key=lambda name: (known[name], name))[:count]
+        finite = {name: loss for name, loss in losses.items() if math.isfinite(loss)}
+        best = sorted(finite, key=lambda name: (finite[name], name))[:count]
         return dict.fromkeys(best, self.high)
 
 
@@ -36,18 +36,18 @@ class Allocation:
     schedule: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
     by_loss: ByLoss | None = None
 
-    def asks_everyone(self, server_round: int) -> bool:
-        """Whether a round must ask all clients: the one after which they are ranked."""
+    def needs_all_clients(self, server_round: int) -> bool:
+        """Whether all clients train in a round: after it they are ranked by loss."""
         return self.by_loss is not None and server_round == 1
 
     def after(self, server_round: int, losses: Mapping[str, float], clients: int) -> dict[str, int]:
-        """The clients whose rank is to change once this round is over."""
+        """Client -> its rank after this round, for those whose rank changes."""
         changed = dict(self.schedule.get(server_round + 1, {}))
-        if self.by_loss is not None and self.asks_everyone(server_round):
-            changed |= self.by_loss.raised(losses, clients)
+        if self.by_loss is not None and self.needs_all_clients(server_round):
+            changed |= self.by_loss.select(losses, clients)
         return changed
 
     def levels(self) -> set[int]:
-        """The ranks that it may give."""
+        """All ranks that it may allocate."""
         planned = {rank for ranks in self.schedule.values() for rank in ranks.values()}
         return planned | ({self.by_loss.high} if self.by_loss is not None else set())

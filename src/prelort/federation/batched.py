@@ -1,8 +1,7 @@
 """Clients of this process that train as one batch.
 
-Each replies with what it would have sent alone, but for rounding. Clients train alone if something
-is folded into their base, and all of them do if the model has modules trained in full that are not
-linear layers.
+Each sends the reply that it would send alone, up to rounding. A client trains alone if something is
+folded into its base; all do if the model has modules trained in full that are not linear layers.
 """
 
 from __future__ import annotations
@@ -17,7 +16,13 @@ import torch
 from prelort.adapters import LoraAdapter
 from prelort.errors import PrelortError
 from prelort.federation import messages, wire
-from prelort.federation.client import LocalClient, assignment_of, delivered, respond, train_reply
+from prelort.federation.client import (
+    LocalClient,
+    assignment_of,
+    read_adapters,
+    respond,
+    train_reply,
+)
 from prelort.federation.client_app import REFUSED
 from prelort.federation.flower import Context, Error, Message, RecordDict
 from prelort.models.lora import install
@@ -31,8 +36,8 @@ Reply: TypeAlias = RecordDict | PrelortError
 
 
 @dataclass(frozen=True, slots=True)
-class _Order:
-    """A message to train: its place among the messages, its client, what it says and carries."""
+class _Job:
+    """A message to train: its index among the messages, its client, its header and adapter."""
 
     place: int
     client: LocalClient
@@ -71,22 +76,22 @@ def answer_batched(
 def respond_batched(clients: Sequence[LocalClient], contents: Sequence[RecordDict]) -> list[Reply]:
     """The content of each client's reply to a message to train, or the error in place of one."""
     replies: dict[int, Reply] = {}
-    batches: dict[object, list[_Order]] = {}
+    batches: dict[object, list[_Job]] = {}
     for place, (client, content) in enumerate(zip(clients, contents, strict=True)):
         try:
             request = wire.header(content, messages.TrainRequest)
-            received, frozen = delivered(client, content, request)
+            received, frozen = read_adapters(client, content, request)
         except PrelortError as error:
             replies[place] = error
             continue
         if frozen is None:
-            order = _Order(place, client, request, received)
-            batches.setdefault(order.kind, []).append(order)
-    for orders in batches.values():
-        model = orders[0].client.runtime.model
-        install(model, orders[0].received)  # removes what an earlier client had folded in
-        if len(orders) > 1 and stackable(model):
-            replies |= _train(orders)
+            job = _Job(place, client, request, received)
+            batches.setdefault(job.kind, []).append(job)
+    for jobs in batches.values():
+        model = jobs[0].client.runtime.model
+        install(model, jobs[0].received)  # removes what an earlier client had folded in
+        if len(jobs) > 1 and stackable(model):
+            replies |= _train(jobs)
     for place, (client, content) in enumerate(zip(clients, contents, strict=True)):
         if place not in replies:
             try:
@@ -96,39 +101,37 @@ def respond_batched(clients: Sequence[LocalClient], contents: Sequence[RecordDic
     return [replies[place] for place in range(len(clients))]
 
 
-def _train(orders: Sequence[_Order]) -> dict[int, Reply]:
+def _train(jobs: Sequence[_Job]) -> dict[int, Reply]:
     """Train in one batch, or in halves if memory does not suffice."""
-    runtime = orders[0].client.runtime
+    runtime = jobs[0].client.runtime
     clients = [
         BatchedClient(
-            order.received,
-            order.client.examples,
-            order.settings,
-            assignment_of(order.client, order.request),
-            order.request.scale_multiplier,
+            job.received,
+            job.client.examples,
+            job.settings,
+            assignment_of(job.client, job.request),
+            job.request.scale_multiplier,
         )
-        for order in orders
+        for job in jobs
     ]
     results: list[TrainedClient | PrelortError] | None = None
     try:
-        results = train_batched(runtime, clients, trains=orders[0].request.trains)
+        results = train_batched(runtime, clients, trains=jobs[0].request.trains)
     except torch.OutOfMemoryError:
-        if len(orders) == 1:
+        if len(jobs) == 1:
             raise
     if results is None:  # not in the handler, whose traceback holds the batch's memory
         torch.cuda.empty_cache()
-        log.warning("no memory for a batch of %d clients: training in halves", len(orders))
-        half = len(orders) // 2
-        return _train(orders[:half]) | _train(orders[half:])
-    return {
-        order.place: _reply(order, result) for order, result in zip(orders, results, strict=True)
-    }
+        log.warning("no memory for a batch of %d clients: training in halves", len(jobs))
+        half = len(jobs) // 2
+        return _train(jobs[:half]) | _train(jobs[half:])
+    return {job.place: _reply(job, result) for job, result in zip(jobs, results, strict=True)}
 
 
-def _reply(order: _Order, result: TrainedClient | PrelortError) -> Reply:
+def _reply(job: _Job, result: TrainedClient | PrelortError) -> Reply:
     if isinstance(result, PrelortError):
         return result
-    if order.request.with_validation:  # evaluates the installed adapter
-        model, multiplier = order.client.runtime.model, order.request.scale_multiplier
+    if job.request.with_validation:  # evaluates the installed adapter
+        model, multiplier = job.client.runtime.model, job.request.scale_multiplier
         install(model, result.adapter, scale_multiplier=multiplier)
-    return train_reply(order.client, order.request, order.received, result)
+    return train_reply(job.client, job.request, job.received, result)

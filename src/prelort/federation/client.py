@@ -47,10 +47,9 @@ class LocalClient:
     """One client: its name, the rank it affords, its examples, and its runtime.
 
     ``max_rank``: the largest rank it can be raised to (0: its rank). ``validation``: the examples
-    by whose loss the server allocates ranks, the same for all clients where they can be.
-    ``next_rank`` is called after
-    each round (from 0) and returns the rank from the next round on, None for no change.
-    ``stopped`` is called during training and says whether to give up.
+    by whose loss the server allocates ranks, the same for all clients where possible.
+    ``next_rank``: called after each round (from 0), returns the rank from the next round on, None
+    for no change. ``stopped``: called during training, returns whether to give up.
     """
 
     name: str
@@ -68,8 +67,8 @@ class LocalClient:
 def respond(client: LocalClient, kind: Kind, content: RecordDict) -> RecordDict:
     """The content of the client's reply to a message of this kind.
 
-    Raises `PrelortError` with a reason that the server may read: it speaks of the request and of
-    the training, not of the client's data.
+    Raises `PrelortError` with a reason that the server may read: it is about the request and the
+    training, not about the client's data.
     """
     if kind in ("query", "end"):
         return wire.pack(_properties(client))
@@ -86,10 +85,10 @@ def _properties(client: LocalClient) -> messages.ClientProperties:
 
 
 def _train(client: LocalClient, content: RecordDict) -> RecordDict:
-    """Check the request, train the adapter that came with it, and pack the reply."""
+    """Check the request, train its adapter, and pack the reply."""
     runtime = client.runtime
     request = wire.header(content, messages.TrainRequest)
-    received, frozen = delivered(client, content, request)
+    received, frozen = read_adapters(client, content, request)
     install(
         runtime.model,
         received,
@@ -122,9 +121,9 @@ def train_reply(
     received: LoraAdapter,
     trained: TrainedClient,
 ) -> RecordDict:
-    """The reply of a client that has trained; the trained adapter must be installed.
+    """The reply of a client after training, while the trained adapter is installed.
 
-    Personal factors are saved first. The reply has the pruned rank where the tail became smaller.
+    Saves the client's personal factors, and prunes the adapter if its tail has become smaller.
     """
     adapter, tail, rank = trained.adapter, request.tail, request.rank
     if request.personal and client.personal is not None:
@@ -160,12 +159,12 @@ def _pairs(adapter: LoraAdapter) -> list[tuple[Tensor, Tensor]]:
 
 
 def _evaluate(client: LocalClient, content: RecordDict) -> RecordDict:
-    """Evaluate the adapter that came with the request on the client's own test examples."""
+    """Evaluate the adapter of the request on the client's own test examples."""
     runtime = client.runtime
     request = wire.header(content, messages.EvaluateRequest)
     if not client.test:
         raise PrelortError("has no test rows of its own")
-    received, frozen = delivered(client, content, request)
+    received, frozen = read_adapters(client, content, request)
     install(runtime.model, received, frozen=frozen, scale_multiplier=request.scale_multiplier)
     settings = EvaluationSettings(
         metrics=request.metrics or runtime.task.metrics,
@@ -209,7 +208,7 @@ def _evaluate_at(
     settings: EvaluationSettings,
 ) -> dict[R, dict[str, float | None]]:
     """The metrics of prefixes of the installed adapter (None: the whole of it)."""
-    highest = runtime.spec.schema.rank  # a truncation that cuts nothing of any adapter
+    highest = runtime.spec.schema.rank  # truncating at this rank cuts nothing
 
     def at_ranks(part: Sequence[int], rows: int, length: int) -> AbstractContextManager[None]:
         if len(part) == 1:
@@ -229,12 +228,12 @@ def _evaluate_at(
     return {rank: {**values[index]} for index, rank in enumerate(ranks)}
 
 
-def delivered(
+def read_adapters(
     client: LocalClient, content: RecordDict, request: messages.Delivery
 ) -> tuple[LoraAdapter, LoraAdapter | None]:
-    """The adapter of a request and the frozen one beside it, both checked.
+    """The adapter to train or evaluate and the frozen one of a request, both checked.
 
-    Raises `UpdateRefused` for what does not fit the client's model or exceeds its rank.
+    Raises `UpdateRefused` if they do not fit the client's model or exceed its rank.
     """
     spec = client.runtime.spec
     spec.check(request)

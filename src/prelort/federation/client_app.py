@@ -1,6 +1,6 @@
-"""The Flower `ClientApp`: a few kinds of messages, each answered by one function.
+"""The Flower `ClientApp`: four kinds of messages, each answered by the same function.
 
-Without torch: in a deployment Flower starts a process for every message, which should be quick.
+Imports no torch: in a deployment Flower starts a process for every message, which must be quick.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from prelort.errors import PrelortError
 from prelort.federation.flower import ClientApp, Context, Error, Message, RecordDict
 
 REFUSED = 100
-"""The error code of a client that says why it did not answer (Flower's own are below)."""
+"""The error code of a client's refusal, which has a reason (Flower's own codes are lower)."""
 
 Kind = Literal["query", "train", "evaluate", "end"]
 Answer = Callable[[Kind, RecordDict, Context], RecordDict]
@@ -20,10 +20,10 @@ Answer = Callable[[Kind, RecordDict, Context], RecordDict]
 
 
 def client_app(answer: Answer) -> ClientApp:
-    """A `ClientApp` that states its properties (query), trains (train) and measures (evaluate).
+    """A `ClientApp` that states its properties (query), trains and evaluates.
 
-    At the end of a run over real sites (query.end) it need not stay ready any longer.
-    A `PrelortError` of ``answer`` is told to the server in its own words.
+    query.end: a run over real sites has ended. The message of a `PrelortError` that ``answer``
+    raises is sent to the server.
     """
     app = ClientApp()
 
@@ -34,7 +34,7 @@ def client_app(answer: Answer) -> ClientApp:
             return Message(Error(REFUSED, str(error)), reply_to=message)
 
     @app.query()  # type: ignore[untyped-decorator]
-    def introduce(message: Message, context: Context) -> Message:
+    def properties(message: Message, context: Context) -> Message:
         return reply("query", message, context)
 
     @app.query("end")  # type: ignore[untyped-decorator]

@@ -1,4 +1,4 @@
-"""Who is connected: each node states its client's properties; those that do not fit are refused."""
+"""Which clients are connected: nodes are queried for properties, unsuitable ones refused."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from prelort.federation import wire
 from prelort.federation.flower import Message, MessageType, envelope
 from prelort.federation.messages import AdapterSpec, ClientProperties
 from prelort.federation.replies import check_examples
-from prelort.federation.transport import POLL_SECONDS, Transport, from_node_asked
+from prelort.federation.transport import POLL_SECONDS, Transport, as_addressed
 from prelort.methods.interface import Client
 
 GRACE_SECONDS = 15.0
-"""How long a round that could begin waits for clients that are just connecting."""
+"""How long a round with enough clients waits for others that are just connecting."""
 START_SECONDS = 120.0
 """How long nodes of this machine may take to start."""
 RETRY_SECONDS = 30.0
-"""After which a refused client is asked again: its site may have been corrected."""
+"""After which a refused client is queried again: its site may have been corrected."""
 PULL_AT_ONCE = 100
-"""Replies that are asked for at a time: an engine may hand over one for each look at all."""
-
+"""Replies pulled at a time: an engine may return only one for each call."""
 
 Admit = Callable[[Sequence[Client]], None]
 """Raises `ConfigError` where these clients cannot take part together."""
@@ -40,28 +39,28 @@ class ConnectedClient:
 class ClientManager:
     """The nodes that are connected and fit, round by round.
 
-    A node is asked for its properties when it appears, and again after it was away or has failed:
-    it may have come back with another rank. ``refused`` is called with a node's or client's name
-    and the reason for each that is refused. ``max_examples``: what a client may claim.
+    A node is queried for its properties when it appears, and again after it was away or has failed:
+    it may have returned with another rank. ``report_refusal`` is called with a node's or client's
+    name and the reason for each that is refused. ``max_examples``: what a client may claim.
     """
 
     def __init__(
         self,
         transport: Transport,
         spec: AdapterSpec,
-        refused: Callable[[str, str], None],
+        report_refusal: Callable[[str, str], None],
         max_examples: int,
     ) -> None:
         self._transport = transport
         self._spec = spec
-        self._refused = refused
+        self._report_refusal = report_refusal
         self._max_examples = max_examples
         self._connected: dict[int, ConnectedClient] = {}
         """By node."""
         self._node_of: dict[str, int] = {}
         """The node of each connected client, by name."""
         self._queries: dict[str, Message] = {}
-        """Message id -> the envelope of a query that is not answered yet."""
+        """Message id -> the envelope of a pending query."""
         self._refusals: dict[int, tuple[float, str]] = {}
         """Node -> when it was refused, and why."""
         self._seen: set[str] = set()
@@ -75,11 +74,11 @@ class ClientManager:
 
     @property
     def missing(self) -> list[str]:
-        """The names of those that were connected once and are not now."""
+        """The names of clients that were connected before and are not now."""
         return sorted(self._seen - self._node_of.keys())
 
     def disconnect(self, name: str) -> None:
-        """Treat a client as new: it states its properties again before it takes part."""
+        """Treat a client as new: it is queried again before it takes part."""
         node = self._node_of.pop(name, None)
         if node is not None:
             del self._connected[node]
@@ -87,14 +86,14 @@ class ClientManager:
     def gather(
         self,
         needed: int,
-        waiting: Callable[[float], None] = lambda seconds: None,
+        report_wait: Callable[[float], None] = lambda seconds: None,
         admit: Admit = lambda clients: None,
     ) -> list[ConnectedClient]:
         """The connected clients, once there are ``needed`` or the transport's patience is over.
 
-        Where no client comes or goes everyone is asked once. ``waiting`` is called with the seconds
-        that are left, when the waiting begins and whenever a client has come or gone since. A new
-        client is refused where ``admit`` does not take it beside those that are connected.
+        Where clients do not change, each is queried once. ``report_wait`` is called with the
+        seconds left when the wait begins, and whenever a client has joined or left since. A new
+        client is refused if ``admit`` raises for it together with those that are connected.
         """
         clock, patience = self._transport.clock, self._transport.patience
         if patience is None and self._gathered:
@@ -102,7 +101,7 @@ class ClientManager:
         started = clock.monotonic()
         reported: list[str] | None = None
         while True:
-            progress = self._look(admit)
+            progress = self._poll(admit)
             elapsed = clock.monotonic() - started
             enough = len(self._connected) >= needed
             if not self._worth_waiting(enough, elapsed):
@@ -110,7 +109,7 @@ class ClientManager:
             names = [one.client.name for one in self.connected]
             connecting = self._queries and elapsed <= GRACE_SECONDS
             if not enough and not connecting and names != reported:
-                waiting((patience or 0.0) - elapsed)
+                report_wait((patience or 0.0) - elapsed)
                 reported = names
             if not progress:
                 clock.sleep(POLL_SECONDS)
@@ -119,10 +118,10 @@ class ClientManager:
         return self.connected
 
     def _worth_waiting(self, enough: bool, elapsed: float) -> bool:
-        """Whether to look again after so many seconds.
+        """Whether to poll again after ``elapsed`` seconds.
 
-        Clients that are just connecting are waited for, but not for long where there are enough:
-        one that hangs must not keep the others.
+        With enough clients the wait for others that are just connecting is short: one that hangs
+        must not hold up the rest.
         """
         if self._transport.patience is None:
             starting = len(self._connected) + len(self._refusals) < self._transport.nodes
@@ -133,8 +132,8 @@ class ClientManager:
             return bool(self._queries) and elapsed <= GRACE_SECONDS
         return elapsed <= self._transport.patience
 
-    def _look(self, admit: Admit) -> bool:
-        """One look at the nodes: query new ones, take replies, forget those that are gone."""
+    def _poll(self, admit: Admit) -> bool:
+        """Query new nodes, receive replies, drop nodes that are gone; whether a reply came."""
         nodes = list(self._transport.grid.get_node_ids())
         online = set(nodes)
         for node in self._connected.keys() - online:
@@ -160,7 +159,7 @@ class ClientManager:
             self._queries[message_id] = envelope(message)
 
     def _receive(self, ids: list[str], admit: Admit) -> bool:
-        """Take the replies to these queries, until no more come; whether there were any."""
+        """Receive the replies to these queries until there are no more; whether there were any."""
         received = False
         while ids and (replies := self._transport.pull(ids)):
             received = True
@@ -168,25 +167,25 @@ class ClientManager:
                 message = self._queries.pop(reply.metadata.reply_to_message_id, None)
                 if message is not None:
                     node = message.metadata.dst_node_id
-                    self._accept(node, from_node_asked(message, reply), admit)
+                    self._accept(node, as_addressed(message, reply), admit)
             ids = [message_id for message_id in ids if message_id in self._queries]
         return received
 
     def _accept(self, node: int, reply: Message, admit: Admit) -> None:
         name = f"node {node}"
         try:
-            properties = wire.header(wire.answered(reply), ClientProperties)
+            properties = wire.header(wire.reply_content(reply), ClientProperties)
             name = properties.client
-            found = self._checked(node, properties)
-            admit([*(one.client for one in self.connected), found.client])
-            self._connected[node] = found
+            connected = self._checked(node, properties)
+            admit([*(one.client for one in self.connected), connected.client])
+            self._connected[node] = connected
             self._node_of[name] = node
             self._refusals.pop(node, None)
         except (UpdateRefused, ConfigError) as error:
             _, reported = self._refusals.get(node, (0.0, ""))
             self._refusals[node] = (self._transport.clock.monotonic(), str(error))
-            if str(error) != reported:  # it is asked again and again, and reported once
-                self._refused(name, str(error))
+            if str(error) != reported:  # it is queried again and again, but reported once
+                self._report_refusal(name, str(error))
 
     def _checked(self, node: int, properties: ClientProperties) -> ConnectedClient:
         self._spec.check(properties)

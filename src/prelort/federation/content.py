@@ -1,6 +1,6 @@
-"""What travels in a message: a header (text) and, where an adapter travels, one blob.
+"""The content of a message: a header (text) and, with an adapter, one blob.
 
-Without torch, so that a process which only passes messages on starts quickly.
+Imports no torch, so that a process that only forwards messages starts quickly.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from prelort.federation.flower import Array, ArrayRecord, ConfigRecord, RecordDict
 
 SAFETENSORS = "safetensors"
-"""The blob's type: nothing else is ever read."""
+"""The blob's type; no other is read."""
 
 _HEADER, _ADAPTER = "header", "adapter"
 
@@ -27,19 +27,19 @@ def record_of(blob: bytes) -> ArrayRecord:
     return ArrayRecord({_ADAPTER: array})
 
 
-# Not by `content.array_records` and its like: these views make a cycle of references with the
-# content (flwr 1.41), and it then waits with its adapter for the garbage collector.
+# Not through `content.array_records` or similar: these views form a reference cycle with the
+# content (flwr 1.41), which keeps the adapter in memory until the garbage collector runs.
 
 
 def text_in(content: RecordDict) -> str | None:
-    """The header, None where there is none."""
+    """The header; None if there is none."""
     config = content.get(_HEADER)
     text = config.get("json") if isinstance(config, ConfigRecord) else None
     return text if isinstance(text, str) else None
 
 
 def blob_in(content: RecordDict) -> bytes | None:
-    """The blob, None where there is none or where it is of another type."""
+    """The blob; None if there is none or its type is another."""
     arrays = content.get(_ADAPTER)
     array = arrays.get(_ADAPTER) if isinstance(arrays, ArrayRecord) else None
     return array.data if isinstance(array, Array) and array.stype == SAFETENSORS else None

@@ -1,4 +1,4 @@
-"""The types in which numbers travel, and what a lossy one costs.
+"""The types in which numbers travel, and the cost of the lossy ones.
 
 float32 is exact. bfloat16 and float16 round each number by itself: to 8 significant bits, and to
 11 where it is at least 6.1e-5 (below, to a multiple of 6e-8). int8 has one float32 scale for each
@@ -32,7 +32,7 @@ DTYPES: dict[str, torch.dtype] = {
 LARGEST = 127
 """The largest int8 value; -128 is never used."""
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
-"""A row with a smaller scale is all zeros: below, float32 loses precision."""
+"""A row with a smaller scale becomes zeros: below it float32 loses precision."""
 
 _SCALE = ":scale"
 """After the name of an int8 tensor: that of its scales."""
@@ -46,7 +46,7 @@ def carries_change(dtype: str) -> bool:
 
 
 def encode(tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
-    """Named tensors in the type in which they travel; for int8 with ``<name>:scale`` beside each.
+    """Named tensors in the type in which they travel; int8 adds ``<name>:scale`` for each.
 
     int8: a number is off by ``scale / 2`` at most (to float32's own rounding), where the row's
     scale is the largest magnitude in it over 127, cut to 17 significant bits; zeros are exact, and
@@ -86,7 +86,7 @@ def decode(tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
 
 
 def change_of(trained: LoraAdapter, received: LoraAdapter) -> LoraAdapter:
-    """What training has added to what was received; ``trained`` may have a lower rank."""
+    """What training has added to the received adapter; ``trained`` may have a lower rank."""
     base = received.prefix(trained.rank).tensors()
     changes = {name: t - base[name].float() for name, t in trained.tensors().items()}
     return LoraAdapter.from_tensors(changes, trained.scale)
@@ -95,9 +95,9 @@ def change_of(trained: LoraAdapter, received: LoraAdapter) -> LoraAdapter:
 def with_change(
     sent: LoraAdapter, change: LoraAdapter, unchanged: Mapping[str, Tensor]
 ) -> LoraAdapter:
-    """The prefix of what was sent (of the rank of ``change``), in float32, with the change.
+    """The prefix of ``sent`` at the rank of ``change``, plus that change, in float32.
 
-    The names of ``unchanged`` are as they were sent, whatever stands for them in ``change``.
+    Tensors named in ``unchanged`` are as sent, whatever ``change`` has for them.
     """
     base = sent.prefix(change.rank).tensors()
     moved = {

@@ -33,7 +33,7 @@ from prelort.federation.flower import Message, MessageType, RecordDict
 from prelort.federation.messages import AdapterSpec
 from prelort.federation.pooled import PooledMetrics, prefix_groups
 from prelort.federation.replies import checked_metrics
-from prelort.federation.requests import base_as_adapter, evaluate_request, train_request
+from prelort.federation.requests import evaluate_request, train_request
 from prelort.federation.round import Round
 from prelort.federation.sampling import check_numbers, min_connected, sample
 from prelort.federation.transport import Transport
@@ -45,6 +45,9 @@ log = logging.getLogger(__name__)
 
 GOODBYE_SECONDS = 15.0
 """How long the end of a run waits for sites to take note of it."""
+
+Pools = dict[int, PooledMetrics]
+"""Rank (0: the base) -> its metrics over the clients."""
 
 
 class Federation:
@@ -74,13 +77,13 @@ class Federation:
         self._planned = {*planned_ranks, *self._allocation.levels()}
         self._observe = observe
         self._round = 0
-        """Of the events; 0 before the first."""
+        """The round under way; 0 before the first."""
         self._finished = 0
-        """Rounds that are done."""
+        """Number of finished rounds."""
         limit = config.federation.max_client_examples
         self._manager = ClientManager(transport, spec, self._refuse, limit)
         self._failed: set[str] = set()
-        """Clients that gave no usable answer in the last attempt."""
+        """Clients without a usable reply in the last attempt."""
         self.clients: list[ConnectedClient] = []
 
     def connect(self, method: Method, state: ServerState) -> ServerState:
@@ -92,48 +95,33 @@ class Federation:
         self.clients = self._gather()
         if not self.clients:
             raise ConfigError("no client can take part: all were refused, see the log")
-        if self._transport.patience is None:
-            federation, there = self._config.federation, len(self.clients)
-            # A round of fewer clients than configured is one of all that there are.
-            check_numbers(there, min(federation.clients_per_round, there), federation.quorum)
+        if not self._transport.clients_change:
+            federation, count = self._config.federation, len(self.clients)
+            # With fewer clients than configured, a round trains all of them.
+            check_numbers(count, min(federation.clients_per_round, count), federation.quorum)
         state = self._with_levels(state)
-        clients = [connected.client for connected in self.clients]
-        with calling(method, "check()"):
-            method.check(state, clients)
-        for client in clients:  # what cannot be sent is refused now, not in some round
-            with calling(method, "broadcast()"):
-                sent = method.broadcast(state, client)
-            expect(method, "broadcast()", sent, Broadcast)
-            if self._config.lora.start_from is not None and sent.seeded_factors != "nothing":
-                raise ConfigError(
-                    f"lora.start_from is not possible with method {method.name!r}, whose clients "
-                    "draw their factors themselves"
-                )
-            with calling(method, "objective()"):
-                objective = method.objective(state, client)
-            expect(method, "objective()", objective, Objective)
+        self._check_method(method, state)
         return state
 
     def train(
         self, method: Method, state: ServerState, server_round: int
     ) -> tuple[ServerState, RoundStats]:
-        """One round; where clients come and go, again if it has too few usable replies.
+        """Train one round, repeatedly if replies are too few and clients may change meanwhile.
 
-        Raises `QuorumError` after the last attempt: ``state`` is what holds then.
+        Raises `QuorumError` after the last attempt; ``state`` is still valid then.
         """
         self._round, self._finished = server_round, state.round
-        comes_and_goes = self._transport.patience is not None
-        attempts = self._config.federation.attempts if comes_and_goes else 1
-        for attempt in range(1, attempts + 1):
-            if comes_and_goes:
+        clients_change, attempt = self._transport.clients_change, 1
+        while True:
+            if clients_change:
                 state = self._update_clients(method, state)
             try:
                 return self._train_once(method, state, server_round)
             except QuorumError as error:
-                if attempt == attempts:
+                if not clients_change or attempt == self._config.federation.attempts:
                     raise
-                self._log(RoundRepeated(server_round, attempt + 1, str(error)))
-        raise AssertionError("not reached")
+                attempt += 1
+                self._log(RoundRepeated(server_round, attempt, str(error)))
 
     def evaluate(self, state: ServerState, adapters: Mapping[int, LoraAdapter]) -> Pools:
         """Each adapter (by its rank; 0: the base) measured by every client on its own test rows.
@@ -141,18 +129,19 @@ class Federation:
         Prefixes of one adapter travel and are measured together, since a trip to a real site takes
         longer than the measuring. A client that fails is left out, with an event.
         """
-        sent = {r: base_as_adapter(a) if r == 0 else a for r, a in adapters.items()}
+        # An adapter of rank 1 whose B is zero stands for the base.
+        adapters = {r: a.prefix(1) if r == 0 else a for r, a in adapters.items()}
         pools = {rank: PooledMetrics() for rank in adapters}
-        groups = prefix_groups(sent)
+        groups = prefix_groups(adapters)
         clients = {connected.node_id: connected.client for connected in self.clients}
         messages = (
             Message(
                 evaluate_request(
-                    self._config, self._spec, Broadcast(sent[rank]), state.round, prefixes
+                    self._config, self._spec, Broadcast(adapters[rank]), state.round, prefixes
                 ),
                 dst_node_id=node_id,
                 message_type=MessageType.EVALUATE,
-                group_id=str(number),  # by which the reply is known to be of this group
+                group_id=str(number),  # which the reply repeats
             )
             for number, (rank, *prefixes) in enumerate(groups)
             for node_id in clients
@@ -172,7 +161,9 @@ class Federation:
     def evaluate_clients(self, method: Method, state: ServerState) -> ClientsEvaluated:
         """Let every client measure what it would receive now, on its own test rows."""
         started = time.monotonic()
-        clients = {connected.node_id: _now(connected, state) for connected in self.clients}
+        clients = {
+            connected.node_id: _at_current_rank(connected, state) for connected in self.clients
+        }
         messages = (
             self._message(
                 node_id,
@@ -199,8 +190,8 @@ class Federation:
         )
 
     def close(self) -> None:
-        """Tell real sites that they need not stay ready; those that are gone are not waited for."""
-        if self._transport.patience is None:
+        """Tell real sites that the run has ended, without waiting for those that are gone."""
+        if not self._transport.clients_change:
             return
         content = wire.pack(self._spec.header(1))
         messages = (
@@ -209,26 +200,43 @@ class Federation:
         )
         try:
             list(replace(self._transport, deadline=GOODBYE_SECONDS).send_and_receive(messages))
-        except Exception as error:  # the SuperLink may be gone, and the run's end stands already
-            log.warning("sites could not be told of the end: %s", error)
+        except Exception as error:  # the SuperLink may be gone, and the run is finished anyway
+            log.warning("sites could not be told that the run has ended: %s", error)
+
+    def _check_method(self, method: Method, state: ServerState) -> None:
+        """Let the method refuse these clients, and check what it returns for each of them now."""
+        clients = [connected.client for connected in self.clients]
+        with calling(method, "check()"):
+            method.check(state, clients)
+        for client in clients:
+            with calling(method, "broadcast()"):
+                broadcast = method.broadcast(state, client)
+            expect(method, "broadcast()", broadcast, Broadcast)
+            if self._config.lora.start_from is not None and broadcast.seeded_factors != "nothing":
+                raise ConfigError(
+                    f"lora.start_from is not possible with method {method.name!r}, whose clients "
+                    "draw their factors themselves"
+                )
+            with calling(method, "objective()"):
+                objective = method.objective(state, client)
+            expect(method, "objective()", objective, Objective)
 
     def _train_once(
         self, method: Method, state: ServerState, server_round: int
     ) -> tuple[ServerState, RoundStats]:
         sampled = self._sample(server_round)
-        clients = {connected.node_id: _now(connected, state) for connected in sampled}
-        names = tuple(client.name for client in clients.values())
-        self._log(RoundStarted(server_round, names))
-        asked = list(clients.values())
+        clients = {connected.node_id: _at_current_rank(connected, state) for connected in sampled}
+        cohort = list(clients.values())
+        self._log(RoundStarted(server_round, tuple(client.name for client in cohort)))
         current = Round(
             server_round,
             method,
             state,
-            asked,
+            cohort,
             config=self._config,
             spec=self._spec,
             log=self._log,
-            observer=self._observe(method, state, asked) if self._observe else None,
+            observer=self._observe(method, state, cohort) if self._observe else None,
         )
         for reply in self._transport.send_and_receive(
             self._train_requests(current, method, state, clients)
@@ -242,7 +250,7 @@ class Federation:
     def _train_requests(
         self, current: Round, method: Method, state: ServerState, clients: Mapping[int, Client]
     ) -> Iterator[Message]:
-        """One message for each client of the round, made when it can go out."""
+        """One message for each client of the round, built when it can be sent."""
         for node_id, client in clients.items():
             content = train_request(
                 self._config,
@@ -250,9 +258,9 @@ class Federation:
                 method,
                 state,
                 client,
-                with_validation=self._allocation.asks_everyone(current.number),
+                with_validation=self._allocation.needs_all_clients(current.number),
             )
-            current.sent(wire.size(content))
+            current.count_sent(wire.size(content))
             message = self._message(node_id, content, MessageType.TRAIN)
             del content
             yield message
@@ -262,19 +270,18 @@ class Federation:
         return Message(content, dst_node_id=node_id, message_type=kind, group_id=str(self._round))
 
     def _sample(self, server_round: int) -> list[ConnectedClient]:
-        """The clients of a round, drawn by the seed."""
-        if self._allocation.asks_everyone(server_round):
+        if self._allocation.needs_all_clients(server_round):
             return self.clients
         per_round, seed = self._config.federation.clients_per_round, self._config.seed
         return sample(self.clients, per_round, seed=seed, round_index=server_round - 1)
 
     def _next_ranks(self, current: Round, state: ServerState) -> dict[str, int]:
-        """The ranks after a round: what clients offered, then what the server decides."""
+        """The ranks after a round: the clients' offers, overridden by the server's allocation."""
         ranks, offers = dict(state.ranks), current.offered_ranks()
         losses = current.validation_losses()
         allocated = self._allocation.after(current.number, losses, len(self.clients))
         for connected in self.clients:
-            name, old = connected.client.name, _now(connected, state).rank
+            name, old = connected.client.name, _at_current_rank(connected, state).rank
             offered = offers.get(name, old)
             new = min(allocated.get(name, offered), max(connected.max_rank, offered))
             if new != old:
@@ -289,8 +296,8 @@ class Federation:
         connected = self._manager.gather(needed, lambda seconds: self._wait(needed, seconds), admit)
         patience = self._transport.patience
         if patience is not None and len(connected) < needed:
-            names = ", ".join(self._manager.missing)
-            missing = f", missing: {names}" if names else ""
+            missing = ", ".join(self._manager.missing)
+            missing = missing and f", missing: {missing}"
             raise QuorumError(
                 f"{len(connected)} clients are connected after waiting {patience:g} s "
                 f"(federation.wait), {needed} are needed{missing}; the global adapter is as "
@@ -305,27 +312,25 @@ class Federation:
         self._log(Waiting(self._finished + 1, names, missing, needed, until))
 
     def _refuse(self, name: str, reason: str) -> None:
-        if self._transport.patience is None and self._round > 0:
+        if not self._transport.clients_change and self._round > 0:
             return  # the run is resumed, and its log has the event
         self._log(ClientRefused(self._round, name, reason))
 
     def _update_clients(self, method: Method, state: ServerState) -> ServerState:
-        """Let new clients take part, and those that are gone not; the state for them."""
-        before = {connected.client.name: connected for connected in self.clients}
-        for name in self._failed & before.keys():
+        """Add clients that have joined and drop those that left; returns the state for them."""
+        old_ranks = {connected.client.name: connected.client.rank for connected in self.clients}
+        for name in self._failed & old_ranks.keys():
             self._manager.disconnect(name)
         self._failed = set()
-        connected = self._gather(lambda clients: method.check(state, clients))
-        now = {one.client.name: one for one in connected}
-        for name in sorted(before.keys() - now.keys()):
+        self.clients = self._gather(lambda clients: method.check(state, clients))
+        new_ranks = {connected.client.name: connected.client.rank for connected in self.clients}
+        for name in sorted(old_ranks.keys() - new_ranks.keys()):
             self._log(ClientLeft(self._round, name))
         ranks = dict(state.ranks)
-        for name in sorted(now):
-            rank = now[name].client.rank
-            if name not in before or before[name].client.rank != rank:
+        for name, rank in sorted(new_ranks.items()):
+            if old_ranks.get(name) != rank:
                 self._log(ClientJoined(self._round, name, rank))
-                ranks.pop(name, None)  # what it offers now counts, not what it was given before
-        self.clients = list(now.values())
+                ranks.pop(name, None)  # its new offer replaces what the server allocated
         return self._with_levels(replace(state, ranks=ranks))
 
     def _with_levels(self, state: ServerState) -> ServerState:
@@ -337,11 +342,6 @@ class Federation:
         return replace(state, levels=tuple(sorted({*state.levels, *offered, *self._planned})))
 
 
-Pools = dict[int, PooledMetrics]
-"""Rank (0: the base) -> its metrics over the clients."""
-
-
-def _now(connected: ConnectedClient, state: ServerState) -> Client:
-    """The client at the rank that it has by now."""
+def _at_current_rank(connected: ConnectedClient, state: ServerState) -> Client:
     client = connected.client
     return replace(client, rank=state.ranks.get(client.name, client.rank))

@@ -36,9 +36,9 @@ FIRST_NODE = 1000
 
 
 def worker_threads(count: int, name: str) -> ThreadPoolExecutor:
-    """Threads in which torch uses as many threads as in this one.
+    """A pool in whose threads torch uses as many threads as in this one.
 
-    A new thread would begin with torch's own number of them, not with the one that was set.
+    A new thread would use torch's default number instead of the configured one.
     """
     return ThreadPoolExecutor(count, name, torch.set_num_threads, (torch.get_num_threads(),))
 
@@ -48,11 +48,11 @@ AnswerBatched = Callable[[Sequence[tuple[Message, Context]]], list[Message]]
 
 
 class InProcessGrid(Grid):  # type: ignore[misc]
-    """Nodes that are calls: the oldest message is answered when a reply is pulled.
+    """Every node is a function call: the oldest message is answered when a reply is pulled.
 
-    With ``threads`` messages are answered in so many threads from when they are pushed; replies
-    come in the messages' order all the same. With ``answer_batched`` up to ``clients_per_batch``
-    messages to train are answered at once. `close` waits for what is under way.
+    With several ``threads`` messages are answered as soon as they are pushed, and replies still
+    come in the messages' order. With ``answer_batched`` up to ``clients_per_batch`` messages to
+    train are answered at once.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class InProcessGrid(Grid):  # type: ignore[misc]
         self._pool = worker_threads(threads, "client") if threads > 1 else None
 
     def close(self) -> None:
-        """Begin no further message, wait for those under way."""
+        """Cancel queued messages and wait for those under way."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
@@ -101,20 +101,21 @@ class InProcessGrid(Grid):  # type: ignore[misc]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """The reply to the oldest of these messages, or to a group of them."""
-        wanted = set(message_ids)
-        found = [message_id for message_id in self._waiting if message_id in wanted]
-        if not found:
+        ids = set(message_ids)
+        ids_in_order = [message_id for message_id in self._waiting if message_id in ids]
+        if not ids_in_order:
             return []
+        oldest = ids_in_order[0]
         if self._pool is not None:
-            reply = self._answers.pop(found[0]).result()
-            del self._waiting[found[0]]
+            reply = self._answers.pop(oldest).result()
+            del self._waiting[oldest]
             return [reply]
-        group = [self._waiting[message_id] for message_id in found[: self._clients_per_batch]]
-        if self._answer_batched is not None and all(_trains(message) for message in group):
-            for message_id in found[: self._clients_per_batch]:
+        group = {i: self._waiting[i] for i in ids_in_order[: self._clients_per_batch]}
+        if self._answer_batched is not None and all(map(_is_train_request, group.values())):
+            for message_id in group:
                 del self._waiting[message_id]
-            return self._answer_batch(self._answer_batched, group)
-        return [self._answer(self._waiting.pop(found[0]))]
+            return self._answer_batch(self._answer_batched, list(group.values()))
+        return [self._answer(self._waiting.pop(oldest))]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -155,5 +156,5 @@ class InProcessGrid(Grid):  # type: ignore[misc]
         raise NotImplementedError("create a Message directly")
 
 
-def _trains(message: Message) -> bool:
+def _is_train_request(message: Message) -> bool:
     return bool(message.metadata.message_type == MessageType.TRAIN)

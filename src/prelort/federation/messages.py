@@ -1,4 +1,4 @@
-"""What server and clients say to each other: one header for each kind of message.
+"""The messages between server and clients: one header for each kind.
 
 Compatibility: within one `PROTOCOL` messages may gain optional fields. A receiver ignores a field
 that it does not know, so a newer server works with an older site. A field that changes what a
@@ -27,19 +27,19 @@ FEATURES: frozenset[str] = frozenset()
 """What this version knows of the names in ``TrainRequest.requires``."""
 
 Seconds = Annotated[float, PlainSerializer(lambda value: f"{value:.6e}", when_used="json")]
-"""A time, always as many bytes long, so that equal runs count equal bytes."""
+"""A time with a fixed length in bytes, so that equal runs count equal traffic."""
 
-Measured = Annotated[
+MetricValue = Annotated[
     float | None,
     AfterValidator(lambda value: value if value is not None and isfinite(value) else None),
 ]
-"""What a client has measured; a value that is not finite is None."""
+"""A metric; a value that is not finite is None."""
 
 Factors = Literal["nothing", "A", "A and B"]
 
 
 class Header(BaseModel):
-    """What every message states about the adapter it is about."""
+    """The part that all messages share: which adapter they are about."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -59,7 +59,7 @@ class Header(BaseModel):
 
 
 class ClientProperties(Header):
-    """A client's answer to the server's first message."""
+    """A client's reply to the server's first message."""
 
     client: Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
     examples: Annotated[int, Field(ge=1)]
@@ -68,7 +68,7 @@ class ClientProperties(Header):
 
 
 class Delivery(Header):
-    """How to complete the adapter that came with a request.
+    """How to complete the adapter in a request.
 
     ``rank`` is the adapter's. ``seeded_factors`` are drawn by the client from ``factor_seed``, and
     with ``personal`` B and the modules to save are the client's own from its last round: these do
@@ -85,7 +85,7 @@ class Delivery(Header):
 
 
 class TrainRequest(Delivery):
-    """The server asks a client to train the adapter that came with it.
+    """A request to train the adapter in the message.
 
     All numbers are resolved: the learning rate is this client's.
     """
@@ -119,7 +119,7 @@ class TrainRequest(Delivery):
 
 
 class EvaluateRequest(Delivery):
-    """The server asks a client to measure the adapter that came with it on its test rows."""
+    """A request to measure the adapter in the message on the client's test rows."""
 
     prefixes: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """Ranks of prefixes to measure too (0: the base model with the modules to save)."""
@@ -130,9 +130,9 @@ class EvaluateRequest(Delivery):
 
 
 class EvaluateReply(Header):
-    """What a client measured: metric -> value over its test examples.
+    """A client's measurements: metric -> value over its test examples.
 
-    ``prefixes``: rank -> the same for each prefix that was asked for. ``weight``: the number of
+    ``prefixes``: rank -> the same for each requested prefix. ``weight``: the number of
     tokens (causal) or examples that the loss is a mean over.
     """
 
@@ -140,16 +140,16 @@ class EvaluateReply(Header):
     round: int
     examples: Annotated[int, Field(ge=1)]
     weight: Annotated[int, Field(ge=1)]
-    metrics: dict[str, Measured]
-    prefixes: dict[int, dict[str, Measured]] = Field(default_factory=dict)
+    metrics: dict[str, MetricValue]
+    prefixes: dict[int, dict[str, MetricValue]] = Field(default_factory=dict)
 
 
 class TrainReply(Header):
-    """What a client says with its trained adapter. ``round`` counts from 0."""
+    """A client's statement about the trained adapter in the message. ``round`` counts from 0."""
 
     dtype: Dtype
     change: bool
-    """Whether the adapter is the change of what the client received, and not the trained one."""
+    """Whether the message has the change of the received adapter instead of the trained one."""
     client: str
     round: int
     examples: int
@@ -157,20 +157,20 @@ class TrainReply(Header):
     loss: float
     seconds: Annotated[Seconds, Field(ge=0.0, allow_inf_nan=False)]
     next_rank: Annotated[int, Field(ge=1)] | None = None
-    """The rank that the client offers from now on; None: the one it has."""
-    validation_loss: Measured = None
+    """The rank that the client offers from the next round on; None: no change."""
+    validation_loss: MetricValue = None
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterSpec:
-    """What all sides must share: base model (fingerprint), the adapter's shapes, scale rule."""
+    """What all participants must share: base model (fingerprint), adapter shapes, scale rule."""
 
     base: str
     schema: AdapterSchema
     scale: ScaleRule
 
     def header(self, rank: int) -> Header:
-        """The specification as it stands in every message about an adapter of ``rank``."""
+        """The header of a message about an adapter of ``rank``."""
         return Header(
             base=self.base,
             layers=self.schema.digest(),
@@ -180,7 +180,7 @@ class AdapterSpec:
         )
 
     def check(self, head: Header, rank: int | None = None) -> None:
-        """Raise `UpdateRefused` naming the first thing in which the sender differs."""
+        """Raise `UpdateRefused` for the first value in which the sender differs."""
         if head.base != self.base:
             raise UpdateRefused(
                 f"has another base model: fingerprint {head.base}, expected {self.base}"

@@ -1,4 +1,4 @@
-"""One adapter's metrics over the clients that measured it, each on its own test examples."""
+"""Metrics of one adapter pooled over clients, each of which measured its own test examples."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prelort.metrics import scores
 
 
 class PooledMetrics:
-    """Loss and perplexity as if all test rows lay in one place; other metrics as means.
+    """Loss and perplexity as if all test rows were in one place; other metrics as means.
 
     Accuracy is exact that way too; macro_f1 and rouge_l are means over clients, weighted by their
     examples, which is not the metric of the rows together.

@@ -1,4 +1,4 @@
-"""Handing replies on in a fixed order, whatever the order in which they arrive."""
+"""Passing replies on in a fixed order, in whatever order they arrive."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SKIPPED = object()
 
 
 class ReorderBuffer(Generic[T]):
-    """Calls ``take`` for each item in the order of ``keys``; holds back only what came early.
+    """Calls ``take`` for each item in the order of ``keys``; only early items wait.
 
     Floating-point sums depend on their order, so a fixed order gives the same bits whoever
     answers first.

@@ -1,4 +1,4 @@
-"""Checking a client's reply before anything in it is believed."""
+"""Checks of a client's reply: nothing in it is used before they pass."""
 
 from __future__ import annotations
 
@@ -22,20 +22,19 @@ def checked_update(
     sent: Broadcast,
     may_prune: bool = False,
 ) -> tuple[Update, TrainReply]:
-    """The update in a reply and its header; what it did not train is as it was ``sent``.
+    """The update in a reply and its header; factors that were not trained are as ``sent``.
 
-    Where the reply carries a change, the update is what was ``sent``, in the server's own
-    precision, with that change.
+    A change in a reply is added to what was ``sent``, in the server's own precision.
 
-    Raises `UpdateRefused` with the reason: an error or no answer, another base, layers, scale,
-    rank (unless it ``may_prune``), client, round or type than asked, an impossible number of
-    examples or rank to go on with, or a tensor that is missing, surplus, mis-shaped, mistyped,
-    not finite or absurdly large.
+    Raises `UpdateRefused` with the reason: an error or no reply; another base, layers, scale, rank
+    (unless the client ``may_prune``), client, round or type than requested; an impossible number of
+    examples or next rank; a tensor that is missing, surplus, of a wrong shape or type, not finite
+    or above ``limits.max_abs_value``.
     """
-    content = wire.answered(reply)
+    content = wire.reply_content(reply)
     head = wire.header(content, TrainReply)
-    asked = sent.trainable.rank
-    spec.check(head, None if may_prune and head.rank < asked else asked)
+    rank = sent.trainable.rank
+    spec.check(head, None if may_prune and head.rank < rank else rank)
     if head.client != client.name:
         raise UpdateRefused(f"answers for {head.client!r}")
     if head.round != round_index:
@@ -49,13 +48,13 @@ def checked_update(
         )
     wire.check_dtype(head, limits.wire_dtype)
     base = sent.trainable.prefix(head.rank)
-    kept = wire.of_kinds(base, wire.not_sent_up(sent.trains, sent.personal))
-    adapter, surplus = wire.adapter(content, head, kept)
-    if surplus is not None:
-        raise UpdateRefused("sends a frozen adapter, which nobody asked for")
+    untrained = wire.of_kinds(base, wire.not_sent_up(sent.trains, sent.personal))
+    adapter, frozen = wire.adapter(content, head, untrained)
+    if frozen is not None:
+        raise UpdateRefused("sends a frozen adapter, which was not requested")
     wire.check_adapter(adapter, spec.schema, head.rank, limits.max_abs_value)
-    if head.change:  # itself checked above: it may hide a value behind one of the other sign
-        adapter = with_change(base, adapter, kept)
+    if head.change:  # checked before and after: the sum may hide a huge change
+        adapter = with_change(base, adapter, untrained)
         wire.check_adapter(adapter, spec.schema, head.rank, limits.max_abs_value)
     return Update(client, adapter, head.examples), head
 
@@ -63,12 +62,12 @@ def checked_update(
 def checked_metrics(
     reply: Message, client: Client, finished: int, spec: AdapterSpec, config: Config
 ) -> EvaluateReply:
-    """What a client measured after so many ``finished`` rounds.
+    """A client's measurements after ``finished`` rounds.
 
-    Raises `UpdateRefused` with the reason: an error or no answer, another base, layers, scale,
-    client or round than asked, or an impossible number of examples or tokens.
+    Raises `UpdateRefused` with the reason: an error or no reply; another base, layers, scale,
+    client or round than requested; an impossible number of examples or tokens.
     """
-    head = wire.header(wire.answered(reply), EvaluateReply)
+    head = wire.header(wire.reply_content(reply), EvaluateReply)
     spec.check(head)
     if head.client != client.name:
         raise UpdateRefused(f"answers for {head.client!r}")

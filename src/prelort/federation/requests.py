@@ -1,10 +1,9 @@
-"""What a client is asked: the content of the messages that the server sends."""
+"""The content of the messages that the server sends: requests to train and to evaluate."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from prelort.adapters import LoraAdapter
 from prelort.config import Config
 from prelort.federation import wire
 from prelort.federation.flower import RecordDict
@@ -22,7 +21,7 @@ def train_request(
     *,
     with_validation: bool,
 ) -> RecordDict:
-    """Train what the method broadcasts to this client, and how."""
+    """A request to train what the method broadcasts to this client."""
     objective = method.objective(state, client)
     broadcast = method.broadcast(state, client)
     request = TrainRequest(
@@ -49,7 +48,7 @@ def evaluate_request(
     finished: int,
     prefixes: Sequence[int] = (),
 ) -> RecordDict:
-    """Measure an adapter after ``finished`` rounds, and prefixes of it by rank (0: the base)."""
+    """A request to measure an adapter after ``finished`` rounds, and its prefixes (0: the base)."""
     settings = config.evaluation
     request = EvaluateRequest(
         **dict(_delivery(config, spec, broadcast, finished)),
@@ -61,11 +60,6 @@ def evaluate_request(
     )
     without = wire.not_sent_down(request)
     return wire.pack(request, broadcast.trainable, broadcast.frozen, without=without)
-
-
-def base_as_adapter(initial: LoraAdapter) -> LoraAdapter:
-    """What stands for the untuned base in a message: an adapter of rank 1 whose B is zero."""
-    return initial.prefix(1)
 
 
 def _delivery(

@@ -1,4 +1,4 @@
-"""One round: who is asked, what comes back, what it costs, and the state after it."""
+"""One round: its clients, their replies, its costs, and the state after it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,7 @@ import torch
 
 from prelort.config import Config
 from prelort.errors import PrelortError, QuorumError, UpdateRefused
-from prelort.events import (
-    ClientFailed,
-    ClientFinished,
-    Listener,
-    RoundSeconds,
-    RoundStats,
-)
+from prelort.events import ClientFailed, ClientFinished, Listener, RoundSeconds, RoundStats
 from prelort.federation import wire
 from prelort.federation.flower import Message
 from prelort.federation.messages import AdapterSpec, TrainReply
@@ -31,9 +25,9 @@ from prelort.training.batches import batches_per_round
 class Round:
     """One attempt at a round.
 
-    ``clients`` are asked, each at the rank that it has now. Replies are added to the method's
-    aggregator as they arrive, but in the clients' order, so that the result has the same bits
-    whoever answers first. A reply that cannot be used is left out, with an event.
+    ``clients``: the cohort, each client at its current rank. Replies are aggregated as they arrive,
+    but in the clients' order, so that the result has the same bits whoever replies first. An
+    unusable reply is left out, with an event.
     """
 
     def __init__(
@@ -67,12 +61,12 @@ class Round:
         self.failures: dict[str, str] = {}
         """Client -> why it gave no usable reply."""
 
-    def sent(self, size: int) -> None:
-        """A request of ``size`` bytes goes out."""
+    def count_sent(self, size: int) -> None:
+        """Count a request of ``size`` bytes."""
         self._bytes_down += size
 
     def receive(self, client: Client, reply: Message) -> None:
-        """Check one client's reply and add it, or leave it out with the reason."""
+        """Check one client's reply; aggregate it, or leave it out with the reason."""
         broadcast = self._method.broadcast(self._state, client)
         objective = self._method.objective(self._state, client)
         try:
@@ -113,24 +107,24 @@ class Round:
         self._buffer.put(client.name, update)
 
     def check_quorum(self) -> None:
-        """Raise `QuorumError` where too few replies can be used."""
-        quorum, asked = self._config.federation.quorum, len(self.clients)
-        needed = count_of(quorum, asked)
+        """Raise `QuorumError` if too few replies are usable."""
+        quorum, cohort = self._config.federation.quorum, len(self.clients)
+        needed = count_of(quorum, cohort)
         if len(self._replies) < needed:
             reasons = [f"{name}: {reason}" for name, reason in self.failures.items()]
             raise QuorumError(
-                f"round {self.number} has {len(self._replies)} usable replies of {asked}, but "
+                f"round {self.number} has {len(self._replies)} usable replies of {cohort}, but "
                 f"federation.quorum = {quorum} needs {needed}; the global adapter is as it was "
                 f"after round {self.number - 1} ({'; '.join(reasons[:3])})"
             )
 
     def finish(self, ranks: dict[str, int]) -> tuple[ServerState, RoundStats]:
-        """The state after the round, with these ranks that differ from the clients' own."""
+        """The state after the round; ``ranks`` are those that differ from the clients' own."""
         started = time.monotonic()
         with calling(self._method, "its aggregator's result()"):
-            found = self._aggregator.result()
-        found = expect(self._method, "its aggregator's result()", found, ServerState)
-        after = replace(found, round=self.number, ranks=ranks, levels=self._state.levels)
+            after = self._aggregator.result()
+        after = expect(self._method, "its aggregator's result()", after, ServerState)
+        after = replace(after, round=self.number, ranks=ranks, levels=self._state.levels)
         for name, tensor in after.adapter.tensors().items():
             if not bool(torch.isfinite(tensor).all()):
                 raise PrelortError(
@@ -159,12 +153,12 @@ class Round:
         return after, stats
 
     def offered_ranks(self) -> dict[str, int]:
-        """Client -> the rank that it offers from now on, where it offers another."""
+        """Client -> the rank that it offers from the next round on, if it offers one."""
         offers = {name: head.next_rank for name, head in self._replies.items()}
         return {name: rank for name, rank in offers.items() if rank is not None}
 
     def validation_losses(self) -> dict[str, float]:
-        """Client -> its loss on its validation rows, where it was asked for it."""
+        """Client -> its loss on its validation rows, if it was requested."""
         losses = {name: head.validation_loss for name, head in self._replies.items()}
         return {name: loss for name, loss in losses.items() if loss is not None}
 

@@ -18,13 +18,13 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
 NO_ANSWER = 101
-"""The error code of the reply that stands for a client that did not answer in time."""
+"""The error code in place of a reply that did not arrive in time."""
 NOT_SENT = 102
-"""The error code of the reply that stands for a client that could not be sent anything."""
+"""The error code in place of the reply to a message that could not be sent."""
 PULL_BYTES = 64 * 2**20
-"""How much is pulled at a time, if replies are as large as what was sent; one reply at least."""
+"""Bytes pulled at a time, if replies are as large as the requests; at least one reply."""
 MARGIN_SECONDS = 30.0
-"""How long after its deadline a message that nobody has fetched is thrown away."""
+"""How long after the deadline a message expires that no node has fetched."""
 
 
 class Clock(Protocol):
@@ -53,8 +53,8 @@ class Transport:
 
     ``max_in_flight``: messages under way at a time (None: all at once). ``deadline``: seconds for a
     round trip with all clients; infinite where each client's own time-out is enough. ``patience``:
-    seconds to wait for enough clients; None where no client comes or goes. ``nodes``: how many
-    there will be, where they take a while to start.
+    seconds to wait for enough clients; None where the clients of a run never change. ``nodes``: the
+    number expected, where they take a while to start.
     """
 
     grid: Grid
@@ -64,13 +64,18 @@ class Transport:
     nodes: int = 0
     clock: Clock = time
 
-    def send_and_receive(self, messages: Iterable[Message]) -> Iterator[Message]:
-        """Yield exactly one reply for each message, as they arrive; its source is the node asked.
+    @property
+    def clients_change(self) -> bool:
+        """Whether clients may join and leave during a run."""
+        return self.patience is not None
 
-        A client that does not answer by the deadline is answered for by an error message. Messages
-        are taken from the iterable only when they can go out, so that the server never holds more
-        of them than needed; replies that are ready wait at the SuperLink until those before them
-        have been received, unless they are small.
+    def send_and_receive(self, messages: Iterable[Message]) -> Iterator[Message]:
+        """Yield one reply for each message, as they arrive; its source is the message's receiver.
+
+        A client that does not reply by the deadline gets an error message in place of its reply.
+        Messages are taken from the iterable only when they can be sent, so that the server never
+        holds more of them than needed. Large replies are pulled one by one, the others stay at the
+        SuperLink until then.
         """
         queue = iter(messages)
         sent: dict[str, Sent] = {}
@@ -80,15 +85,15 @@ class Transport:
             if not sent:
                 return
             received = False
-            for ids in portions({message_id: one.size for message_id, one in sent.items()}):
+            for ids in portions_of({message_id: one.size for message_id, one in sent.items()}):
                 replies = deque(self.pull(ids))
                 received |= bool(replies)
                 while replies:
                     reply = replies.popleft()
-                    known = sent.pop(reply.metadata.reply_to_message_id, None)
-                    if known is not None:
-                        yield from_node_asked(known.envelope, reply)
-                    del reply  # or it would stay until the next one is here
+                    request = sent.pop(reply.metadata.reply_to_message_id, None)
+                    if request is not None:
+                        yield as_addressed(request.envelope, reply)
+                    del reply  # or it would stay in memory until the next one arrives
             if not received:
                 self.clock.sleep(POLL_SECONDS)
         late = f"did not answer within {self.deadline:g} s"
@@ -98,8 +103,8 @@ class Transport:
     def push(self, message: Message) -> str | None:
         """Send one message; returns its id, or None where the grid refuses it or is busy.
 
-        One that nobody fetches in time expires: a node that comes back later does not begin with
-        work that nobody waits for any more.
+        A message that is not fetched in time expires, so that a node that returns late does not
+        begin with outdated work.
         """
         if math.isfinite(self.deadline):
             message.metadata.ttl = self.deadline + MARGIN_SECONDS
@@ -119,13 +124,13 @@ class Transport:
         except Exception as error:
             if not is_busy(error):
                 raise
-            log.warning("the SuperLink is busy, its replies are asked for again: %s", error)
+            log.warning("the SuperLink is busy, its replies are pulled again: %s", error)
             return []
 
     def _send(self, queue: Iterator[Message], sent: dict[str, Sent]) -> Iterator[Message]:
         """Push as many messages as may be in flight; yields errors for those that are not sent.
 
-        Only their envelopes are kept: the adapters need not stay in memory until all have answered.
+        Only their envelopes are kept, so that the adapters can be freed.
         """
         while self.max_in_flight is None or len(sent) < self.max_in_flight:
             message = next(queue, None)
@@ -139,7 +144,7 @@ class Transport:
             del message  # before the next one is made
 
 
-def portions(sizes: Mapping[str, int], max_bytes: int = PULL_BYTES) -> list[list[str]]:
+def portions_of(sizes: Mapping[str, int], max_bytes: int = PULL_BYTES) -> list[list[str]]:
     """Message ids in their order, cut so that each part has at most ``max_bytes`` (or one id)."""
     parts: list[list[str]] = []
     room = 0
@@ -152,9 +157,12 @@ def portions(sizes: Mapping[str, int], max_bytes: int = PULL_BYTES) -> list[list
     return parts
 
 
-def from_node_asked(message: Message, reply: Message) -> Message:
-    """A SuperLink answers in its own name for a node that is gone; put the node's name back."""
-    if reply.has_error() and reply.metadata.src_node_id != message.metadata.dst_node_id:
-        return Message(reply.error, reply_to=message)
-    reply.metadata.group_id = message.metadata.group_id  # as asked, whatever the node says
+def as_addressed(request: Message, reply: Message) -> Message:
+    """The reply with the node and the group of its request.
+
+    A SuperLink replies in its own name for a node that is gone, and a node may state any group.
+    """
+    if reply.has_error() and reply.metadata.src_node_id != request.metadata.dst_node_id:
+        return Message(reply.error, reply_to=request)
+    reply.metadata.group_id = request.metadata.group_id
     return reply

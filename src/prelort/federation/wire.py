@@ -1,4 +1,4 @@
-"""Messages as bytes, and the checks before anything in them is believed.
+"""Messages as bytes, and the checks before anything in them is used.
 
 A message is one header (JSON) and, where an adapter travels, one safetensors blob: it carries
 bfloat16 as it is, is read without unpickling, and fails as a whole if a byte of its structure is
@@ -61,14 +61,14 @@ def header(content: RecordDict, kind: type[H]) -> H:
     """The message's header. Raises `UpdateRefused` if it is not of this kind."""
     text = _text(content)
     try:
-        found = kind.model_validate_json(text)
+        head = kind.model_validate_json(text)
     except ValidationError as error:
         _check_protocol(_stated_protocol(text))  # another protocol has other keys
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "header"
         raise UpdateRefused(f"malformed header: {where}: {first['msg']}") from None
-    _check_protocol(found.protocol)
-    return found
+    _check_protocol(head.protocol)
+    return head
 
 
 def adapter(
@@ -90,21 +90,21 @@ def adapter(
             raise UpdateRefused(f"tensor {name!r} is surplus: it is not trained")
         second = {n.removeprefix(_FROZEN): t for n, t in tensors.items() if n.startswith(_FROZEN)}
         first = {name: t for name, t in tensors.items() if not name.startswith(_FROZEN)}
-        found = LoraAdapter.from_tensors(first | dict(known or {}), head.rule)
+        received = LoraAdapter.from_tensors(first | dict(known or {}), head.rule)
         frozen = LoraAdapter.from_tensors(second, head.rule) if second else None
     except (SafetensorError, AdapterError, ValueError, KeyError, RuntimeError) as error:
         raise UpdateRefused(f"adapter cannot be read: {error}") from None
-    return found, frozen
+    return received, frozen
 
 
-def check_dtype(head: TrainReply, asked: Dtype) -> None:
-    """Raise `UpdateRefused` for a reply of another type, or a value where a change was asked."""
-    if head.dtype != asked:
-        raise UpdateRefused(f"answers in {head.dtype}, expected {asked}")
-    if head.change != carries_change(asked):
+def check_dtype(head: TrainReply, expected: Dtype) -> None:
+    """Raise `UpdateRefused` for a reply of another type, or with values in place of a change."""
+    if head.dtype != expected:
+        raise UpdateRefused(f"answers in {head.dtype}, expected {expected}")
+    if head.change != carries_change(expected):
         names = {True: "a change", False: "values"}
         raise UpdateRefused(
-            f"answers with {names[head.change]}, but {asked} carries {names[not head.change]}"
+            f"answers with {names[head.change]}, but {expected} carries {names[not head.change]}"
         )
 
 
@@ -126,32 +126,32 @@ def of_kinds(adapter: LoraAdapter, kinds: Sequence[str]) -> dict[str, Tensor]:
     return {name: t for name, t in adapter.tensors().items() if kind_of(name) in kinds}
 
 
-def check_frozen(found: LoraAdapter, schema: AdapterSchema) -> None:
-    """Raise `UpdateRefused` for a frozen adapter that does not fit or holds no numbers.
+def check_frozen(frozen: LoraAdapter, schema: AdapterSchema) -> None:
+    """Raise `UpdateRefused` for a frozen adapter that does not fit or is not finite.
 
     Its layers may have any rank.
     """
-    for name, factors in found.layers.items():
+    for name, factors in frozen.layers.items():
         shape = (factors.A.shape[1], factors.B.shape[0])
         if name not in schema.layers or shape != schema.layers[name][:2]:
             raise UpdateRefused(f"frozen layer {name!r} of {list(shape)} does not fit the model")
-    if found.modules_to_save:
-        raise UpdateRefused(f"frozen tensor {min(found.modules_to_save)!r} is surplus")
-    for name, tensor in found.tensors().items():
+    if frozen.modules_to_save:
+        raise UpdateRefused(f"frozen tensor {min(frozen.modules_to_save)!r} is surplus")
+    for name, tensor in frozen.tensors().items():
         if not bool(torch.isfinite(tensor).all()):
             raise UpdateRefused(f"frozen tensor {name!r} holds a value that is not finite")
 
 
 def check_adapter(
-    found: LoraAdapter, schema: AdapterSchema, rank: int, max_abs_value: float
+    received: LoraAdapter, schema: AdapterSchema, rank: int, max_abs_value: float
 ) -> None:
-    """Raise `UpdateRefused` for a tensor of a wrong name or shape, or absurd or no numbers."""
+    """Raise `UpdateRefused` for a wrong name or shape, or a value not finite or too large."""
     try:
-        schema.check(found, rank)
+        schema.check(received, rank)
     except AdapterError as error:
         raise UpdateRefused(str(error)) from None
-    for name, tensor in found.tensors().items():
-        # Read once, nothing allocated; what is no number is the smallest and the largest.
+    for name, tensor in received.tensors().items():
+        # One pass without a copy; NaN is both the smallest and the largest value.
         low, high = torch.aminmax(tensor) if tensor.numel() else (torch.zeros(()),) * 2
         largest = max(-float(low), float(high))
         if not math.isfinite(largest):
@@ -163,8 +163,8 @@ def check_adapter(
             )
 
 
-def answered(reply: Message) -> RecordDict:
-    """A reply's content. Raises `UpdateRefused` with the reason where there is none."""
+def reply_content(reply: Message) -> RecordDict:
+    """A reply's content. Raises `UpdateRefused` with the reason for an error reply."""
     if reply.has_error():
         raise UpdateRefused(reply.error.reason or f"failed with error code {reply.error.code}")
     return reply.content
@@ -183,7 +183,7 @@ def _check_protocol(stated: object) -> None:
 
 
 def _stated_protocol(text: str) -> object:
-    """The protocol that a header of unknown keys states; ours where it states none."""
+    """The protocol that a malformed header states; ours if it states none."""
     try:
         values = json.loads(text)
     except (ValueError, RecursionError):
