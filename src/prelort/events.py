@@ -2,8 +2,8 @@
 
 A line is a JSON object with the event's name (``round_started``), its round, its time (UTC) and
 its own fields. Numbers that are not finite are the strings "NaN", "Infinity" and "-Infinity".
-Events with ``logged = False`` say what a run is doing at the moment: listeners get them, the log
-does not.
+Events with ``logged = False`` say what a run is doing at the moment: they go to listeners, not to
+the log.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from prelort.errors import CheckpointError, PrelortError
 
-COMPARED = 1024
-"""Bytes before the end of a log that tell whether it was truncated and written again."""
+TAIL_BYTES = 1024
+"""Bytes at the end of what was read that are compared, to notice a truncated log."""
 
 Metrics = dict[str, float]
 """Metric name -> value (loss in nats, accuracy and macro_f1 in 0..1, rouge_l in 0..100)."""
@@ -48,7 +48,7 @@ class Event:
 
 
 Listener = Callable[[Event], None]
-"""Called with each event of a run; with logged ones after they have been written."""
+"""Called with each event of a run, after a logged one has been written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,7 @@ class RoundFinished(Event):
 
 @dataclass(frozen=True, slots=True)
 class ClientSample:
-    """On how many clients and test examples a value was measured."""
+    """The number of clients and test examples behind a measured value."""
 
     clients: int
     examples: int
@@ -197,7 +197,7 @@ class ClientRefused(Event):
 
 @dataclass(frozen=True, slots=True)
 class ClientJoined(Event):
-    """A client is connected that was not before, or is back with another rank."""
+    """A client has connected, or is back with another rank."""
 
     client: str
     rank: int
@@ -273,7 +273,7 @@ def name_of(kind: type[Event]) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
 
 
-# A class with slots replaces the one that was written down, which is listed too, before it.
+# `dataclass(slots=True)` creates a second class; the original is listed too, before it.
 KINDS: dict[str, type[Event]] = {name_of(kind): kind for kind in Event.__subclasses__()}
 """The kinds of events by name."""
 _ADAPTERS = {name: TypeAdapter(kind) for name, kind in KINDS.items()}
@@ -321,9 +321,9 @@ class EventLog:
                 os.fsync(file.fileno())
 
     def truncate(self, size: int) -> None:
-        """Drop what was written after the first ``size`` bytes: rounds that are run again.
+        """Cut the log to its first ``size`` bytes; the rounds after them are run again.
 
-        Raises `CheckpointError` where the file is shorter, so that events are missing.
+        Raises `CheckpointError` if the file is shorter: events are missing then.
         """
         if self.size < size:
             raise CheckpointError(
@@ -344,10 +344,10 @@ class EventLog:
         return list(self._events(self._bytes()))
 
     def follow(self) -> Iterator[tuple[list[Event], bool]]:
-        """Read the log while it grows: the new events at each step, and whether it was truncated.
+        """Read the log while it grows: at each step the new events, and whether it was truncated.
 
-        After a truncation, by a run that was resumed, they are all its events. An unfinished last
-        line waits for the next step. Raises `PrelortError` as `read`.
+        After a truncation, by a resumed run, all events are new. An unfinished last line waits for
+        the next step. Raises `PrelortError` as `read`.
         """
         position, before, lines = 0, b"", 0
         while True:
@@ -359,7 +359,7 @@ class EventLog:
             new = data[len(before) : data.rfind(b"\n") + 1]
             yield list(self._events(new, lines)), truncated
             position, lines = position + len(new), lines + new.count(b"\n")
-            before = (before + new)[-COMPARED:]
+            before = (before + new)[-TAIL_BYTES:]
 
     def _bytes(self, start: int = 0) -> bytes:
         try:

@@ -1,4 +1,4 @@
-"""The state of a run as its events tell it: the one fold that progress, pages and tables read."""
+"""The state of a run, folded from its events; progress, pages and tables all read this fold."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from prelort.errors import PrelortError
 from prelort.events import (
@@ -82,8 +82,8 @@ class ClientRecord:
 class RunHistory:
     """One run so far: apply its events in their order.
 
-    ``time`` is that of the last event. ``resumed``: the round after which this process went on.
-    ``evaluating``: how far the evaluation under way is.
+    ``time``: of the last event. ``resumed``: the round after which this process continued the run.
+    ``evaluating``: the progress of the evaluation under way.
     """
 
     started: RunStarted | None = None
@@ -97,19 +97,19 @@ class RunHistory:
     """The untuned base model's metrics; empty where they were not measured."""
     clients: dict[str, ClientRecord] = field(default_factory=dict)
     incidents: list[Event] = field(default_factory=list)
-    """What did not go as planned, in order: `prelort.report.incidents` words it."""
+    """What did not go as planned, in order; `prelort.report.incidents` describes it."""
     waiting: Waiting | None = None
     evaluating: Evaluating | None = None
     resumed: int | None = None
     finished: bool = False
     passes: int = 0
-    """Forward passes of a batch in training, each with its backward pass, of all replies."""
+    """Forward and backward passes of a batch in training, of all replies."""
     client_seconds: float = 0.0
-    """Seconds that clients trained, one after the other."""
+    """Training seconds, summed over clients."""
 
     @classmethod
     def of(cls, events: Iterable[Event]) -> RunHistory:
-        """The history that these events tell."""
+        """The history of these events."""
         history = cls()
         for event in events:
             history.apply(event)
@@ -224,19 +224,16 @@ class RunHistory:
         """A row for each round that is done: its replies, loss, bytes and seconds by phase."""
         import pandas as pd
 
-        rows: list[dict[str, Any]] = []
+        rows: list[tuple[float, ...]] = []
         for number, record in sorted(self.rounds.items()):
-            stats = record.stats
-            if stats is not None:
-                measured = (self.evaluations.get(number), self.client_evaluations.get(number))
-                evaluate = sum(event.seconds for event in measured if event is not None)
-                row: dict[str, Any] = {"round": number, "replies": stats.replies}
-                row |= {"failures": stats.failures, "loss": stats.loss}
-                row |= {"bytes_up": stats.bytes_up, "bytes_down": stats.bytes_down}
-                row |= {"train_seconds": stats.seconds.train}
-                row |= {"aggregate_seconds": stats.seconds.aggregate}
-                row |= {"diagnose_seconds": stats.seconds.diagnose, "evaluate_seconds": evaluate}
-                rows.append(row | {"seconds": stats.seconds.total + evaluate})
+            if (stats := record.stats) is not None:
+                events = (self.evaluations.get(number), self.client_evaluations.get(number))
+                evaluate = sum(event.seconds for event in events if event is not None)
+                wall = stats.seconds
+                counts = (number, stats.replies, stats.failures, stats.loss)
+                traffic = (stats.bytes_up, stats.bytes_down)
+                phases = (wall.train, wall.aggregate, wall.diagnose, evaluate)
+                rows.append((*counts, *traffic, *phases, wall.total + evaluate))
         columns = ["round", "replies", "failures", "loss", "bytes_up", "bytes_down"]
         columns += [f"{phase}_seconds" for phase in ("train", "aggregate", "diagnose", "evaluate")]
         return pd.DataFrame(rows, columns=[*columns, "seconds"])

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 
 from prelort.config import Config
-from prelort.experiment.assemble import Encoded, assemble
+from prelort.experiment.assemble import DataCache, assemble
 
 
 def test_the_second_method_has_the_same_rows_and_examples_but_a_model_of_its_own(
     make_config: Callable[..., Config],
 ) -> None:
-    encoded = Encoded()
-    first = assemble(make_config(), encoded=encoded)
-    second = assemble(make_config(method={"name": "zero-padding"}), encoded=encoded)
+    cache = DataCache()
+    first = assemble(make_config(), cache=cache)
+    second = assemble(make_config(method={"name": "zero-padding"}), cache=cache)
     assert second.rows is first.rows
     for one, other in zip(first.clients, second.clients, strict=True):
         assert other.examples is one.examples
@@ -36,14 +36,14 @@ def test_the_second_method_has_the_same_rows_and_examples_but_a_model_of_its_own
 def test_other_rows_or_tokens_are_made_anew(
     make_config: Callable[..., Config], changes: dict[str, Any]
 ) -> None:
-    encoded = Encoded()
+    cache = DataCache()
     config = make_config()
     values = config.model_dump()
     for key, value in changes.items():
         values[key] = values[key] | value if isinstance(value, dict) else value
     other = Config.model_validate(values)
-    before = assemble(config, encoded=encoded)
-    found, alone = assemble(other, encoded=encoded), assemble(other)
+    before = assemble(config, cache=cache)
+    found, alone = assemble(other, cache=cache), assemble(other)
     assert [(s.name, s.rank, s.examples) for s in found.clients] == [
         (s.name, s.rank, s.examples) for s in alone.clients
     ]

@@ -1,4 +1,4 @@
-"""From a configuration to what a run needs: data dealt and encoded, model loaded and adapted."""
+"""Assembling a run from its configuration: data dealt and encoded, model loaded with LoRA."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ NO_EXAMPLE = "no usable example (too short a text, or no assistant turn)"
 
 @dataclass(frozen=True, slots=True)
 class Assembly:
-    """Everything that a run in this process works with."""
+    """Everything that a run in this process needs."""
 
     config: Config
     rows: FederatedRows
@@ -60,43 +60,48 @@ class Assembly:
     """Which ranks change during the run."""
 
 
-class Encoded:
-    """The rows and examples of one configuration, kept for the next run on the same ones.
+class DataCache:
+    """The rows and examples of the last configuration.
 
-    Several methods are compared on the same rows: those are read and tokenised once.
+    Several methods are compared on the same rows, which are then read and tokenised once.
     """
 
     def __init__(self) -> None:
-        self._facts: tuple[object, ...] | None = None
+        self._key: tuple[object, ...] | None = None
         self._rows: FederatedRows
         self._examples: dict[tuple[str, str], Examples] = {}
 
     def rows(self, config: Config) -> FederatedRows:
-        """The rows, read again only where the configuration asks for others."""
+        """The rows, read again only if the configuration has other data."""
         data = (config.data, config.partition, config.ranks, config.evaluation.on)
-        facts = (config.seed, config.task, config.model, *data)
-        if facts != self._facts:
+        key = (config.seed, config.task, config.model, *data)
+        if key != self._key:
             self._rows, self._examples = federated.load(config), {}
-            self._facts = facts
+            self._key = key
         return self._rows
 
-    def examples(self, kind: str, client: str, make: Callable[[], Examples]) -> Examples:
-        """A client's examples of this kind, or those that belong to none."""
+    def examples(self, kind: str, client: str, encode: Callable[[], Examples]) -> Examples:
+        """A client's examples of this kind; ``client`` is empty for those of no client."""
         if (kind, client) not in self._examples:
-            self._examples[kind, client] = make()
+            self._examples[kind, client] = encode()
         return self._examples[kind, client]
 
 
 def assemble(
-    config: Config, folder: Path | None = None, encoded: Encoded | None = None
+    config: Config, folder: Path | None = None, cache: DataCache | None = None
 ) -> Assembly:
-    """Load everything. Raises `ConfigError` for whatever is wrong in configuration or data.
+    """Load everything that a run needs.
 
-    In ``folder`` clients keep what a method leaves with them. What is in ``encoded`` already is
-    not read and tokenised again.
+    Args:
+        config: the resolved configuration.
+        folder: where clients keep personal factors, if the method has any.
+        cache: rows and examples of earlier runs.
+
+    Raises:
+        ConfigError: for whatever is wrong in configuration or data.
     """
-    encoded = encoded or Encoded()
-    rows = encoded.rows(config)
+    cache = cache or DataCache()
+    rows = cache.rows(config)
     for client in rows.clients:
         if len(client.name) > MAX_NAME:
             raise ConfigError(
@@ -112,32 +117,32 @@ def assemble(
     base.check_kind(config.model, task.kind)
     tokenizer = base.load_tokenizer(config.model)
 
-    def encode(some: Any) -> list[Example]:
-        return task.encode(some, tokenizer, config.data, rows.labels)
+    def encode(table: Any) -> list[Example]:
+        return task.encode(table, tokenizer, config.data, rows.labels)
 
     train = {
-        client.name: encoded.examples("train", client.name, partial(encode, client.train))
+        client.name: cache.examples("train", client.name, partial(encode, client.train))
         for client in rows.clients
     }
-    rows = _with_examples(rows, train, config)
+    rows = _without_empty_clients(rows, train, config)
     runtime, initial = prepare_model(config, tokenizer, rank=max(max_rank), labels=rows.labels)
-    initial = started_from(config, initial)
+    initial = start_adapter(config, initial)
 
     def own_test(client: ClientRows) -> Examples:
         if client.test is None:
             return ()
-        return encoded.examples("test", client.name, lambda: encode(client.test))
+        return cache.examples("test", client.name, lambda: encode(client.test))
 
-    def drawn(on: str) -> Examples:
-        examples = encoded.examples(
+    def shared_examples(on: str) -> Examples:
+        examples = cache.examples(
             f"all {on}", "", lambda: _at_most(config, encode(_pooled(rows, on)))
         )
         if not examples:
             raise ConfigError(f"the {on} set has {NO_EXAMPLE}")
         return examples
 
-    shared = drawn("validation") if allocation.by_loss is not None else ()
-    measured_there = config.evaluation.at_clients or trait(find(config.method.name), "personal")
+    validation = shared_examples("validation") if allocation.by_loss is not None else ()
+    at_clients = config.evaluation.at_clients or trait(find(config.method.name), "personal")
     clients = tuple(
         LocalClient(
             name=client.name,
@@ -145,27 +150,27 @@ def assemble(
             examples=train[client.name],
             runtime=runtime,
             max_rank=planned[client.name][1],
-            validation=shared,
-            test=own_test(client) if measured_there else (),
+            validation=validation,
+            test=own_test(client) if at_clients else (),
             personal=PersonalStore(folder / "personal") if folder is not None else None,
         )
         for client in rows.clients
     )
-    if measured_there and not any(client.test for client in clients):
+    if at_clients and not any(client.test for client in clients):
         raise ConfigError(
-            "no client has test rows of its own to measure on: leave data.test out, so that each "
-            "holds out data.test_fraction of its rows, or give it the column that natural clients "
-            "are dealt by"
+            "no client has test rows of its own to measure on: omit data.test, so that each client "
+            "holds out data.test_fraction of its rows, or add the column to it by which natural "
+            "clients are dealt"
         )
-    test = drawn(config.evaluation.on)
+    test = shared_examples(config.evaluation.on)
     template = runtime.model.peft_config[ADAPTER]
     return Assembly(config, rows, clients, test, runtime, tokenizer, initial, template, allocation)
 
 
-def _with_examples(
+def _without_empty_clients(
     rows: FederatedRows, examples: Mapping[str, Examples], config: Config
 ) -> FederatedRows:
-    """The rows of the clients that have an example to train on; a warning names the others.
+    """The rows without clients that have no training example, which a warning names.
 
     Raises `ConfigError` if too few clients are left.
     """
@@ -194,7 +199,7 @@ def preflight(assembly: Assembly) -> Preflight:
 
 
 def planned_ranks(config: Config, rows: FederatedRows) -> tuple[list[int], list[int], Allocation]:
-    """The rank that each client begins with, the largest it may get, and the plan between."""
+    """Each client's first rank, the largest rank it may get, and the allocation of ranks."""
     offered = [client.rank for client in rows.clients]
     names = [client.name for client in rows.clients]
     sizes = [len(client.train) for client in rows.clients]
@@ -208,15 +213,15 @@ def planned_ranks(config: Config, rows: FederatedRows) -> tuple[list[int], list[
         try:
             assigned = ranks.assign(later, sizes, config.seed)
         except ConfigError as error:
-            named = str(error).replace("ranks.mix", f"ranks.schedule.{key}", 1)
-            raise ConfigError(named) from None
+            message = str(error).replace("ranks.mix", f"ranks.schedule.{key}", 1)
+            raise ConfigError(message) from None
         schedule[int(key)] = dict(zip(names, assigned, strict=True))
     allocation = Allocation(schedule, by_loss)
-    everyone = {by_loss.high} if by_loss is not None else set()
+    of_all = {by_loss.high} if by_loss is not None else set()
     if trait(find(config.method.name), "ignores_ranks"):
-        everyone |= {max({*offered, *allocation.levels()})}
+        of_all |= {max({*offered, *allocation.levels()})}
     max_rank = [
-        max({rank, *everyone, *(later[name] for later in schedule.values())})
+        max({rank, *of_all, *(later[name] for later in schedule.values())})
         for name, rank in zip(names, offered, strict=True)
     ]
     return offered, max_rank, allocation
@@ -257,8 +262,8 @@ def prepare_model(
     return runtime, initial
 
 
-def started_from(config: Config, initial: LoraAdapter) -> LoraAdapter:
-    """The initial adapter, or the one that ``lora.start_from`` names, filled up to its ranks.
+def start_adapter(config: Config, initial: LoraAdapter) -> LoraAdapter:
+    """The initial adapter, or that of ``lora.start_from``, filled up to the initial one's ranks.
 
     Raises `ConfigError` for an adapter of other layers, modules or another scale.
     """
@@ -267,14 +272,16 @@ def started_from(config: Config, initial: LoraAdapter) -> LoraAdapter:
     folder = Path(config.lora.start_from)
     ranks = sorted(folder.glob("adapters/rank-*"), key=lambda path: int(path.name[5:]))
     try:
-        found, _ = peft_folder.load(ranks[-1] if ranks else folder)
-        if found.scale != initial.scale:
-            raise AdapterError(f"its scale is {found.scale}, and that of this run {initial.scale}")
-        found = found.prefix(min(found.rank, initial.rank))
-        AdapterSchema.of(initial).check(found, found.rank)
+        adapter, _ = peft_folder.load(ranks[-1] if ranks else folder)
+        if adapter.scale != initial.scale:
+            raise AdapterError(
+                f"its scale is {adapter.scale}, and that of this run {initial.scale}"
+            )
+        adapter = adapter.prefix(min(adapter.rank, initial.rank))
+        AdapterSchema.of(initial).check(adapter, adapter.rank)
     except AdapterError as error:
         raise ConfigError(f"lora.start_from = {config.lora.start_from!r}: {error}") from None
-    return filled(found, initial, config.seed)
+    return filled(adapter, initial, config.seed)
 
 
 def _at_most(config: Config, examples: list[Example]) -> list[Example]:

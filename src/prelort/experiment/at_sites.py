@@ -1,4 +1,4 @@
-"""A run whose data are at real sites: what the server sets up without them, and a site alone."""
+"""A run whose data are at real sites: the server's backend without rows, and a site's client."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from prelort.experiment.assemble import (
     assemble,
     preflight,
     prepare_model,
-    started_from,
+    start_adapter,
 )
 from prelort.experiment.backend import Backend, Connect, Evaluate
 from prelort.experiment.measure import Progress, measure
@@ -50,45 +50,45 @@ def at_sites(grid: Grid) -> Connect:
 
 
 def backend_at_sites(config: Config, grid: Grid) -> Backend:
-    """What the server sets up for a run whose data are at real sites.
+    """The server's backend of a run whose data are at real sites.
 
-    The global adapter has the highest rank of ``ranks.mix``; each site says its own. The server
-    measures where it has rows (``data.test``, or a ``data.source`` that is not "sites" and is dealt
-    to sites of the demonstration); otherwise the sites do, each on its own rows. A server without
-    rows, and without a head to draw, loads no weights.
+    The global adapter has the highest rank of ``ranks.mix``; each site states its own. The server
+    measures if it has rows (``data.test``, or a ``data.source`` other than "sites", which is dealt
+    to the demonstration's sites); otherwise the sites do, each on its own rows. A server without
+    rows or a head to initialise loads no weights.
     """
     planned = ranks.levels(config.ranks.mix)
     if config.ranks.schedule:
         raise ConfigError(
-            "ranks.schedule needs clients that are known beforehand: real sites say their own "
+            "ranks.schedule needs clients that are known beforehand: real sites state their own "
             "ranks, and may offer others"
         )
     if config.data.source != SITES:
         assembly = assemble(config)
-        served = _served(config, assembly.runtime, assembly.initial, assembly.test)
+        server = _with_weights(config, assembly.runtime, assembly.initial, assembly.test)
         labels, initial = assembly.rows.labels, assembly.initial
     else:
-        served = _without_rows(config, max(planned))
+        server = _without_rows(config, max(planned))
         labels = config.data.labels or ()
-        initial = started_from(config, served.initial)
+        initial = start_adapter(config, server.initial)
     federation = config.federation
     by_loss = ByLoss(max(planned), config.ranks.high_share)
     return Backend(
-        spec=served.spec,
+        spec=server.spec,
         initial=initial,
-        template=served.template,
+        template=server.template,
         transport=Transport(grid, deadline=federation.timeout, patience=federation.wait),
         allocation=Allocation({}, by_loss if config.ranks.allocation == "by-loss" else None),
-        evaluate=served.evaluate,
+        evaluate=server.evaluate,
         planned_ranks=planned,
         labels=labels,
     )
 
 
 def own_site(config: Config, name: str, rank: int, folder: Path | None = None) -> LocalClient:
-    """The site ``name`` of this rank, with the rows of ``data.source`` and nobody else's.
+    """The client of the site ``name`` with this rank, on all rows of its own ``data.source``.
 
-    In ``folder`` it keeps what a method leaves with it. Raises `ConfigError`.
+    In ``folder`` it keeps personal factors, if the method has any. Raises `ConfigError`.
     """
     planned = ranks.levels(config.ranks.mix)
     if not 1 <= rank <= max(planned):
@@ -101,10 +101,10 @@ def own_site(config: Config, name: str, rank: int, folder: Path | None = None) -
     labels = config.data.labels or ()
     runtime, initial = prepare_model(config, tokenizer, rank=max(planned), labels=labels)
 
-    def encode(some: Any) -> list[Example]:
-        if some is None:
+    def encode(table: Any) -> list[Example]:
+        if table is None:
             return []
-        return runtime.task.encode(some, tokenizer, config.data, labels)
+        return runtime.task.encode(table, tokenizer, config.data, labels)
 
     examples = encode(rows.train)
     if not examples:
@@ -126,9 +126,9 @@ def own_site(config: Config, name: str, rank: int, folder: Path | None = None) -
 def dealt_site(
     config: Config, index: int, rank: int | None = None, folder: Path | None = None
 ) -> LocalClient:
-    """Client ``index`` of the configured data as a site: for simulations and demonstrations.
+    """Client ``index`` of the configured data as a site, for demonstrations.
 
-    ``rank``: instead of the one that it was dealt. Raises `ConfigError`.
+    ``rank``: instead of the one that it was assigned. Raises `ConfigError`.
     """
     assembly = assemble(config, folder)
     preflight(assembly)
@@ -138,13 +138,13 @@ def dealt_site(
             f"partition = {index} is not allowed: the data are dealt to {len(clients)} clients, "
             "counted from 0"
         )
-    found = clients[index]
-    return found if rank is None else replace(found, rank=rank, max_rank=rank)
+    client = clients[index]
+    return client if rank is None else replace(client, rank=rank, max_rank=rank)
 
 
 @dataclass(frozen=True, slots=True)
-class _Served:
-    """What the server can say by itself."""
+class _ServerModel:
+    """What the server knows of the model by itself."""
 
     spec: AdapterSpec
     initial: LoraAdapter
@@ -152,8 +152,8 @@ class _Served:
     evaluate: Evaluate | None = None
 
 
-def _without_rows(config: Config, rank: int) -> _Served:
-    """The server's part: a model where it has rows to measure on or a head, else its shapes."""
+def _without_rows(config: Config, rank: int) -> _ServerModel:
+    """The model with weights if the server has test rows or a head, else its shapes alone."""
     labels = config.data.labels or ()
     classes = config.task == "classification"
     if classes and not labels:
@@ -169,23 +169,23 @@ def _without_rows(config: Config, rank: int) -> _Served:
     if config.data.test is not None:
         rows = federated.load_test(config)
         examples = runtime.task.encode(rows, tokenizer, config.data, labels)
-    return _served(config, runtime, initial, examples)
+    return _with_weights(config, runtime, initial, examples)
 
 
-def _served(
-    config: Config, work: ClientRuntime, initial: LoraAdapter, examples: Sequence[Example]
-) -> _Served:
-    template: LoraConfig = work.model.peft_config[ADAPTER]
+def _with_weights(
+    config: Config, runtime: ClientRuntime, initial: LoraAdapter, examples: Sequence[Example]
+) -> _ServerModel:
+    template: LoraConfig = runtime.model.peft_config[ADAPTER]
     if not examples:
-        return _Served(work.spec, initial, template)
+        return _ServerModel(runtime.spec, initial, template)
 
     def evaluate(adapters: Mapping[int, LoraAdapter], progress: Progress) -> dict[int, Metrics]:
-        return measure(config, [work], examples, adapters, progress)
+        return measure(config, [runtime], examples, adapters, progress)
 
-    return _Served(work.spec, initial, template, evaluate)
+    return _ServerModel(runtime.spec, initial, template, evaluate)
 
 
-def _without_weights(config: Config, rank: int) -> _Served:
+def _without_weights(config: Config, rank: int) -> _ServerModel:
     """The adapter specification and the initial adapter from the model's configuration alone."""
     task = tasks.get(config.task)
     plain = config.model.model_copy(update={"quantization": "none"})  # the shapes are the same
@@ -193,4 +193,4 @@ def _without_weights(config: Config, rank: int) -> _Served:
     scale = ScaleRule(config.lora.scale_rule, config.lora.scale)
     initial = fresh(shapes(model, scale), config.seed)
     spec = AdapterSpec(base.fingerprint(config.model), AdapterSchema.of(initial), scale)
-    return _Served(spec, initial, model.peft_config[ADAPTER])
+    return _ServerModel(spec, initial, model.peft_config[ADAPTER])

@@ -1,4 +1,4 @@
-"""Where a run takes place: what is known before its rounds, and how its clients are reached."""
+"""Where a run takes place: what it needs before its rounds, and a transport to its clients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prelort.adapters import LoraAdapter
 from prelort.config import Config
 from prelort.data.federated import FederatedRows
 from prelort.events import Metrics
-from prelort.experiment.assemble import Assembly, Encoded, assemble, preflight
+from prelort.experiment.assemble import Assembly, DataCache, assemble, preflight
 from prelort.experiment.exported import check_adapters
 from prelort.experiment.measure import Progress, measure
 from prelort.experiment.workers import RuntimePool, default_threads, replica
@@ -61,7 +61,7 @@ Connect = Callable[[Config, Path], AbstractContextManager[Backend]]
 
 
 class InProcess:
-    """All clients in this process, with what several runs have in common read only once.
+    """All clients in this process; runs on the same data share what was read and tokenised.
 
     ``parallel``: how many clients train at a time, in threads; by default as many as suits model
     and configuration, and ``max_parallel`` at most. Neither changes the results.
@@ -70,12 +70,12 @@ class InProcess:
     def __init__(self, parallel: int | None = None, max_parallel: int | None = None) -> None:
         self._parallel = parallel
         self._max = max_parallel
-        self._encoded = Encoded()
+        self._cache = DataCache()
 
     @contextmanager
     def __call__(self, config: Config, folder: Path) -> Iterator[Backend]:
         """The backend of one run: its clients in threads, or several in one batch."""
-        assembly = assemble(config, folder, self._encoded)
+        assembly = assemble(config, folder, self._cache)
         preflight(assembly)
         runtime, clients = assembly.runtime, assembly.clients
         batched = clients_per_batch(config, runtime.model.device, len(clients))
@@ -107,12 +107,12 @@ class InProcess:
         try:
             yield with_all_data(assembly, Transport(grid, in_flight), runtimes)
         finally:
-            ended.set()  # clients that still train need not go on
+            ended.set()  # cancels clients that still train
             grid.close()
 
 
 def clients_per_batch(config: Config, device: torch.device, clients: int) -> int:
-    """How many of the clients are trained in one batch: "auto" is one on a CPU, all on a GPU.
+    """The number of clients to train in one batch: "auto" is one on a CPU, all on a GPU.
 
     Where a GPU's memory does not suffice they are trained in halves.
     """

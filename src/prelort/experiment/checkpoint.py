@@ -24,13 +24,13 @@ from prelort.files import remove_folder, replace_folder
 from prelort.methods.interface import ServerState
 
 FORMAT = 1
-KEPT = 2
+MAX_CHECKPOINTS = 2
 _ADAPTER, _MEMORY = "adapter:", "memory:"
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A server state, and what is needed to go on from it."""
+    """A server state, and what else a run needs to continue from it."""
 
     state: ServerState
     seed: int
@@ -41,7 +41,7 @@ class Checkpoint:
 
 
 def save(checkpoint: Checkpoint, folder: Path) -> Path:
-    """Write a checkpoint under its round's number and drop all but the last two."""
+    """Write a checkpoint under its round's number and delete all but the last two."""
     state = checkpoint.state
     tensors: dict[str, torch.Tensor] = {}
     # Copies: safetensors refuses tensors that share memory, as an adapter and its last one may.
@@ -69,7 +69,7 @@ def save(checkpoint: Checkpoint, folder: Path) -> Path:
 
     path = folder / f"{state.round:05d}"
     replace_folder(path, fill)
-    for old in _existing(folder)[:-KEPT]:
+    for old in _existing(folder)[:-MAX_CHECKPOINTS]:
         remove_folder(old)
     return path
 
@@ -77,22 +77,22 @@ def save(checkpoint: Checkpoint, folder: Path) -> Path:
 def load_latest(folder: Path, base: str) -> Checkpoint | None:
     """The newest whole checkpoint, None if there never was one.
 
-    A damaged one is passed over with a warning that says so. Raises `CheckpointError` if all are
+    A damaged one is skipped with a warning. Raises `CheckpointError` if all are
     damaged, or if the run was trained on another base model.
     """
     existing = _existing(folder)
     for path in reversed(existing):
         try:
-            found = load(path)
+            checkpoint = load(path)
         except CheckpointError as error:
             warnings.warn(f"{error}; falling back to the checkpoint before it", stacklevel=2)
             continue
-        if found.base != base:
+        if checkpoint.base != base:
             raise CheckpointError(
-                f"{str(path)!r} was trained on another base model: fingerprint {found.base}, "
+                f"{str(path)!r} was trained on another base model: fingerprint {checkpoint.base}, "
                 f"but model.name now has {base}"
             )
-        return found
+        return checkpoint
     if existing:
         raise CheckpointError(f"all checkpoints in {str(folder)!r} are damaged")
     return None
@@ -133,7 +133,7 @@ def _existing(folder: Path) -> list[Path]:
 
 
 def _digest(facts: dict[str, Any], data: bytes) -> str:
-    """Of everything in a checkpoint: a flipped bit anywhere is found."""
+    """The hash of everything in a checkpoint, so that any flipped bit is noticed."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode() + data).hexdigest()
 
 

@@ -35,22 +35,22 @@ def evaluate(
         adapters |= global_adapters(config, method, state)
     samples = None
     if backend.evaluate is not None:
-        measured = backend.evaluate(
+        metrics = backend.evaluate(
             adapters, lambda done, total: log(Evaluating(state.round, done, total))
         )
     else:
         pools = federation.evaluate(state, adapters)
         samples = {r: ClientSample(pool.clients, pool.examples) for r, pool in pools.items()}
-        measured = {rank: pool.metrics() for rank, pool in pools.items() if pool.clients}
-    base = measured.pop(0, None)
+        metrics = {rank: pool.metrics() for rank, pool in pools.items() if pool.clients}
+    base = metrics.pop(0, None)
     seconds = time.monotonic() - started
-    return Evaluated(state.round, measured, seconds, base=base, samples=samples)
+    return Evaluated(state.round, metrics, seconds, base=base, samples=samples)
 
 
 def global_adapters(config: Config, method: Method, state: ServerState) -> dict[int, LoraAdapter]:
-    """The global adapters to measure and to export: one for each rank, by that rank.
+    """Rank -> the global adapter to measure and to export at that rank.
 
-    Where the method keeps more than the highest level holds, that whole is one of them.
+    A method whose adapter exceeds the highest level has the whole adapter among them.
     """
     whole = method.global_adapter(state)
     ranks = _ranks(config, state.levels)

@@ -33,7 +33,7 @@ from prelort.history import RunHistory
 LIBRARIES = ("prelort", "torch", "transformers", "peft", "datasets", "flwr", "safetensors", "numpy")
 
 GLANCE_SECONDS = 0.2
-"""A lock that is held for less may be `is_running` looking at it."""
+"""`is_running` may hold a lock for an instant: wait for that long."""
 
 _LEFTOVERS = (".versions.json.tmp", ".config.toml.tmp", ".study.toml.tmp", ".lock")
 _BEFORE_THE_ROUNDS = (
@@ -86,7 +86,7 @@ class RunFolder:
         write_atomically(self.config_file, configuration.to_toml(config).encode())
 
     def check_free(self) -> None:
-        """Raise `ConfigError` if something is there that a new run must not touch."""
+        """Raise `ConfigError` if the folder holds something that a new run must not touch."""
         if self.path.is_file():
             raise ConfigError(f"{str(self.path)!r} is a file: choose another --out")
         if is_taken(self.path):
@@ -97,7 +97,7 @@ class RunFolder:
             )
 
     def discard(self) -> None:
-        """Take back what `create` and a run refused before its first checkpoint have written."""
+        """Delete what `create` and the run have written, unless there is a checkpoint."""
         if self.checkpoints.exists():
             return
         self.unlock()
@@ -112,7 +112,7 @@ class RunFolder:
             (self.path / name).unlink(missing_ok=True)
 
     def read_config(self) -> Config:
-        """The configuration of the run that is there. Raises `ConfigError` if there is none."""
+        """The configuration of the run in the folder. Raises `ConfigError` if there is none."""
         if not self.config_file.is_file():
             runs = sorted(repr(str(file.parent)) for file in self.path.rglob("config.toml"))
             advice = f"; name one of its runs: {', '.join(runs)}" if runs else ""
@@ -120,9 +120,9 @@ class RunFolder:
         return configuration.load(self.config_file)
 
     def lock(self, seconds: float = 0.0) -> None:
-        """Take the folder for this process.
+        """Lock the folder for this process.
 
-        Raises `ConfigError` if another one has it and keeps it for ``seconds``.
+        Raises `ConfigError` if another process still holds it after ``seconds``.
         """
         try:
             self._lock.acquire(timeout=max(seconds, GLANCE_SECONDS))
@@ -136,7 +136,7 @@ class RunFolder:
             ) from None
 
     def unlock(self) -> None:
-        """Let another process have it."""
+        """Release the folder for other processes."""
         self._lock.release()
 
     @property
@@ -145,7 +145,7 @@ class RunFolder:
         return EventLog(self.metrics_file)
 
     def history(self) -> RunHistory:
-        """What the log tells so far. Raises `PrelortError` for a damaged one."""
+        """The history of the logged events. Raises `PrelortError` for a damaged log."""
         return RunHistory.of(self.events.read())
 
 
@@ -162,10 +162,10 @@ def is_running(path: Path) -> bool:
 
 
 def is_taken(path: Path) -> bool:
-    """Whether something is there that a new run must not touch.
+    """Whether a path holds something that a new run must not touch.
 
-    What a run leaves that was killed before its first checkpoint does not count. It has written the
-    versions first: a configuration alone is somebody's own.
+    What a run has left that was killed before its first checkpoint does not count. Such a run has
+    written the versions first; a configuration without them is the user's own file.
     """
     if path.is_dir():
         left = {child.name for child in path.iterdir()}.difference(_LEFTOVERS)
@@ -174,7 +174,7 @@ def is_taken(path: Path) -> bool:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a result may depend on."""
+    """Versions of the libraries and the machine that a result may depend on."""
     found = {"python": platform.python_version(), "machine": platform.machine()}
     for library in LIBRARIES:
         try:

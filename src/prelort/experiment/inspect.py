@@ -1,4 +1,4 @@
-"""What can be done with a finished run: measure its adapter again, export a prefix of it."""
+"""Measuring the adapter of a run again, and exporting a prefix of it."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from prelort.errors import CheckpointError, ConfigError
 from prelort.events import Evaluated
 from prelort.experiment import checkpoint, exported
 from prelort.experiment.assemble import assemble, prepare_model
-from prelort.experiment.checkpoint import Checkpoint
 from prelort.experiment.deterministic import deterministic
 from prelort.experiment.evaluation import check_ranks, global_adapters
 from prelort.experiment.folder import RunFolder, is_taken
 from prelort.experiment.measure import Progress, measure
+from prelort.methods.interface import ServerState
 from prelort.models import base
 from prelort.models.lora import ADAPTER, install
 from prelort.tasks import labels
 
-MEASURING = ("data", "evaluation", "model", "threads")
-"""What may differ in the configuration when a run is measured again."""
+EVALUATION_SECTIONS = ("data", "evaluation", "model", "threads")
+"""Parts of the configuration that may differ when a run is measured again."""
 
 
 def evaluate_run(
@@ -35,17 +35,17 @@ def evaluate_run(
 ) -> Evaluated:
     """Measure a run's newest adapter and the untuned base again, with the run's threads.
 
-    ``overrides`` change the configuration. Raises `ConfigError` where they change what the run has
-    trained, and not just how it is measured.
+    ``overrides`` change the configuration. Raises `ConfigError` if they change more than how the
+    run is measured.
     """
     folder = RunFolder(path)
     trained = folder.read_config()
     config = configuration.load(folder.config_file, overrides)
     for key in configuration.differences(trained, config):
-        if key.split(".")[0] not in MEASURING:
+        if key.split(".")[0] not in EVALUATION_SECTIONS:
             raise ConfigError(
-                f"{key} cannot differ from the run's own: only {', '.join(MEASURING)} say how it "
-                "is measured"
+                f"{key} cannot differ from the run's own: only keys of "
+                f"{', '.join(EVALUATION_SECTIONS)} can, which say how it is measured"
             )
     config = _with_labels(config, path)
     with deterministic(config.threads):
@@ -54,18 +54,17 @@ def evaluate_run(
 
 def _evaluated(config: Config, folder: RunFolder, progress: Progress | None) -> Evaluated:
     assembly = assemble(config)
-    found = _newest(folder, assembly.runtime.spec.base)
+    state = _newest_state(folder, assembly.runtime.spec.base)
     check_ranks(config, assembly.initial.rank)
     method = methods.build(config.method, config.seed)
     if methods.trait(method, "personal"):
         raise ConfigError(f"method {config.method.name!r} leaves no global model to measure")
-    work, test = assembly.runtime, assembly.test
     started = time.monotonic()
-    adapters = {0: assembly.initial, **global_adapters(config, method, found.state)}
-    measured = measure(config, [work], test, adapters, progress)
-    untuned = measured.pop(0)
+    adapters = {0: assembly.initial, **global_adapters(config, method, state)}
+    metrics = measure(config, [assembly.runtime], assembly.test, adapters, progress)
+    untuned = metrics.pop(0)
     seconds = time.monotonic() - started
-    return Evaluated(found.state.round, measured, seconds, base=untuned)
+    return Evaluated(state.round, metrics, seconds, base=untuned)
 
 
 def export_run(
@@ -79,27 +78,27 @@ def export_run(
 ) -> Path:
     """Write the adapter cut to ``rank`` to ``out``: a PEFT folder, or a whole merged model.
 
-    ``base_name``: where the PEFT folder says that its base is, instead of where it was here.
-    ``dtype``: of a merged model; default: the base's. What was written is loaded again and its
-    logits compared. Raises `ConfigError` for a rank that the adapter does not have, an ``out`` that
-    is not empty and a quantised base to merge into, `AdapterError` where the logits differ.
+    ``base_name``: the base model that the PEFT folder names, instead of the path used here.
+    ``dtype``: of a merged model; default: the base's. The result is loaded again and its logits
+    compared. Raises `ConfigError` for a rank that the adapter does not have, an ``out`` that is not
+    empty and a quantised base to merge into, `AdapterError` if the logits differ.
     """
     folder = RunFolder(path)
     config = _with_labels(folder.read_config(), path)
     if is_taken(out):
         raise ConfigError(f"{str(out)!r} exists and is not empty: choose another --out")
-    found = _newest(folder, base.fingerprint(config.model))
+    state = _newest_state(folder, base.fingerprint(config.model))
     method = methods.build(config.method, config.seed)
     if methods.trait(method, "personal"):
         raise ConfigError(f"method {config.method.name!r} leaves no global model to export")
-    max_rank = method.global_adapter(found.state).rank
+    max_rank = method.global_adapter(state).rank
     rank = max_rank if rank is None else rank
     if not 1 <= rank <= max_rank:
         raise ConfigError(f"--rank {rank} is not allowed: the adapter has ranks 1 to {max_rank}")
     tokenizer = base.load_tokenizer(config.model)
     names = config.data.labels or ()
-    runtime, _ = prepare_model(config, tokenizer, rank=found.state.adapter.rank, labels=names)
-    adapter = method.global_adapter(found.state, rank)
+    runtime, _ = prepare_model(config, tokenizer, rank=state.adapter.rank, labels=names)
+    adapter = method.global_adapter(state, rank)
     if not merge:
         template = runtime.model.peft_config[ADAPTER]
         if base_name is not None:
@@ -124,13 +123,13 @@ def export_run(
 
 
 def _with_labels(config: Config, path: Path) -> Config:
-    """The configuration with the classes that were trained, whichever other data have."""
+    """The configuration with the class names of the run, whatever its data have now."""
     names = labels.read(path) or config.data.labels
     return config.model_copy(update={"data": config.data.model_copy(update={"labels": names})})
 
 
-def _newest(folder: RunFolder, base_fingerprint: str) -> Checkpoint:
-    found = checkpoint.load_latest(folder.checkpoints, base_fingerprint)
-    if found is None:
+def _newest_state(folder: RunFolder, base_fingerprint: str) -> ServerState:
+    newest = checkpoint.load_latest(folder.checkpoints, base_fingerprint)
+    if newest is None:
         raise CheckpointError(f"{str(folder.path)!r} has no checkpoint yet")
-    return found
+    return newest.state

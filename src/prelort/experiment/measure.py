@@ -50,7 +50,7 @@ def measure(
     if at_once is None:
         at_once = ranks_at_once(runtime.model.device)
     if at_once > 1:
-        install(runtime.model, next(iter(adapters.values())))  # what was folded in is taken out
+        install(runtime.model, next(iter(adapters.values())))  # removes a folded adapter
         if stackable(runtime.model):
             stack = AdapterStack(runtime.model, runtime.truncation, list(adapters.values()))
             with stack.installed():
@@ -58,7 +58,7 @@ def measure(
                     runtime, examples, list(adapters), _stacked(stack, adapters), settings,
                     progress=progress, at_once=at_once,
                 )  # fmt: skip
-    progress_of = _total(progress, len(adapters))
+    progress_of = _partial_progress(progress, len(adapters))
     pool = RuntimePool(runtimes)
 
     def at_rank(rank: int) -> dict[int, Metrics]:
@@ -98,8 +98,8 @@ def _stacked(stack: AdapterStack, adapters: Mapping[int, LoraAdapter]) -> AtRank
     return at_ranks
 
 
-def _total(progress: Progress | None, parts: int) -> Callable[[int], Progress]:
-    """The progress of the whole, from that of its equal parts."""
+def _partial_progress(progress: Progress | None, parts: int) -> Callable[[int], Progress]:
+    """A function from the index of one of several equal parts to its share of ``progress``."""
     done: dict[int, int] = {}
     lock = threading.Lock()
 

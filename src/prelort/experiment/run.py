@@ -1,4 +1,4 @@
-"""One run from beginning to end, in a folder, that can be stopped at any moment and resumed."""
+"""One run in its folder, from beginning to end; it can be stopped at any moment and resumed."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class RunResult:
-    """What a finished run leaves: its folder, the global adapter, and what was measured."""
+    """The result of a finished run: its folder, the global adapter, and its history."""
 
     path: Path
     adapter: LoraAdapter
@@ -105,7 +105,7 @@ def run(
         backend: where the run takes place; by default in this process.
         track: names of experiment trackers (`prelort.report.trackers`). None of them can stop a
             run that has begun.
-        patience: seconds to wait for another process to leave the folder.
+        patience: seconds to wait while another process uses the folder.
 
     Raises:
         ConfigError: before any training, naming what is wrong; a new run then leaves nothing.
@@ -134,7 +134,7 @@ def run(
 
 
 def train(config: Config, folder: RunFolder, backend: Backend, log: RunLog) -> RunResult:
-    """The rounds of a run, from the last checkpoint in ``folder`` or from the beginning."""
+    """Train the rounds of a run, from the last checkpoint in ``folder`` or from the beginning."""
     method = methods.build(config.method, config.seed)
     federation = Federation(
         config,
@@ -160,7 +160,7 @@ def train(config: Config, folder: RunFolder, backend: Backend, log: RunLog) -> R
             _save(state, config, folder, backend, log)
         else:
             started = log.history.started
-            if started is not None and started.rounds != rounds:  # it goes on for longer
+            if started is not None and started.rounds != rounds:  # it is extended
                 log(replace(started, rounds=rounds))
             log(RunResumed(state.round))
         for server_round in range(state.round + 1, rounds + 1):
@@ -179,7 +179,7 @@ def train(config: Config, folder: RunFolder, backend: Backend, log: RunLog) -> R
 
 
 class RunLog:
-    """Takes the run's events: writes them, adds them to the history, tells the listeners."""
+    """Writes the run's events, adds them to the history and passes them to the listeners."""
 
     def __init__(self, folder: RunFolder, listeners: Sequence[Listener]) -> None:
         self.file = folder.events
@@ -187,7 +187,7 @@ class RunLog:
         self._listeners = listeners
 
     def __call__(self, event: Event) -> None:
-        """Take one event."""
+        """Record one event."""
         if event.logged:
             self.file.append(event)
         self.history.apply(event)
@@ -195,9 +195,9 @@ class RunLog:
             listener(event)
 
     def restore(self, size: int) -> None:
-        """Keep the events of the first ``size`` bytes, which the checkpoint has seen.
+        """Cut the log to the first ``size`` bytes, which precede the checkpoint.
 
-        Listeners are told how the run started.
+        Listeners get the event of the run's start again.
         """
         self.file.truncate(size)
         self.history = RunHistory.of(self.file.read())
@@ -233,22 +233,22 @@ def _evaluation_due(config: Config, server_round: int) -> bool:
 
 def _last_state(config: Config, folder: RunFolder, backend: Backend, log: RunLog) -> ServerState:
     """The last checkpoint's state, with the log as it was then; or the initial state."""
-    found = checkpoint.load_latest(folder.checkpoints, backend.spec.base)
-    if found is None or found.state.round == 0:
-        log.restore(0)  # what comes before the first round is done again: it costs little
-        return ServerState(backend.initial) if found is None else found.state
-    if found.seed != config.seed:
+    last = checkpoint.load_latest(folder.checkpoints, backend.spec.base)
+    if last is None or last.state.round == 0:
+        log.restore(0)  # the evaluation before the first round is repeated
+        return ServerState(backend.initial) if last is None else last.state
+    if last.seed != config.seed:
         raise CheckpointError(
-            f"{str(folder.checkpoints)!r} has seed {found.seed}, not {config.seed}"
+            f"{str(folder.checkpoints)!r} has seed {last.seed}, not {config.seed}"
         )
-    log.restore(found.metrics_bytes)
-    return found.state
+    log.restore(last.metrics_bytes)
+    return last.state
 
 
 def _save(
     state: ServerState, config: Config, folder: RunFolder, backend: Backend, log: RunLog
 ) -> None:
-    """Write a checkpoint: the log ends where it says, so that a resumed run repeats no line."""
+    """Write a checkpoint with the length of the log, so that a resumed run repeats no line."""
     log.file.sync()
     checkpoint.save(
         Checkpoint(state, config.seed, backend.spec.base, log.file.size), folder.checkpoints
@@ -258,7 +258,7 @@ def _save(
 
 @contextmanager
 def _claimed(folder: RunFolder, config: Config, *, resume: bool, patience: float) -> Iterator[None]:
-    """The folder for this process alone; a new run that is refused leaves nothing behind."""
+    """Lock the folder for this process; a new run that is refused leaves nothing behind."""
     if resume:
         old = folder.read_config()
         _check_same(old, config, folder.path)

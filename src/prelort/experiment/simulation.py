@@ -1,7 +1,7 @@
 """A run on Flower's simulation: clients are trained by Ray's workers, several at a time.
 
-The same configuration, server and client as in this process, and the same adapters, at the price
-of Ray's overhead: of use where one machine has more cores or GPUs than one client can fill.
+Configuration, server, client and adapters are the same as in one process. Ray has its overhead, and
+pays where a machine has more cores or GPUs than one client can use.
 """
 
 from __future__ import annotations

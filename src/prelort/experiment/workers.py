@@ -1,10 +1,9 @@
 """Several threads of one process that train clients side by side, each with a model of its own.
 
-On a CPU this pays: one client leaves cores idle within and between its operations. Not so for tiny
-batches, most of whose time is Python's, which runs in one thread at a time. A thread's model shares
-the base's weights with all others, so that a further one costs the memory of one client's training.
-Each client's numbers are those that it would have alone, bit for bit, with dropout too
-(`training.dropout`).
+On a CPU this pays, since one client leaves cores idle within and between its operations; with tiny
+batches it does not, since most of their time is Python's, which runs in one thread at a time. The
+models share the base's weights, so another thread costs the memory of one client's training. Each
+client gets the same bits as it would alone, also with dropout (`training.dropout`).
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from prelort.config import Config
 from prelort.federation.client import ClientRuntime
 
 LEAST_WORK = 2**15
-"""Numbers in a batch's hidden states from which on a thread of its own pays."""
+"""Minimum size of a batch's hidden states for which several threads pay."""
 
 
 def default_threads(config: Config, model: nn.Module) -> int:
@@ -40,7 +39,7 @@ def default_threads(config: Config, model: nn.Module) -> int:
 
 
 def replica(runtime: ClientRuntime) -> ClientRuntime:
-    """The same with a model of its own that shares the base's weights."""
+    """The runtime with a model of its own that shares the base's weights."""
     shared = {id(p): p for p in runtime.model.parameters() if not p.requires_grad}
     # Both at once: the truncation's hooks in the copied model must be the copied truncation's.
     model, truncation = copy.deepcopy((runtime.model, runtime.truncation), shared)
@@ -48,7 +47,7 @@ def replica(runtime: ClientRuntime) -> ClientRuntime:
 
 
 class RuntimePool:
-    """Runtimes of which each is used by one thread at a time."""
+    """Runtimes, each used by one thread at a time."""
 
     def __init__(self, runtimes: Sequence[ClientRuntime]) -> None:
         self._free: SimpleQueue[ClientRuntime] = SimpleQueue()
