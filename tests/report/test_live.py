@@ -149,7 +149,7 @@ class TestLines:
     def test_of_a_study_name_each_cell_and_the_time_left(self) -> None:
         out, clock = console(width=200), Clock()
         with Display(out, 4, clock=clock) as display:
-            display.kept(1)
+            display.skipped(1)
             display.started("a")
             events = run_events(rounds=1)
             for event in events:
@@ -299,7 +299,7 @@ class TestFiguresOfAHistory:
     def test_a_studys_pace_is_that_of_this_process(self) -> None:
         clock = Clock()
         display = Display(console(), 4, clock=clock)
-        display.kept(2)
+        display.skipped(2)
         display.started("a")
         started, *rest = run_events(rounds=10, stop=8)
         for event in (started, RunResumed(6, time=START), *(e for e in rest if e.round > 6)):

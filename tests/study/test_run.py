@@ -27,7 +27,7 @@ from prelort.report.results import Results
 from prelort.study.definition import Study, load, of_run
 from prelort.study.results import logs_of, wait_for
 from prelort.study.run import StudyListener, run_study
-from prelort.study.worker import Order, Worker
+from prelort.study.worker import Job, Worker
 from run_files import adapters_of
 
 METHODS = ["prelort", "zero-padding", "mean", "fedit"]
@@ -55,7 +55,7 @@ class Record(StudyListener):
     reasons: dict[str, str] = field(default_factory=dict)
     rounds: dict[str, list[int]] = field(default_factory=dict)
 
-    def kept(self, cells: int) -> None:
+    def skipped(self, cells: int) -> None:
         self.kept_cells = cells
 
     def started(self, name: str) -> None:
@@ -407,7 +407,7 @@ class TestSideBySide:
         children: list[set[int]] = []
         try:
             for cell in study.cells:
-                order = Order(cell.config, tmp_path / "out" / cell.folder)
+                order = Job(cell.config, tmp_path / "out" / cell.folder)
                 reasons.append(worker.run(order, lambda event: None))
                 children.append({p.pid for p in psutil.Process().children() if p.is_running()})
         finally:

@@ -1,4 +1,4 @@
-"""Runs while they go on: a live display on a terminal, lines elsewhere.
+"""The progress of runs: a live display on a terminal, lines elsewhere.
 
 The same display follows the runs of this process and, from their logs, those of another one.
 """
@@ -36,18 +36,18 @@ from prelort.report.incidents import lines
 from prelort.report.status import details, elapsed, share_done, summary
 
 TICK_SECONDS = 0.25
-"""Time between two drawings of the display."""
+"""Time between two updates of the display."""
 POLL_SECONDS = 0.5
-"""Time between two looks at the logs."""
+"""Time between two reads of the logs."""
 QUIET_POLLS = 10
-"""Polls without news after which it is checked whether a process still runs."""
+"""Polls without events after which to check whether a process still runs."""
 WIDE = 100
 """Columns of a terminal with room for all numbers."""
 
 
 @dataclass(slots=True)
 class _Cell:
-    """A cell that runs. ``pending``: the line of its last round is not printed yet."""
+    """A running cell. ``pending``: the line of its last round is not printed yet."""
 
     history: RunHistory
     pending: bool = False
@@ -60,16 +60,16 @@ class _Cell:
 
 
 class Display:
-    """Shows the runs of a study while they go on. Use as a context manager, from any thread.
+    """Shows the progress of a study's runs. A context manager, whose methods any thread may call.
 
     On a terminal it draws a bar for each cell that runs, and the status of every client where one
     cell runs. Elsewhere it prints a line for each round. Incidents are lines on both.
 
     Args:
-        console: where to.
+        console: to print on.
         cells: number of cells in the study.
         quiet: print nothing.
-        clock: the time.
+        clock: returns the time.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Display:
     ) -> None:
         self._console, self._quiet, self._clock = console, quiet, clock
         self._total = cells
-        self._kept = self._ended = self._failed = self._parallel = 0
+        self._skipped = self._ended = self._failed = self._parallel = 0
         self._seconds = self._shares = 0.0  # of the cells that ended
         self._cells: dict[str, _Cell] = {}
         self._lock = threading.RLock()
@@ -111,15 +111,15 @@ class Display:
             if self._live is not None:
                 self._live.stop()
 
-    def kept(self, cells: int) -> None:
-        """Take note of the number of cells that an earlier call finished."""
+    def skipped(self, cells: int) -> None:
+        """Count cells that an earlier call finished."""
         with self._lock:
-            self._kept = cells
+            self._skipped = cells
             if cells:
                 self._print(f"{cells} of {self._total} cells are finished already")
 
     def started(self, name: str, events: Iterable[Event] = ()) -> None:
-        """Show a cell that starts or continues; after a truncation of its log from these events."""
+        """Show a cell that starts or continues; after a truncation of its log, with ``events``."""
         with self._lock:
             self._cells[name] = cell = _Cell(RunHistory.of(events))
             self._parallel = max(self._parallel, len(self._cells))
@@ -127,7 +127,7 @@ class Display:
                 self._print(f"{plain(name)}: continues after round {cell.history.done}")
 
     def event(self, name: str, event: Event) -> None:
-        """Take in an event of a cell's run."""
+        """Show an event of a cell's run."""
         with self._lock:
             cell = self._cells[name]
             results = RoundFinished | Evaluated | ClientsEvaluated | EvaluationFailed | Evaluating
@@ -157,11 +157,11 @@ class Display:
 
     @property
     def seconds_left(self) -> float | None:
-        """Of the whole study, at the pace of the cells so far; None before anything is done."""
+        """For the whole study, at the pace so far; None before anything is done."""
         now, running = self._clock(), self._cells.values()
         shares = sum(share_done(cell.history) for cell in running)
         done = self._shares + shares - sum(cell.share_before for cell in running)
-        todo = self._total - self._kept - self._ended - shares
+        todo = self._total - self._skipped - self._ended - shares
         seconds = self._seconds + sum(elapsed(cell.history, now) for cell in running)
         return seconds / done * todo / max(self._parallel, 1) if done > 0 else None
 
@@ -177,7 +177,7 @@ class Display:
             self._console.print(Text(text, style=style), soft_wrap=True, highlight=False)
 
     def _progress(self) -> str:
-        text = f"{self._kept + self._ended} of {self._total} cells"
+        text = f"{self._skipped + self._ended} of {self._total} cells"
         if self._failed:
             text += f", {self._failed} failed"
         left = self.seconds_left
@@ -204,7 +204,7 @@ class Display:
                 bars.add_row(Text(plain(name)), bar, Text("  ".join(parts)))
             if self._total > 1 and self._cells:
                 shares = sum(share_done(cell.history) for cell in self._cells.values())
-                done = self._kept + self._ended + shares
+                done = self._skipped + self._ended + shares
                 bars.add_row("", ProgressBar(self._total, done), self._progress())
             if len(self._cells) != 1:
                 return bars
@@ -225,29 +225,31 @@ def watch(
         logs: the cells of a study and their logs, which need not exist yet.
         running: whether a process runs them.
         display: shows them.
-        sleep: waits for so many seconds.
+        sleep: waits for a number of seconds.
 
     Returns:
         Whether all are finished. Raises `PrelortError` for a damaged log.
     """
     following: dict[str, Iterator[tuple[list[Event], bool]]] = {}
-    shown: set[str] = set()
+    started: set[str] = set()
     finished: set[str] = set()
-    quiet = 0
+    quiet_polls = 0
     while True:
-        quiet += 1
-        stopped = quiet % QUIET_POLLS == 0 and not running()  # and now its last events are read
+        quiet_polls += 1
+        # Checked before its last events are read.
+        stopped = quiet_polls % QUIET_POLLS == 0 and not running()
         cells = logs()
         for name, log in cells.items():
             if name in finished:
                 continue
             events, truncated = next(following.setdefault(name, log.follow()))
-            quiet, stopped = (0, False) if events or truncated else (quiet, stopped)
+            if events or truncated:
+                quiet_polls, stopped = 0, False
             if truncated:
                 display.started(name, events)
-            elif name not in shown and (events or len(cells) == 1):
+            elif name not in started and (events or len(cells) == 1):
                 display.started(name)
-                shown.add(name)
+                started.add(name)
             for event in events if not truncated else ():
                 display.event(name, event)
             if events and isinstance(events[-1], RunFinished):

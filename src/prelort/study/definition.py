@@ -59,11 +59,11 @@ class Compare(Section):
 
     @field_validator("methods", "seeds")
     @classmethod
-    def _no_duplicates(cls, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        duplicate = next((one for one in given if given.count(one) > 1), None)
+    def _no_duplicates(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        duplicate = next((value for value in values if values.count(value) > 1), None)
         if duplicate is not None:
             raise ValueError(f"{duplicate!r} is listed twice")
-        return given
+        return values
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +113,7 @@ class Study:
     @property
     def reference(self) -> str:
         """The method that the others are compared to."""
-        known = self.methods
-        default = DEFAULT_REFERENCE if DEFAULT_REFERENCE in known else known[0]
+        default = DEFAULT_REFERENCE if DEFAULT_REFERENCE in self.methods else self.methods[0]
         return self.compare.reference or default
 
     def to_toml(self) -> str:
@@ -148,17 +147,17 @@ def load(
     values.pop("tune", None)  # which `prelort tune` reads
     if not isinstance(section, Mapping):
         raise ConfigError(f"compare = {section!r} is not allowed: it is a section, [compare]")
-    given: dict[str, Any] = dict(section)
+    fields: dict[str, Any] = dict(section)
     if methods:
-        given["methods"] = list(dict.fromkeys(methods))
+        fields["methods"] = list(dict.fromkeys(methods))
     if seeds:
-        given["seeds"] = list(dict.fromkeys(seeds))
+        fields["seeds"] = list(dict.fromkeys(seeds))
     if reference is not None:
-        given["reference"] = reference
-    compare = configuration.validated(Compare, given, "compare")
+        fields["reference"] = reference
+    compare = configuration.validated(Compare, fields, "compare")
     _check_names(compare, in_file=_strings(section.get("methods")))
-    own = {name: some for name, some in compare.overrides.items() if name in compare.methods}
-    study = study_of(values, compare.model_copy(update={"overrides": own}))
+    overrides_of = {m: keys for m, keys in compare.overrides.items() if m in compare.methods}
+    study = study_of(values, compare.model_copy(update={"overrides": overrides_of}))
     _check_metric(study)
     check_methods(study)
     return study
@@ -230,41 +229,31 @@ def _cells(values: Mapping[str, Any], compare: Compare) -> Iterator[Cell]:
             changed = configuration.applied(values, changes, where)
             for method in compare.methods or (None,):
                 config = _config(changed, compare, method, seed, setting)
-                parts = [
-                    *([setting] if setting else []),
-                    *([method] if method is not None else []),
-                    *([f"seed {seed}"] if seed is not None else []),
-                ]
+                parts = [setting or None, method, None if seed is None else f"seed {seed}"]
+                levels = [part for part in parts if part is not None]
+                folder = Path(*map(folder_name, levels))
                 name = method or config.method.name
-                folder = Path(*map(folder_name, parts))
-                title = ", ".join(parts) or name
-                yield Cell(setting, name, config.seed, config, folder, title)
+                yield Cell(setting, name, config.seed, config, folder, ", ".join(levels) or name)
 
 
 def _config(
     values: Mapping[str, Any], compare: Compare, method: str | None, seed: int | None, setting: str
 ) -> Config:
-    own = compare.overrides.get(method or "", ())
-    own += compare.tuned.get(setting, {}).get(method or "", ())
+    overrides = compare.overrides.get(method or "", ())
+    overrides += compare.tuned.get(setting, {}).get(method or "", ())
     where = f"compare.overrides, {method!r}:"
-    _refuse(where, own, ("seed",))
-    more = [] if method is None or _is_variant(own) else [f"method.name={method}"]
-    more += [] if seed is None else [f"seed={seed}"]
-    changed = configuration.applied(values, [*own, *more], where)
+    _refuse(where, overrides, ("seed",))
+    is_variant = any(_key(override) == "method.name" for override in overrides)
+    axes = [] if method is None or is_variant else [f"method.name={method}"]
+    axes += [] if seed is None else [f"seed={seed}"]
+    changed = configuration.applied(values, [*overrides, *axes], where)
     try:
         return configuration.check(changed)
     except ConfigError as error:
-        if not own and not setting:
+        if not overrides and not setting:
             raise
-        within = [
-            *([f"setting {setting!r}"] if setting else []),
-            *([repr(method)] if method else []),
-        ]
-        raise ConfigError(f"compare, {', '.join(within)}: {error}") from None
-
-
-def _is_variant(overrides: Iterable[str]) -> bool:
-    return any(_key(override) == "method.name" for override in overrides)
+        cell = [setting and f"setting {setting!r}", repr(method) if method else ""]
+        raise ConfigError(f"compare, {', '.join(filter(None, cell))}: {error}") from None
 
 
 def _key(override: str) -> str:
@@ -282,7 +271,7 @@ def _refuse(where: str, overrides: Iterable[str], keys: Sequence[str]) -> None:
 
 
 def _check_names(compare: Compare, in_file: Sequence[str]) -> None:
-    """Raise `ConfigError` for names that nothing has, or that two folders would share."""
+    """Raise `ConfigError` for unknown names, and for names that would share a folder."""
     known = dict.fromkeys([*compare.methods, *in_file])
     for name in compare.overrides:
         if name not in known:

@@ -1,4 +1,4 @@
-"""What a study's folder holds: the histories of its cells, and why cells have none."""
+"""Reading a study's folder: the histories of its cells, and the reasons of failed ones."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from prelort.study.definition import STUDY_FILE, Cell, Study, of_folder
 
 FAILURES_FILE = "failures.json"
 
-LOOK_SECONDS = 0.5
-"""Time between two looks at a folder that a run may be about to make."""
+POLL_SECONDS = 0.5
+"""Time between two looks for a folder that another process is about to create."""
 
 
 def read(path: Path | str) -> Results:
@@ -70,16 +70,16 @@ def is_finished(folder: Path, rounds: int = 0) -> bool:
 
 
 def read_failures(out: Path) -> dict[str, str]:
-    """A cell's name -> why it failed when it was run last."""
+    """A cell's name -> the reason of its last failure."""
     try:
-        found = json.loads((out / FAILURES_FILE).read_bytes())
-        return {str(name): str(reason) for name, reason in found.items()}
+        failures = json.loads((out / FAILURES_FILE).read_bytes())
+        return {str(name): str(reason) for name, reason in failures.items()}
     except (OSError, ValueError, AttributeError):
         return {}
 
 
 def write_failures(out: Path, failures: Mapping[str, str]) -> None:
-    """Keep why cells failed; no file where none did."""
+    """Write the reasons of failed cells; no file if none failed."""
     if failures:
         write_atomically(out / FAILURES_FILE, json.dumps(failures, indent=2).encode())
     else:
@@ -87,15 +87,15 @@ def write_failures(out: Path, failures: Mapping[str, str]) -> None:
 
 
 def wait_for(out: Path, seconds: float, *, sleep: Callable[[float], None] = time.sleep) -> Study:
-    """The study in a folder that a process is about to make.
+    """The study in a folder that another process is about to create.
 
-    Raises `ConfigError` for a folder that holds something else, and where there is none after
+    Raises `ConfigError` for a folder that holds something else, or if it does not exist after
     ``seconds``.
     """
-    for _ in range(math.ceil(seconds / LOOK_SECONDS) + 1):
+    for _ in range(math.ceil(seconds / POLL_SECONDS) + 1):
         if is_taken(out):  # the first file that a run writes is its configuration
             return of_folder(out)
-        sleep(LOOK_SECONDS)
+        sleep(POLL_SECONDS)
     raise ConfigError(f"{str(out)!r} holds no run after {seconds:.0f} s")
 
 
@@ -121,7 +121,7 @@ def _result(study: Study, cell: Cell, out: Path, reason: str) -> CellResult:
 
 
 def _text(study: Study, out: Path) -> str:
-    """The configuration as it is written, or will be."""
+    """The run's or study's TOML, as written or as it will be."""
     file = RunFolder(out).config_file if study.is_run else out / STUDY_FILE
     try:
         return file.read_text(encoding="utf-8")
@@ -130,11 +130,11 @@ def _text(study: Study, out: Path) -> str:
 
 
 def _versions(study: Study, out: Path) -> dict[str, str]:
-    """Those with which the first cell that has any was run."""
+    """The versions of the first cell that has been run."""
     for cell in study.cells:
         try:
-            found = json.loads(RunFolder(out / cell.folder).versions_file.read_bytes())
-            return {str(name): str(version) for name, version in found.items()}
+            versions = json.loads(RunFolder(out / cell.folder).versions_file.read_bytes())
+            return {str(name): str(version) for name, version in versions.items()}
         except (OSError, ValueError, AttributeError):
             continue
     return {}

@@ -24,7 +24,7 @@ from prelort.report.results import Results
 from prelort.report.write import PAGE_FILE, write_page, write_results, write_tables
 from prelort.study.definition import STUDY_FILE, Cell, Study, load
 from prelort.study.results import is_finished, results_of, write_failures
-from prelort.study.worker import PATIENCE, Order, Run, Worker, reason_of, run_cell
+from prelort.study.worker import PATIENCE, Job, Run, Worker, reason_of, run_cell
 
 WRITE_SECONDS = 15.0
 """Minimum time between two updates of the results while cells run."""
@@ -33,7 +33,7 @@ WRITE_SECONDS = 15.0
 class StudyListener(Protocol):
     """Follows a study; called from any thread. A subclass may leave out what it does not need."""
 
-    def kept(self, cells: int) -> None:
+    def skipped(self, cells: int) -> None:
         """An earlier call finished this number of cells."""
         return
 
@@ -58,7 +58,7 @@ def compare(study: Study | Path | str, out: Path | str, *, jobs: int = 1) -> Res
     """Run a study, or continue it, and return its results; `prelort compare` from Python.
 
     Args:
-        study: the study's TOML file, or what `prelort.study.definition.load` made of it.
+        study: the study's TOML file, or the result of `prelort.study.definition.load`.
         out: the study's folder; the same call again continues a study that was stopped.
         jobs: number of cells to run at a time, each in a process of its own.
 
@@ -85,19 +85,19 @@ def run_study(
     Args:
         study: what to run.
         out: its folder.
-        listener: is told of all cells and their events.
+        listener: gets all cells and their events.
         new: refuse a folder that holds anything.
         jobs: number of cells to run at a time; with more than one each runs in a process of its
             own with its share of the cores (where ``threads`` is not set).
-        run: `prelort.run` at some place; default: in this process (none with several jobs).
+        run: `prelort.run` on another backend; default: in this process (none with several jobs).
         track: names of experiment trackers.
 
     Returns:
         The results. A cell that failed has its reason there, and the others are run.
 
     Raises:
-        ConfigError: ``out`` holds something else or cells of another configuration (nothing is
-            touched then), or all cells were refused (nothing is left then).
+        ConfigError: ``out`` holds something else or cells of another configuration, and is left as
+            it is; or all cells were refused, and nothing is left of them.
         Exception: whatever a plain run raises.
     """
     listener = listener or _Silent()
@@ -109,7 +109,7 @@ def run_study(
     made = not out.exists()
     with _claimed(study, out):
         todo = _unfinished(study, out, track)
-        listener.kept(len(study.cells) - len(todo))
+        listener.skipped(len(study.cells) - len(todo))
         state = _State(study, out, listener)
         try:
             if jobs > 1 and not study.is_run:
@@ -128,7 +128,7 @@ def run_study(
 
 
 class _State:
-    """How far the cells are, in a folder. Used by one thread."""
+    """The progress of a study in its folder. Used by one thread."""
 
     def __init__(self, study: Study, out: Path, listener: StudyListener) -> None:
         self.study, self.out, self.listener = study, out, listener
@@ -144,7 +144,7 @@ class _State:
         elif time.monotonic() - self._written > WRITE_SECONDS:
             self.write()
 
-    def listens(self, cell: Cell) -> Callable[[Event], None]:
+    def listener_of(self, cell: Cell) -> Callable[[Event], None]:
         """The listener of a cell's run."""
         return lambda event: self.listener.event(cell.name, event)
 
@@ -173,9 +173,9 @@ def _one_by_one(
     for cell in cells:
         folder, reason = state.out / cell.folder, ""
         state.listener.started(cell.name)
-        order = Order(_with_own_threads(folder, cell.config), folder, track)
+        job = Job(_with_own_threads(folder, cell.config), folder, track)
         try:
-            run_cell(order, state.listens(cell), run)
+            run_cell(job, state.listener_of(cell), run)
         except Exception as error:
             if state.study.is_run:
                 raise
@@ -184,7 +184,7 @@ def _one_by_one(
 
 
 def _side_by_side(cells: Sequence[Cell], state: _State, track: Sequence[str], jobs: int) -> None:
-    """Each thread has a process that runs its cells; this thread writes the results."""
+    """Run cells in ``jobs`` worker processes; this thread writes the results."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
     workers = [Worker() for _ in range(jobs)]
     free: queue.SimpleQueue[Worker] = queue.SimpleQueue()
@@ -200,7 +200,7 @@ def _side_by_side(cells: Sequence[Cell], state: _State, track: Sequence[str], jo
         worker = free.get()
         try:
             max_parallel = max(1, threads // (config.threads or threads))
-            return worker.run(Order(config, folder, track), state.listens(cell), max_parallel)
+            return worker.run(Job(config, folder, track), state.listener_of(cell), max_parallel)
         finally:
             free.put(worker)
 
@@ -218,7 +218,7 @@ def _side_by_side(cells: Sequence[Cell], state: _State, track: Sequence[str], jo
 
 
 def _with_own_threads(folder: Path, config: Config) -> Config:
-    """The configuration to run a cell with: one that has begun keeps its number of threads.
+    """The configuration to run a cell with: a started run keeps its number of threads.
 
     Its result depends on it in the last bits, while ``jobs`` may change from call to call.
     """
@@ -231,13 +231,13 @@ def _with_own_threads(folder: Path, config: Config) -> Config:
 def _unfinished(study: Study, out: Path, track: Sequence[str]) -> list[Cell]:
     """The cells to run. Raises `ConfigError` for one that was run with another configuration.
 
-    A plain run is resumed also when it is finished, as is every run for the sake of trackers.
+    A plain run is resumed even if it is finished, as is every run if there are trackers.
     """
     for cell in study.cells:
         folder = RunFolder(out / cell.folder)
         if folder.config_file.is_file():
             differ = configuration.conflicts(folder.read_config(), cell.config)
-            if cell.config.threads is None:  # then a begun run keeps its own
+            if cell.config.threads is None:  # then a started run keeps its own number
                 differ = [key for key in differ if key != "threads"]
             if differ:
                 raise ConfigError(
@@ -255,10 +255,9 @@ def _unfinished(study: Study, out: Path, track: Sequence[str]) -> list[Cell]:
 
 @contextmanager
 def _claimed(study: Study, out: Path) -> Iterator[None]:
-    """A study's folder, made if need be, with its file, for this process alone.
+    """Create and lock a study's folder, with its file; a plain run does so itself.
 
-    A plain run does so itself. Raises `ConfigError` where the folder is in use, holds something
-    else or cannot be written.
+    Raises `ConfigError` if the folder is in use, holds something else or cannot be written.
     """
     if study.is_run:
         yield
@@ -290,7 +289,7 @@ def _claimed(study: Study, out: Path) -> Iterator[None]:
 
 
 def _discard(out: Path, made: bool) -> None:
-    """Leave nothing of a study of which no cell was started."""
+    """Delete the files of a study of which no cell was started."""
     for file in (STUDY_FILE, "failures.json", ".lock"):
         (out / file).unlink(missing_ok=True)
     for folder in sorted(out.rglob("*"), reverse=True):

@@ -1,9 +1,9 @@
 """Tuning a study: keys of each method in each setting, chosen on validation rows with Optuna.
 
 Every method gets the same number of trials in every setting. A trial runs the method with all
-seeds of ``[tune]``; its value is the mean over seeds of what `loss_of` makes of the metric on the
-rows that `data.validation_fraction` holds out. Test rows are never looked at. Trials are in a
-journal, so that several processes share them and a tuning that was stopped goes on.
+seeds of ``[tune]``; its value is the mean of `loss_of` over seeds, on the rows that
+`data.validation_fraction` holds out. Test rows are never used. Trials are in a journal, so that
+several processes share them and a stopped tuning continues.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import psutil
 from filelock import FileLock
 from pydantic import Field, model_validator
 
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     import optuna
 
 Value = bool | int | float | str
-Say = Callable[[str], None]
+Print = Callable[[str], None]
 
 
 class Range(Section):
@@ -82,13 +83,13 @@ class Target:
 
     @property
     def name(self) -> str:
-        """In messages, and of the Optuna study."""
+        """The target in messages, and the name of its Optuna study."""
         return f"{self.setting}, {self.method}" if self.setting else self.method
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is tuned: a study's values as they are measured here, and what is searched."""
+    """What to tune: a study, its values with evaluation on validation rows, and the search."""
 
     study: Study
     values: Mapping[str, Any]
@@ -134,10 +135,10 @@ def load(
     study = definition.load(path, overrides, methods=methods)
     values = configuration.applied(configuration.read_values(path), overrides)
     values.pop("compare", None)
-    given = dict(values.pop("tune", {}))
+    section = dict(values.pop("tune", {}))
     if trials is not None:
-        given["trials"] = trials
-    tune = configuration.validated(Tune, given, "tune")
+        section["trials"] = trials
+    tune = configuration.validated(Tune, section, "tune")
     if not tune.search:
         rate = study.base.training.learning_rate
         around = Range(low=rate / 4, high=rate * 4, log=True)
@@ -148,7 +149,7 @@ def load(
             "used: set it to 0.1"
         )
     metric = study.compare.metric or tasks.get(study.base.task).metrics[0]
-    measured = configuration.applied(
+    on_validation = configuration.applied(
         values,
         [
             "evaluation.on=validation",
@@ -157,7 +158,7 @@ def load(
             f"evaluation.every={max(1, study.base.federation.rounds // 4)}",
         ],
     )
-    plan = Plan(study, measured, tune, metric)
+    plan = Plan(study, on_validation, tune, metric)
     for target in plan.targets:
         config = plan.configs(target, _first_values(tune))[0]  # which refuses unknown keys
         if _is_personal(config):
@@ -167,20 +168,20 @@ def load(
     return plan
 
 
-def tune(plan: Plan, out: Path, *, jobs: int = 1, say: Say = print) -> Path:
+def tune(plan: Plan, out: Path, *, jobs: int = 1, say: Print = print) -> Path:
     """Run the trials that are missing in ``out``, and write the tuned study's file there.
 
     Args:
-        plan: of `load`.
-        out: the folder; the same call again goes on, also while another process works on it.
+        plan: from `load`.
+        out: the folder; the same call again continues, also while another process works on it.
         jobs: number of processes.
-        say: is given a line for each trial (in this process with one job).
+        say: called with a line for each trial (with one job).
 
     Returns:
         ``out/study.toml``, for `prelort compare`.
 
     Raises:
-        ConfigError: ``out`` was made for something else, or no trial of a method has a value.
+        ConfigError: ``out`` belongs to another study, or no trial of a method has a value.
     """
     _optuna()
     _claim(plan, out)
@@ -188,7 +189,7 @@ def tune(plan: Plan, out: Path, *, jobs: int = 1, say: Say = print) -> Path:
         _work(plan, out, say)
     else:
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-            for future in [pool.submit(_work_apart, plan, out, jobs) for _ in range(jobs)]:
+            for future in [pool.submit(_work_in_process, plan, out, jobs) for _ in range(jobs)]:
                 future.result()
     tuned: dict[str, dict[str, tuple[str, ...]]] = {}
     for target in plan.targets:
@@ -202,21 +203,21 @@ def tune(plan: Plan, out: Path, *, jobs: int = 1, say: Say = print) -> Path:
 
 
 def loss_of(method: str, metric: str, prefixes: Mapping[int, Metrics]) -> float:
-    """What tuning minimises: the area under the rank curve, of log perplexity or of minus a score.
+    """The value to minimise: the area under the rank curve, of log perplexity or minus a score.
 
-    The homogeneous references count at their own rank.
+    For the homogeneous references: the value at their own rank.
     """
     sign = -1.0 if HIGHER_IS_BETTER[metric] else 1.0
     curve = {
         rank: sign * (math.log(values[metric]) if metric == "perplexity" else values[metric])
         for rank, values in prefixes.items()
     }
-    own = {"homogeneous-min": min, "homogeneous-max": max}.get(method)
-    return curve[own(curve)] if own is not None else aurac(curve)
+    pick = {"homogeneous-min": min, "homogeneous-max": max}.get(method)
+    return curve[pick(curve)] if pick is not None else aurac(curve)
 
 
-def _work_apart(plan: Plan, out: Path, jobs: int) -> None:
-    """One of several processes."""
+def _work_in_process(plan: Plan, out: Path, jobs: int) -> None:
+    """`_work` as one of several processes."""
     import torch
 
     quiet_libraries()
@@ -224,7 +225,7 @@ def _work_apart(plan: Plan, out: Path, jobs: int) -> None:
     _work(plan, out, print)
 
 
-def _work(plan: Plan, out: Path, say: Say) -> None:
+def _work(plan: Plan, out: Path, say: Print) -> None:
     """Run trials until every target has its number of them."""
     backend = InProcess()  # reads rows that trials share once
     for target in plan.targets:
@@ -255,9 +256,9 @@ def _open(target: Target, out: Path) -> optuna.Study:
 def _next_trial(
     study: optuna.Study, plan: Plan, target: Target, out: Path
 ) -> optuna.trial.Trial | None:
-    """A trial to run, with its values drawn; None where there are enough.
+    """A new trial with its values; None if there are enough.
 
-    A trial whose process has ended is repeated: its run goes on from its last checkpoint.
+    A trial whose process has ended is repeated, and its run continues from its last checkpoint.
     """
     optuna = _optuna()
     state = optuna.trial.TrialState
@@ -272,7 +273,7 @@ def _next_trial(
         counted = (state.COMPLETE, state.PRUNED, state.RUNNING)
         if sum(trial.state in counted for trial in trials) >= plan.tune.trials:
             return None
-        # Each trial has a seed of its own, so that processes do not draw the same.
+        # A seed for each trial, so that processes do not draw the same values.
         seed = derive(0, "tune", target.name, len(trials)) % 2**32
         study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=4)
         new = study.ask()
@@ -290,7 +291,7 @@ def _run_trial(
     out: Path,
     backend: InProcess,
 ) -> None:
-    """Run one trial's seeds; a trial that diverges, or is far behind the others, is pruned."""
+    """Run one trial's seeds; a trial that fails, or is worse than the median, is pruned."""
     optuna = _optuna()
     losses: list[float] = []
     folders: list[Path] = []
@@ -320,7 +321,7 @@ def _run_trial(
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
     except ConfigError:
         raise
-    except PrelortError as error:  # the run fails at this rate, for example
+    except PrelortError as error:  # for example, training diverges at this rate
         trial.set_user_attr("reason", str(error))
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
     for path in folders:
@@ -337,9 +338,9 @@ def _suggest(trial: optuna.trial.Trial, key: str, space: Range | tuple[Value, ..
 
 
 def _defaults(plan: Plan, target: Target) -> dict[str, Value]:
-    """The study's own values, of the keys whose search has them: the first trial."""
-    own = configuration.flat(plan.configs(target, ())[0])
-    return {key: own[key] for key, space in plan.tune.search.items() if _has(space, own.get(key))}
+    """The first trial: the study's own values, of the keys whose search includes them."""
+    values = configuration.flat(plan.configs(target, ())[0])
+    return {k: values[k] for k, space in plan.tune.search.items() if _has(space, values.get(k))}
 
 
 def _has(space: Range | tuple[Value, ...], value: Any) -> bool:
@@ -365,7 +366,7 @@ def _toml(value: Value) -> str:
 
 
 def _best(study: optuna.Study, target: Target) -> optuna.trial.FrozenTrial:
-    """The trial with the lowest value. Raises `ConfigError` where none has one."""
+    """The trial with the lowest value. Raises `ConfigError` if no trial has one."""
     trials = study.get_trials(deepcopy=False)
     complete = [t for t in trials if t.value is not None and math.isfinite(t.value)]
     if not complete:
@@ -375,7 +376,7 @@ def _best(study: optuna.Study, target: Target) -> optuna.trial.FrozenTrial:
 
 
 def _claim(plan: Plan, out: Path) -> None:
-    """Make the folder, or check that it was made for the same."""
+    """Create the folder, or check that it belongs to the same study."""
     text = json.dumps(
         {"values": plan.values, "tune": plan.tune.model_dump(exclude={"trials"})}, default=str
     )
@@ -389,19 +390,14 @@ def _claim(plan: Plan, out: Path) -> None:
 
 
 def _is_alive(process: Sequence[Any] | None) -> bool:
-    """Whether a process on this machine runs; those of other machines are believed to."""
+    """Whether a process of this machine is alive; those of other machines count as alive."""
     if process is None:
         return False
     host, pid = process
     if host != socket.gethostname():
         return True
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    alive: bool = psutil.pid_exists(int(pid))
+    return alive
 
 
 def _is_personal(config: Config) -> bool:

@@ -1,8 +1,8 @@
-"""A cell's run, in this process or in a process that runs cells one after the other.
+"""A cell's run, in this process or in a worker process that runs cells one after the other.
 
-As a program (``python -m prelort.study.worker PARENT``, the number of the process with which it
-ends) it reads a line of JSON for each cell and answers with the run's events, one a line, and then
-with a line that has the reason why the cell failed (empty: it did not).
+As a program (``python -m prelort.study.worker PARENT``, which ends with the process PARENT) it
+reads a line of JSON for each cell and writes the run's events, one a line, and then a line with the
+reason why the cell failed (empty if it did not).
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from prelort.experiment.parent_watchdog import end_with_parent
 from prelort.library_logging import quiet_libraries
 
 PATIENCE = 5.0
-"""Seconds to wait for a process to leave the folder: that of a killed study ends soon."""
+"""Seconds to wait while another process uses the folder: that of a killed study ends soon."""
 
 MAX_REASON = 500
 """Maximum number of characters of a reason."""
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
-    """What to run where."""
+class Job:
+    """A cell's run: its configuration, its folder and its trackers."""
 
     config: Config
     folder: Path
@@ -59,19 +59,19 @@ class Run(Protocol):
         """Run the configuration in the folder."""
 
 
-def run_cell(order: Order, listener: Listener, run: Run) -> None:
+def run_cell(job: Job, listener: Listener, run: Run) -> None:
     """Start a cell's run, or continue it, in this process."""
     run(
-        order.config,
-        order.folder,
-        resume=RunFolder(order.folder).config_file.is_file(),
+        job.config,
+        job.folder,
+        resume=RunFolder(job.folder).config_file.is_file(),
         listeners=[listener],
-        track=order.track,
+        track=job.track,
     )
 
 
 def reason_of(error: Exception) -> str:
-    """An error in one line; its type too where it is not ours."""
+    """An error in one line, with its type unless it is one of `prelort.errors`."""
     text = " ".join(str(error).split()) or "no reason given"
     return _short(text if isinstance(error, PrelortError) else f"{type(error).__name__}: {text}")
 
@@ -89,7 +89,7 @@ class Worker:
         self._process: subprocess.Popen[str] | None = None
         self._err: IO[str] | None = None
 
-    def run(self, order: Order, listener: Listener, max_parallel: int | None = None) -> str:
+    def run(self, job: Job, listener: Listener, max_parallel: int | None = None) -> str:
         """Run a cell to its end and return the reason why it failed, empty if it did not.
 
         A process that dies is a reason too. At most ``max_parallel`` clients train side by side.
@@ -100,18 +100,18 @@ class Worker:
         process, err = started
         assert process.stdin is not None
         assert process.stdout is not None
-        earlier = os.fstat(err.fileno()).st_size
+        start = os.fstat(err.fileno()).st_size
         message = {
-            "config": order.config.model_dump(mode="json"),
-            "folder": str(order.folder),
-            "track": list(order.track),
+            "config": job.config.model_dump(mode="json"),
+            "folder": str(job.folder),
+            "track": list(job.track),
             "max_parallel": max_parallel,
         }
         try:
             process.stdin.write(json.dumps(message) + "\n")
             process.stdin.flush()
-        except OSError:  # it died before it could read what to do
-            return _last_words(process.wait(), err, earlier)
+        except OSError:  # it died before it could read the job
+            return _exit_reason(process.wait(), err, start)
         for line in process.stdout:
             if not line.endswith("\n"):  # it was killed while it wrote
                 break
@@ -119,10 +119,10 @@ class Worker:
             if "event" not in values:  # the last line of a cell
                 return str(values["reason"])
             listener(decode(line))
-        return _last_words(process.wait(), err, earlier)
+        return _exit_reason(process.wait(), err, start)
 
     def close(self) -> None:
-        """Kill the process, if there is one, and start no other. From any thread."""
+        """Kill the process, if there is one, and start no other. Callable from any thread."""
         with self._lock:
             self._closed = True
             if self._process is not None:
@@ -151,38 +151,36 @@ def main() -> None:
     """The program."""
     quiet_libraries()
     end_with_parent(int(sys.argv[1]))
-    # What is printed in between, for instance by a method of the user's own, is no answer.
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    # What else is printed, for instance by a user's own method, goes to stderr.
+    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     from prelort.experiment.backend import InProcess
     from prelort.experiment.run import run
 
-    def answer(line: str) -> None:
-        print(line, file=answers, flush=True)
+    def send_line(line: str) -> None:
+        print(line, file=replies, flush=True)
 
-    def tell(event: Event) -> None:
-        answer(encode(event))
+    def send_event(event: Event) -> None:
+        send_line(encode(event))
 
     backends: dict[int | None, InProcess] = {}
     for line in sys.stdin:
         message: dict[str, Any] = json.loads(line)
-        order = Order(
-            configuration.check(message["config"]), Path(message["folder"]), message["track"]
-        )
-        most, reason = message["max_parallel"], ""
-        backend = backends.setdefault(most, InProcess(max_parallel=most))
+        job = Job(configuration.check(message["config"]), Path(message["folder"]), message["track"])
+        max_parallel, reason = message["max_parallel"], ""
+        backend = backends.setdefault(max_parallel, InProcess(max_parallel=max_parallel))
         try:
-            run_cell(order, tell, partial(run, backend=backend, patience=PATIENCE))
+            run_cell(job, send_event, partial(run, backend=backend, patience=PATIENCE))
         except Exception as error:  # whatever it is, the other cells can be run
             reason = reason_of(error)
-        answer(json.dumps({"reason": reason}))
+        send_line(json.dumps({"reason": reason}))
 
 
-def _last_words(code: int, err: IO[str], earlier: int) -> str:
-    """How a process ended, with what it wrote last after ``earlier`` bytes of other cells."""
-    err.seek(earlier)
-    complaints = err.read().strip().splitlines()
-    last = f": {complaints[-1]}" if complaints else ""
+def _exit_reason(code: int, err: IO[str], start: int) -> str:
+    """How a process ended, with the last line that it wrote after the first ``start`` bytes."""
+    err.seek(start)
+    output = err.read().strip().splitlines()
+    last = f": {output[-1]}" if output else ""
     if code < 0:
         return _short(f"its process was killed by signal {-code}{last}")
     return _short(f"its process ended with code {code}{last}")
