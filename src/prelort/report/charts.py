@@ -69,7 +69,7 @@ def by_rank(results: Results, setting: str, metric: str) -> alt.LayerChart | Non
     frame = frame.loc[[at not in rare for at in frame["at"]]]
     data = _means(frame["method"], frame["at"].astype(int), frame["value"])
     if data["x"].nunique() < 2:
-        return None  # the table says as much
+        return None  # the table has the one value
     title = f"{capital(form.name)} at each rank prefix"
     notes = [form.direction, f"rank {listing(rare)}: see the table" if len(rare) else ""]
     notes.append(_seeds(results))
@@ -201,7 +201,7 @@ def client_losses(results: Results) -> alt.LayerChart | None:
     order = list(map(plain, names))
     y = alt.Y("client:N", sort=order, axis=alt.Axis(title=None, labelLimit=150, grid=False))
     losses = finite(cells, "loss")
-    # One loss that exploded must not leave all others alike.
+    # One loss that exploded must not make all others look the same.
     high = frame["loss"].quantile(0.98, "higher")
     domain = [losses["loss"].min(), high] if len(losses) else [0, 1]
     colour = alt.Color(
@@ -275,9 +275,9 @@ def diagnostics(results: Results, setting: str) -> list[alt.LayerChart]:
             rows = rows[ranks == ranks.groupby(rows["method"]).transform("min")]
         elif not by_place:
             rows = rows[rows["at"] == at]
-        data = _diagnosed(rows, "at" if by_place else "round")
+        data = _means_without_spread(rows, "at" if by_place else "round")
         if at == "rank":
-            least = _diagnosed(last[last["quantity"] == "least_truncation_noise"], "at")
+            least = _means_without_spread(last[last["quantity"] == "least_truncation_noise"], "at")
             data = data.drop(columns=["low", "high"]).merge(
                 least[["series", "x", "value"]], "left", ["series", "x"], suffixes=("", "_least")
             )
@@ -303,21 +303,21 @@ def overview(results: Results, setting: str) -> alt.ConcatChart | None:
         panels += [by_rank(results, setting, metric)]
         panels += [by_round(results, setting, metric) or training_loss(results, setting)]
         panels += [differences(results, setting, metric)]
-    shown = [panel for panel in panels if panel is not None]
-    if not shown:
+    drawn = [panel for panel in panels if panel is not None]
+    if not drawn:
         return None
     parts = [plain(results.title), plain(setting), plural(len(results.seeds), "seed")]
     title = alt.TitleParams(
         ", ".join(filter(None, parts)), fontSize=12, fontWeight="normal", color=GREY,
         anchor="start", offset=16,
     )  # fmt: skip
-    return side_by_side(shown, 3, len(results.cells) > 1).properties(title=title)
+    return side_by_side(drawn, 3, len(results.cells) > 1).properties(title=title)
 
 
 def diagnostics_overview(results: Results, setting: str) -> alt.ConcatChart | None:
     """All charts of `diagnostics` in one picture."""
-    found = diagnostics(results, setting)
-    return side_by_side(found, 3, True) if found else None
+    charts = diagnostics(results, setting)
+    return side_by_side(charts, 3, True) if charts else None
 
 
 def _means(series: Any, x: Any, value: Any) -> pd.DataFrame:
@@ -331,8 +331,7 @@ def _means(series: Any, x: Any, value: Any) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["series", "x", "value", "low", "high"])
 
 
-def _diagnosed(rows: pd.DataFrame, x: str) -> pd.DataFrame:
-    """Means over seeds without a spread."""
+def _means_without_spread(rows: pd.DataFrame, x: str) -> pd.DataFrame:
     data = _means(rows["method"], rows[x].astype(int), rows["value"])
     return data.assign(low=math.nan, high=math.nan)
 

@@ -18,7 +18,7 @@ MAX_LABELS = 20
 
 
 def summary(rows: FederatedRows, label_column: str | None = None) -> Table:
-    """One line a client: name, rank, training and test rows, and what its labels are.
+    """One line for each client: name, rank, training and test rows, and its labels.
 
     The entropy is that of the client's labels in bits: 0 for one label, log2(n) for n equal ones.
     """
@@ -66,12 +66,12 @@ def picture(rows: FederatedRows, label_column: str | None, path: Path) -> None:
     if len(names) > MAX_LABELS:
         counts, names = [], ()
     labels = [_short(plain(name)) for name in names]
-    held = [
+    bars_of_clients = [
         (f"{plain(client.name)}, rank {client.rank}", client.rank, _short(plain(label)), count)
         for number, client in enumerate(rows.clients)
         for label, count in (counts[number] if counts else {"": len(client.train)}).items()
     ]
-    data = pd.DataFrame(held, columns=["client", "rank", "label", "rows"])
+    data = pd.DataFrame(bars_of_clients, columns=["client", "rank", "label", "rows"])
     axis = alt.Axis(title=None, labelAngle=-90, labelLimit=180, labelOverlap=True)
     scheme = "tableau10" if len(labels) <= 10 else "tableau20"
     colour = (

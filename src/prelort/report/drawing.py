@@ -1,4 +1,4 @@
-"""How charts are drawn: line charts over ranks and rounds, colours, scales, and files.
+"""Drawing charts: lines over ranks and rounds, colours, scales, and files.
 
 pandas and Altair are slow to import: import this module where charts are made.
 """
@@ -63,10 +63,8 @@ def lines(
         spread: what low and high are.
     """
     names, by_rank, remarks = list(map(plain, names)), x == "rank", list(notes)
-    step = math.ceil(data["x"].nunique() / MAX_ROUNDS)
-    if step > 1:
-        data = data[(data["x"].max() - data["x"]) % step == 0]
-        remarks.append(f"every {step} rounds")
+    data, thinned = _thinned(data, "x")
+    remarks += thinned
     text = [form.show(value) for value in data["value"]]
     data = data.assign(shown=text, **{k: data[k] * form.factor for k in ("value", "low", "high")})
     frame = finite(data, "value")
@@ -125,11 +123,7 @@ def stacked(
     *notes: str,
 ) -> alt.LayerChart | None:
     """Bars by round of the columns ``names`` (column -> series), one on top of the other."""
-    remarks = list(notes)
-    step = math.ceil(len(rounds) / MAX_ROUNDS)
-    if step > 1:
-        rounds = rounds[(rounds["round"].max() - rounds["round"]) % step == 0]
-        remarks.append(f"every {step} rounds")
+    rounds, thinned = _thinned(rounds, "round")
     data = rounds.melt("round", list(names), "series", "value")
     data = data.assign(
         series=data["series"].map(names), place=data["series"].map(list(names).index)
@@ -143,7 +137,7 @@ def stacked(
         x=x, y=alt.Y("value:Q", axis=axis), order="place:Q", tooltip=tip,
         color=style("color", list(names.values()), True),
     )  # fmt: skip
-    return titled(alt.layer(bars), title, *remarks)
+    return titled(alt.layer(bars), title, *notes, *thinned)
 
 
 def style(channel: str, names: Sequence[str], legend: bool) -> Any:
@@ -155,9 +149,9 @@ def style(channel: str, names: Sequence[str], legend: bool) -> Any:
     }[channel]
     longest = max(map(len, names), default=0)
     columns = max(LEGEND_WIDTH // (LEGEND_SYMBOL + LETTER_WIDTH * min(longest, 21)), 2)
-    shown = alt.Legend(title=None, orient="bottom", symbolOpacity=1, columns=columns)
+    below = alt.Legend(title=None, orient="bottom", symbolOpacity=1, columns=columns)
     scale = alt.Scale(domain=list(map(plain, names)), range=values)
-    return kind("series:N", scale=scale, legend=shown if legend else None)
+    return kind("series:N", scale=scale, legend=below if legend else None)
 
 
 def is_log(values: Sequence[float], form: MetricFormat) -> bool:
@@ -211,6 +205,14 @@ def side_by_side(charts: Iterable[alt.LayerChart], columns: int, shared: bool) -
     return grid.resolve_scale(color=how, shape=how)
 
 
+def _thinned(frame: pd.DataFrame, column: str) -> tuple[pd.DataFrame, list[str]]:
+    """At most `MAX_ROUNDS` of the rounds in ``column``, with the last one, and a note about it."""
+    step = math.ceil(frame[column].nunique() / MAX_ROUNDS)
+    if step <= 1:
+        return frame, []
+    return frame[(frame[column].max() - frame[column]) % step == 0], [f"every {step} rounds"]
+
+
 def finite(frame: pd.DataFrame, column: str) -> pd.DataFrame:
     """The rows with a finite value in this column."""
     return frame.loc[[math.isfinite(value) for value in frame[column].astype(float)]]
@@ -224,12 +226,7 @@ def specification(chart: Any) -> dict[str, Any]:
         chart.configure(font=FONT, background="white", padding=12)
         .configure_view(stroke=None)
         .configure_axis(gridColor="#e3e6e9", labelFontSize=11, titleFontSize=12, **grey, **ink)
-        .configure_legend(
-            labelLimit=150,
-            labelFontSize=12,
-            symbolSize=80,
-            symbolStrokeWidth=0,
-        )
+        .configure_legend(labelLimit=150, labelFontSize=12, symbolSize=80, symbolStrokeWidth=0)
     )
     with alt.data_transformers.enable("default", max_rows=None):
         return dict(whole.to_dict(validate=False))

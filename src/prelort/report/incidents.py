@@ -1,4 +1,4 @@
-"""The incidents of a run in words: which clients failed, were refused, joined or left, and why."""
+"""Describing the incidents of a run: clients that failed, were refused, joined or left."""
 
 from __future__ import annotations
 
@@ -49,15 +49,13 @@ def incidents(events: Iterable[Event]) -> list[Incident]:
 
     The same incident of the same client for the same reason in several rounds is one.
     """
-    found: dict[tuple[str, str, str], Incident] = {}
+    merged: dict[tuple[str, str, str], Incident] = {}
     for event in events:
         for what, name, text, loss in _described(event):
             client, reason = plain(name), _short(plain(text))
-            key = (what, client, reason)
-            found.setdefault(key, Incident([], what, client, reason, loss)).rounds.append(
-                event.round
-            )
-    return sorted(found.values(), key=lambda incident: incident.rounds[0])
+            new = Incident([], what, client, reason, loss)
+            merged.setdefault((what, client, reason), new).rounds.append(event.round)
+    return sorted(merged.values(), key=lambda incident: incident.rounds[0])
 
 
 def _described(event: Event) -> Iterator[tuple[str, str, str, bool]]:

@@ -1,4 +1,4 @@
-"""A run or a study as one page of HTML that needs nothing else: tables, charts, incidents."""
+"""A run or a study as one self-contained HTML page: tables, charts, incidents."""
 
 from __future__ import annotations
 
@@ -61,26 +61,26 @@ def render(results: Results) -> str:
 
 
 def _sections(results: Results) -> list[dict[str, Any]]:
-    """The results of each setting, and what concerns all of them."""
+    """A section for each setting, and those about all of them."""
     from prelort.report import charts
 
     sections = []
     for setting in filter(results.counted, results.settings):
-        shown: list[Any] = [
+        built: list[Any] = [
             build(results, setting, metric)
             for metric in results.metrics
             for build in (charts.by_rank, charts.by_round, charts.differences,
                           charts.client_metrics)
         ]  # fmt: skip
-        shown += [charts.training_loss(results, setting), *charts.diagnostics(results, setting)]
-        found = [*tables.of_setting(results, setting), *tables.diagnostics(results, setting)]
+        built += [charts.training_loss(results, setting), *charts.diagnostics(results, setting)]
+        of_setting = [*tables.of_setting(results, setting), *tables.diagnostics(results, setting)]
         name = plain(setting) or "Results"
-        sections.append({"name": name, "tables": found, "charts": _specifications(shown)})
+        sections.append({"name": name, "tables": of_setting, "charts": _specifications(built)})
     overall = tables.of_all_settings(results)
     missing = tables.unfinished(results) if len(results.cells) > 1 else []
-    for name, found in (("All settings", overall), ("Without a result", missing)):
-        if found:
-            sections.append({"name": name, "tables": found, "charts": []})
+    for name, rest in (("All settings", overall), ("Without a result", missing)):
+        if rest:
+            sections.append({"name": name, "tables": rest, "charts": []})
     return sections
 
 
@@ -90,11 +90,11 @@ def _cell(results: Results, cell: CellResult) -> dict[str, Any]:
 
     alone = Results([cell], cell.method, metric=results.metric)
     history, setting = cell.history, cell.setting
-    shown: list[Any] = [charts.traffic(alone), charts.time_by_phase(alone)]
-    if len(results.cells) > 1:  # of a single run the results have them
+    built: list[Any] = [charts.traffic(alone), charts.time_by_phase(alone)]
+    if len(results.cells) > 1:  # the results section has those of a single run
         rounds = [charts.by_round(alone, setting, metric) for metric in alone.metrics]
-        shown = [*rounds, charts.training_loss(alone, setting), *shown]
-    found = incidents(history.incidents)
+        built = [*rounds, charts.training_loss(alone, setting), *built]
+    all_incidents = incidents(history.incidents)
     status = f"{cell.status}: {cell.explanation}" if cell.explanation else cell.status
     samples = (history.final.samples if history.final else None) or {}
     ranks = [f"{one.examples} examples at rank {rank}" for rank, one in sorted(samples.items())
@@ -105,12 +105,12 @@ def _cell(results: Results, cell: CellResult) -> dict[str, Any]:
         "finished": history.finished,
         "waiting": waits_for(history.waiting) if history.waiting else "",
         "facts": _facts(_facts_of(cell)),
-        "charts": _specifications(shown),
+        "charts": _specifications(built),
         "clients": tables.clients(alone),
         "client_charts": _specifications([charts.client_losses(alone)]),
         "phases": tables.phases(alone),
-        "incidents": found[:MAX_INCIDENTS],
-        "more_incidents": len(found[MAX_INCIDENTS:]),
+        "incidents": all_incidents[:MAX_INCIDENTS],
+        "more_incidents": len(all_incidents[MAX_INCIDENTS:]),
         "measured": f"The clients evaluated the prefixes on their own test examples "
         f"({', '.join(ranks)})." if ranks else "",
     }  # fmt: skip
@@ -147,7 +147,7 @@ def _facts(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _specifications(charts: Iterable[Any]) -> list[dict[str, Any]]:
-    """The charts that have something to show, as wide as their place on the page."""
+    """The charts that are not None, as wide as the page."""
     import altair as alt
 
     from prelort.report.drawing import specification

@@ -1,4 +1,4 @@
-"""The results of a run or a study as data frames: the one source of tables, charts and files."""
+"""The results of a run or a study as data frames, from which tables, charts and files are made."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _bootstrap(pairs: tuple[float, ...]) -> tuple[float, float]:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class CellResult:
-    """One run: its history so far, and why it failed if it did.
+    """One run: its history so far, and the reason if it failed.
 
     ``config``: the run's configuration as read from TOML; keys may be missing.
     """
@@ -98,17 +98,17 @@ class CellResult:
 
     @property
     def status(self) -> Literal["finished", "failed", "unfinished", "not started"]:
-        """How far it is."""
+        """The state of the run."""
         if self.history.finished:
             return "finished"
         if self.reason:
             return "failed"
-        begun = self.history.started or self.history.evaluations
-        return "unfinished" if begun else "not started"
+        started = self.history.started or self.history.evaluations
+        return "unfinished" if started else "not started"
 
     @property
     def explanation(self) -> str:
-        """Why there is no result: the reason, or how far it is; empty if it is finished."""
+        """Why there is no result: the reason or the progress; empty if the run is finished."""
         started = self.history.started
         if self.reason or started is None or self.history.finished:
             return plain(self.reason)
@@ -140,7 +140,7 @@ class CellResult:
 
 @dataclass(frozen=True, repr=False)
 class Results:
-    """The cells of a study, or the one run, with what describes all of them.
+    """The cells of a study, or the one run, and the facts that they share.
 
     Its frames are computed once: treat them as read-only. ``reference``: the method that the
     others are compared to. ``metric``: the one shown first. ``configuration``: the TOML of the
@@ -254,14 +254,14 @@ class Results:
         def rows(cell: CellResult) -> Iterator[tuple[Any, ...]]:
             records = cell.history.clients.values()
             for record in sorted(records, key=lambda one: (one.rank or math.inf, one.name)):
-                own = rounds.get((cell.setting, cell.method, cell.seed, record.name))
-                own = self.replies[:0] if own is None else own
-                replies = own[own["steps"].notna()]
-                ranks = [*own["rank"].dropna().astype(int), *filter(None, [record.rank])]
+                key = (cell.setting, cell.method, cell.seed, record.name)
+                sampled = rounds.get(key, self.replies[:0])
+                replies = sampled[sampled["steps"].notna()]
+                ranks = [*sampled["rank"].dropna().astype(int), *filter(None, [record.rank])]
                 changes = " → ".join(str(rank) for rank, _ in itertools.groupby(ranks))
                 last = record.last
                 examples, loss = (last.examples, last.loss) if last else (None, None)
-                counts = (examples, len(own), len(replies), int(own["failed"].sum()))
+                counts = (examples, len(sampled), len(replies), int(sampled["failed"].sum()))
                 totals = (replies["bytes_up"].sum(), replies["seconds"].mean())
                 yield record.name, changes, *counts, loss, *totals
 
@@ -320,7 +320,7 @@ class Results:
         ``at``: a rank, `AURAC` over the ranks that all cells of the setting have, or `AT_CLIENTS`.
         """
         shared = {
-            (setting, metric): _shared([cell.curve(metric) for cell in self.counted(setting)])
+            (setting, metric): _common_ranks([cell.curve(metric) for cell in self.counted(setting)])
             for setting in self.settings
             for metric in self.metrics
         }
@@ -331,10 +331,10 @@ class Results:
                 yield from ((metric, str(rank), value) for rank, value in curve.items())
                 if ranks and set(ranks) <= curve.keys():
                     yield metric, AURAC, aurac({rank: curve[rank] for rank in ranks})
-                own = [one.metrics[metric] for one in cell.client_metrics().values()
-                       if metric in one.metrics]  # fmt: skip
-                if own:
-                    yield metric, AT_CLIENTS, mean_deviation(own)[0]
+                at_clients = [client.metrics[metric] for client in cell.client_metrics().values()
+                              if metric in client.metrics]  # fmt: skip
+                if at_clients:
+                    yield metric, AT_CLIENTS, mean_deviation(at_clients)[0]
 
         return self._stack(("metric", "at", "value"), rows)
 
@@ -363,9 +363,9 @@ class Results:
         for setting, metric, method in itertools.product(self.settings, self.metrics, self.methods):
             for at in self.places(setting, metric):
                 key = (setting, method, metric, at)
-                own, apart = scores.get(key, []), pairs.get(key, [])
-                mean = (len(own), *mean_deviation(own))
-                rows.append((*key, *mean, self.reference, len(apart), *interval(apart)))
+                values, paired = scores.get(key, []), pairs.get(key, [])
+                mean = (len(values), *mean_deviation(values))
+                rows.append((*key, *mean, self.reference, len(paired), *interval(paired)))
         columns = [*by, "seeds", "mean", "deviation", "reference", "pairs", "difference"]
         return pd.DataFrame(rows, columns=[*columns, "low", "high"])
 
@@ -375,13 +375,13 @@ class Results:
 
     def shared_ranks(self, setting: str, metric: str) -> list[int]:
         """The ranks of the area under the rank curve: those of all cells that have several."""
-        return _shared([cell.curve(metric) for cell in self.counted(setting)])
+        return _common_ranks([cell.curve(metric) for cell in self.counted(setting)])
 
     def places(self, setting: str, metric: str) -> list[str]:
         """Where the metric has scores: ranks, `AURAC`, `AT_CLIENTS`."""
-        found = set(self.select(self.scores, setting, metric)["at"])
+        places = set(self.select(self.scores, setting, metric)["at"])
         ranks = map(str, self.ranks(setting, metric))
-        return [*ranks, *(place for place in (AURAC, AT_CLIENTS) if place in found)]
+        return [*ranks, *(place for place in (AURAC, AT_CLIENTS) if place in places)]
 
     def base(self, setting: str, metric: str) -> dict[int, float]:
         """Seed -> the untuned base model's metric (the seed chooses the test examples)."""
@@ -429,7 +429,7 @@ def last_round(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[frame["round"] == frame.groupby(["method", "seed"])["round"].transform("max")]
 
 
-def _shared(curves: Sequence[Mapping[int, float]]) -> list[int]:
-    """The ranks of all curves; curves of a single rank are left aside if others are longer."""
+def _common_ranks(curves: Sequence[Mapping[int, float]]) -> list[int]:
+    """The ranks that all curves have; curves of one rank are ignored if others are longer."""
     wide = [set(curve) for curve in curves if len(curve) > 1] or [set(c) for c in curves if c]
     return sorted(set.intersection(*wide)) if wide else []

@@ -1,4 +1,4 @@
-"""Where a run is and what its clients do, from its history, for a terminal."""
+"""The status of a run and of its clients for a terminal, from the run's history."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ STYLES: dict[Status, str] = {
     "idle": "dim",
     "left": "dim",
 }
-"""The statuses of clients; the first are shown first where there is no room for all."""
+"""The statuses of clients, in the order in which they are shown if there is no room for all."""
 
 
 def elapsed(history: RunHistory, now: datetime) -> float:
@@ -51,7 +51,7 @@ def remaining(history: RunHistory, now: datetime) -> float | None:
     record, todo = history.current, history.started.rounds - history.done
     current = (now - record.started).total_seconds() if record is not None else 0.0
     timed = sum(one.stats is not None for one in history.rounds.values())
-    if timed:  # fewer than are done where an earlier process did some
+    if timed:
         pace = sum(history.seconds.values()) / timed
     elif record is not None and record.answers:
         pace = current * len(record.clients) / record.answers
@@ -61,7 +61,7 @@ def remaining(history: RunHistory, now: datetime) -> float | None:
 
 
 def share_done(history: RunHistory) -> float:
-    """The share of the rounds that is done; of the current one the share of its clients."""
+    """The share of finished rounds; the current one counts by the share of its clients."""
     record, started = history.current, history.started
     if started is None:
         return 0.0
@@ -87,7 +87,7 @@ def latest_metric(history: RunHistory, *, short: bool = False) -> str:
 
 
 def summary(history: RunHistory, now: datetime, *, short: bool = False) -> list[str]:
-    """Where a run is, in parts; short for a terminal of 80 columns."""
+    """The progress of a run, in parts; short ones for a terminal of 80 columns."""
     if history.started is None:
         return ["loading"]
     parts = [f"{'' if short else 'round '}{history.round}/{history.started.rounds}"]

@@ -239,7 +239,9 @@ def _scores(
     values = _values(results, results.scores, setting, form.metric)
     base = list(results.base(setting, form.metric).values())
     columns = [
-        _scored(form, at, [base, *(values.get((method, at), []) for method in results.methods)])
+        _score_column(
+            form, at, [base, *(values.get((method, at), []) for method in results.methods)]
+        )
         for at in [*map(str, results.ranks(setting, form.metric)), AURAC]
     ]
     remarks = _remarks(results, setting)
@@ -252,8 +254,9 @@ def _scores(
         title += f"mean ± standard deviation over {seeds} seeds, "
         if any(column.best for column in columns):
             notes.insert(0, "Bold: the best mean, whatever the spread.")
-    below = [Column(c.heading, ["–", *c.texts], frozenset(i + 1 for i in c.best)) for c in costs]
-    return ResultTable(title + form.direction, names, [*columns, *below], notes)
+    # The base has no costs.
+    columns += [Column(c.heading, ["–", *c.texts], frozenset(i + 1 for i in c.best)) for c in costs]
+    return ResultTable(title + form.direction, names, columns, notes)
 
 
 def _differences(results: Results, setting: str, form: MetricFormat) -> ResultTable:
@@ -262,8 +265,8 @@ def _differences(results: Results, setting: str, form: MetricFormat) -> ResultTa
     others = [method for method in results.methods if method != results.reference]
     places = results.places(setting, form.metric)
     rows = {at: [pairs.get((method, at), []) for method in others] for at in places}
-    columns = [_apart(form, _place(at), some) for at, some in rows.items()]
-    counts = [len(values) for some in rows.values() for values in some]
+    columns = [_difference_column(form, _place(at), pairs_at) for at, pairs_at in rows.items()]
+    counts = [len(values) for pairs_at in rows.values() for values in pairs_at]
     title = f"{_heading(setting, form)}: difference to {plain(results.reference)}, paired by seed"
     notes = _explanation(results, form, counts)
     return ResultTable(title, list(map(plain, others)), columns, notes)
@@ -284,8 +287,8 @@ def _over_settings(results: Results, form: MetricFormat) -> ResultTable:
         for setting in results.settings:
             rows[setting].append(list(table[setting].dropna()))
         means.append(list(table.dropna().mean(axis=1)))
-    columns = [_apart(form, plain(setting), some) for setting, some in rows.items()]
-    columns.append(_apart(form, "all settings", means))
+    columns = [_difference_column(form, plain(setting), values) for setting, values in rows.items()]
+    columns.append(_difference_column(form, "all settings", means))
     title = f"{capital(form.title)}, AURAC: difference to {plain(results.reference)}, by setting"
     notes = _explanation(results, form, map(len, means))
     notes += ["All settings: the mean over settings for each seed, then the interval over seeds."]
@@ -303,7 +306,7 @@ def _client_scores(results: Results, setting: str, form: MetricFormat) -> list[R
         runs = rows.groupby(["method", "seed"])["value"]
         values = runs.agg(lambda one: one.agg(summarise, skipna=False))  # a diverged one counts
         lists = values.groupby("method").agg(list)
-        return _scored(form, place, [lists.get(method, []) for method in methods])
+        return _score_column(form, place, [lists.get(method, []) for method in methods])
 
     columns = [
         column("mean", frame),
@@ -316,7 +319,7 @@ def _client_scores(results: Results, setting: str, form: MetricFormat) -> list[R
 
 
 def _costs(results: Results, setting: str) -> list[Column]:
-    """Means over the cells that count; unfinished ones are never the best: they are cheap."""
+    """Mean costs of the cells that count; unfinished ones, which are cheap, are never the best."""
     groups = results.select(results.overview, setting).groupby("method")
     begun = {method for method, rows in groups if (rows["rounds"] > 0).all()}
     finished = {method for method, rows in groups if (rows["status"] == "finished").all()}
@@ -330,7 +333,7 @@ def _costs(results: Results, setting: str) -> list[Column]:
 
 
 def _remarks(results: Results, setting: str) -> dict[str, str]:
-    """Method -> what its row leaves out."""
+    """Method -> which seeds or rounds its row lacks."""
     remarks: dict[str, str] = {}
     seeds = len(results.seeds)
     for method in results.methods:
@@ -368,7 +371,7 @@ def _general_notes(results: Results, setting: str, form: MetricFormat) -> list[s
 
 
 def _explanation(results: Results, form: MetricFormat, counts: Iterable[int]) -> list[str]:
-    """How to read differences, and how far."""
+    """How to read the differences, and how far to trust them."""
     notes = [
         f"The method less {plain(results.reference)} with the same seed: above 0 the method is "
         f"{'better' if form.higher_is_better else 'worse'}. In brackets the {CONFIDENCE:.0%} "
@@ -395,38 +398,38 @@ def _values(
     return dict(frame.groupby(["method", "at"])["value"].agg(list))
 
 
-def _scored(form: MetricFormat, place: str, rows: Sequence[Sequence[float]]) -> Column:
+def _score_column(form: MetricFormat, place: str, rows: Sequence[Sequence[float]]) -> Column:
     """A column of a metric's means over each row's values, ``44.4 ± 0.3``; the best are marked."""
     texts = []
     for values in rows:
         mean, deviation = mean_deviation(values)
-        apart = f"{deviation * form.factor:.{_digits(mean * form.factor)}f}"
-        text = form.show(mean) if math.isnan(deviation) else f"{form.show(mean)} ± {apart}"
+        spread = f"{deviation * form.factor:.{_digits(mean * form.factor)}f}"
+        text = form.show(mean) if math.isnan(deviation) else f"{form.show(mean)} ± {spread}"
         texts.append(text if values else "–")
     means = [mean_deviation(values)[0] if values else None for values in rows]
     best = _best(means, texts, form.higher_is_better)
     return Column(f"{form.short} {form.arrow}\n{_place(place)}", texts, best)
 
 
-def _apart(form: MetricFormat, under: str, rows: Sequence[Sequence[float]]) -> Column:
+def _difference_column(form: MetricFormat, place: str, rows: Sequence[Sequence[float]]) -> Column:
     """A column of mean differences, ``+1.25 [+0.40, +2.10]``."""
     texts = []
     for pairs in rows:
-        numbers = [one * form.factor for one in interval(pairs)]
-        numbers = [one for one in numbers if not math.isnan(one)] or numbers[:1]
-        digits = _digits(max(map(abs, numbers)))
-        mean, *ends = (f"{one:+.{digits}f}" for one in numbers)
+        values = [value * form.factor for value in interval(pairs)]
+        values = [value for value in values if not math.isnan(value)] or values[:1]
+        digits = _digits(max(map(abs, values)))
+        mean, *ends = (f"{value:+.{digits}f}" for value in values)
         texts.append((mean + (f" [{', '.join(ends)}]" if ends else "")) if pairs else "–")
-    return Column(f"difference\n{under}", texts)
+    return Column(f"difference\n{place}", texts)
 
 
 def _digits(value: float) -> int:
-    """Decimals of a value of this size, as `MetricFormat.show` has them."""
+    """Number of decimals of a value of this size, as in `MetricFormat.show`."""
     return 0 if abs(value) >= 1000 else 1 if abs(value) >= 10 else 2
 
 
 def _best(values: Sequence[float | None], texts: Sequence[str], highest: bool) -> frozenset[int]:
-    """Which rows to mark: those with the text of the best one, unless all numbers read alike."""
+    """Rows to mark: those that read like the best one, unless all numbers read the same."""
     numbers = {i: v for i, v in enumerate(values) if v is not None}
     finite = {i: v for i, v in numbers.items() if math.isfinite(v)}
     if not finite or len({texts[i] for i in numbers}) < 2:

@@ -83,7 +83,7 @@ class Tracking:
         self._open = {}
 
     def __call__(self, event: Event) -> None:
-        """Take in the run's next event."""
+        """Collect an event's values, and log them when the round is saved."""
         match event:
             case RunStarted():
                 self._start()
@@ -99,7 +99,7 @@ class Tracking:
             self._rounds.setdefault(event.round, {}).update(values)
 
     def _start(self) -> None:
-        """Open the trackers: only now, since a run that is refused must leave nothing behind."""
+        """Open the trackers; not before, since a refused run must leave nothing behind."""
         self._logged = _read(self._folder)
         for name in self._names:
             state = self._logged.setdefault(name, {"id": None, "round": -1})
@@ -181,11 +181,11 @@ def _values(event: Event) -> Iterator[tuple[str, float]]:
                 yield from ((f"{metric}/{row}", value) for metric, value in metrics.items())
             yield "seconds/evaluate", event.seconds
         case ClientsEvaluated():
-            found: dict[str, list[float]] = {}
+            by_metric: dict[str, list[float]] = {}
             for client in event.clients.values():
                 for metric, value in client.metrics.items():
-                    found.setdefault(metric, []).append(value)
-            for metric, values in found.items():
+                    by_metric.setdefault(metric, []).append(value)
+            for metric, values in by_metric.items():
                 yield f"{metric}/clients-mean", statistics.fmean(values)
             yield "seconds/evaluate-at-clients", event.seconds
 
@@ -211,7 +211,7 @@ def _open(name: str, folder: Path, run: str | None, first: int) -> tuple[General
     place = {"logging_dir": folder} if kind.requires_logging_directory else {}
     tracker = kind(**_options(name, folder, run, first), **place)
     tracker.start()
-    return tracker, RUN_IDS.get(name, lambda own: name)(tracker.tracker)
+    return tracker, RUN_IDS.get(name, lambda _: name)(tracker.tracker)
 
 
 def _options(name: str, folder: Path, run: str | None, first: int) -> dict[str, Any]:
@@ -237,8 +237,8 @@ def _options(name: str, folder: Path, run: str | None, first: int) -> dict[str, 
                 "settings": wandb.Settings(console="off", silent=True),  # the display is ours
             }
         case "dvclive":
-            own = {"dvcyaml": False, "save_dvc_exp": False, "resume": run is not None}
-            return {"dir": str(folder / "dvclive"), **own}
+            files = {"dvcyaml": False, "save_dvc_exp": False}
+            return {"dir": str(folder / "dvclive"), "resume": run is not None, **files}
         case "aim":
             return {"run_name": title, "run_hash": run}
         case "swanlab":
@@ -272,12 +272,12 @@ RUN_IDS: dict[str, Callable[[Any], str]] = {
 
 
 def _read(folder: Path) -> dict[str, dict[str, Any]]:
-    """What earlier processes logged; nothing where the file is damaged."""
+    """The state that earlier processes wrote; empty if the file is damaged."""
     try:
-        found = json.loads((folder / FILE).read_bytes())
+        states = json.loads((folder / FILE).read_bytes())
         return {
             str(name): {"id": state["id"], "round": int(state["round"])}
-            for name, state in found.items()
+            for name, state in states.items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return {}
