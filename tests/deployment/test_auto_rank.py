@@ -36,7 +36,7 @@ def site_of(config: Config, folder: Path, **values: Any) -> LocalClient:
 
 
 def test_it_is_the_largest_that_fits(config: Config, tmp_path: Path) -> None:
-    budget = int(memory.estimate(config, 9).total / (1 - MARGIN)) + 2
+    budget = int(memory.Planner(config).exact(9).total / (1 - MARGIN)) + 2
     site = site_of(config, tmp_path, memory=f"{budget} B")
     assert (site.rank, site.max_rank) == (9, 9)
 

@@ -15,7 +15,7 @@ from prelort.config import Config, check
 from prelort.errors import ConfigError
 from prelort.methods import REGISTRY
 from prelort.models.base import load_model
-from prelort.planning.memory import Planner, estimate, largest_rank
+from prelort.planning.memory import Planner, largest_rank
 
 
 def assert_between_is_exact(config: Config, rank: int) -> None:
@@ -35,14 +35,14 @@ def test_a_rank_in_between_is_what_a_rehearsal_of_it_gives(
 
 @pytest.mark.parametrize("name", sorted(REGISTRY))
 def test_every_method_can_be_planned(settings: Callable[..., Config], name: str) -> None:
-    found = estimate(settings(method={"name": name}, data={"max_length": 8}), 3)
+    found = Planner(settings(method={"name": name}, data={"max_length": 8})).exact(3)
     assert found.up > 0
     assert found.total > found.weights + found.adapter + found.optimiser
 
 
 def test_the_parts_are_those_of_the_shapes(settings: Callable[..., Config]) -> None:
     config = settings(lora={"target_modules": ("q_proj", "v_proj")})
-    found = estimate(config, 4)
+    found = Planner(config).exact(4)
     # Two layers of width 32 with queries of 32 and values of 16; A has 4 rows, B 4 columns.
     numbers = 2 * 4 * ((32 + 32) + (32 + 16))
     assert found.adapter == 4 * numbers
@@ -66,7 +66,7 @@ def test_what_is_sent_is_what_a_run_counts(
         federation={"rounds": 1, "clients_per_round": 2, "wire_dtype": dtype},
     )
     history = prelort.run(config, tmp_path / "run").history
-    found = estimate(config, 8)
+    found = Planner(config).exact(8)
     # Beside the tensors a message has their names and shapes, and a header.
     more = 8000 if dtype == "int8" else 5000
     assert 2 * found.down < history.bytes_down < 2 * (found.down + more)
@@ -74,7 +74,7 @@ def test_what_is_sent_is_what_a_run_counts(
 
 
 def test_what_should_save_memory_does(settings: Callable[..., Config]) -> None:
-    before = estimate(settings(), 8).total
+    before = Planner(settings()).exact(8).total
     for change in (
         {"training": {"gradient_checkpointing": True}},
         {"training": {"precision": "bfloat16"}},
@@ -85,7 +85,7 @@ def test_what_should_save_memory_does(settings: Callable[..., Config]) -> None:
         {"training": {"optimizer": "sgd"}},
         {"method": {"name": "ffa-lora"}},
     ):
-        assert estimate(settings(**change), 8).total < before, change
+        assert Planner(settings(**change)).exact(8).total < before, change
 
 
 @pytest.mark.parametrize("max_rank", [1, 2, 17])
@@ -124,7 +124,7 @@ def test_seven_billion_weights_need_no_memory_and_a_few_seconds(tmp_path: Path) 
     )
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
     before, started = psutil.Process().memory_info().rss, time.process_time()
-    found = estimate(config, 16)
+    found = Planner(config).exact(16)
     assert time.process_time() - started < 30  # some 4 s on a free core
     assert psutil.Process().memory_info().rss - before < 500e6
     # The published number of parameters; inverse frequencies of positions are float32.

@@ -30,12 +30,12 @@ def site_app(federation: Path) -> ClientApp:
             raise PrelortError("received a message without a header")
         request = Request(kind, str(federation), overrides, text, blob_in(content))
         site_file = _site_file(context)
-        own = settings.read_discreetly(site_file)
+        site = settings.read_for_reply(site_file)
         if kind == "end":
             trainer_client.end(site_file)
             return content_of("{}")
-        if own.trainer.warm:
-            reply = trainer_client.send(site_file, own, request)
+        if site.trainer.warm:
+            reply = trainer_client.send(site_file, site, request)
         else:
             from prelort.deployment.worker import Worker
 

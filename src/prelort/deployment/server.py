@@ -13,7 +13,7 @@ from prelort.federation.flower import Context, Grid, ServerApp
 from prelort.library_logging import quiet_libraries
 
 LEAVING_SECONDS = 10.0
-"""How long the app of a SuperLink that was killed may still have the run's folder."""
+"""How long the app of a killed SuperLink may still hold the run's folder."""
 
 
 def federation_app(federation: Path) -> ServerApp:
@@ -34,7 +34,7 @@ def federation_app(federation: Path) -> ServerApp:
         if not folder:
             raise ConfigError("no folder for the run: give --run-config 'run=\"/path/of/the/run\"'")
         overrides = shlex.split(str(context.run_config.get("set", "")))
-        # What goes wrong is raised: Flower then calls the run failed and shows the sentence.
+        # Errors are raised: Flower then marks the run as failed and shows the sentence.
         run_over_sites(federation, Path(folder).expanduser(), overrides, grid)
 
     return app

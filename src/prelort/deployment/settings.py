@@ -100,8 +100,8 @@ class SiteSettings(Section):
         Paths that begin with a dot start at the site's file.
         """
         values = config.model_dump(mode="json")
-        for section, own in (("data", self.data), ("model", self.model)):
-            for key, value in own.items():
+        for section, overrides in (("data", self.data), ("model", self.model)):
+            for key, value in overrides.items():
                 local = isinstance(value, str) and value.startswith(("./", "../"))
                 values[section][key] = str(file.resolve().parent / value) if local else value
         return check(values)
@@ -116,8 +116,8 @@ def read(file: Path) -> SiteSettings:
         raise ConfigError(f"site file {str(file)!r}: {error}") from None
 
 
-def read_discreetly(file: Path) -> SiteSettings:
-    """A site's file; the site's log has the details of an error, which the server does not get."""
+def read_for_reply(file: Path) -> SiteSettings:
+    """A site's file. An error goes to the site's log; the server is told only that there is one."""
     try:
         return read(file)
     except ConfigError as error:

@@ -34,13 +34,13 @@ TOO_MUCH_MEMORY = 3
 
 
 def main(site_file: Path) -> None:
-    """Serve this site until the run ends or nothing comes for long."""
+    """Serve this site until the run ends or the trainer has been idle for too long."""
     quiet_libraries()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
-    own = settings.read(site_file)
+    site = settings.read(site_file)
     address = address_of(site_file)
-    if own.trainer.memory is not None:
-        _watch_memory(sizes.parse(own.trainer.memory))
+    if site.trainer.memory is not None:
+        _watch_memory(sizes.parse(site.trainer.memory))
     lock = FileLock(address.lock)
     try:
         lock.acquire(timeout=0)
@@ -49,11 +49,11 @@ def main(site_file: Path) -> None:
         return
     with lock, _listening(address) as listener:
         log.info("process %d serves %s", os.getpid(), site_file)
-        _serve(listener, site_file, own.trainer.idle_minutes * 60.0)
+        _serve(listener, site_file, site.trainer.idle_minutes * 60.0)
 
 
 def _serve(listener: socket.socket, site_file: Path, idle: float) -> None:
-    """Answer one message after the other."""
+    """Answer messages one after the other."""
     from prelort.deployment.worker import Worker  # after listening: this takes seconds
 
     worker = Worker(site_file)
@@ -96,7 +96,7 @@ def _listening(address: Address) -> Iterator[socket.socket]:
 
 @contextlib.contextmanager
 def _cancelled(connection: Connection) -> Iterator[Callable[[], bool]]:
-    """A function that says whether the requesting process is gone, so that work can stop."""
+    """A function that returns whether the requesting process is gone, so that work can stop."""
     gone, done = threading.Event(), threading.Event()
 
     def watch() -> None:

@@ -29,15 +29,15 @@ ENDING_SECONDS = 3.0
 LOG_BYTES = 10_000_000
 
 
-def send(site_file: Path, own: SiteSettings, request: Request) -> Reply:
-    """The trainer's reply. A new trainer is started if there is none, or once if it dies.
+def send(site_file: Path, site: SiteSettings, request: Request) -> Reply:
+    """The trainer's reply. A trainer is started if there is none, and once more if it dies.
 
-    Raises `PrelortError` if that one dies of the request too, or does not answer in time.
+    Raises `PrelortError` if the second one dies too, or if it does not answer in time.
     """
     address = address_of(site_file)
-    for last in (False, True):
-        connection = _connected(address, site_file, own)
-        served_by = _pid(address)
+    for _ in range(2):
+        connection = _connect_or_start(address, site_file, site)
+        pid = _pid(address)
         try:
             with connection:
                 ipc.send(connection, request)
@@ -46,12 +46,8 @@ def send(site_file: Path, own: SiteSettings, request: Request) -> Reply:
                     raise PrelortError("its trainer did not answer in time and was ended")
                 return ipc.receive_reply(connection)
         except (EOFError, OSError):
-            if last:
-                raise PrelortError(
-                    "its trainer died twice on this message: the log at the site says why"
-                ) from None
-            _wait_for_end(served_by)
-    raise AssertionError("not reached")
+            _wait_for_end(pid)
+    raise PrelortError("its trainer died twice on this message: the log at the site says why")
 
 
 def end(site_file: Path) -> None:
@@ -84,7 +80,7 @@ def _timeout(request: Request) -> float:
     return timeout + LOADING_SECONDS
 
 
-def _connected(address: Address, site_file: Path, own: SiteSettings) -> Connection:
+def _connect_or_start(address: Address, site_file: Path, site: SiteSettings) -> Connection:
     """A connection to the trainer, which is started if none listens."""
     with contextlib.suppress(OSError):
         return _connect(address)
@@ -92,7 +88,7 @@ def _connected(address: Address, site_file: Path, own: SiteSettings) -> Connecti
     with FileLock(f"{address.lock}.start", timeout=START_SECONDS + 5):
         with contextlib.suppress(OSError):
             return _connect(address)
-        process = _start(site_file, own)
+        process = _start(site_file, site)
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and process.poll() is None:
             with contextlib.suppress(OSError):
@@ -108,9 +104,9 @@ def _connect(address: Address) -> Connection:
         return Connection(unix.detach())
 
 
-def _start(site_file: Path, own: SiteSettings) -> subprocess.Popen[bytes]:
+def _start(site_file: Path, site: SiteSettings) -> subprocess.Popen[bytes]:
     """Start a trainer in a session of its own: it outlives this short-lived process."""
-    folder = own.state_folder(site_file)
+    folder = site.state_folder(site_file)
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "trainer.log"
     if log.exists() and log.stat().st_size > LOG_BYTES:

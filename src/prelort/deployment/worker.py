@@ -1,4 +1,4 @@
-"""Replies of one site to the server; the base model and the data stay loaded in between."""
+"""The replies of one site to the server; base model and data stay loaded between them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _ABOUT_THE_SERVER = (PrelortError, UpdateRefused, AdapterError)
 
 
 class Worker:
-    """One site in this process, loaded when the first message comes.
+    """One site in this process, loaded with its first message.
 
     It is loaded again when the federation's configuration or the site's file has changed.
     """
@@ -62,34 +62,34 @@ class Worker:
             return Reply(refused=f"failed ({type(error).__name__}): its log says why")
 
     def _loaded(self, config: Config) -> LocalClient:
-        own = settings.read(self._file)
-        if self._loaded_from != (config, own):
+        site = settings.read(self._file)
+        if self._loaded_from != (config, site):
             self._loaded_from = None
-            self._client = make_client(config, own, self._file)
-            self._loaded_from = (config, own)
+            self._client = make_client(config, site, self._file)
+            self._loaded_from = (config, site)
         return self._client
 
 
-def make_client(config: Config, own: SiteSettings, file: Path) -> LocalClient:
+def make_client(config: Config, site: SiteSettings, file: Path) -> LocalClient:
     """The client that a site's file describes. Raises `ConfigError`."""
-    config = own.applied_to(config, file)
-    rank = own.rank
+    config = site.applied_to(config, file)
+    rank = site.rank
     if rank == "auto":
-        rank = _largest_rank(config, own)
-    folder = own.state_folder(file)
-    if own.partition is not None:
-        return dealt_site(config, own.partition, rank, folder)
-    if own.name is None or rank is None:
+        rank = _largest_rank(config, site)
+    folder = site.state_folder(file)
+    if site.partition is not None:
+        return dealt_site(config, site.partition, rank, folder)
+    if site.name is None or rank is None:
         raise AssertionError("settings without a partition have a name and a rank")
-    return own_site(config, own.name, rank, folder)
+    return own_site(config, site.name, rank, folder)
 
 
-def _largest_rank(config: Config, own: SiteSettings) -> int:
+def _largest_rank(config: Config, site: SiteSettings) -> int:
     """The largest rank that fits the site's memory, at most the federation's."""
     from prelort.planning import measured, memory, sizes
 
-    if own.memory is not None:
-        budget = sizes.parse(own.memory)
+    if site.memory is not None:
+        budget = sizes.parse(site.memory)
     else:
         budget, _ = measured.free_memory(config.model.device)
     # The estimate does not include loading, evaluation and the allocator's overhead.

@@ -1,7 +1,7 @@
-"""Live bytes after every operation of torch.
+"""Counting the bytes of live tensors after every operation of torch.
 
-Counts the storages of what torch's operators return (views share one), for real and for fake
-tensors. Temporary buffers inside a kernel are not visible.
+Counts the storages that torch's operators return (views share one), for real and for fake tensors.
+Temporary buffers inside a kernel are not visible.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live: list[int] = []
         self.gradients: list[int] = []
         self._sizes: dict[int, int] = {}
-        self._now = 0
-        self._gradients_now = 0
-        self._of_gradients: set[int] = set()
+        self._live_bytes = 0
+        self._gradient_bytes = 0
+        self._gradient_keys: set[int] = set()
         for tensor in present:
-            self._see(tensor)
+            self._count(tensor)
 
     def __torch_dispatch__(
         self,
@@ -46,36 +46,36 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run the operator and count its results."""
         if func is torch.ops.aten._local_scalar_dense.default:
             return _some_value(args[0])
-        made = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(made):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._see(leaf)
-        return made
+                self._count(leaf)
+        return result
 
     def mark_gradient(self, gradient: Tensor) -> None:
         """Count this tensor's storage as a gradient from now on."""
         key = gradient.untyped_storage()._cdata
-        if key in self._sizes and key not in self._of_gradients:
-            self._of_gradients.add(key)
-            self._gradients_now += self._sizes[key]
+        if key in self._sizes and key not in self._gradient_keys:
+            self._gradient_keys.add(key)
+            self._gradient_bytes += self._sizes[key]
 
-    def _see(self, tensor: Tensor) -> None:
+    def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._sizes:
             return
         self._sizes[key] = storage.nbytes()
-        self._now += storage.nbytes()
-        self.live.append(self._now)
-        self.gradients.append(self._gradients_now)
-        weakref.finalize(storage, self._gone, key).atexit = False
+        self._live_bytes += storage.nbytes()
+        self.live.append(self._live_bytes)
+        self.gradients.append(self._gradient_bytes)
+        weakref.finalize(storage, self._forget, key).atexit = False
 
-    def _gone(self, key: int) -> None:
+    def _forget(self, key: int) -> None:
         size = self._sizes.pop(key)
-        self._now -= size
-        if key in self._of_gradients:
-            self._of_gradients.remove(key)
-            self._gradients_now -= size
+        self._live_bytes -= size
+        if key in self._gradient_keys:
+            self._gradient_keys.remove(key)
+            self._gradient_bytes -= size
 
 
 def _some_value(tensor: Tensor) -> bool | int | float:

@@ -9,13 +9,13 @@ from prelort.models.base import device_of
 
 
 def free_memory(device: str = "auto") -> tuple[int, str]:
-    """Free bytes on the device of ``model.device``, and a description of the place.
+    """Free bytes on the device of ``model.device``, and where they are in words.
 
-    On a GPU: the driver's free memory (without this process's CUDA context), else: the memory that
-    the system can give without swapping. Raises `ConfigError` if CUDA is not available.
+    On a GPU the driver's free memory (without this process's CUDA context), else the memory
+    available without swapping. Raises `ConfigError` if CUDA is not available.
     """
-    found = device_of(device)
-    if found.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(found)
-        return int(free), f"free on {torch.cuda.get_device_name(found)} now"
+    place = device_of(device)
+    if place.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(place)
+        return int(free), f"free on {torch.cuda.get_device_name(place)} now"
     return int(psutil.virtual_memory().available), "available on this machine now"

@@ -102,7 +102,7 @@ class Planner:
         return self._rehearsed[rank]
 
     def _remedies(self) -> list[str]:
-        """The settings that would reduce the memory and are not yet made."""
+        """Settings that would reduce the memory."""
         model, training = self.config.model, self.config.training
         remedies: list[str] = []
         if training.batch_size > 1:
@@ -116,11 +116,6 @@ class Planner:
         if model.dtype == "float32":
             remedies.append("model.dtype = 'bfloat16'")
         return [*remedies, f"data.max_length below {self.config.data.max_length}"]
-
-
-def estimate(config: Config, rank: int) -> Estimate:
-    """The memory and traffic of a client of this rank. Raises `ConfigError`."""
-    return Planner(config).exact(rank)
 
 
 def largest_rank(config: Config, budget_bytes: int, max_rank: int) -> int:

@@ -1,4 +1,4 @@
-"""Memory of a client's training round, without weights and without computing.
+"""The memory of a client's training round, rehearsed without weights or computation.
 
 `training.local.train` itself runs on torch's fake tensors, which have shapes, types and storage
 sizes, but no memory. So nothing here knows an architecture, and a change of the training loop needs
@@ -81,18 +81,18 @@ class Rehearsal:
             return None
         share = (rank - self.rank) / (other.rank - self.rank)
 
-        def mixed(own: Any, others: Any) -> Any:
-            return own + share * (others - own)
+        def interpolated(low: Any, high: Any) -> Any:
+            return low + share * (high - low)
 
         return Rehearsal(
             rank,
             self.weights,
-            round(mixed(self.adapter, other.adapter)),
-            round(mixed(self.optimiser, other.optimiser)),
-            mixed(self.live, other.live),
-            mixed(self.gradients, other.gradients),
-            round(mixed(self.down, other.down)),
-            round(mixed(self.up, other.up)),
+            round(interpolated(self.adapter, other.adapter)),
+            round(interpolated(self.optimiser, other.optimiser)),
+            interpolated(self.live, other.live),
+            interpolated(self.gradients, other.gradients),
+            round(interpolated(self.down, other.down)),
+            round(interpolated(self.up, other.up)),
         )
 
 
@@ -130,7 +130,7 @@ class Rehearser:
         """The ranks besides 1 at which sizes stop being affine in the rank."""
         patterns = {f.rank for f in self._like.layers.values() if f.rank < UNLIMITED}
         beyond = max(self._levels) + 1
-        (low, _), (high, _) = self._sent(1), self._sent(beyond)
+        (low, _), (high, _) = self._broadcast(1), self._broadcast(beyond)
         regular = low.frozen is None and (low.trainable.rank, high.trainable.rank) == (1, beyond)
         # Dimensions that a client does not train may be folded in, up to the highest rank; the
         # homogeneous references train at the lowest or the highest rank.
@@ -138,15 +138,15 @@ class Rehearser:
 
     def rehearse(self, rank: int) -> Rehearsal:
         """One round at this rank. Raises `ConfigError` for a method that cannot train it."""
-        sent, objective = self._sent(rank)
-        down, up = self._travelling(sent)
+        broadcast, objective = self._broadcast(rank)
+        down, up = self._traffic(broadcast)
         with self._mode, GroupedProducts(), _without_gc():
             install(
                 self._model,
-                _on_cpu(sent.trainable),
-                frozen=_on_cpu(sent.frozen) if sent.frozen is not None else None,
-                trains=sent.trains,
-                scale_multiplier=sent.scale_multiplier,
+                _on_cpu(broadcast.trainable),
+                frozen=_on_cpu(broadcast.frozen) if broadcast.frozen is not None else None,
+                trains=broadcast.trains,
+                scale_multiplier=broadcast.scale_multiplier,
             )
             try:
                 return self._round(rank, objective, down, up)
@@ -180,7 +180,7 @@ class Rehearser:
         begin = len(watch.live)
         starts: list[int] = []
         ends: list[int] = []
-        kept: list[int] = []
+        state_bytes: list[int] = []
 
         def pre(optimizer: Any, *_: Any) -> None:
             starts.append(len(watch.live) - begin)
@@ -188,9 +188,9 @@ class Rehearser:
         def post(optimizer: Any, *_: Any) -> None:
             ends.append(len(watch.live) - begin)
             values = (v for state in optimizer.state.values() for v in state.values())
-            kept.append(storage_bytes(v for v in values if isinstance(v, Tensor)))
+            state_bytes.append(storage_bytes(v for v in values if isinstance(v, Tensor)))
 
-        handles = [_watched(p, watch) for p in learning]
+        handles = [_gradient_hook(p, watch) for p in learning]
         handles.append(register_optimizer_step_pre_hook(pre))
         handles.append(register_optimizer_step_post_hook(post))
         try:
@@ -202,15 +202,15 @@ class Rehearser:
         live = np.array(watch.live[begin:], dtype=np.float64)
         gradients = np.array(watch.gradients[begin:], dtype=np.float64)
         # The optimiser state is allocated in the first step, and exists in all later ones.
-        live[: starts[0]] += kept[0]
+        live[: starts[0]] += state_bytes[0]
         if for_gpu(self.config.model) and training.optimizer == "adamw":
             # There AdamW updates all tensors at once, with one temporary copy of each.
             for start, end in zip(starts, ends, strict=True):
                 live[start:end] += storage_bytes(p for p in learning if p.requires_grad)
         adapter = storage_bytes(present) - self._weights
-        return Rehearsal(rank, self._weights, adapter, kept[0], live, gradients, down, up)
+        return Rehearsal(rank, self._weights, adapter, state_bytes[0], live, gradients, down, up)
 
-    def _sent(self, rank: int) -> tuple[Broadcast, Objective]:
+    def _broadcast(self, rank: int) -> tuple[Broadcast, Objective]:
         """The method's broadcast to a client of this rank, and the client's objective.
 
         The factors are meta tensors, so that a method's own draws (e.g. of dimensions) are real.
@@ -232,26 +232,26 @@ class Rehearser:
         }
         state = ServerState(LoraAdapter(layers, self.scale, modules_to_save), levels=tuple(levels))
         with LiveBytes([]):
-            sent = method.broadcast(state, client)
+            broadcast = method.broadcast(state, client)
         objective = method.objective(state, client)
         if objective.kind == "plain" or rank == 1:
-            return sent, objective
+            return broadcast, objective
         # Two levels need the memory of more, whose passes follow one another. A client of the
         # lowest rank really has one level and no mask: [tokens, rank] per layer less.
-        return sent, Objective(objective.kind, (1, rank), (0.5, 0.5), objective.tail)
+        return broadcast, Objective(objective.kind, (1, rank), (0.5, 0.5), objective.tail)
 
-    def _travelling(self, sent: Broadcast) -> tuple[int, int]:
+    def _traffic(self, broadcast: Broadcast) -> tuple[int, int]:
         """Bytes of the tensors sent to and from a client, as `federation.wire` packs them."""
         dtype = self.config.federation.wire_dtype
         kinds = {"A": 0, "B": 0, "extra": 0}
-        for name, tensor in sent.trainable.tensors().items():
+        for name, tensor in broadcast.trainable.tensors().items():
             kind = {".lora_A.weight": "A", ".lora_B.weight": "B"}.get(name[-14:], "extra")
             kinds[kind] += _wire_bytes(kind, tensor, dtype)
-        second = sent.frozen.layers.values() if sent.frozen is not None else ()
+        second = broadcast.frozen.layers.values() if broadcast.frozen is not None else ()
         frozen = sum(_wire_bytes("A", f.A, dtype) + _wire_bytes("B", f.B, dtype) for f in second)
-        stays = {"B", "extra"} if sent.personal else set()
-        seeded = set(sent.seeded_factors.split(" and "))
-        untrained = {letter for letter in "AB" if letter not in sent.trains}
+        stays = {"B", "extra"} if broadcast.personal else set()
+        seeded = set(broadcast.seeded_factors.split(" and "))
+        untrained = {letter for letter in "AB" if letter not in broadcast.trains}
         down = sum(size for kind, size in kinds.items() if kind not in stays | seeded)
         up = sum(size for kind, size in kinds.items() if kind not in stays | untrained)
         return down + frozen, up
@@ -274,7 +274,7 @@ def _on_cpu(adapter: LoraAdapter) -> LoraAdapter:
     return LoraAdapter.from_tensors(tensors, adapter.scale)
 
 
-def _watched(parameter: Tensor, watch: LiveBytes) -> Any:
+def _gradient_hook(parameter: Tensor, watch: LiveBytes) -> Any:
     """A hook that marks the parameter's gradient as soon as it is complete."""
 
     def mark(owner: Tensor) -> None:

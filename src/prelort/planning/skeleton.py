@@ -54,7 +54,7 @@ def skeleton(
         ) from error
     if config.quantization != "none":
         compute = torch.bfloat16 if for_gpu(config) else torch.float32  # as in models.base
-        _stand_in(wrapped, config.quantization, compute, whole)
+        _quantise_linear_layers(wrapped, config.quantization, compute, whole)
     return wrapped
 
 
@@ -70,21 +70,21 @@ def materialise(model: nn.Module) -> None:
 
     By hand and not by `to_empty`: tied weights stay one tensor.
     """
-    made: dict[int, Tensor] = {}
+    copies: dict[int, Tensor] = {}
 
-    def replaced(tensor: Tensor) -> Tensor:
-        if id(tensor) not in made:
+    def copy_of(tensor: Tensor) -> Tensor:
+        if id(tensor) not in copies:
             new = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
             learns = tensor.requires_grad
             is_parameter = isinstance(tensor, nn.Parameter)
-            made[id(tensor)] = nn.Parameter(new, requires_grad=learns) if is_parameter else new
-        return made[id(tensor)]
+            copies[id(tensor)] = nn.Parameter(new, requires_grad=learns) if is_parameter else new
+        return copies[id(tensor)]
 
     old = [*model.parameters(), *model.buffers()]  # kept alive, so that no id is used twice
     for module in model.modules():
         tensors: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        for held in tensors:
-            held |= {name: replaced(t) for name, t in held.items() if t is not None}
+        for named in tensors:
+            named |= {name: copy_of(t) for name, t in named.items() if t is not None}
     del old
 
 
@@ -153,7 +153,9 @@ class _Grouped(torch.autograd.Function):
         return gradients[0].new_empty(ctx.shape), None
 
 
-def _stand_in(model: nn.Module, quantization: str, compute: torch.dtype, whole: list[str]) -> None:
+def _quantise_linear_layers(
+    model: nn.Module, quantization: str, compute: torch.dtype, whole: list[str]
+) -> None:
     """Replace the linear layers that transformers would quantise: not ``whole``, not the head."""
     for name, parent in list(model.named_modules()):
         learns = {"original_module", "modules_to_save"} & {*name.split(".")}

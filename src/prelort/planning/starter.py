@@ -12,7 +12,7 @@ from prelort.planning.skeleton import skeleton
 
 MODELS = {"classification": "FacebookAI/roberta-base"}
 ANY_MODEL = "Qwen/Qwen3-0.6B"
-"""What stands in a starter that is written for no model, of the tasks without one of their own."""
+"""The model in a starter without ``--model``, for tasks that are not in `MODELS`."""
 
 COLUMNS = {
     "causal-lm": "column `text`",
