@@ -29,10 +29,10 @@ class RankwiseMean:
     def __init__(self, like: LoraAdapter) -> None:
         self.total = 0.0
         """The weight of all replies."""
-        self.held = {
+        self.weights = {
             name: torch.zeros(f.rank, dtype=torch.float64) for name, f in like.layers.items()
         }
-        """Layer name -> weight [rank] that each rank dimension has received."""
+        """Layer name -> the weight of each rank dimension's holders, float64 [rank]."""
         self._mean: LoraAdapter | None = zeros(like)
 
     def add(
@@ -52,19 +52,19 @@ class RankwiseMean:
             return
         self.total += weight
         for name, factors in adapter.layers.items():
-            own, held = mean.layers[name], self.held[name]
+            target, weights = mean.layers[name], self.weights[name]
             index = None if dimensions is None else dimensions[name]
             if index is None or torch.equal(index, torch.arange(factors.rank)):
-                held = held[: factors.rank]
-                held += weight
-                _move(own.prefix(factors.rank), factors, weight / held)
+                weights = weights[: factors.rank]
+                weights += weight
+                _move(target.prefix(factors.rank), factors, weight / weights)
             else:
-                held[index] += weight
+                weights[index] += weight
                 columns = index.expand(factors.B.shape)
-                part = Factors(own.A.index_select(0, index), own.B.gather(1, columns))
-                _move(part, factors, weight / held[index])
-                own.A.index_copy_(0, index, part.A)
-                own.B.scatter_(1, columns, part.B)
+                part = Factors(target.A.index_select(0, index), target.B.gather(1, columns))
+                _move(part, factors, weight / weights[index])
+                target.A.index_copy_(0, index, part.A)
+                target.B.scatter_(1, columns, part.B)
         for name, tensor in adapter.modules_to_save.items():
             mean.modules_to_save[name].lerp_(tensor.float(), weight / self.total)
 
@@ -98,11 +98,11 @@ class RankwiseMean:
 
     def share(self, name: str) -> Tensor:
         """The share of the weight that holds each rank dimension of a layer: float32 [rank]."""
-        return (self.held[name] / self.total).float()
+        return (self.weights[name] / self.total).float()
 
     def _keep_unheld(self, mean: LoraAdapter, previous: LoraAdapter) -> None:
         for name, factors in mean.layers.items():
-            unheld = (self.held[name] == 0).nonzero().flatten()
+            unheld = (self.weights[name] == 0).nonzero().flatten()
             if len(unheld):
                 old = previous.layers[name].take(unheld)
                 factors.A[unheld], factors.B[:, unheld] = old.A.float(), old.B.float()

@@ -1,6 +1,6 @@
-"""What a round did to the products: noise, drift and energy of ranks; nothing here changes a run.
+"""Diagnostics of a round's products: noise, drift, energy of ranks. They never change a run.
 
-`observer` is the one entry point. The loop calls what it returns once for each round, and gets a
+`observer` is the entry point. The loop calls its result once for each round, and gets a
 `prelort.methods.interface.RoundObserver`:
 
     observe = diagnostics.observer(config)  # None where there is nothing to measure
@@ -20,10 +20,10 @@ from prelort.methods.interface import Observe
 
 
 def observer(config: Config) -> Observe | None:
-    """Measures rounds from their method, the state before them and the clients asked.
+    """A function that starts to observe a round of a method, a state and clients.
 
-    None where ``evaluation.diagnostics`` is off, and where clients keep their own factors: there is
-    no global product to compare with.
+    None if ``evaluation.diagnostics`` is off, or if clients keep personal factors: then there is no
+    global product to compare with.
     """
     if not config.evaluation.diagnostics or trait(find(config.method.name), "personal"):
         return None

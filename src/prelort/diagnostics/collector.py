@@ -55,7 +55,7 @@ DIGITS = 6
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What is kept of a client until the round ends: the measured layers, and its weight."""
+    """A client's reply until the round ends: its measured layers and its weight."""
 
     client: str
     weight: float
@@ -85,10 +85,10 @@ class Round:
 
 
 class Collector:
-    """Takes one round's replies and, at its end, returns its numbers.
+    """Collects one round's replies and computes its numbers at the end.
 
-    It keeps the measured layers of each reply: a sample that moves on with the rounds, a function
-    of the seed, the round, the clients asked and the layers' shapes (`Budget.sample`).
+    It keeps the measured layers of each reply: a sample that changes with the round, a function of
+    the seed, the round, the cohort and the layers' shapes (`Budget.sample`).
     """
 
     def __init__(
@@ -113,12 +113,12 @@ class Collector:
         """Whether all clients received the first rank dimensions of the adapter, in their order."""
 
     def add(self, sent: Broadcast, update: Update) -> None:
-        """Keep what is needed of one client's round."""
-        received, own = sent.trainable.bare().select(self.names), self.state.adapter.layers
+        """Keep the measured layers of one reply."""
+        received, layers = sent.trainable.bare().select(self.names), self.state.adapter.layers
         trained = update.adapter.bare().select(self.names)
         self.dimensions += min((factors.rank for factors in trained.layers.values()), default=0)
         self.in_place &= all(
-            name in own and equal(factors.A, own[name].A[: factors.rank])
+            name in layers and equal(factors.A, layers[name].A[: factors.rank])
             for name, factors in received.layers.items()
         )
         if self.dimensions > self.budget.dimensions:
@@ -239,13 +239,13 @@ class Layer:
             sums.add("start", self.clients, squared(received + frozen - before))
             sums.add("moved", self.clients, squared(trained - received))
         if self.adapter is not None:
-            kept, held = self._segments(self.adapter[0], sums.segments)
-            sums.add("held", sums.names, squared(held))
-            sums.add("common", sums.names, ((kept @ inner) * held).sum(axis=1))
+            new, means = self._segments(self.adapter[0], sums.segments)
+            sums.add("holders", sums.names, squared(means))
+            sums.add("common", sums.names, ((new @ inner) * means).sum(axis=1))
         if self.after is not None:
             numbers, scales = self.after
-            own = np.ix_(numbers, numbers)
-            energies = singular_energies(gram_a[own], gram_b[own]) * scales[0] ** 2
+            block = np.ix_(numbers, numbers)
+            energies = singular_energies(gram_a[block], gram_b[block]) * scales[0] ** 2
             lengths = np.sqrt(np.maximum(inner[numbers, numbers], 0.0))
             sums.add_spectrum(energies, scales * lengths)
 
@@ -256,16 +256,16 @@ class Layer:
             for share, product in zip(self.shares, self.trained, strict=True)
             if product is not None and share > 0
         ]
-        held = np.zeros(max([len(numbers) for _, numbers in clients], default=0))
+        weights = np.zeros(max([len(numbers) for _, numbers in clients], default=0))
         for share, numbers in clients:
-            held[: len(numbers)] += share
-        kept_rows = np.zeros((len(segments), self.dimensions.count))
-        held_rows = np.zeros_like(kept_rows)
+            weights[: len(numbers)] += share
+        new_rows = np.zeros((len(segments), self.dimensions.count))
+        mean_rows = np.zeros_like(new_rows)
         for index, (low, high) in enumerate(segments):
-            np.add.at(kept_rows[index], new[low:high], 1.0)
+            np.add.at(new_rows[index], new[low:high], 1.0)
             for share, numbers in clients:
-                held_rows[index, numbers[low:high]] = (share / held[: len(numbers)])[low:high]
-        return kept_rows, held_rows
+                mean_rows[index, numbers[low:high]] = (share / weights[: len(numbers)])[low:high]
+        return new_rows, mean_rows
 
 
 class Sums:
@@ -318,7 +318,7 @@ class Sums:
                 float(np.mean([one[j] for one in self.energies if len(one) > j]))
                 for j in range(longest)
             ],
-            "tail_kept": {n: self._share(("common", n), ("held", n)) for n in names},
+            "tail_kept": {n: self._share(("common", n), ("holders", n)) for n in names},
         }
 
     def _relative(self, quantity: str, name: str, reference: str) -> float | None:

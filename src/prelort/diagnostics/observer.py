@@ -32,7 +32,7 @@ class SafeCollector:
             self._collector = Collector(method, state, clients, weight, seed)
 
     def add(self, sent: Broadcast, update: Update) -> None:
-        """Take a reply that counts, and what the client had been sent."""
+        """Collect a usable reply and what the client was sent."""
         if not self._failure:
             with self._guard():
                 self._collector.add(sent, update)

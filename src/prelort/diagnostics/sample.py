@@ -1,4 +1,4 @@
-"""Which layers of a round are measured, so that it costs little beside the aggregation."""
+"""Sampling the layers to measure in a round, so that diagnostics cost less than aggregation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls into a method, which may be the user's own: its mistakes as one sentence."""
+"""Calling a method, which may be the user's own: its mistakes become one sentence."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ T = TypeVar("T")
 
 @contextmanager
 def calling(method: Method, part: str) -> Iterator[None]:
-    """Raise `PrelortError` for whatever ``part`` of the method raises, with the place in its code.
+    """Raise `PrelortError` for whatever ``part`` of the method raises, with the line of its code.
 
-    Errors that are sentences already stay as they are.
+    A `PrelortError` passes unchanged.
     """
     try:
         yield

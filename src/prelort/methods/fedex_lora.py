@@ -74,12 +74,12 @@ class FedExLora(PrefixMethod):
         self, state: ServerState, rank: int | None = None, layers: Collection[str] | None = None
     ) -> LoraAdapter:
         """The best approximation of adapter plus residual (None: their sum)."""
-        own = state.adapter.select(layers)
-        residual = recall(state.memory, RESIDUAL, own)
+        adapter = state.adapter.select(layers)
+        residual = recall(state.memory, RESIDUAL, adapter)
         if residual is None:
             return super().global_adapter(state, rank, layers)
-        total = compress(concatenate([own.bare(), residual], [1.0, 1.0]))
-        whole = replace(total, modules_to_save=own.modules_to_save)
+        total = compress(concatenate([adapter.bare(), residual], [1.0, 1.0]))
+        whole = replace(total, modules_to_save=adapter.modules_to_save)
         return whole if rank is None else best_approximation(whole, rank)
 
 
@@ -119,6 +119,6 @@ class WithResidual(Averaging):
         """``sum_k p_k`` of the old dimensions above the rank of client k."""
         layers = {}
         for name, factors in old.layers.items():
-            lacking = (1 - self.mean.held[name] / self.mean.total).to(torch.float32)
+            lacking = (1 - self.mean.weights[name] / self.mean.total).to(torch.float32)
             layers[name] = Factors(factors.A.float(), factors.B.float() * lacking)
         return LoraAdapter(layers, old.scale)

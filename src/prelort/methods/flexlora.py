@@ -70,7 +70,7 @@ class SvdOfMean:
 def cut(
     product: LoraAdapter, like: LoraAdapter, split: Split, seed: int, round_index: int
 ) -> LoraAdapter:
-    """The best approximation at the ranks of ``like``, whose empty directions can learn."""
+    """The best approximation at the ranks of ``like``; empty directions get a drawn A."""
     near = best_approximation(product, like.rank, split)
     layers: dict[str, Factors] = {}
     for name, factors in near.layers.items():
@@ -80,12 +80,12 @@ def cut(
         to_a, to_b = {"even": (0.5, 0.5), "A": (1.0, 0.0), "B": (0.0, 1.0)}[split]
         first = factors.prefix(dimensions)
         layers[name] = Factors(first.A * ratio**to_a, first.B * ratio**to_b)
-    kept = _alive(LoraAdapter(layers, near.scale, near.modules_to_save))
-    return filled(kept, like, derive(seed, "empty directions", round_index))
+    alive = _alive(LoraAdapter(layers, near.scale, near.modules_to_save))
+    return filled(alive, like, derive(seed, "empty directions", round_index))
 
 
 def _alive(adapter: LoraAdapter) -> LoraAdapter:
-    """The rank dimensions of each layer that add anything; the first one at least."""
+    """The rank dimensions of each layer that are not zero; at least the first one."""
     layers = {}
     for name, factors in adapter.layers.items():
         energy = factors.A.norm(dim=1) * factors.B.norm(dim=0)

@@ -67,11 +67,11 @@ class Flora(PrefixMethod):
         self, state: ServerState, rank: int | None = None, layers: Collection[str] | None = None
     ) -> LoraAdapter:
         """The best approximation of the sum of all rounds (None: the sum)."""
-        own = state.adapter.select(layers)
-        total = recall(state.memory, FOLDED, own)
+        adapter = state.adapter.select(layers)
+        total = recall(state.memory, FOLDED, adapter)
         if total is None:
             return super().global_adapter(state, rank, layers)
-        whole = replace(total, modules_to_save=own.modules_to_save)
+        whole = replace(total, modules_to_save=adapter.modules_to_save)
         return whole if rank is None else best_approximation(whole, rank)
 
 

@@ -52,8 +52,8 @@ class Broadcast:
 class Update:
     """A client's checked reply: its trained adapter and its number of training examples.
 
-    Where only one factor was trained the other is as it was broadcast. ``client.rank`` is the rank
-    at which the client was asked; a client that prunes itself replies with a lower rank.
+    A factor that was not trained is as it was broadcast. ``client.rank`` is the rank of the
+    request; a client that prunes its adapter replies with a lower rank.
     """
 
     client: Client
@@ -84,8 +84,8 @@ class ServerState:
         self, adapter: LoraAdapter, memory: Mapping[str, Tensor] | None = None
     ) -> ServerState:
         """The state one round later; without ``memory`` the method's own stays as it is."""
-        kept = self.memory if memory is None else memory
-        return replace(self, adapter=adapter, round=self.round + 1, memory=kept)
+        memory = self.memory if memory is None else memory
+        return replace(self, adapter=adapter, round=self.round + 1, memory=memory)
 
 
 class Aggregator(Protocol):
@@ -107,7 +107,7 @@ class RoundObserver(Protocol):
     """Time spent measuring so far."""
 
     def add(self, sent: Broadcast, update: Update) -> None:
-        """Take a reply that counts, and what the client had been sent."""
+        """Collect a usable reply and what the client was sent."""
         ...
 
     def result(self, after: ServerState) -> dict[str, Any]:
@@ -116,7 +116,7 @@ class RoundObserver(Protocol):
 
 
 class Method(Protocol):
-    """A published algorithm for clients of mixed ranks. `PrefixMethod` has the usual answers."""
+    """A published algorithm for clients of mixed ranks; `PrefixMethod` has the usual behaviour."""
 
     name: ClassVar[str]
     summary: ClassVar[str]
@@ -162,4 +162,4 @@ class Method(Protocol):
 
 
 Observe = Callable[[Method, ServerState, Sequence[Client]], RoundObserver]
-"""Begins to observe a round of these clients."""
+"""Starts to observe a round of these clients."""

@@ -67,13 +67,13 @@ class Corrected(Averaging):
         if mean is None:
             return state
         # A dimension that nobody held keeps its value, and is none of the means.
-        held = {name: int((weight > 0).sum()) for name, weight in self.mean.held.items()}
-        means = {name: f.prefix(held[name]) for name, f in state.adapter.layers.items()}
+        ranks = {name: int((weight > 0).sum()) for name, weight in self.mean.weights.items()}
+        means = {name: f.prefix(ranks[name]) for name, f in state.adapter.layers.items()}
         missed = concatenate([mean, LoraAdapter(means, mean.scale)], [1.0, -1.0])
         layers = {}
         for name, factors in state.adapter.layers.items():
             b = factors.B.clone()
-            b[:, : held[name]] += correction(means[name], missed.layers[name], self.penalty)
+            b[:, : ranks[name]] += correction(means[name], missed.layers[name], self.penalty)
             layers[name] = Factors(factors.A, b)
         return replace(state, adapter=replace(state.adapter, layers=layers))
 

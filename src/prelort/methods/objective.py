@@ -5,7 +5,7 @@ them). The objective is ``L = sum over rho in T of weight[rho] * L(f_rho)``, whe
 first rho dimensions at scale s(rho) (our reading of PreLort, arXiv 2606.15963: the paper's abstract
 says that each adapter is optimised under multiple rank truncations).
 
-Every kind is an unbiased estimate of that one sum and differs only in its price:
+Every kind is an unbiased estimate of that sum; they differ in their cost:
 
 =========  ==========================================================  ==================
 kind       one optimiser step sees                                     forward passes
@@ -85,8 +85,8 @@ class Objective:
         if self.kind == "step":
             return [Pass(self.levels[int(self._draw(self.weights, 1, generator))])]
         if self.kind == "example":
-            drawn = self._draw(self.weights, batch_size, generator)
-            return [Pass(torch.tensor(self.levels)[drawn])]
+            indices = self._draw(self.weights, batch_size, generator)
+            return [Pass(torch.tensor(self.levels)[indices])]
         full, below = self.weights[-1], sum(self.weights[:-1])
         if below == 0:
             return [Pass(None)]
@@ -96,7 +96,7 @@ class Objective:
 
     @property
     def passes_per_batch(self) -> int:
-        """How many `passes` a batch has: whatever is drawn, as many."""
+        """The number of `passes` of a batch, which does not depend on draws."""
         return len(self.passes(1, torch.Generator().manual_seed(0)))
 
     @staticmethod
@@ -119,7 +119,7 @@ def configured(
 ) -> Objective:
     """The objective that ``config`` asks of a client of ``rank``.
 
-    Raises `ConfigError` for weights of what is no rank level, or that leave nothing to train.
+    Raises `ConfigError` for a weight of a rank that is no level, or weights that sum to 0.
     """
     kind = config.objective or default
     levels = config.truncations or levels

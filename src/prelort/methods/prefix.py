@@ -1,6 +1,6 @@
-"""What most methods have in common: a client of rank r holds the first r rank dimensions.
+"""The base of most methods: a client of rank r holds the first r rank dimensions.
 
-A method's own file overrides the part where its paper differs, so that it shows nothing else.
+A method's own file overrides only the parts in which its paper differs.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ over the clients that hold it:
     A_j = sum_{k: r_k >= j} w_k A_{k,j} / sum_{k: r_k >= j} w_k        (likewise B_j)
 
 A segment that nobody trained this round keeps its value; a missing segment is never a zero.
-Client: receives the prefix of its rank, and trains it under several rank truncations.
+Client: receives the prefix of its rank, and trains it under several rank truncations
+(`prelort.methods.objective`).
 
 The paper's equations were not at hand: segment-wise averaging and training under truncations are
 the abstract's words, while the weights (examples) and the sum over truncations are our reading.
@@ -17,15 +18,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from prelort.aggregation.rankwise_mean import RankwiseMean
-from prelort.methods.averaging import Averaging, weighting
-from prelort.methods.interface import ServerState
 from prelort.methods.objective import Kind
 from prelort.methods.prefix import PrefixMethod
 
 
 class PreLort(PrefixMethod):
-    """Segment-wise aggregation and the prefix-nested objective.
+    """The segment-wise aggregation of `PrefixMethod`, with the prefix-nested objective.
 
     Ablations: ``method.objective = "plain"`` is segment-wise aggregation alone; zero-padding with
     ``method.objective = "example"`` is nested training alone.
@@ -37,7 +35,3 @@ class PreLort(PrefixMethod):
     )
     paper: ClassVar[str] = "PreLort, Waseem et al. 2026, arXiv 2606.15963"
     default_objective: ClassVar[Kind] = "example"
-
-    def aggregator(self, state: ServerState) -> Averaging:
-        """Segment-wise: each dimension's mean over its holders, or its previous value."""
-        return Averaging(state, weighting(self.config.weights), RankwiseMean.over_holders)

@@ -20,11 +20,11 @@ a segment whose holders have the share pi of the weight moves by its holders' me
 
 rho = 0 means that a missing change is no change, rho = 1 that everyone would have done as the
 holders did (PreLort's segment-wise mean; in products raFLoRA). It is measured in every round, from
-the inner products of the holders' changes (`agreement`), so there is no setting to choose.
+the inner products of the holders' changes (`agreement`), so there is no hyperparameter.
 
 The sum is a stack of factors; its SVD at the global rank becomes the new adapter, the singular
 values split evenly. So the dimensions are sorted by strength after every round, whoever trained
-them, and any prefix is the best approximation of its rank.
+them, and every prefix is the best approximation of its rank.
 
 Clients of a lower rank train at a higher rate, (R / r) ** 0.4 times the highest rank's
 (`training.rank_exponent`): with one scale for all ranks, fewer dimensions move the function less.
@@ -82,11 +82,11 @@ class FunctionChanges:
         old, total = self.state.adapter, self.sums.total
         if total == 0:
             return self.state.advanced(old)
-        held = [(segment, segment.products.mean()) for segment in self.sums.segments]
-        rho = agreement([(segment, mean) for segment, mean in held if mean is not None])
+        means = [(segment, segment.products.mean()) for segment in self.sums.segments]
+        rho = agreement([(segment, mean) for segment, mean in means if mean is not None])
         parts: list[LoraAdapter] = []
         modules_to_save: Mapping[str, Tensor] = {}
-        for segment, mean in held:
+        for segment, mean in means:
             before = between(old, segment.low, segment.high).to(torch.float32)
             if mean is None:
                 parts.append(before)
@@ -99,7 +99,7 @@ class FunctionChanges:
         return self.state.advanced(cut(moved, old, "even", self.seed, self.state.round))
 
 
-def agreement(held: Sequence[tuple[Segment, LoraAdapter]]) -> float:
+def agreement(means: Sequence[tuple[Segment, LoraAdapter]]) -> float:
     """Rho: the mean inner product of two clients' changes, relative to their mean square.
 
     Each segment with several holders has an estimate of its own; they are averaged by the weight of
@@ -107,10 +107,10 @@ def agreement(held: Sequence[tuple[Segment, LoraAdapter]]) -> float:
     where no segment has two holders, or nothing has moved.
 
     Args:
-        held: the segments with a holder, each with the mean of its holders' products.
+        means: the segments with a holder, each with the mean of its holders' products.
     """
     agreeing = pairs = 0.0
-    for segment, mean in held:
+    for segment, mean in means:
         weight = segment.products.total**2 - segment.squares
         square = segment.moved / segment.squares
         if weight > 0 and square > 0:

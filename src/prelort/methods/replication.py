@@ -81,7 +81,7 @@ class Replicating:
         donors = self.donors.over_holders(previous)
         mean = self.holders.over_holders(previous)
         for name, factors in mean.layers.items():
-            given, share = donors.layers[name], self.holders.share(name)
-            torch.lerp(given.A, factors.A, share[:, None], out=factors.A)
-            torch.lerp(given.B, factors.B, share, out=factors.B)
+            donor, share = donors.layers[name], self.holders.share(name)
+            torch.lerp(donor.A, factors.A, share[:, None], out=factors.A)
+            torch.lerp(donor.B, factors.B, share, out=factors.B)
         return mean

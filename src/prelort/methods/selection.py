@@ -1,4 +1,4 @@
-"""Which rank dimensions a client trains where these are not simply the first ones."""
+"""Selecting the rank dimensions that a client trains, where they are not the first ones."""
 
 from __future__ import annotations
 

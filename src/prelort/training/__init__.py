@@ -1,1 +1,1 @@
-"""What one client does in a round: batches, truncations, optimiser steps."""
+"""Local training of clients: batches, truncations, optimiser steps."""

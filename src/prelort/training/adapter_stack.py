@@ -157,8 +157,8 @@ class AdapterStack:
         names: dict[nn.Module, dict[str, str]] = {}
         for name, (module, attribute) in saved_module_places(self._model).items():
             names.setdefault(module, {})[attribute] = name
-        for module, own in names.items():
-            module.forward = partial(self._linear, own)
+        for module, tensors in names.items():
+            module.forward = partial(self._linear, tensors)
         try:
             yield
         finally:

@@ -1,4 +1,4 @@
-"""What several clients do in a round, in one batched forward and backward pass for all of them.
+"""Training several clients in one batched forward and backward pass for all of them.
 
 Each client has its own examples, batches, truncations, rate, clipping and optimiser state, as if it
 trained alone with `local.train`, which is the reference: the adapters are the same but for rounding
@@ -51,7 +51,7 @@ class BatchedClient:
 
 @dataclass(frozen=True, slots=True)
 class TrainedClient:
-    """What one client has trained."""
+    """One client's trained adapter, with its result."""
 
     adapter: LoraAdapter
     result: TrainResult
@@ -115,10 +115,10 @@ def _shared_passes(
     runtime: ModelRuntime, active: dict[int, LocalSteps]
 ) -> Iterator[dict[int, ForwardPass]]:
     """The passes of one step: the clients' first ones together, then their second ones, ..."""
-    own = {index: steps.next(runtime.task, runtime.pad_id) for index, steps in active.items()}
-    for micro_batches in zip_longest(*own.values(), fillvalue=[]):
+    passes = {index: steps.next(runtime.task, runtime.pad_id) for index, steps in active.items()}
+    for micro_batches in zip_longest(*passes.values(), fillvalue=[]):
         for parts in zip_longest(*micro_batches):
-            yield {i: part for i, part in zip(own, parts, strict=True) if part is not None}
+            yield {i: part for i, part in zip(passes, parts, strict=True) if part is not None}
 
 
 def _backward(

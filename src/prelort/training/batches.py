@@ -1,4 +1,4 @@
-"""Which examples a client trains on at each of its steps, as a function of the seed alone."""
+"""The examples of each of a client's batches, as a function of the seed alone."""
 
 from __future__ import annotations
 

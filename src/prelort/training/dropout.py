@@ -32,7 +32,7 @@ _TAKES_NONE = {
 
 
 class ClientDropout(TorchFunctionMode):
-    """While it is active, all that a model draws in this thread comes from ``seed``.
+    """While active, everything that a model draws in this thread comes from ``seed``.
 
     Dropout and the dropout of `F.scaled_dot_product_attention` draw their masks from generators
     of this object, one for each device; functions that take a generator are given it. The process's
@@ -81,13 +81,13 @@ class ClientDropout(TorchFunctionMode):
 
         @contextmanager
         def recomputation() -> Iterator[None]:
-            now = self._states()
+            current = self._states()
             self._restore(states)
             try:
                 with self:  # it is off during `Tensor.backward`, itself one of torch's functions
                     yield
             finally:
-                self._restore(now)
+                self._restore(current)
 
         return forward(), recomputation()
 
@@ -149,10 +149,9 @@ class ClientDropout(TorchFunctionMode):
 
 
 def draws(model: nn.Module) -> bool:
-    """Whether training the model drops anything at random.
+    """Whether the model has dropout, by its modules and its configurations.
 
-    Seen from its modules and from its configurations, of which functions read numbers such as
-    ``attention_dropout``.
+    Functions read rates such as ``attention_dropout`` from a configuration.
     """
     for module in model.modules():
         if "Dropout" in type(module).__name__ and getattr(module, "p", 0) > 0:
@@ -167,8 +166,8 @@ def draws(model: nn.Module) -> bool:
 def _refuse_dropout(func: Callable[..., Any], args: Sequence[Any], kwargs: Any) -> None:
     values = inspect.signature(func).bind(*args, **kwargs)
     values.apply_defaults()
-    given = values.arguments
-    if given["training"] and given.get("dropout_p", given.get("p", 1.0)) > 0:
+    arguments = values.arguments
+    if arguments["training"] and arguments.get("dropout_p", arguments.get("p", 1.0)) > 0:
         raise ConfigError(
             f"the model uses {func.__name__} with dropout, which cannot be drawn for each client "
             "from its own seed: set the model's dropout to 0"

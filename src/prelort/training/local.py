@@ -1,7 +1,7 @@
-"""What one client does in a round: optimiser steps on its own examples.
+"""Training one client in a round: optimiser steps on its own examples.
 
-A plain loop and not `transformers.Trainer`: the nested objective needs several weighted passes a
-step, and a Trainer built anew for every client and round costs more than a tiny model's steps.
+A plain loop instead of `transformers.Trainer`: the nested objective needs several weighted passes a
+step, and building a Trainer for every client and round costs more than a tiny model's steps.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def train(
 ) -> TrainResult:
     """Train the installed adapter in place, deterministically for equal arguments.
 
-    The optimiser starts fresh and its state is thrown away. Without ``fused`` the LoRA layers
-    compute as PEFT does: slower, and the same but for rounding. Raises `PrelortError` for a client
-    without examples, if the loss is no longer finite, the time is up or the client was stopped.
+    The optimiser starts fresh and its state is discarded. Without ``fused`` the LoRA layers compute
+    as PEFT does: slower, and equal up to rounding. Raises `PrelortError` for a client without
+    examples, and if the loss is no longer finite, the time is up or the client was cancelled.
     """
     model = runtime.model
     steps = LocalSteps(examples, settings, assignment)

@@ -10,7 +10,7 @@ from prelort.config import TrainingConfig
 
 @dataclass(frozen=True, slots=True)
 class LocalTraining:
-    """What a client's optimiser loop reads: resolved numbers, no defaults (docs/configuration.md).
+    """A client's resolved training settings, without defaults (docs/configuration.md).
 
     ``learning_rate`` is the client's own, and ``head_learning_rate`` that of the modules trained
     in full. With ``local_steps`` 0 the number of steps follows from ``local_epochs``.
@@ -41,10 +41,8 @@ class LocalTraining:
         learning_rate: float | None = None,
         head_learning_rate: float | None = None,
     ) -> LocalTraining:
-        """The settings of ``[training]``; rates that are given replace the configured ones."""
-        own = config.model_dump(exclude={"rank_exponent"})
-        own["learning_rate"] = learning_rate or config.learning_rate
-        own["head_learning_rate"] = (
-            head_learning_rate or config.head_learning_rate or own["learning_rate"]
-        )
-        return cls(**own)
+        """The settings of ``[training]``; rates passed here replace the configured ones."""
+        values = config.model_dump(exclude={"rank_exponent"})
+        values["learning_rate"] = rate = learning_rate or config.learning_rate
+        values["head_learning_rate"] = head_learning_rate or config.head_learning_rate or rate
+        return cls(**values)

@@ -1,6 +1,6 @@
-"""One client's optimiser steps of a round: on which examples, under which truncations, how long.
+"""One client's optimiser steps of a round: their batches, truncations, losses and time limit.
 
-What the loops of one client (`local.py`) and of several in one batch (`batched.py`) share.
+Shared by the loops of one client (`local.py`) and of several in one batch (`batched.py`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Assignment:
     timeout: float = math.inf
     """Seconds after which the client gives up."""
     stopped: Callable[[], bool] = lambda: False
-    """Whether nobody waits for the result any more; called after every step."""
+    """Whether the result is no longer needed; called after every step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,14 +104,16 @@ class LocalSteps:
         micro = [[self._examples[i] for i in batch] for batch in chosen]
         collated = [task.collate(examples, pad_id) for examples in micro]
         total = max(1, sum(task.weight(batch) for batch in collated))
-        objective, own = self.assignment.objective, []
+        objective, passes = self.assignment.objective, []
         for examples, batch in zip(micro, collated, strict=True):
             parts = objective.passes(len(examples), self._truncations)
             if self.settings.batch_truncations and len(parts) > 1:
-                own.append([_merged(examples, batch, parts, objective.levels[-1], total)])
+                passes.append([_merged(examples, batch, parts, objective.levels[-1], total)])
             else:
-                own.append([ForwardPass(examples, batch, p.ranks, p.weight / total) for p in parts])
-        return own
+                passes.append(
+                    [ForwardPass(examples, batch, p.ranks, p.weight / total) for p in parts]
+                )
+        return passes
 
     def rate_multiplier(self) -> float:
         """The factor of the learning rates at the step whose loss was recorded last."""
@@ -119,7 +121,7 @@ class LocalSteps:
         return rate_multiplier(self.settings, done, self.count * self.assignment.rounds)
 
     def record(self, loss: float) -> None:
-        """Note the loss of the step. Raises `PrelortError` if it is no longer finite."""
+        """Record the loss of the step. Raises `PrelortError` if it is no longer finite."""
         self.losses.append(loss)
         if not math.isfinite(loss):
             raise PrelortError(

@@ -1,4 +1,4 @@
-"""Use a prefix of the installed adapter, for a whole batch or another for each example.
+"""Truncating the installed adapter to a prefix, for a whole batch or for each example.
 
 A hook between A and B of every LoRA layer multiplies the r-dimension by a row of a small table:
 dimension j of a truncation rho is kept if j < rho, at the scale s(rho) / s(rank of the layer). The
