@@ -61,7 +61,7 @@ lint: install ## check style and formatting
 types: install ## check types
 	$(BIN)/mypy
 
-format: install ## put style and formatting right
+format: install ## fix style and formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -80,5 +80,5 @@ bench: install ## a short version of the benchmarks, results in benchmarks/resul
 evidence-small: install ## all methods x 3 seeds on the embedded model, as in docs/results: about 10 minutes
 	$(BIN)/prelort compare benchmarks/studies/claim-python.toml --out runs/evidence-small --jobs 2
 
-clean: ## remove the environment and what was built
+clean: ## remove the environment and build outputs
 	rm -rf .venv .venv-flwr site dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
