@@ -24,9 +24,8 @@ $(BIN)/.installed: pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev,docs,encoder]"
 	@touch $@
 
-quickstart: install ## train mixed-rank clients with two methods: a table, a picture, adapters
-	@if [ -e $(OUT)/study.toml ]; then $(BIN)/prelort run --resume $(OUT); \
-	else $(BIN)/prelort run --method prelort --method zero-padding --out $(OUT); fi
+quickstart: install ## train mixed-rank clients with three methods: a table, a picture, adapters
+	@$(BIN)/prelort compare examples/quickstart.toml --out $(OUT)
 
 federation: install ## run 1 SuperLink and 3 sites on this machine, with TLS and keys, to the end
 	@test -e runs/federation || $(BIN)/prelort new runs/federation
