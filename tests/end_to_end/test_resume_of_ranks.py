@@ -49,7 +49,7 @@ KILLS: dict[str, list[tuple[str, int]]] = {
     "a schedule": [("rank_changed", 1), ("client_finished", 3), ("clients_evaluated", 2)],
     "by loss": [("client_finished", 1), ("rank_changed", 1), ("client_finished", 2)],
     "clients that prune": [("rank_changed", 2), ("client_finished", 3)],
-    "factors of their own": [("client_finished", 2), ("round_finished", 3), ("checkpointing", 3)],
+    "factors of their own": [("client_finished", 2), ("round_finished", 3)],
 }
 
 
