@@ -423,7 +423,8 @@ class TestEvaluate:
         self, command_line: CommandLine, run: Path, override: str
     ) -> None:
         error = command_line("evaluate", run, "--set", override).error
-        assert f"{override.partition('=')[0]} cannot differ from the run's own: only keys of data," in error
+        key = override.partition("=")[0]
+        assert f"{key} cannot differ from the run's own: only keys of data," in error
 
 
 @pytest.fixture(scope="module")
