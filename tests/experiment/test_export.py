@@ -66,6 +66,16 @@ def test_an_export_that_is_not_what_was_measured_is_an_error_that_names_a_tensor
     assert (tmp_path / "run" / "checkpoints").is_dir()
 
 
+def test_a_run_that_diverged_is_no_broken_export(
+    make_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    config = make_config(
+        training={"learning_rate": 1e15}, federation={"rounds": 2, "max_abs_value": 1e30}
+    )
+    prelort.run(config, tmp_path / "run")
+    assert (tmp_path / "run" / "adapters" / "rank-8").is_dir()
+
+
 @pytest.mark.parametrize(
     "lora", [{"target_modules": ["c_attn", "lm_head"]}, {"modules_to_save": ["wte"]}]
 )

@@ -165,6 +165,8 @@ OVERRIDES = "[compare.overrides]\n"
             "compare.overrides, 'prelort': 'seed=2' is no",
         ),
         (SMALL + OVERRIDES + 'prelort = ["sed=2"]', "compare, 'prelort': unknown key 'sed'"),
+        (SMALL + '[compare.tuned.""]\nfedit = ["threads=1"]', "compare.tuned: 'fedit' is not comp"),
+        (SMALL + "[compare.tuned.iid]\nprelort = []", "there is no setting 'iid'"),
         (SMALL + "[federation]\nrounds = 0", "federation.rounds = 0 is not allowed"),
     ],
 )
@@ -173,6 +175,14 @@ def test_a_bad_study_is_told_in_one_sentence(tmp_path: Path, text: str, sentence
         study_of(tmp_path, text)
     assert sentence in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_some_methods_of_a_tuned_study_are_a_study_that_can_be_repeated(tmp_path: Path) -> None:
+    rate = '["training.learning_rate=7e-3"]'
+    text = STUDY + f"[compare.tuned.iid]\nprelort = {rate}\nzero-padding = {rate}\n"
+    part = study_of(tmp_path, text, methods=["prelort"])
+    assert study_of(tmp_path, part.to_toml()).cells == part.cells
+    assert {c.setting for c in part.cells if c.config.training.learning_rate == 7e-3} == {"iid"}
 
 
 def test_a_variant_without_a_method_says_how_to_name_one(tmp_path: Path) -> None:

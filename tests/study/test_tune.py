@@ -7,18 +7,30 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 optuna = pytest.importorskip("optuna", reason="needs prelort[tune]")
 
 from prelort.config import Config, to_toml  # noqa: E402
-from prelort.errors import ConfigError  # noqa: E402
+from prelort.errors import ConfigError, PrelortError  # noqa: E402
 from prelort.study import definition  # noqa: E402
+from prelort.study import tune as module  # noqa: E402
 from prelort.study.tune import Target, _open, load, loss_of, tune  # noqa: E402
 
 COMPARE = '\n[compare]\nmethods = ["prelort", "zero-padding"]\nseeds = [0]\n'
-SETTINGS = COMPARE + '[compare.settings]\nshort = ["federation.rounds=1"]\nlong = []\n'
+SETTINGS = (
+    COMPARE
+    + """
+[compare.settings]
+short = ["federation.rounds=1"]
+long = ["evaluation.on=test"]
+[compare.tuned.long]
+prelort = ["training.learning_rate=3e-3", "training.momentum=0.3"]
+"""
+)
 SEARCH = """
 [tune]
 trials = 3
@@ -55,7 +67,7 @@ def test_every_method_and_setting_gets_its_trials_and_its_own_best(
 ) -> None:
     plan = load(write(SETTINGS + SEARCH))
     for target in plan.targets:
-        for config in plan.configs(target, ()):
+        for config in plan.configs(target, {}):
             assert config.evaluation.on == "validation"
     tuned = tune(plan, tmp_path / "out", say=lambda line: None)
     for target in plan.targets:
@@ -64,6 +76,10 @@ def test_every_method_and_setting_gets_its_trials_and_its_own_best(
         best = min((t for t in trials if t.value is not None), key=lambda t: t.value)
         found = rates(definition.load(tuned))[target.setting, target.method]
         assert found == best.params["training.learning_rate"]
+    momenta = {c.name: c.config.training.momentum for c in definition.load(tuned).cells}
+    assert [name for name, momentum in momenta.items() if momentum == 0.3] == [
+        "long, prelort, seed 0"  # of an earlier tuning
+    ]
     assert not list((tmp_path / "out" / "runs").iterdir())
 
 
@@ -105,9 +121,33 @@ def test_a_trial_that_diverges_is_pruned_and_not_chosen(write: Write, tmp_path: 
     assert any("1e+30: round 1 has 0 usable replies" in line for line in lines), lines
 
 
+@pytest.mark.parametrize("fault", ["fails at its end", "is not finite"])
+def test_only_a_complete_trial_is_chosen(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """However good it was before its end."""
+    train = module.run
+
+    def run(config: Config, *arguments: Any, **others: Any) -> Any:
+        result = train(config, *arguments, **others)
+        if config.training.learning_rate == 5e-2:
+            if fault == "fails at its end":
+                raise PrelortError(fault)
+            return SimpleNamespace(metrics={2: {"perplexity": math.nan}})
+        return result
+
+    monkeypatch.setattr(module, "run", run)
+    lines: list[str] = []
+    tuned = tune(load(write(), methods=["prelort"]), tmp_path / "out", say=lines.append)
+    assert set(rates(definition.load(tuned)).values()) < {1e-9, 1e-8}
+    assert any(f"=0.05: {fault}" in line or line.endswith(fault) for line in lines), lines
+
+
 @pytest.mark.chaos
 def test_two_processes_share_one_budget(write: Write, tmp_path: Path) -> None:
-    plan = load(write(), methods=["prelort"])
+    """Also where both draw the same values."""
+    rest = COMPARE + SEARCH.replace("1e-9, 5e-2, 1e-8", "5e-2")
+    plan = load(write(rest), methods=["prelort"])
     tune(plan, tmp_path / "out", jobs=2)
     trials = trials_of(tmp_path / "out", Target("", "prelort"))
     assert len(trials) == 3
@@ -120,9 +160,20 @@ def test_two_processes_share_one_budget(write: Write, tmp_path: Path) -> None:
         (COMPARE, 0.0, "test rows are never used"),
         (COMPARE + '[tune.search]\n"training.speed" = [1]\n', 0.2, "training.speed"),
         (COMPARE + "[tune.search]\nseed = {low = 3, high = 2}\n", 0.2, "low must be below high"),
+        (COMPARE + '[tune.search]\n"training.momentum" = [0.9, 1.5]\n', 0.2, "momentum = 1.5"),
+        (COMPARE + '[tune.search]\n"training.momentum" = []\n', 0.2, "at least 1 item"),
+        (COMPARE + "[tune]\nseeds = [7, 7]\n", 0.2, "7 is listed twice"),
         (COMPARE.replace("zero-padding", "fedsa-lora"), 0.2, "no global adapter"),
     ],
-    ids=["no validation rows", "unknown key", "empty range", "personal"],
+    ids=[
+        "no validation rows",
+        "unknown key",
+        "empty range",
+        "one value of several",
+        "no value",
+        "seeds",
+        "personal",
+    ],
 )
 def test_what_cannot_be_tuned_is_refused(
     write: Write, rest: str, fraction: float, sentence: str
@@ -131,12 +182,23 @@ def test_what_cannot_be_tuned_is_refused(
         load(write(rest, fraction))
 
 
-def test_a_folder_of_another_study_is_refused(write: Write, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "notes").touch()
+def test_a_folder_goes_on_with_more_trials_but_not_with_another_study(
+    write: Write, tmp_path: Path
+) -> None:
+    out, other = tmp_path / "out", tmp_path / "other"
+    other.mkdir()
+    (other / "notes").touch()
     with pytest.raises(ConfigError, match="holds no tuning"):
-        tune(load(write()), out)
+        tune(load(write()), other)
+    plan = load(write(), methods=["prelort"], trials=1)
+    tune(plan, out, say=lambda line: None)
+    (first,) = trials_of(out, plan.targets[0])
+    changed = COMPARE + '[compare.overrides]\nprelort = ["training.momentum=0.5"]\n' + SEARCH
+    with pytest.raises(ConfigError, match="tunes prelort of another study"):
+        tune(load(write(changed), methods=["prelort"]), out)
+    tune(load(write(), methods=["prelort"], trials=2), out, say=lambda line: None)
+    again, _ = trials_of(out, plan.targets[0])
+    assert again == first
 
 
 def test_the_loss_weighs_ranks_evenly() -> None:

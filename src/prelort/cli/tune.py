@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from prelort.cli.options import Overrides, Quiet
-from prelort.cli.screen import escaped, wide_console
+from prelort.cli.screen import escaped
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -60,16 +60,8 @@ def tune(
 
     plan = load(study, overrides or [], methods=method or [], trials=trials)
     target = out or Path("runs") / f"tune-{study.stem if study is not None else 'embedded'}"
-    console = wide_console()
-
-    def say(line: str) -> None:
-        console.print(escaped(line), soft_wrap=True, highlight=False)
-
-    def say_nothing(line: str) -> None:
-        return
-
     try:
-        file = run_trials(plan, target, jobs=jobs, say=say_nothing if quiet else say)
+        file = run_trials(plan, target, jobs=jobs, say=_say_nothing if quiet else _say)
     except KeyboardInterrupt:
         again = shlex.join(["prelort", *sys.argv[1:]])
         Console(stderr=True).print(
@@ -77,4 +69,12 @@ def tune(
         )
         raise typer.Exit(130) from None
     command = shlex.join(["prelort", "compare", str(file)])
-    console.print(f"compare with:  {escaped(command)}", soft_wrap=True)
+    Console().print(f"compare with:  {escaped(command)}", soft_wrap=True)
+
+
+def _say(line: str) -> None:
+    Console().print(escaped(line), soft_wrap=True, highlight=False)
+
+
+def _say_nothing(line: str) -> None:
+    return

@@ -53,7 +53,7 @@ def check_adapters(
         for folder, adapter in exported.items():
             install(runtime.model, adapter)
             loaded = PeftModel.from_pretrained(fresh, folder)
-            difference = _difference(runtime, runtime.model, loaded)
+            difference = _difference(logits(runtime, runtime.model), logits(runtime, loaded))
             if not difference <= tolerance(runtime.model):
                 raise AdapterError(
                     f"{str(folder)!r}, loaded by PEFT, gives other logits than were measured (by "
@@ -96,8 +96,7 @@ def check_merged(
     """
     settings = ModelConfig(name=str(folder.resolve()), device=str(runtime.device), dtype="auto")
     model = base.load_model(settings, runtime.task.kind, labels, pad_id=runtime.pad_id)
-    found = logits(runtime, model)
-    difference = float((found - measured).norm() / measured.norm())
+    difference = _difference(measured, logits(runtime, model))
     if not difference <= max(rounding, tolerance(model)):
         shutil.rmtree(folder)
         raise AdapterError(
@@ -119,9 +118,10 @@ def logits(runtime: ClientRuntime, model: nn.Module) -> Tensor:
     return torch.cat(found)
 
 
-def _difference(runtime: ClientRuntime, measured: nn.Module, loaded: nn.Module) -> float:
-    expected = logits(runtime, measured)
-    return float((logits(runtime, loaded) - expected).norm() / expected.norm())
+def _difference(measured: Tensor, found: Tensor) -> float:
+    """How far logits are off, relative to them; NaN and infinity, of a diverged model, as 0."""
+    measured, found = (torch.nan_to_num(x.double(), 0.0, 0.0, 0.0) for x in (measured, found))
+    return float((found - measured).norm() / measured.norm().clamp(min=1e-30))
 
 
 def tolerance(model: nn.Module) -> float:

@@ -156,8 +156,11 @@ def load(
         fields["reference"] = reference
     compare = configuration.validated(Compare, fields, "compare")
     _check_names(compare, in_file=_strings(section.get("methods")))
-    overrides_of = {m: keys for m, keys in compare.overrides.items() if m in compare.methods}
-    study = study_of(values, compare.model_copy(update={"overrides": overrides_of}))
+    own = {
+        "overrides": _of_methods(compare.overrides, compare.methods),
+        "tuned": {s: _of_methods(keys, compare.methods) for s, keys in compare.tuned.items()},
+    }
+    study = study_of(values, compare.model_copy(update=own))
     _check_metric(study)
     check_methods(study)
     return study
@@ -273,15 +276,16 @@ def _refuse(where: str, overrides: Iterable[str], keys: Sequence[str]) -> None:
 def _check_names(compare: Compare, in_file: Sequence[str]) -> None:
     """Raise `ConfigError` for unknown names, and for names that would share a folder."""
     known = dict.fromkeys([*compare.methods, *in_file])
-    for name in compare.overrides:
-        if name not in known:
-            raise ConfigError(
-                f"compare.overrides: {name!r} is not compared: compare.methods has "
-                f"{', '.join(known)}"
-            )
     for setting in compare.tuned:
         if setting not in (compare.settings or ("",)):
             raise ConfigError(f"compare.tuned: there is no setting {setting!r} in compare.settings")
+    named = [("overrides", name) for name in compare.overrides]
+    named += [("tuned", name) for by_method in compare.tuned.values() for name in by_method]
+    for key, name in named:
+        if name not in known:
+            raise ConfigError(
+                f"compare.{key}: {name!r} is not compared: compare.methods has {', '.join(known)}"
+            )
     if compare.reference is not None and compare.reference not in compare.methods:
         raise ConfigError(
             f"compare.reference = {compare.reference!r} is not compared: choose one of "
@@ -309,6 +313,12 @@ def _check_metric(study: Study) -> None:
             f"compare.metric = {metric!r} is not measured: task {base.task!r} with this "
             f"[evaluation] has {', '.join(measured)}"
         )
+
+
+def _of_methods(
+    overrides: Mapping[str, tuple[str, ...]], names: Sequence[str]
+) -> dict[str, tuple[str, ...]]:
+    return {name: keys for name, keys in overrides.items() if name in names}
 
 
 def _strings(value: Any) -> list[str]:

@@ -12,12 +12,15 @@ import json
 import math
 import os
 import shutil
+import signal
 import socket
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,15 +29,17 @@ from filelock import FileLock
 from pydantic import Field, model_validator
 
 from prelort import config as configuration
-from prelort import methods, tasks
+from prelort import tasks
 from prelort.config import Config, Section
 from prelort.errors import ConfigError, PrelortError
 from prelort.events import Evaluated, Event, Metrics
 from prelort.experiment.backend import InProcess
-from prelort.experiment.folder import RunFolder
+from prelort.experiment.folder import RunFolder, is_taken
+from prelort.experiment.parent_watchdog import end_with_parent
 from prelort.experiment.run import run
 from prelort.files import write_atomically
 from prelort.library_logging import quiet_libraries
+from prelort.methods import build, find, trait
 from prelort.metrics.scores import HIGHER_IS_BETTER, aurac
 from prelort.seeds import derive
 from prelort.study import definition
@@ -45,6 +50,7 @@ if TYPE_CHECKING:
 
 Value = bool | int | float | str
 Print = Callable[[str], None]
+JOURNAL = "trials.log"
 
 
 class Range(Section):
@@ -64,7 +70,7 @@ class Range(Section):
 class Tune(Section):
     """The section ``[tune]`` of a study."""
 
-    search: dict[str, Range | tuple[Value, ...]] = Field(
+    search: dict[str, Range | Annotated[tuple[Value, ...], Field(min_length=1)]] = Field(
         default_factory=dict,
         description="key -> a range or a list of values; default: training.learning_rate from a "
         "quarter to four times its value",
@@ -89,7 +95,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to tune: a study, its values with evaluation on validation rows, and the search."""
+    """What to tune: a study and the values of its file, the search, and the metric."""
 
     study: Study
     values: Mapping[str, Any]
@@ -101,17 +107,30 @@ class Plan:
         """Every method in every setting."""
         return tuple(Target(s, m) for s in self.study.settings for m in self.study.methods)
 
-    def configs(self, target: Target, chosen: Sequence[str]) -> list[Config]:
+    def tuned(self, target: Target, chosen: Mapping[str, Value]) -> tuple[str, ...]:
+        """The overrides of ``[compare.tuned]``: the study's own of other keys, and the chosen."""
+        own = self.study.compare.tuned.get(target.setting, {}).get(target.method, ())
+        kept = (o for o in own if o.partition("=")[0].strip() not in chosen)
+        return (*kept, *(f"{k}={json.dumps(v)}" for k, v in sorted(chosen.items())))
+
+    def configs(self, target: Target, chosen: Mapping[str, Value]) -> list[Config]:
         """The configurations of one trial, one for each seed. Raises `ConfigError`."""
         compare = self.study.compare
-        one = Compare(
-            methods=(target.method,),
-            seeds=self.tune.seeds,
-            settings={s: o for s, o in compare.settings.items() if s == target.setting},
-            overrides={m: o for m, o in compare.overrides.items() if m == target.method},
-            tuned={target.setting: {target.method: tuple(chosen)}},
+        measured = (  # last, so that nothing of the study's own leads to test rows
+            "evaluation.on=validation",
+            "evaluation.diagnostics=false",
+            f'evaluation.metrics=["{self.metric}"]',
+            f"evaluation.every={max(1, self.study.base.federation.rounds // 4)}",
         )
-        return [cell.config for cell in definition.study_of(self.values, one).cells]
+        one = {
+            "methods": (target.method,),
+            "seeds": self.tune.seeds,
+            "settings": {s: o for s, o in compare.settings.items() if s == target.setting},
+            "overrides": {m: o for m, o in compare.overrides.items() if m == target.method},
+            "tuned": {target.setting: {target.method: (*self.tuned(target, chosen), *measured)}},
+        }
+        trial = configuration.validated(Compare, one, "tune")
+        return [cell.config for cell in definition.study_of(self.values, trial).cells]
 
 
 def load(
@@ -135,36 +154,30 @@ def load(
     study = definition.load(path, overrides, methods=methods)
     values = configuration.applied(configuration.read_values(path), overrides)
     values.pop("compare", None)
-    section = dict(values.pop("tune", {}))
-    if trials is not None:
-        section["trials"] = trials
-    tune = configuration.validated(Tune, section, "tune")
-    if not tune.search:
-        rate = study.base.training.learning_rate
-        around = Range(low=rate / 4, high=rate * 4, log=True)
-        tune = tune.model_copy(update={"search": {"training.learning_rate": around}})
+    section = values.pop("tune", {})
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"tune = {section!r} is not allowed: it is a section, [tune]")
+    more = {} if trials is None else {"trials": trials}
+    tune = configuration.validated(Tune, {**section, **more}, "tune")
     if study.base.data.validation_fraction == 0:
         raise ConfigError(
             "data.validation_fraction = 0.0 leaves no rows to tune on, and test rows are never "
             "used: set it to 0.1"
         )
     metric = study.compare.metric or tasks.get(study.base.task).metrics[0]
-    on_validation = configuration.applied(
-        values,
-        [
-            "evaluation.on=validation",
-            "evaluation.diagnostics=false",
-            f'evaluation.metrics=["{metric}"]',
-            f"evaluation.every={max(1, study.base.federation.rounds // 4)}",
-        ],
-    )
-    plan = Plan(study, on_validation, tune, metric)
+    plan = Plan(study, values, tune.model_copy(update={"search": _search(tune, study)}), metric)
     for target in plan.targets:
-        config = plan.configs(target, _first_values(tune))[0]  # which refuses unknown keys
+        config = plan.configs(target, {})[0]
         if _is_personal(config):
             raise ConfigError(
                 f"method {target.method!r} has no global adapter to measure: leave it out"
             )
+        for chosen in _every_value(plan.tune):
+            try:
+                config = plan.configs(target, chosen)[0]
+                build(config.method, config.seed)
+            except ConfigError as error:
+                raise ConfigError(f"tune.search: {error}") from None
     return plan
 
 
@@ -175,28 +188,30 @@ def tune(plan: Plan, out: Path, *, jobs: int = 1, say: Print = print) -> Path:
         plan: from `load`.
         out: the folder; the same call again continues, also while another process works on it.
         jobs: number of processes.
-        say: called with a line for each trial (with one job).
+        say: called with a line for each trial; with several jobs a function that can be pickled.
 
     Returns:
         ``out/study.toml``, for `prelort compare`.
 
     Raises:
         ConfigError: ``out`` belongs to another study, or no trial of a method has a value.
+        PrelortError: one of several processes was killed.
     """
     _optuna()
     _claim(plan, out)
-    if jobs == 1:
-        _work(plan, out, say)
-    else:
-        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-            for future in [pool.submit(_work_in_process, plan, out, jobs) for _ in range(jobs)]:
-                future.result()
+    if jobs > 1:
+        _work_side_by_side(plan, out, jobs, say)
+    _work(plan, out, say)
+    while any(_is_running(trial) for target in plan.targets for trial in _trials(target, out)):
+        time.sleep(1.0)  # another call's last trials
+        _work(plan, out, say)  # which are run here if it ends
     tuned: dict[str, dict[str, tuple[str, ...]]] = {}
     for target in plan.targets:
-        best = _best(_open(target, out), target)
-        tuned.setdefault(target.setting, {})[target.method] = _overrides(best.params)
-        say(f"{target.name}: {', '.join(_overrides(best.params))}")
-    compare = plan.study.compare.model_copy(update={"tuned": tuned})
+        best = _best(_trials(target, out), target)
+        tuned.setdefault(target.setting, {})[target.method] = plan.tuned(target, best.params)
+        say(f"{target.name}: {_text(best.params)}")
+    changes = {"methods": plan.study.methods, "tuned": tuned}
+    compare = plan.study.compare.model_copy(update=changes)
     file = out / definition.STUDY_FILE
     write_atomically(file, Study(plan.study.base, compare, ()).to_toml().encode())
     return file
@@ -216,13 +231,35 @@ def loss_of(method: str, metric: str, prefixes: Mapping[int, Metrics]) -> float:
     return curve[pick(curve)] if pick is not None else aurac(curve)
 
 
-def _work_in_process(plan: Plan, out: Path, jobs: int) -> None:
-    """`_work` as one of several processes."""
+def _work_side_by_side(plan: Plan, out: Path, jobs: int, say: Print) -> None:
+    """Run trials in several processes, which end with this one, and when one of them fails."""
+    earlier = active_children()
+    with ProcessPoolExecutor(
+        jobs, mp_context=get_context("spawn"), initializer=_begin, initargs=(os.getpid(), jobs)
+    ) as pool:
+        try:
+            for future in as_completed([pool.submit(_work, plan, out, say) for _ in range(jobs)]):
+                future.result()
+        except BaseException as error:
+            for process in active_children():
+                if process not in earlier:
+                    process.kill()
+            if isinstance(error, BrokenProcessPool):
+                raise PrelortError(
+                    "a process that ran trials was killed, perhaps for its memory: the same call "
+                    "continues; use fewer jobs"
+                ) from None
+            raise
+
+
+def _begin(parent: int, jobs: int) -> None:
+    """Begin one of several processes."""
     import torch
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    end_with_parent(parent)
     quiet_libraries()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
-    _work(plan, out, print)
 
 
 def _work(plan: Plan, out: Path, say: Print) -> None:
@@ -233,17 +270,18 @@ def _work(plan: Plan, out: Path, say: Print) -> None:
         while (trial := _next_trial(study, plan, target, out)) is not None:
             _run_trial(study, trial, plan, target, out, backend)
             finished = study.get_trials(deepcopy=False)[trial.number]
-            value = "pruned" if finished.value is None else f"loss {finished.value:.4g}"
+            completed = finished.state == type(finished.state).COMPLETE
+            value = f"loss {finished.value:.4g}" if completed else "pruned"
             reason = finished.user_attrs.get("reason", "")
             say(
                 f"{target.name}, trial {trial.number + 1} of {plan.tune.trials}: "
-                f"{', '.join(_overrides(finished.params))}: {reason or value}"
+                f"{_text(finished.params)}: {reason or value}"
             )
 
 
 def _open(target: Target, out: Path) -> optuna.Study:
     library = _optuna()
-    backend = library.storages.journal.JournalFileBackend(str(out / "trials.log"))
+    backend = library.storages.journal.JournalFileBackend(str(out / JOURNAL))
     study: optuna.Study = library.create_study(
         study_name=target.name,
         storage=library.storages.JournalStorage(backend),
@@ -251,6 +289,10 @@ def _open(target: Target, out: Path) -> optuna.Study:
         load_if_exists=True,
     )
     return study
+
+
+def _trials(target: Target, out: Path) -> list[optuna.trial.FrozenTrial]:
+    return _open(target, out).get_trials(deepcopy=False)
 
 
 def _next_trial(
@@ -264,9 +306,9 @@ def _next_trial(
     state = optuna.trial.TrialState
     with FileLock(out / ".lock"):
         for trial in study.get_trials(deepcopy=False):
-            if trial.state == state.RUNNING and not _is_alive(trial.user_attrs.get("process")):
+            if trial.state == state.RUNNING and not _is_running(trial):
                 study.tell(trial.number, state=state.FAIL)
-                study.enqueue_trial(trial.params)
+                study.enqueue_trial(trial.params, {"folders": _folders_of(trial)})
         trials = study.get_trials(deepcopy=False)
         if not trials:
             study.enqueue_trial(_defaults(plan, target))
@@ -295,17 +337,19 @@ def _run_trial(
     optuna = _optuna()
     losses: list[float] = []
     folders: list[Path] = []
+    method = ""
 
     def listener(event: Event) -> None:
         if isinstance(event, Evaluated) and event.round > 0 and event.prefixes:
-            so_far = [*losses, loss_of(target.method, plan.metric, event.prefixes)]
+            so_far = [*losses, loss_of(method, plan.metric, event.prefixes)]
             trial.report(statistics.fmean(so_far), len(losses) * 10**6 + event.round)
             if trial.should_prune():
                 raise optuna.TrialPruned
 
     try:
-        for config in plan.configs(target, _overrides(trial.params)):
-            key = derive(config.seed, target.name, json.dumps(trial.params, sort_keys=True))
+        for config in plan.configs(target, trial.params):
+            method = config.method.name
+            key = derive(config.seed, target.name, _folders_of(trial))
             folder = RunFolder(out / "runs" / f"{key:x}")
             folders.append(folder.path)
             result = run(
@@ -315,7 +359,9 @@ def _run_trial(
                 listeners=[listener],
                 backend=backend,
             )
-            losses.append(loss_of(target.method, plan.metric, result.metrics))
+            losses.append(loss_of(method, plan.metric, result.metrics))
+        if not math.isfinite(statistics.fmean(losses)):
+            raise PrelortError(f"{plan.metric} is not finite")
         study.tell(trial, statistics.fmean(losses))
     except optuna.TrialPruned:
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
@@ -339,7 +385,7 @@ def _suggest(trial: optuna.trial.Trial, key: str, space: Range | tuple[Value, ..
 
 def _defaults(plan: Plan, target: Target) -> dict[str, Value]:
     """The first trial: the study's own values, of the keys whose search includes them."""
-    values = configuration.flat(plan.configs(target, ())[0])
+    values = configuration.flat(plan.configs(target, {})[0])
     return {k: values[k] for k, space in plan.tune.search.items() if _has(space, values.get(k))}
 
 
@@ -349,26 +395,45 @@ def _has(space: Range | tuple[Value, ...], value: Any) -> bool:
     return value in space
 
 
-def _first_values(tune: Tune) -> tuple[str, ...]:
-    return _overrides({k: s.low if isinstance(s, Range) else s[0] for k, s in tune.search.items()})
+def _search(tune: Tune, study: Study) -> dict[str, Range | tuple[Value, ...]]:
+    """The search, by default of the rate; a range such as 0 to 1 of a float key has floats."""
+    rate = study.base.training.learning_rate
+    default = {"training.learning_rate": Range(low=rate / 4, high=rate * 4, log=True)}
+    own = configuration.flat(study.base)
+    return {
+        key: Range(low=float(space.low), high=float(space.high), log=space.log)
+        if isinstance(space, Range) and isinstance(own.get(key), float)
+        else space
+        for key, space in (tune.search or default).items()
+    }
 
 
-def _overrides(params: Mapping[str, Value]) -> tuple[str, ...]:
-    """``key=value`` as a configuration reads it."""
-    return tuple(
-        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={_toml(value)}"
+def _every_value(tune: Tune) -> Iterator[dict[str, Value]]:
+    """Choices in which each listed value, and both ends of each range, occur."""
+    values = {k: (s.low, s.high) if isinstance(s, Range) else s for k, s in tune.search.items()}
+    for place in range(max(map(len, values.values()))):
+        yield {key: some[min(place, len(some) - 1)] for key, some in values.items()}
+
+
+def _text(params: Mapping[str, Value]) -> str:
+    """Chosen values in a line."""
+    return ", ".join(
+        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
         for key, value in sorted(params.items())
     )
 
 
-def _toml(value: Value) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def _folders_of(trial: optuna.trial.FrozenTrial | optuna.trial.Trial) -> int:
+    """The number of the trial that began the runs: this one, or that which it repeats."""
+    return int(trial.user_attrs.get("folders", trial.number))
 
 
-def _best(study: optuna.Study, target: Target) -> optuna.trial.FrozenTrial:
-    """The trial with the lowest value. Raises `ConfigError` if no trial has one."""
-    trials = study.get_trials(deepcopy=False)
-    complete = [t for t in trials if t.value is not None and math.isfinite(t.value)]
+def _best(trials: Sequence[optuna.trial.FrozenTrial], target: Target) -> optuna.trial.FrozenTrial:
+    """The complete trial with the lowest value; that of a pruned one is from its last evaluation.
+
+    Raises `ConfigError` if there is none.
+    """
+    complete = [trial for trial in trials if trial.state == type(trial.state).COMPLETE]
     if not complete:
         reasons = [t.user_attrs["reason"] for t in trials if "reason" in t.user_attrs]
         raise ConfigError(f"{target.name}: no trial has a value: {(reasons or ['all pruned'])[-1]}")
@@ -376,32 +441,39 @@ def _best(study: optuna.Study, target: Target) -> optuna.trial.FrozenTrial:
 
 
 def _claim(plan: Plan, out: Path) -> None:
-    """Create the folder, or check that it belongs to the same study."""
-    text = json.dumps(
-        {"values": plan.values, "tune": plan.tune.model_dump(exclude={"trials"})}, default=str
-    )
-    file = out / "tune.json"
-    if file.is_file() and file.read_text(encoding="utf-8") != text:
-        raise ConfigError(f"{str(out)!r} tunes another study: choose another --out")
-    if out.exists() and not file.is_file() and any(out.iterdir()):
-        raise ConfigError(f"{str(out)!r} exists and holds no tuning: choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, text.encode())
+    """Create the folder, or check that its trials belong to the same study."""
+    try:
+        if is_taken(out) and not (out / JOURNAL).is_file():
+            raise ConfigError(f"{str(out)!r} exists and holds no tuning: choose another --out")
+        out.mkdir(parents=True, exist_ok=True)
+        with FileLock(out / ".lock"):
+            for target in plan.targets:
+                configs = [config.model_dump_json() for config in plan.configs(target, {})]
+                own = json.dumps([*configs, plan.tune.model_dump_json(include={"search"})])
+                study = _open(target, out)
+                if study.user_attrs.get("tunes", own) != own:
+                    raise ConfigError(
+                        f"{str(out)!r} tunes {target.name} of another study: choose another --out"
+                    )
+                study.set_user_attr("tunes", own)
+    except OSError as error:
+        raise ConfigError(f"{str(out)!r} cannot be written: {error.strerror or error}") from None
 
 
-def _is_alive(process: Sequence[Any] | None) -> bool:
-    """Whether a process of this machine is alive; those of other machines count as alive."""
-    if process is None:
+def _is_running(trial: optuna.trial.FrozenTrial) -> bool:
+    """Whether another process runs a trial; those of other machines count as alive.
+
+    This process runs one trial at a time, so that it runs none while it looks.
+    """
+    host, pid = trial.user_attrs.get("process", ("", 0))
+    if trial.state != type(trial.state).RUNNING or not host or pid == os.getpid():
         return False
-    host, pid = process
-    if host != socket.gethostname():
-        return True
-    alive: bool = psutil.pid_exists(int(pid))
+    alive: bool = host != socket.gethostname() or psutil.pid_exists(int(pid))
     return alive
 
 
 def _is_personal(config: Config) -> bool:
-    return methods.trait(methods.find(config.method.name), "personal")
+    return trait(find(config.method.name), "personal")
 
 
 def _optuna() -> Any:
