@@ -12,7 +12,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import socket
 import statistics
 import time
@@ -35,15 +34,14 @@ from prelort.errors import ConfigError, PrelortError
 from prelort.events import Evaluated, Event, Metrics
 from prelort.experiment.backend import InProcess
 from prelort.experiment.folder import RunFolder, is_taken
-from prelort.experiment.parent_watchdog import end_with_parent
 from prelort.experiment.run import run
 from prelort.files import write_atomically
-from prelort.library_logging import quiet_libraries
 from prelort.methods import build, find, trait
 from prelort.metrics.scores import HIGHER_IS_BETTER, aurac
 from prelort.seeds import derive
 from prelort.study import definition
 from prelort.study.definition import Compare, Study
+from prelort.study.worker import begin
 
 if TYPE_CHECKING:
     import optuna
@@ -235,7 +233,7 @@ def _work_side_by_side(plan: Plan, out: Path, jobs: int, say: Print) -> None:
     """Run trials in several processes, which end with this one, and when one of them fails."""
     earlier = active_children()
     with ProcessPoolExecutor(
-        jobs, mp_context=get_context("spawn"), initializer=_begin, initargs=(os.getpid(), jobs)
+        jobs, mp_context=get_context("spawn"), initializer=begin, initargs=(os.getpid(), jobs)
     ) as pool:
         try:
             for future in as_completed([pool.submit(_work, plan, out, say) for _ in range(jobs)]):
@@ -252,16 +250,6 @@ def _work_side_by_side(plan: Plan, out: Path, jobs: int, say: Print) -> None:
             raise
 
 
-def _begin(parent: int, jobs: int) -> None:
-    """Begin one of several processes."""
-    import torch
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    end_with_parent(parent)
-    quiet_libraries()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
-
-
 def _work(plan: Plan, out: Path, say: Print) -> None:
     """Run trials until every target has its number of them."""
     backend = InProcess()  # reads rows that trials share once
@@ -269,12 +257,13 @@ def _work(plan: Plan, out: Path, say: Print) -> None:
         study = _open(target, out)
         while (trial := _next_trial(study, plan, target, out)) is not None:
             _run_trial(study, trial, plan, target, out, backend)
-            finished = study.get_trials(deepcopy=False)[trial.number]
-            completed = finished.state == type(finished.state).COMPLETE
-            value = f"loss {finished.value:.4g}" if completed else "pruned"
+            trials = study.get_trials(deepcopy=False)
+            finished, state = trials[trial.number], type(trials[0].state)
+            value = f"loss {finished.value:.4g}" if finished.state == state.COMPLETE else "pruned"
+            done = sum(one.state in (state.COMPLETE, state.PRUNED) for one in trials)
             reason = finished.user_attrs.get("reason", "")
             say(
-                f"{target.name}, trial {trial.number + 1} of {plan.tune.trials}: "
+                f"{target.name}, trial {done} of {plan.tune.trials}: "
                 f"{_text(finished.params)}: {reason or value}"
             )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -145,6 +146,16 @@ class Worker:
                     start_new_session=True,  # Ctrl-C is for this process
                 )
             return self._process, self._err
+
+
+def begin(parent: int, jobs: int) -> None:
+    """Begin one of several processes of a pool, before libraries are imported."""
+    quiet_libraries()
+    end_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    import torch
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
 
 
 def main() -> None:
