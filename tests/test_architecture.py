@@ -26,7 +26,7 @@ ALLOWED = {
     "data": {"tasks"},
     "diagnostics": {"adapters", "aggregation", "methods"},
     "report": {"data", "metrics", "tasks"},
-    "planning": {"adapters", "data", "methods", "models", "tasks", "training"},
+    "planning": {"adapters", "data", "methods", "models", "privacy", "tasks", "training"},
     "experiment": {
         *("adapters", "aggregation", "data", "diagnostics", "federation", "methods", "metrics"),
         *("models", "planning", "privacy", "report", "tasks", "training"),
