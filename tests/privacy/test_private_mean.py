@@ -135,9 +135,7 @@ class TestAdaptiveClipping:
             mean.add(update)
         after = mean.result()
         assert float(after.memory[CLIP]) == pytest.approx(clip * math.exp(0.15 * direction))
-        again = PrivateMean(
-            mean.method, after, clients_of(RANKS), mean.mechanism, silent
-        )
+        again = PrivateMean(mean.method, after, clients_of(RANKS), mean.mechanism, silent)
         assert again.clip == float(after.memory[CLIP])
 
     def test_changes_and_count_compose_to_the_whole_noise(self) -> None:
@@ -173,9 +171,7 @@ def audited_epsilon(noise_multiplier: float, canaries: int = 600, guesses: int =
     )
     clients = [Client(f"{index}", 1, 1) for index in range(canaries)]
     mechanism = Mechanism(1.0, noise_multiplier, 1.0, adaptive=False)
-    mean = PrivateMean(
-        method_of("fedit"), ServerState(adapter), clients, mechanism, system_normal
-    )
+    mean = PrivateMean(method_of("fedit"), ServerState(adapter), clients, mechanism, system_normal)
     took_part = np.random.default_rng(0).random(canaries) < 0.5
     for index in np.flatnonzero(took_part):
         change = torch.zeros(1, canaries)

@@ -82,9 +82,7 @@ def test_more_rounds_than_were_paid_for_are_not_trained(tmp_path: Path, config: 
 
 
 @pytest.mark.parametrize("harm", ["missing", "damaged"])
-def test_without_its_ledger_a_run_is_not_resumed(
-    tmp_path: Path, config: Config, harm: str
-) -> None:
+def test_without_its_ledger_a_run_is_not_resumed(tmp_path: Path, config: Config, harm: str) -> None:
     out = tmp_path / "run"
     with pytest.raises(Stopped):
         prelort.run(config, out, listeners=[stop_after_round(2)])

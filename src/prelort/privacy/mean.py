@@ -27,8 +27,8 @@ from prelort.adapters import Factors, LoraAdapter
 from prelort.adapters.algebra import zeros
 from prelort.aggregation.rankwise_mean import RankwiseMean
 from prelort.errors import ConfigError
-from prelort.methods.averaging import Averaging, by_examples, uniformly
 from prelort.methods import trait
+from prelort.methods.averaging import Averaging, by_examples, uniformly
 from prelort.methods.interface import Client, Method, ServerState, Update
 from prelort.privacy.noise import Normal
 
