@@ -22,13 +22,14 @@ ALLOWED = {
     "federation": {
         *("adapters", "aggregation", "methods", "metrics", "models", "tasks", "training"),
     },
+    "privacy": {"adapters", "aggregation", "federation", "methods"},
     "data": {"tasks"},
     "diagnostics": {"adapters", "aggregation", "methods"},
     "report": {"data", "metrics", "tasks"},
-    "planning": {"adapters", "data", "methods", "models", "tasks", "training"},
+    "planning": {"adapters", "data", "methods", "models", "privacy", "tasks", "training"},
     "experiment": {
         *("adapters", "aggregation", "data", "diagnostics", "federation", "methods", "metrics"),
-        *("models", "planning", "report", "tasks", "training"),
+        *("models", "planning", "privacy", "report", "tasks", "training"),
     },
     "study": {"experiment", "methods", "metrics", "report", "tasks"},
     "deployment": {"data", "experiment", "federation", "planning", "report", "study"},
@@ -38,7 +39,9 @@ CORE = {
     *("adapters", "aggregation", "methods", "models", "tasks", "metrics", "training"),
     "federation",
 }
-OPTIONAL = {"report", "diagnostics", "planning", "deployment", "cli", "experiment", "study"}
+OPTIONAL = {
+    *("report", "diagnostics", "planning", "privacy", "deployment", "cli", "experiment", "study"),
+}
 UNDER_ALL = {
     "config",
     "config_reference",

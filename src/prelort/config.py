@@ -337,6 +337,23 @@ class FederationConfig(Section):
     )
 
 
+class PrivacyConfig(Section):
+    """Differential privacy of the clients (docs/privacy.md); off without ``epsilon``."""
+
+    epsilon: Annotated[float, Field(gt=0.0)] | None = Field(
+        None, description="client-level budget of the whole run; every client then counts the same"
+    )
+    delta: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        1e-5, description="probability that epsilon does not hold: far below 1 / clients"
+    )
+    clip: Annotated[float, Field(gt=0.0)] = Field(
+        1.0, description="norm that a client's change is clipped to, all layers together"
+    )
+    adaptive_clipping: bool = Field(
+        True, description="let the clip norm follow the median of the changes' norms from round 2"
+    )
+
+
 class EvaluationConfig(Section):
     """What is measured, when, and at which ranks of the global adapter."""
 
@@ -388,6 +405,7 @@ class Config(Section):
     method: MethodConfig = MethodConfig()
     federation: FederationConfig = FederationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
 
     @model_validator(mode="after")
     def _validation_rows(self) -> Config:
@@ -400,6 +418,11 @@ class Config(Section):
                 raise ValueError(
                     f"{key} needs validation rows: set data.validation_fraction to 0.1"
                 )
+        if self.privacy.epsilon is not None and self.ranks.allocation == "by-loss":
+            raise ValueError(
+                "privacy.epsilon is not possible with ranks.allocation = 'by-loss': the ranks "
+                "would tell the clients' losses; use 'fixed'"
+            )
         return self
 
 

@@ -130,6 +130,8 @@ class RoundStats:
     seconds: RoundSeconds
     diagnostics: dict[str, Any] | None = None
     """See docs/diagnostics.md; ``{"failed": reason}`` where they could not be computed."""
+    epsilon: float | None = None
+    """Of differential privacy, spent so far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +228,13 @@ class RoundRepeated(Event):
 
     attempt: int
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetSpent(Event):
+    """The privacy budget allows no further round: the run ends with what it has."""
+
+    epsilon: float
 
 
 @dataclass(frozen=True, slots=True)

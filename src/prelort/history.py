@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from prelort.errors import PrelortError
 from prelort.events import (
+    BudgetSpent,
     ClientFailed,
     ClientFinished,
     ClientJoined,
@@ -201,6 +202,12 @@ class RunHistory:
             "evaluate": evaluate,
         }
 
+    @property
+    def epsilon(self) -> float | None:
+        """What has been spent of the privacy budget; None where there is none."""
+        stats = self._stats()
+        return stats[-1].epsilon if stats else None
+
     def metrics(self) -> list[str]:
         """The metrics that were measured, in their order; ``loss`` only if there is no other."""
         rows = [self.base, *(row for e in self.evaluations.values() for row in e.prefixes.values())]
@@ -279,5 +286,6 @@ def _is_incident(event: Event) -> bool:
         | Waiting
         | ClientJoined
         | ClientLeft
-        | RoundRepeated,
+        | RoundRepeated
+        | BudgetSpent,
     )

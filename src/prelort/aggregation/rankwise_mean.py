@@ -35,6 +35,19 @@ class RankwiseMean:
         """Layer name -> the weight of each rank dimension's holders, float64 [rank]."""
         self._mean: LoraAdapter | None = zeros(like)
 
+    @classmethod
+    def of(cls, mean: LoraAdapter, weights: Mapping[str, Tensor], total: float) -> RankwiseMean:
+        """A mean that was computed elsewhere, to be finished as others are; in its own memory.
+
+        Args:
+            mean: of each rank dimension over its holders, float32.
+            weights: layer name -> the weight of each rank dimension's holders, float64 [rank].
+            total: the weight of all replies.
+        """
+        made = cls.__new__(cls)
+        made.total, made.weights, made._mean = total, dict(weights), mean
+        return made
+
     def add(
         self, adapter: LoraAdapter, weight: float, dimensions: Mapping[str, Tensor] | None = None
     ) -> None:

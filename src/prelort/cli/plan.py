@@ -24,6 +24,8 @@ EXAMPLES = """[bold]Examples[/bold]
 
   prelort plan --ranks 8,12,16 --json
 
+  prelort plan my.toml --set privacy.epsilon=8 --set partition.clients=200
+
 Only the model's configuration is read, never its weights. Everything else (batch size, tokens,
 precision, method, ...) comes from CONFIG as in `prelort run`. Leave a margin: docs/choose-ranks.md
 says what is not counted.
@@ -88,6 +90,11 @@ def plan(
         raise refusal
     if not as_json and largest is not None:
         console.print(tables.conclusion(largest, budget, where, most), soft_wrap=True)
+    if not as_json and settings.privacy.epsilon is not None:
+        from prelort.planning import privacy
+
+        for sentence in privacy.sentences(settings):
+            console.print(sentence, soft_wrap=True)
 
 
 def _ranks(text: str) -> list[int]:

@@ -22,10 +22,11 @@ from prelort.methods.interface import Observe
 def observer(config: Config) -> Observe | None:
     """A function that starts to observe a round of a method, a state and clients.
 
-    None if ``evaluation.diagnostics`` is off, or if clients keep personal factors: then there is no
-    global product to compare with.
+    None if ``evaluation.diagnostics`` is off, if clients keep personal factors (then there is no
+    global product to compare with), or under differential privacy, which single replies evade.
     """
-    if not config.evaluation.diagnostics or trait(find(config.method.name), "personal"):
+    personal = trait(find(config.method.name), "personal")
+    if not config.evaluation.diagnostics or personal or config.privacy.epsilon is not None:
         return None
     weight = weighting(config.method.weights)
     return lambda method, state, clients: SafeCollector(method, state, clients, weight, config.seed)

@@ -9,6 +9,7 @@ checkpoints/00012/   the server's state after a round, the last two kept
 adapters/rank-8/     the result: standard PEFT folders, one for each rank
 results.md, *.png    tables and pictures
 report.html          the page
+privacy.json         with differential privacy: the noise, and how often it was drawn
 trackers.json        the ids of the run in the trackers, and the last rounds logged there
 """
 
@@ -44,6 +45,7 @@ _BEFORE_THE_ROUNDS = (
     "clients.txt",
     "labels.json",
     "clients.png",
+    "privacy.json",
     "trackers.json",
 )
 

@@ -19,6 +19,7 @@ from prelort.config import Config
 from prelort.data.federated import FederatedRows
 from prelort.errors import CheckpointError, ConfigError, QuorumError
 from prelort.events import (
+    BudgetSpent,
     Checkpointed,
     Event,
     Listener,
@@ -39,6 +40,7 @@ from prelort.federation.federation import Federation
 from prelort.files import as_path
 from prelort.history import RunHistory
 from prelort.methods.interface import ServerState
+from prelort.privacy import PrivateRun
 from prelort.report import describe, trackers
 from prelort.report.formatting import plain
 from prelort.tasks import labels
@@ -136,6 +138,7 @@ def run(
 def train(config: Config, folder: RunFolder, backend: Backend, log: RunLog) -> RunResult:
     """Train the rounds of a run, from the last checkpoint in ``folder`` or from the beginning."""
     method = methods.build(config.method, config.seed)
+    private = PrivateRun(config, folder.path) if config.privacy.epsilon is not None else None
     federation = Federation(
         config,
         backend.transport,
@@ -144,12 +147,15 @@ def train(config: Config, folder: RunFolder, backend: Backend, log: RunLog) -> R
         allocation=backend.allocation,
         planned_ranks=backend.planned_ranks,
         observe=diagnostics.observer(config),
+        private=private,
     )
     rounds, personal = config.federation.rounds, methods.trait(method, "personal")
     with closing(federation):
         state = _last_state(config, folder, backend, log)
         state = federation.connect(method, state)
         check_ranks(config, backend.initial.rank)
+        if private is not None:
+            private.start(method, state, len(federation.clients))
         if state.round == 0:
             if backend.rows is not None:
                 _describe(backend.rows, folder.path)
@@ -164,6 +170,10 @@ def train(config: Config, folder: RunFolder, backend: Backend, log: RunLog) -> R
                 log(replace(started, rounds=rounds))
             log(RunResumed(state.round))
         for server_round in range(state.round + 1, rounds + 1):
+            if private is not None and private.exhausted:
+                log(BudgetSpent(state.round, private.epsilon()))
+                log(evaluate(config, backend, federation, method, state, log))
+                break
             state, stats = federation.train(method, state, server_round)
             log(RoundFinished(server_round, stats))
             if _evaluation_due(config, server_round):

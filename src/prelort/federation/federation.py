@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from typing import Protocol, TypeVar
 
 from prelort.adapters import LoraAdapter
 from prelort.config import Config
@@ -38,7 +39,7 @@ from prelort.federation.round import Round
 from prelort.federation.sampling import check_numbers, min_connected, sample
 from prelort.federation.transport import Transport
 from prelort.methods.calls import calling, expect
-from prelort.methods.interface import Broadcast, Client, Method, Observe, ServerState
+from prelort.methods.interface import Aggregator, Broadcast, Client, Method, Observe, ServerState
 from prelort.methods.objective import Objective
 
 log = logging.getLogger(__name__)
@@ -46,8 +47,28 @@ log = logging.getLogger(__name__)
 GOODBYE_SECONDS = 15.0
 """How long the end of a run waits for sites to take note of it."""
 
+T = TypeVar("T")
+
 Pools = dict[int, PooledMetrics]
 """Rank (0: the base) -> its metrics over the clients."""
+
+
+class Private(Protocol):
+    """Differential privacy of a run (`prelort.privacy`)."""
+
+    def sample(self, clients: Sequence[T]) -> list[T]:
+        """The clients of a round, in their order."""
+        ...
+
+    def aggregator(
+        self, method: Method, state: ServerState, clients: Sequence[Client]
+    ) -> Aggregator:
+        """In place of the method's own; ``clients``: all that are connected."""
+        ...
+
+    def epsilon(self) -> float:
+        """What has been spent so far."""
+        ...
 
 
 class Federation:
@@ -67,6 +88,7 @@ class Federation:
         allocation: Allocation | None = None,
         planned_ranks: Sequence[int] = (),
         observe: Observe | None = None,
+        private: Private | None = None,
     ) -> None:
         """``planned_ranks``: rank levels that are expected whoever is connected."""
         self._config = config
@@ -76,6 +98,7 @@ class Federation:
         self._allocation = allocation or Allocation()
         self._planned = {*planned_ranks, *self._allocation.levels()}
         self._observe = observe
+        self._private = private
         self._round = 0
         """The round under way; 0 before the first."""
         self._finished = 0
@@ -236,6 +259,7 @@ class Federation:
             config=self._config,
             spec=self._spec,
             log=self._log,
+            aggregator=self._private_aggregator(method, state),
             observer=self._observe(method, state, cohort) if self._observe else None,
         )
         for reply in self._transport.send_and_receive(
@@ -245,7 +269,16 @@ class Federation:
             del reply  # before the next one is pulled
         self._failed = set(current.failures)
         current.check_quorum()
-        return current.finish(self._next_ranks(current, state))
+        after, stats = current.finish(self._next_ranks(current, state))
+        if self._private is not None:
+            stats = replace(stats, epsilon=self._private.epsilon())
+        return after, stats
+
+    def _private_aggregator(self, method: Method, state: ServerState) -> Aggregator | None:
+        if self._private is None:
+            return None
+        clients = [_at_current_rank(connected, state) for connected in self.clients]
+        return self._private.aggregator(method, state, clients)
 
     def _train_requests(
         self, current: Round, method: Method, state: ServerState, clients: Mapping[int, Client]
@@ -272,6 +305,8 @@ class Federation:
     def _sample(self, server_round: int) -> list[ConnectedClient]:
         if self._allocation.needs_all_clients(server_round):
             return self.clients
+        if self._private is not None:
+            return self._private.sample(self.clients)
         per_round, seed = self._config.federation.clients_per_round, self._config.seed
         return sample(self.clients, per_round, seed=seed, round_index=server_round - 1)
 

@@ -18,7 +18,7 @@ from prelort.federation.reorder_buffer import ReorderBuffer
 from prelort.federation.replies import checked_update
 from prelort.federation.sampling import count_of
 from prelort.methods.calls import calling, expect
-from prelort.methods.interface import Client, Method, RoundObserver, ServerState, Update
+from prelort.methods.interface import Aggregator, Client, Method, RoundObserver, ServerState, Update
 from prelort.training.batches import batches_per_round
 
 
@@ -40,8 +40,10 @@ class Round:
         config: Config,
         spec: AdapterSpec,
         log: Listener,
+        aggregator: Aggregator | None = None,
         observer: RoundObserver | None = None,
     ) -> None:
+        """``aggregator``: in place of the method's own."""
         self.number = number
         self.clients = list(clients)
         self._bytes_down = 0
@@ -52,7 +54,7 @@ class Round:
         self._log = log
         self._observer = observer
         with calling(method, "aggregator()"):
-            self._aggregator = method.aggregator(state)
+            self._aggregator = aggregator or method.aggregator(state)
         self._buffer = ReorderBuffer([client.name for client in clients], self._aggregate)
         self._started = time.monotonic()
         self._aggregating = 0.0
@@ -109,7 +111,8 @@ class Round:
     def check_quorum(self) -> None:
         """Raise `QuorumError` if too few replies are usable."""
         quorum, cohort = self._config.federation.quorum, len(self.clients)
-        needed = count_of(quorum, cohort)
+        # A random cohort may be smaller than a quorum that is a number.
+        needed = min(count_of(quorum, cohort), cohort)
         if len(self._replies) < needed:
             reasons = [f"{name}: {reason}" for name, reason in self.failures.items()]
             raise QuorumError(

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from prelort.events import (
+    BudgetSpent,
     ClientFailed,
     ClientJoined,
     ClientLeft,
@@ -84,6 +85,9 @@ def _described(event: Event) -> Iterator[tuple[str, str, str, bool]]:
             yield "joined", event.client, f"with rank {event.rank}", False
         case ClientLeft():
             yield "left", event.client, "", False
+        case BudgetSpent():
+            reason = f"epsilon = {event.epsilon:.4g}: the run ends here"
+            yield "privacy budget spent", "", reason, False
         case RoundRepeated():
             yield "repeated", "", f"attempt {event.attempt}: {event.reason}", True
 

@@ -139,6 +139,11 @@ def _facts_of(cell: CellResult) -> dict[str, Any]:
             "bytes down": human_bytes(history.bytes_down),
             "time": human_seconds(sum(history.seconds.values())),
         }
+    if history.epsilon is not None:
+        facts["privacy"] = (
+            f"epsilon = {history.epsilon:.3g} for each client: adapters and what was measured of "
+            "them; not the losses of single clients below"
+        )
     return facts
 
 

@@ -1,0 +1,156 @@
+"""The privacy of one run: who takes part, with what noise, and what has been spent.
+
+The run's folder keeps the noise and the number of releases in ``privacy.json``. A release is
+counted before its noise is drawn: a round that a crash repeats draws new noise and is paid again,
+so that neither noise nor budget is used twice unnoticed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from prelort.config import Config, PrivacyConfig
+from prelort.errors import CheckpointError, ConfigError
+from prelort.federation.sampling import count_of
+from prelort.files import write_atomically
+from prelort.methods.interface import Aggregator, Client, Method, ServerState, Update
+from prelort.privacy.accounting import Budget
+from prelort.privacy.mean import Mechanism, PrivateMean, check_method
+from prelort.privacy.noise import Normal, poisson_sample, system_normal
+
+FILE = "privacy.json"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """What ``privacy.json`` holds. ``releases``: the number of noisy rounds that have been made."""
+
+    epsilon: float
+    delta: float
+    max_releases: int
+    rate: float
+    noise_multiplier: float
+    releases: int = 0
+
+    @property
+    def budget(self) -> Budget:
+        """The budget of the whole run."""
+        return Budget(self.epsilon, self.delta, self.max_releases, self.rate)
+
+
+def ledger_of(privacy: PrivacyConfig, clients: int, per_round: int | float, rounds: int) -> Ledger:
+    """The noise that keeps to the budget with so many clients, before anything is spent.
+
+    Raises `ConfigError` for a delta that gives a client away.
+    """
+    assert privacy.epsilon is not None
+    if privacy.delta >= 1 / clients:
+        raise ConfigError(
+            f"privacy.delta = {privacy.delta:g} would allow to publish one of the {clients} "
+            f"clients: use much less than {1 / clients:g}"
+        )
+    rate = min(count_of(per_round, clients), clients) / clients
+    budget = Budget(privacy.epsilon, privacy.delta, rounds, rate)
+    return Ledger(budget.epsilon, budget.delta, rounds, rate, budget.noise_multiplier())
+
+
+class PrivateRun:
+    """Client-level differential privacy of all that the server releases in a run.
+
+    Call `start` when the clients are known.
+    """
+
+    def __init__(self, config: Config, folder: Path, normal: Normal = system_normal) -> None:
+        self._config = config
+        self._file = folder / FILE
+        self._normal = normal
+        self._ledger: Ledger | None = self._read()
+
+    @property
+    def ledger(self) -> Ledger:
+        """What has been spent, once the run has started."""
+        assert self._ledger is not None
+        return self._ledger
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether another release would exceed the budget."""
+        return self.ledger.releases >= self.ledger.max_releases
+
+    def epsilon(self) -> float:
+        """The epsilon that has been spent."""
+        return self.ledger.budget.spent(self.ledger.noise_multiplier, self.ledger.releases)
+
+    def start(self, method: Method, state: ServerState, clients: int) -> None:
+        """Calibrate the noise, unless the run is resumed.
+
+        Raises `ConfigError` for an unsuitable method or delta, `CheckpointError` where a resumed
+        run has lost its ledger.
+        """
+        check_method(method, state)
+        if self._ledger is None and state.round > 0:
+            raise CheckpointError(
+                f"{str(self._file)!r} is missing, so what has been spent of the privacy budget is "
+                "not known"
+            )
+        if self._ledger is None:
+            federation = self._config.federation
+            self._write(
+                ledger_of(
+                    self._config.privacy, clients, federation.clients_per_round, federation.rounds
+                )
+            )
+
+    def sample(self, clients: Sequence[T]) -> list[T]:
+        """The clients of a round: each with the same probability, whatever the seed."""
+        return poisson_sample(clients, self.ledger.rate)
+
+    def aggregator(
+        self, method: Method, state: ServerState, clients: Sequence[Client]
+    ) -> Aggregator:
+        """The round's aggregator, which counts its release."""
+        privacy, ledger = self._config.privacy, self.ledger
+        mechanism = Mechanism(
+            privacy.clip, ledger.noise_multiplier, ledger.rate, privacy.adaptive_clipping
+        )
+        return _Counted(self, PrivateMean(method, state, clients, mechanism, self._normal))
+
+    def count_release(self) -> None:
+        """Note a release, durably."""
+        self._write(replace(self.ledger, releases=self.ledger.releases + 1))
+
+    def _read(self) -> Ledger | None:
+        if not self._file.exists():
+            return None
+        try:
+            return Ledger(**json.loads(self._file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"{str(self._file)!r} is damaged, so what has been spent of the privacy budget is "
+                f"not known: {error}"
+            ) from None
+
+    def _write(self, ledger: Ledger) -> None:
+        write_atomically(self._file, json.dumps(asdict(ledger), indent=2).encode())
+        self._ledger = ledger
+
+
+@dataclass(frozen=True, slots=True)
+class _Counted:
+    """An aggregator whose result is counted before it is made."""
+
+    run: PrivateRun
+    mean: PrivateMean
+
+    def add(self, update: Update) -> None:
+        self.mean.add(update)
+
+    def result(self) -> ServerState:
+        self.run.count_release()
+        return self.mean.result()

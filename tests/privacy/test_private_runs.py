@@ -1,0 +1,110 @@
+"""Whole runs under differential privacy: what is spent, also when a run is stopped and resumed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import prelort
+from prelort.config import Config
+from prelort.errors import CheckpointError, ConfigError, PrelortError
+from prelort.events import BudgetSpent, Event, RoundFinished
+from run_files import adapters_of, events_of
+
+Make = Callable[..., Config]
+PRIVACY = {"epsilon": 4.0, "delta": 1e-3, "clip": 0.1}
+
+
+@pytest.fixture
+def config(make_config: Make) -> Config:
+    return make_config(privacy=PRIVACY)
+
+
+def releases(run: Path) -> int:
+    return int(json.loads((run / "privacy.json").read_text())["releases"])
+
+
+class Stopped(Exception):
+    """Stands for a crash."""
+
+
+def stop_after_round(number: int) -> Callable[[Event], None]:
+    """A crash when the round's adapter is known, and before it is saved."""
+
+    def listener(event: Event) -> None:
+        if isinstance(event, RoundFinished) and event.round == number:
+            raise Stopped
+
+    return listener
+
+
+def test_a_run_spends_its_budget_and_not_more(tmp_path: Path, config: Config) -> None:
+    result = prelort.run(config, tmp_path / "run")
+    spent = [record.stats.epsilon for record in result.history.rounds.values()]
+    assert spent == sorted(spent)
+    assert 0.95 * 4.0 < spent[-1] <= 4.0
+    assert releases(tmp_path / "run") == 3
+
+
+def test_noise_and_cohorts_do_not_come_from_the_seed(tmp_path: Path, config: Config) -> None:
+    for name in ("one", "two"):
+        prelort.run(config, tmp_path / name)
+    assert adapters_of(tmp_path / "one") != adapters_of(tmp_path / "two")
+
+
+def test_a_round_that_a_crash_repeats_is_paid_twice_and_the_run_ends_earlier(
+    tmp_path: Path, config: Config
+) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(Stopped):
+        prelort.run(config, out, listeners=[stop_after_round(2)])
+    assert releases(out) == 2
+    result = prelort.run(config, out, resume=True)
+    assert releases(out) == 3
+    assert result.history.done == 2
+    (spent,) = [event for event in events_of(out) if isinstance(event, BudgetSpent)]
+    assert spent.epsilon <= 4.0
+    assert max(result.history.evaluations) == 2
+    assert adapters_of(out)
+
+
+def test_more_rounds_than_were_paid_for_are_not_trained(tmp_path: Path, config: Config) -> None:
+    out = tmp_path / "run"
+    prelort.run(config, out)
+    more = config.model_copy(
+        update={"federation": config.federation.model_copy(update={"rounds": 5})}
+    )
+    assert prelort.run(more, out, resume=True).history.done == 3
+    assert releases(out) == 3
+
+
+@pytest.mark.parametrize("harm", ["missing", "damaged"])
+def test_without_its_ledger_a_run_is_not_resumed(tmp_path: Path, config: Config, harm: str) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(Stopped):
+        prelort.run(config, out, listeners=[stop_after_round(2)])
+    ledger = out / "privacy.json"
+    ledger.unlink() if harm == "missing" else ledger.write_text('{"epsilon": 4.0')
+    with pytest.raises(CheckpointError, match=f"privacy.json' is {harm}, so what has been spent"):
+        prelort.run(config, out, resume=True)
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"method": {"name": "flexlora"}}, "not possible with method 'flexlora'"),
+        ({"ranks": {"allocation": "by-loss"}}, "not possible with ranks.allocation = 'by-loss'"),
+        ({"privacy": {"epsilon": 4.0, "delta": 0.2}}, "privacy.delta = 0.2 would allow"),
+    ],
+)
+def test_what_has_no_guarantee_is_refused_and_leaves_nothing(
+    tmp_path: Path, make_config: Make, changes: dict[str, dict[str, object]], sentence: str
+) -> None:
+    given = {"privacy": PRIVACY, "data": {"validation_fraction": 0.2}} | changes
+    with pytest.raises(PrelortError, match=sentence) as refused:
+        prelort.run(make_config(**given), tmp_path / "run")
+    assert isinstance(refused.value, ConfigError)
+    assert not (tmp_path / "run").exists()
