@@ -27,7 +27,6 @@ from prelort.config import check
 from prelort.federation import wire
 from prelort.federation.client_app import Kind, client_app
 from prelort.federation.content import blob_in, content_of
-from prelort.federation.federation import Federation
 from prelort.federation.flower import (
     ClientApp,
     Context,
@@ -40,6 +39,7 @@ from prelort.federation.flower import (
 )
 from prelort.federation.in_process import RUN_ID, InProcessGrid
 from prelort.federation.messages import AdapterSpec, ClientProperties, TrainReply, TrainRequest
+from prelort.federation.server import Server
 from prelort.federation.transport import Transport
 from prelort.methods.interface import ServerState
 from prelort.training.settings import LocalTraining
@@ -129,10 +129,10 @@ def rounds(engine: str, clients: int, number: int) -> list[float]:
 
     def train(transport: Transport) -> None:
         method = methods.build(config.method, config.seed)
-        federation = Federation(config, transport, spec(), lambda event: None)
-        state = federation.connect(method, ServerState(initial()))
+        server = Server(config, transport, spec(), lambda event: None)
+        state = server.connect(method, ServerState(initial()))
         for server_round in range(1, number + 2):
-            state, stats = federation.train(method, state, server_round)
+            state, stats = server.train(method, state, server_round)
             seconds.append(stats.seconds.total)
 
     _run_on(engine, clients, train)

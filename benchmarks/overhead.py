@@ -21,9 +21,9 @@ from prelort.config import load
 from prelort.experiment import checkpoint
 from prelort.experiment.assemble import Assembly, assemble
 from prelort.experiment.checkpoint import Checkpoint
-from prelort.federation.federation import Federation
 from prelort.federation.in_process import InProcessGrid
 from prelort.federation.sampling import sample
+from prelort.federation.server import Server
 from prelort.federation.transport import Transport
 from prelort.methods.interface import Client, ServerState
 from prelort.models.lora import install
@@ -40,7 +40,7 @@ def federated(assembly: Assembly) -> float:
     with tempfile.TemporaryDirectory() as folder:
         config = assembly.config
         method = methods.build(config.method, config.seed)
-        federation = Federation(
+        server = Server(
             config,
             Transport(grid, 1),
             assembly.runtime.spec,
@@ -48,9 +48,9 @@ def federated(assembly: Assembly) -> float:
             observe=diagnostics.observer(config),
         )
         started = time.perf_counter()
-        state = federation.connect(method, ServerState(assembly.initial))
+        state = server.connect(method, ServerState(assembly.initial))
         for server_round in range(1, config.federation.rounds + 1):
-            state, _ = federation.train(method, state, server_round)
+            state, _ = server.train(method, state, server_round)
             checkpoint.save(Checkpoint(state, 0, "", 0), Path(folder))
         return time.perf_counter() - started
 

@@ -100,7 +100,7 @@ def main(grid: Grid, context: Context) -> None:
     """Run rounds of prelort's own federation and write their costs."""
     from prelort import methods
     from prelort.events import Event, RoundFinished, encode
-    from prelort.federation.federation import Federation
+    from prelort.federation.server import Server
     from prelort.methods.interface import ServerState
 
     asked: dict[str, Any] = dict(context.run_config)
@@ -133,12 +133,12 @@ def main(grid: Grid, context: Context) -> None:
     def log(event: Event) -> None:
         found["events"].append(json.loads(encode(event)))
 
-    federation = Federation(config, transport, spec, log)
+    server = Server(config, transport, spec, log)
     try:
-        state = federation.connect(method, state)
+        state = server.connect(method, state)
         for server_round in range(1, config.federation.rounds + 1):
-            state, stats = federation.train(method, state, server_round)
+            state, stats = server.train(method, state, server_round)
             log(RoundFinished(server_round, stats))
-        federation.close()
+        server.close()
     finally:
         Path(str(asked["out"])).write_text(json.dumps(found))

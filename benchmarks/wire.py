@@ -29,8 +29,8 @@ from prelort.events import RankChanged, RoundFinished
 from prelort.experiment.assemble import assemble
 from prelort.experiment.deterministic import deterministic
 from prelort.experiment.run import run
-from prelort.federation.federation import Federation
 from prelort.federation.in_process import InProcessGrid
+from prelort.federation.server import Server
 from prelort.federation.transport import Transport
 from prelort.history import RunHistory
 from prelort.methods import REGISTRY
@@ -137,12 +137,12 @@ def counted(method: str, dtype: str) -> tuple[RunHistory, list[ServerState]]:
         app = local_app(clients)
         grid = InProcessGrid(app, [{"partition-id": index} for index in range(len(clients))])
         spec = assembly.runtime.spec
-        federation = Federation(config, Transport(grid, 1), spec, history.apply)
+        server = Server(config, Transport(grid, 1), spec, history.apply)
         algorithm = methods.build(config.method, config.seed)
-        state = federation.connect(algorithm, ServerState(assembly.initial))
+        state = server.connect(algorithm, ServerState(assembly.initial))
         for server_round in (1, 2):
             states.append(state)
-            state, stats = federation.train(algorithm, state, server_round)
+            state, stats = server.train(algorithm, state, server_round)
             history.apply(RoundFinished(server_round, stats))
     return history, states
 

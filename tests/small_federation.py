@@ -16,7 +16,6 @@ from prelort.events import Event, RankChanged, RoundFinished
 from prelort.federation import wire
 from prelort.federation.allocation import Allocation
 from prelort.federation.encoding import carries_change, change_of
-from prelort.federation.federation import Federation, Observe
 from prelort.federation.flower import (
     Array,
     ArrayRecord,
@@ -38,6 +37,7 @@ from prelort.federation.messages import (
     TrainReply,
     TrainRequest,
 )
+from prelort.federation.server import Observe, Server
 from prelort.federation.transport import Transport
 from prelort.methods.interface import Client, Method, ServerState
 
@@ -231,7 +231,7 @@ def in_process(app: App, count: int) -> InProcessGrid:
 class SmallRun:
     """A federation, the state of its run, and its events."""
 
-    federation: Federation
+    server: Server
     method: Method
     config: Config
     state: ServerState
@@ -239,12 +239,12 @@ class SmallRun:
 
     def train(self, after_round: Callable[[ServerState], None] = lambda state: None) -> ServerState:
         """The rounds that are left, and the end; ``after_round`` gets the state after each."""
-        self.state = self.federation.connect(self.method, self.state)
+        self.state = self.server.connect(self.method, self.state)
         for number in range(self.state.round + 1, self.config.federation.rounds + 1):
-            self.state, stats = self.federation.train(self.method, self.state, number)
+            self.state, stats = self.server.train(self.method, self.state, number)
             self.events.append(RoundFinished(number, stats))
             after_round(self.state)
-        self.federation.close()
+        self.server.close()
         return self.state
 
     def of(self, kind: type[E]) -> list[E]:
@@ -272,10 +272,8 @@ def make_run(
     spec = AdapterSpec(SPEC.base, AdapterSchema.of(state.adapter), SCALE)
     transport = transport or Transport(in_process(app, clients), 1)
     found = methods.build(MethodConfig(name=method), 0) if isinstance(method, str) else method
-    federation = Federation(
-        config, transport, spec, events.append, allocation=allocation, observe=observe
-    )
-    return SmallRun(federation, found, config, state, events)
+    server = Server(config, transport, spec, events.append, allocation=allocation, observe=observe)
+    return SmallRun(server, found, config, state, events)
 
 
 class PlannedGrid(Grid):

@@ -60,13 +60,13 @@ class Measuring:
 def connected(app: App, state: ServerState | None = None, **more: Any) -> SmallRun:
     config = check({"federation": {"clients_per_round": 4}, "evaluation": {"batch_size": 7}})
     run = make_run(app, config, state=state, **more)
-    run.state = run.federation.connect(run.method, run.state)
+    run.state = run.server.connect(run.method, run.state)
     return run
 
 
 def evaluate_clients(app: App, state: ServerState | None = None, **more: Any) -> ClientsEvaluated:
     run = connected(app, state, **more)
-    return run.federation.evaluate_clients(run.method, run.state)
+    return run.server.evaluate_clients(run.method, run.state)
 
 
 def test_every_client_measures_what_it_would_receive_at_the_rank_that_it_has_now() -> None:
@@ -141,7 +141,7 @@ def test_global_adapters_are_pooled_over_the_clients_and_prefixes_travel_togethe
     measuring = Measuring()
     run = connected(measuring.app)
     whole = make_state().adapter
-    pools = run.federation.evaluate(run.state, {0: whole, 2: whole.prefix(2), 8: whole})
+    pools = run.server.evaluate(run.state, {0: whole, 2: whole.prefix(2), 8: whole})
     assert [(name, request.rank, request.prefixes) for name, request, *_ in measuring.asked] == [
         (client.name, 8, (2, 0)) for client in CLIENTS
     ]
@@ -157,7 +157,7 @@ def test_global_adapters_are_pooled_over_the_clients_and_prefixes_travel_togethe
 @pytest.mark.parametrize("change, reason", FAILURES)
 def test_who_fails_is_left_out_of_the_pool_with_an_event(change: Any, reason: str) -> None:
     run = connected(Measuring(site_1=change).app)
-    pools = run.federation.evaluate(run.state, {8: make_state().adapter, 2: make_adapter(2)})
+    pools = run.server.evaluate(run.state, {8: make_state().adapter, 2: make_adapter(2)})
     assert {rank: pool.clients for rank, pool in pools.items()} == {2: 3, 8: 3}
     failed = run.of(EvaluationFailed)
     assert [(event.client, event.rank) for event in failed] == [("site-1", 8), ("site-1", 2)]

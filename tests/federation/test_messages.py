@@ -70,8 +70,8 @@ def test_fields_that_a_receiver_does_not_know_change_nothing(
     assert not run.of(ClientRefused)
     assert not run.of(ClientFailed)
     assert same_bits(run.state.adapter, usual.state.adapter)
-    measured = run.federation.evaluate_clients(run.method, run.state)
-    expected = usual.federation.evaluate_clients(usual.method, usual.state)
+    measured = run.server.evaluate_clients(run.method, run.state)
+    expected = usual.server.evaluate_clients(usual.method, usual.state)
     assert (measured.clients, measured.failures) == (expected.clients, {})
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,12 @@ _UNSUPPORTED = {
 }
 """Options under which PEFT computes something else than ``s B A`` on the base model."""
 
+_ALWAYS = (
+    *("base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode", "lora_alpha"),
+    *("lora_dropout", "modules_to_save", "peft_type", "r", "target_modules", "task_type"),
+)
+"""The keys that every release of PEFT and the tools that read its folders know."""
+
 _CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 """Initialisations that change the base model's own weights."""
 
@@ -50,7 +56,8 @@ def save(adapter: LoraAdapter, folder: Path, template: LoraConfig) -> None:
     """Write ``adapter`` as a PEFT folder.
 
     ``template`` gives what the tensors do not (base model, task, target modules); its rank, alpha
-    and patterns are replaced by the adapter's. Existing files are overwritten.
+    and patterns are replaced by the adapter's. Existing files are overwritten. The configuration
+    has only what differs from PEFT's defaults: older releases refuse keys that they do not know.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -60,8 +67,8 @@ def save(adapter: LoraAdapter, folder: Path, template: LoraConfig) -> None:
     # save_file reports a full disk by an error of its own instead of an OSError.
     data = to_bytes(tensors, metadata={"format": "pt", "prelort": json.dumps(rule)})
     (folder / WEIGHTS).write_bytes(_sort_metadata(data))
-    config_for(adapter, template).save_pretrained(str(folder))
-    _sort_sets(folder / CONFIG)
+    text = json.dumps(_minimal(config_for(adapter, template)), indent=2, sort_keys=True)
+    (folder / CONFIG).write_text(text, encoding="utf-8")
 
 
 def config_for(adapter: LoraAdapter, template: LoraConfig) -> LoraConfig:
@@ -74,9 +81,10 @@ def config_for(adapter: LoraAdapter, template: LoraConfig) -> LoraConfig:
         r=adapter.rank,
         lora_alpha=_integer(rule.lora_alpha(adapter.rank)),
         use_rslora=rule.kind == "rslora",
-        rank_pattern={_pattern(name): rank for name, rank in different.items()},
+        rank_pattern={_pattern(name, ranks): rank for name, rank in different.items()},
         alpha_pattern={
-            _pattern(name): _integer(rule.lora_alpha(rank)) for name, rank in different.items()
+            _pattern(name, ranks): _integer(rule.lora_alpha(rank))
+            for name, rank in different.items()
         },
         inference_mode=True,
     )
@@ -223,26 +231,33 @@ def _sort_metadata(data: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
-def _sort_sets(path: Path) -> None:
-    """PEFT writes its sets in any order; sort them, so that equal adapters are equal files."""
-    values = json.loads(path.read_text(encoding="utf-8"))
-    for key in ("target_modules", "exclude_modules"):
-        if isinstance(values.get(key), list):
-            values[key] = sorted(values[key])
-    path.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
+def _minimal(config: LoraConfig) -> dict[str, Any]:
+    """The values of a PEFT configuration that are not its defaults; sets in order."""
+    values, default = config.to_dict(), LoraConfig().to_dict()
+    kept = {k: v for k, v in values.items() if k in _ALWAYS or v != default.get(k)}
+    kept.pop("peft_version", None)
+    return {k: sorted(v) if isinstance(v, set) else v for k, v in kept.items()}
 
 
-def _pattern(name: str) -> str:
-    """A pattern for one layer: PEFT matches its keys, as regular expressions, at a name's end."""
-    return f"^{re.escape(name)}"
+def _pattern(name: str, names: Iterable[str]) -> str:
+    """A pattern for one layer: PEFT matches its keys, as regular expressions, at a name's end.
+
+    That is the name itself, which older releases compare as it is, unless others match it too.
+    """
+    alone = all(other == name or not _matches(name, other) for other in names)
+    return name if alone else f"^{re.escape(name)}"
 
 
 def _by_pattern(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
     """PEFT's rule: the first key that matches the end of the module's name."""
     for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", name):
+        if _matches(key, name):
             return value
     return default
+
+
+def _matches(key: str, name: str) -> bool:
+    return re.match(rf"(.*\.)?({key})$", name) is not None
 
 
 def _integer(value: float) -> float:

@@ -10,7 +10,7 @@ from prelort.config import Config
 from prelort.errors import ConfigError
 from prelort.events import ClientSample, Evaluated, Evaluating, Listener
 from prelort.experiment.backend import Backend
-from prelort.federation.federation import Federation
+from prelort.federation.server import Server
 from prelort.methods import trait
 from prelort.methods.interface import Method, ServerState
 
@@ -18,7 +18,7 @@ from prelort.methods.interface import Method, ServerState
 def evaluate(
     config: Config,
     backend: Backend,
-    federation: Federation,
+    server: Server,
     method: Method,
     state: ServerState,
     log: Listener,
@@ -39,7 +39,7 @@ def evaluate(
             adapters, lambda done, total: log(Evaluating(state.round, done, total))
         )
     else:
-        pools = federation.evaluate(state, adapters)
+        pools = server.evaluate(state, adapters)
         samples = {r: ClientSample(pool.clients, pool.examples) for r, pool in pools.items()}
         metrics = {rank: pool.metrics() for rank, pool in pools.items() if pool.clients}
     base = metrics.pop(0, None)

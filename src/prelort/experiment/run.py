@@ -36,7 +36,7 @@ from prelort.experiment.checkpoint import Checkpoint
 from prelort.experiment.deterministic import deterministic
 from prelort.experiment.evaluation import check_ranks, evaluate, global_adapters
 from prelort.experiment.folder import RunFolder
-from prelort.federation.federation import Federation
+from prelort.federation.server import Server
 from prelort.files import as_path
 from prelort.history import RunHistory
 from prelort.methods.interface import ServerState
@@ -139,7 +139,7 @@ def train(config: Config, folder: RunFolder, backend: Backend, log: RunLog) -> R
     """Train the rounds of a run, from the last checkpoint in ``folder`` or from the beginning."""
     method = methods.build(config.method, config.seed)
     private = PrivateRun(config, folder.path) if config.privacy.epsilon is not None else None
-    federation = Federation(
+    server = Server(
         config,
         backend.transport,
         backend.spec,
@@ -150,19 +150,19 @@ def train(config: Config, folder: RunFolder, backend: Backend, log: RunLog) -> R
         private=private,
     )
     rounds, personal = config.federation.rounds, methods.trait(method, "personal")
-    with closing(federation):
+    with closing(server):
         state = _last_state(config, folder, backend, log)
-        state = federation.connect(method, state)
+        state = server.connect(method, state)
         check_ranks(config, backend.initial.rank)
         if private is not None:
-            private.start(method, state, len(federation.clients))
+            private.start(method, state, len(server.clients))
         if state.round == 0:
             if backend.rows is not None:
                 _describe(backend.rows, folder.path)
             labels.write(folder.path, backend.labels)
-            clients = len(federation.clients)
+            clients = len(server.clients)
             log(RunStarted(0, method.name, config.task, config.seed, rounds, clients, state.levels))
-            log(evaluate(config, backend, federation, method, state, log))
+            log(evaluate(config, backend, server, method, state, log))
             _save(state, config, folder, backend, log)
         else:
             started = log.history.started
@@ -172,15 +172,15 @@ def train(config: Config, folder: RunFolder, backend: Backend, log: RunLog) -> R
         for server_round in range(state.round + 1, rounds + 1):
             if private is not None and private.exhausted:
                 log(BudgetSpent(state.round, private.epsilon()))
-                log(evaluate(config, backend, federation, method, state, log))
+                log(evaluate(config, backend, server, method, state, log))
                 break
-            state, stats = federation.train(method, state, server_round)
+            state, stats = server.train(method, state, server_round)
             log(RoundFinished(server_round, stats))
             if _evaluation_due(config, server_round):
                 if config.evaluation.at_clients or personal:
-                    log(federation.evaluate_clients(method, state))
+                    log(server.evaluate_clients(method, state))
                 if not personal:
-                    log(evaluate(config, backend, federation, method, state, log))
+                    log(evaluate(config, backend, server, method, state, log))
             _save(state, config, folder, backend, log)
     if not personal:
         export(backend, global_adapters(config, method, state), folder.adapters)

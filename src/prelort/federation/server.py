@@ -1,4 +1,4 @@
-"""The clients of a run, as the server sees them: they train rounds and measure adapters."""
+"""The server of a run: it trains rounds and lets clients measure adapters."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Private(Protocol):
         ...
 
 
-class Federation:
+class Server:
     """Trains rounds with whichever clients are connected, and lets them measure adapters.
 
     The run calls `connect` once, then `train` round by round, and `close` at the end. Engines
