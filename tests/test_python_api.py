@@ -40,7 +40,7 @@ def test_five_lines(
     assert value == tuned
     assert prelort.read("runs/first").to_pandas()["value"].tolist() == frame["value"].tolist()
     assert result.levels == (2, 4, 8)
-    assert result.adapter.prefix(4).rank == 4
+    assert result.global_adapter.prefix(4).rank == 4
     assert (result.path / "adapters" / "rank-4" / "adapter_model.safetensors").is_file()
 
 

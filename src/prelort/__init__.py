@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from prelort.adapters import LoraAdapter, ScaleRule
     from prelort.config import Config
     from prelort.config import load as load_config
-    from prelort.experiment.run import RunResult, run
+    from prelort.experiment.result import RunResult
+    from prelort.experiment.run import run
     from prelort.report.results import Results
     from prelort.study.results import read
     from prelort.study.run import compare
@@ -39,7 +40,7 @@ _LAZY = {
     "Config": ("prelort.config", "Config"),
     "LoraAdapter": ("prelort.adapters", "LoraAdapter"),
     "Results": ("prelort.report.results", "Results"),
-    "RunResult": ("prelort.experiment.run", "RunResult"),
+    "RunResult": ("prelort.experiment.result", "RunResult"),
     "ScaleRule": ("prelort.adapters", "ScaleRule"),
     "compare": ("prelort.study.run", "compare"),
     "load_config": ("prelort.config", "load"),

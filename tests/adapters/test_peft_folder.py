@@ -95,12 +95,12 @@ def test_equal_adapters_are_equal_files(tmp_path):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
-OF_PEFT_0_13 = set(
-    "alpha_pattern auto_mapping base_model_name_or_path bias fan_in_fan_out inference_mode "
-    "init_lora_weights layer_replication layers_pattern layers_to_transform loftq_config "
-    "lora_alpha lora_dropout megatron_config megatron_core modules_to_save peft_type r "
-    "rank_pattern revision target_modules task_type use_dora use_rslora".split()
-)
+OF_PEFT_0_13 = """
+alpha_pattern auto_mapping base_model_name_or_path bias fan_in_fan_out inference_mode
+init_lora_weights layer_replication layers_pattern layers_to_transform loftq_config lora_alpha
+lora_dropout megatron_config megatron_core modules_to_save peft_type r rank_pattern revision
+target_modules task_type use_dora use_rslora
+"""
 
 
 @pytest.mark.parametrize("kind", ["constant", "rslora"])
@@ -108,7 +108,7 @@ def test_older_releases_know_every_key_and_its_meaning(tmp_path, kind):
     """They refuse unknown keys, and take a pattern's key as a layer's whole name."""
     peft_folder.save(random_adapter([4, 2], scale=ScaleRule(kind, 2.0)), tmp_path, TEMPLATE)
     values = json.loads((tmp_path / peft_folder.CONFIG).read_text())
-    assert values.keys() <= OF_PEFT_0_13
+    assert values.keys() <= {*OF_PEFT_0_13.split()}
     assert values["rank_pattern"] in ({"tall": 2}, {"wide": 2})
     assert None not in [values[key] for key in values if key != "task_type"]
 

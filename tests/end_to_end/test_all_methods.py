@@ -104,7 +104,7 @@ def test_a_run_finishes_with_finite_numbers_everywhere(finished: Find, name: str
         assert (len(record.replies), record.failures) == (3, {})
         losses = [record.loss, *(reply.loss for reply in record.replies.values())]
         assert all(loss is not None and 0 < loss < 100 for loss in losses)
-    for tensor, values in result.adapter.tensors().items():
+    for tensor, values in result.global_adapter.tensors().items():
         assert bool(values.isfinite().all()), tensor
     changed = [event.reason for event in history.incidents if isinstance(event, RankChanged)]
     assert changed.count("the server's allocation") == (0 if name in ONE_RANK_FOR_ALL else 3)
@@ -349,10 +349,11 @@ def test_a_classifier_and_its_head(
     result = prelort.run(config, tmp_path / "run")
 
     before = load_file(result.path / "checkpoints" / "00000" / "state.safetensors")
-    heads = {key: before[f"adapter:{key}"] for key in result.adapter.modules_to_save}
+    heads = {key: before[f"adapter:{key}"] for key in result.global_adapter.modules_to_save}
     assert heads
     moved = [
-        not torch.equal(result.adapter.modules_to_save[key], head) for key, head in heads.items()
+        not torch.equal(result.global_adapter.modules_to_save[key], head)
+        for key, head in heads.items()
     ]
     if name in PERSONAL:
         assert not any(moved)

@@ -49,8 +49,8 @@ def test_contributings_method_in_one_file_runs(
     assert result.metrics[8]["perplexity"] < result.base["perplexity"]
     # Half of the first round's change, and then more than that: it is momentum, and it is kept.
     plain = prelort.run(make_config(federation={"rounds": 4}), tmp_path / "plain")
-    name = next(iter(plain.adapter.tensors()))
-    assert not plain.adapter.tensors()[name].equal(result.adapter.tensors()[name])
+    name = next(iter(plain.global_adapter.tensors()))
+    assert not plain.global_adapter.tensors()[name].equal(result.global_adapter.tensors()[name])
 
 
 def test_the_study_in_the_documentation_is_one(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prelort
 from prelort.config import Config
-from prelort.experiment.inspect import export_run
+from prelort.experiment.inspect import export
 
 ROOT = Path(__file__).parents[2]
 TASK = "heldout_perplexity"
@@ -43,7 +43,7 @@ def test_the_documented_command_measures_an_exported_adapter(
     pytest.importorskip("lm_eval", reason="pip install 'prelort[lm-eval]'")
     config = make_config(training={"learning_rate": 5e-2, "local_steps": 8})
     prelort.run(config, tmp_path / "run")
-    export_run(tmp_path / "run", tmp_path / "adapter-r4", 4, merge=False)
+    export(tmp_path / "run", tmp_path / "adapter-r4", 4, merge=False)
     texts = [json.loads(line)["text"] for line in text_file.read_text().splitlines()[:6]]
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
     (tmp_path / "heldout.jsonl").write_text(lines)

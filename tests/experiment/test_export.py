@@ -16,7 +16,7 @@ import prelort
 from prelort.adapters import peft_folder
 from prelort.config import Config
 from prelort.errors import AdapterError
-from prelort.experiment.inspect import export_run
+from prelort.experiment.inspect import export
 
 
 @pytest.mark.parametrize("merge", [False, True])
@@ -28,7 +28,7 @@ def test_a_language_models_adapter_is_exported_without_the_data(
     config = make_config(data={"source": str(data)}, federation={"rounds": 1})
     prelort.run(config, tmp_path / "run")
     data.unlink()
-    out = export_run(tmp_path / "run", tmp_path / "out", 4, merge=merge)
+    out = export(tmp_path / "run", tmp_path / "out", 4, merge=merge)
     assert (out / ("model.safetensors" if merge else "adapter_model.safetensors")).is_file()
 
 
@@ -39,12 +39,12 @@ def test_a_classifier_is_exported_with_its_head_and_its_class_names(
         task="classification", model={"name": str(tiny_bert)}, federation={"rounds": 1}
     )
     result = prelort.run(config, tmp_path / "run")
-    adapter = export_run(tmp_path / "run", tmp_path / "adapter", 8, merge=False)
+    adapter = export(tmp_path / "run", tmp_path / "adapter", 8, merge=False)
     name = "base_model.model.classifier.weight"
     exported = load_file(adapter / "adapter_model.safetensors")[name]
-    assert exported.equal(result.adapter.modules_to_save["classifier.weight"])
+    assert exported.equal(result.global_adapter.modules_to_save["classifier.weight"])
 
-    merged_path = export_run(tmp_path / "run", tmp_path / "merged", 8, merge=True)
+    merged_path = export(tmp_path / "run", tmp_path / "merged", 8, merge=True)
     merged = AutoModelForSequenceClassification.from_pretrained(merged_path).eval()
     assert merged.config.id2label == {0: "early", 1: "late"}
     base = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=2)
@@ -82,7 +82,7 @@ def test_a_run_that_diverged_is_no_broken_export(
 def test_tied_embeddings_are_merged_one_by_one_and_in_the_type_of_the_base(
     make_config: Callable[..., Config], tiny_gpt2: Path, tmp_path: Path, lora: dict[str, object]
 ) -> None:
-    """That the logits are right is what `export_run` checks by itself."""
+    """That the logits are right is what `export` checks by itself."""
     low = AutoModelForCausalLM.from_pretrained(tiny_gpt2, dtype=torch.bfloat16)
     low.save_pretrained(tmp_path / "base")
     for file in tiny_gpt2.glob("tokenizer*"):
@@ -90,7 +90,7 @@ def test_tied_embeddings_are_merged_one_by_one_and_in_the_type_of_the_base(
     config = make_config(model={"name": str(tmp_path / "base")}, lora=lora)
     prelort.run(config, tmp_path / "run")
     for dtype, expected in ((None, torch.bfloat16), ("float32", torch.float32)):
-        out = export_run(tmp_path / "run", tmp_path / f"{dtype}", None, merge=True, dtype=dtype)
+        out = export(tmp_path / "run", tmp_path / f"{dtype}", None, merge=True, dtype=dtype)
         merged = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
         assert merged.dtype == expected
         assert not torch.equal(merged.lm_head.weight, merged.transformer.wte.weight)

@@ -18,7 +18,7 @@ from prelort.events import RankChanged
 from prelort.experiment import checkpoint
 from prelort.experiment.assemble import Assembly, assemble, planned_ranks
 from prelort.experiment.folder import RunFolder
-from prelort.experiment.inspect import evaluate_run
+from prelort.experiment.inspect import evaluate
 from prelort.federation.allocation import Allocation
 from prelort.tasks.interface import Example
 from random_adapters import same_bits
@@ -168,7 +168,7 @@ def test_a_run_with_a_schedule(make_config: Make, tmp_path: Path) -> None:
     assert result.levels == (2, 4, 8)
     state = checkpoint.load(out / "checkpoints" / "00003").state
     assert state.ranks == {"site-0": 4, "site-1": 4, "site-5": 2}
-    assert evaluate_run(out).prefixes.keys() == {2, 4, 8}
+    assert evaluate(out).prefixes.keys() == {2, 4, 8}
 
 
 def test_a_run_by_loss_raises_those_with_the_best_validation_loss(

@@ -204,7 +204,7 @@ class TestClientsThatFail:
         log = (tmp_path / "run" / "log.txt").read_text()
         assert "Traceback" in log
         assert "CUDA out of memory, say" in log
-        assert all(bool(t.isfinite().all()) for t in result.adapter.tensors().values())
+        assert all(bool(t.isfinite().all()) for t in result.global_adapter.tensors().values())
 
     def test_too_many_end_the_run_and_it_can_be_resumed(
         self, tmp_path: Path, make_config: Make

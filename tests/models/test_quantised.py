@@ -157,4 +157,4 @@ def test_an_encoder_with_a_new_head_of_several_layers_is_trained_quantised(
     model = {"name": str(tmp_path / "base"), "quantization": bits}
     config = make_config(task="classification", model=model, federation={"rounds": 1})
     result = prelort.run(config, tmp_path / "run")
-    assert "classifier.dense.weight" in result.adapter.modules_to_save
+    assert "classifier.dense.weight" in result.global_adapter.modules_to_save

@@ -14,7 +14,7 @@ from byte_tokens import TEMPLATE, make_tokenizer
 
 import prelort
 from prelort.config import Config
-from prelort.experiment.inspect import evaluate_run, export_run
+from prelort.experiment.inspect import evaluate, export
 
 PAGE = Path(__file__).parents[2] / "docs" / "use-an-adapter.md"
 Make = Callable[..., Config]
@@ -71,7 +71,7 @@ def test_the_page_loads_an_export_of_each_task(
 ) -> None:
     data = {"labels": ("zebra", "ant", "mole")} if task == "classification" else {}
     prelort.run(config(task=task, data=data), tmp_path / "run")
-    adapter = export_run(tmp_path / "run", tmp_path / "adapter", 8, merge=False)
+    adapter = export(tmp_path / "run", tmp_path / "adapter", 8, merge=False)
     capsys.readouterr()
     names: dict[str, Any] = {}
     exec(snippet(task).replace("runs/first/adapters/rank-8", str(adapter)), names)
@@ -90,10 +90,10 @@ def test_other_data_do_not_change_the_order_of_the_classes(
     without = tmp_path / "without.jsonl"  # without the first class the others would move up
     without.write_text("\n".join(json.dumps(r) for r in rows if r["label"] != "ant"))
     both = [f"data.source={without}", f"data.test={data}"]
-    whole = evaluate_run(tmp_path / "run", [f"data.test={data}"]).prefixes
-    assert evaluate_run(tmp_path / "run", both).prefixes == whole
+    whole = evaluate(tmp_path / "run", [f"data.test={data}"]).prefixes
+    assert evaluate(tmp_path / "run", both).prefixes == whole
     data.unlink()
-    adapter = export_run(tmp_path / "run", tmp_path / "adapter", 8, merge=False)
+    adapter = export(tmp_path / "run", tmp_path / "adapter", 8, merge=False)
     assert json.loads((adapter / "labels.json").read_text()) == {
         "id2label": {"0": "ant", "1": "mole", "2": "zebra"},
         "label2id": {"ant": 0, "mole": 1, "zebra": 2},

@@ -77,6 +77,7 @@ def backend_at_sites(config: Config, grid: Grid) -> Backend:
         spec=server.spec,
         initial=initial,
         template=server.template,
+        tokenizer=base.load_tokenizer(config.model),
         transport=Transport(grid, deadline=federation.timeout, patience=federation.wait),
         allocation=Allocation({}, by_loss if config.ranks.allocation == "by-loss" else None),
         evaluate=server.evaluate,

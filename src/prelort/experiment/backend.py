@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
+from transformers import PreTrainedTokenizerBase
 
 from prelort.adapters import LoraAdapter
 from prelort.config import Config
@@ -37,16 +38,18 @@ class Backend:
     """What a run needs from the place where it is.
 
     ``initial``: the global adapter before the first round. ``template``: what an exported adapter's
-    PEFT configuration says besides its ranks. ``evaluate``: None where the server has no test
-    examples, so that the clients measure. ``check_exported``: whether adapters in PEFT folders are
-    what was measured; None where the server has no model. ``planned_ranks``: rank levels that are
-    expected whoever is connected. ``rows``: who holds which data, where that is known. ``labels``:
-    the class names in the order of their numbers, for a classification.
+    PEFT configuration says besides its ranks. ``tokenizer``: exported beside it. ``evaluate``: None
+    where the server has no test examples, so that the clients measure. ``check_exported``: whether
+    adapters in PEFT folders are what was measured; None where the server has no model.
+    ``planned_ranks``: rank levels that are expected whoever is connected. ``rows``: who holds which
+    data, where that is known. ``labels``: the class names in the order of their numbers, for a
+    classification.
     """
 
     spec: AdapterSpec
     initial: LoraAdapter
     template: LoraConfig
+    tokenizer: PreTrainedTokenizerBase
     transport: Transport
     allocation: Allocation = field(default_factory=Allocation)
     evaluate: Evaluate | None = None
@@ -129,6 +132,7 @@ def with_all_data(
         spec=assembly.runtime.spec,
         initial=assembly.initial,
         template=assembly.template,
+        tokenizer=assembly.tokenizer,
         transport=transport,
         allocation=assembly.allocation,
         evaluate=lambda adapters, progress: measure(

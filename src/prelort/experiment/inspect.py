@@ -11,16 +11,16 @@ import torch
 
 from prelort import config as configuration
 from prelort import methods
-from prelort.adapters import peft_folder
 from prelort.config import Config
 from prelort.errors import CheckpointError, ConfigError
 from prelort.events import Evaluated
-from prelort.experiment import checkpoint, exported
+from prelort.experiment import adapter_folder, checkpoint, exported
 from prelort.experiment.assemble import assemble, prepare_model
 from prelort.experiment.deterministic import deterministic
 from prelort.experiment.evaluation import check_ranks, global_adapters
 from prelort.experiment.folder import RunFolder, is_taken
 from prelort.experiment.measure import Progress, measure
+from prelort.files import as_path
 from prelort.methods.interface import ServerState
 from prelort.models import base
 from prelort.models.lora import ADAPTER, install
@@ -30,15 +30,15 @@ EVALUATION_SECTIONS = ("data", "evaluation", "model", "threads")
 """Parts of the configuration that may differ when a run is measured again."""
 
 
-def evaluate_run(
-    path: Path, overrides: Sequence[str] = (), progress: Progress | None = None
+def evaluate(
+    path: Path | str, overrides: Sequence[str] = (), progress: Progress | None = None
 ) -> Evaluated:
     """Measure a run's newest adapter and the untuned base again, with the run's threads.
 
     ``overrides`` change the configuration. Raises `ConfigError` if they change more than how the
     run is measured.
     """
-    folder = RunFolder(path)
+    folder = RunFolder(as_path(path))
     trained = folder.read_config()
     config = configuration.load(folder.config_file, overrides)
     for key in configuration.differences(trained, config):
@@ -47,7 +47,7 @@ def evaluate_run(
                 f"{key} cannot differ from the run's own: only keys of "
                 f"{', '.join(EVALUATION_SECTIONS)} can, which say how it is measured"
             )
-    config = _with_labels(config, path)
+    config = _with_labels(config, folder.path)
     with deterministic(config.threads):
         return _evaluated(config, folder, progress)
 
@@ -67,12 +67,12 @@ def _evaluated(config: Config, folder: RunFolder, progress: Progress | None) -> 
     return Evaluated(state.round, metrics, seconds, base=untuned)
 
 
-def export_run(
-    path: Path,
-    out: Path,
-    rank: int | None,
+def export(
+    path: Path | str,
+    out: Path | str,
+    rank: int | None = None,
     *,
-    merge: bool,
+    merge: bool = False,
     base_name: str | None = None,
     dtype: str | None = None,
 ) -> Path:
@@ -83,8 +83,8 @@ def export_run(
     compared. Raises `ConfigError` for a rank that the adapter does not have, an ``out`` that is not
     empty and a quantised base to merge into, `AdapterError` if the logits differ.
     """
-    folder = RunFolder(path)
-    config = _with_labels(folder.read_config(), path)
+    folder, out = RunFolder(as_path(path)), as_path(out)
+    config = _with_labels(folder.read_config(), folder.path)
     if is_taken(out):
         raise ConfigError(f"{str(out)!r} exists and is not empty: choose another --out")
     state = _newest_state(folder, base.fingerprint(config.model))
@@ -103,8 +103,9 @@ def export_run(
         template = runtime.model.peft_config[ADAPTER]
         if base_name is not None:
             template = replace(template, base_model_name_or_path=base_name)
-        peft_folder.save(adapter, out, template)
-        labels.write(out, names)
+        name = template.base_model_name_or_path or config.model.name
+        card = adapter_folder.model_card(config, folder.history(), name, rank)
+        adapter_folder.write(out, adapter, template, tokenizer, names, card)
         exported.check_adapters(config.model, runtime, names, {out: adapter})
         return out
     if getattr(runtime.model.get_base_model(), "is_quantized", False):

@@ -6,15 +6,14 @@ import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from prelort import config as configuration
 from prelort import diagnostics, methods
-from prelort.adapters import LoraAdapter, peft_folder
+from prelort.adapters import LoraAdapter
 from prelort.config import Config
 from prelort.data.federated import FederatedRows
 from prelort.errors import CheckpointError, ConfigError, QuorumError
@@ -24,18 +23,18 @@ from prelort.events import (
     Event,
     Listener,
     Loading,
-    Metrics,
     RoundFinished,
     RunFinished,
     RunResumed,
     RunStarted,
 )
-from prelort.experiment import checkpoint
+from prelort.experiment import adapter_folder, checkpoint
 from prelort.experiment.backend import Backend, Connect, InProcess
 from prelort.experiment.checkpoint import Checkpoint
 from prelort.experiment.deterministic import deterministic
 from prelort.experiment.evaluation import check_ranks, evaluate, global_adapters
 from prelort.experiment.folder import RunFolder
+from prelort.experiment.result import RunResult
 from prelort.federation.server import Server
 from prelort.files import as_path
 from prelort.history import RunHistory
@@ -44,46 +43,6 @@ from prelort.privacy import PrivateRun
 from prelort.report import describe, trackers
 from prelort.report.formatting import plain
 from prelort.tasks import labels
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-
-@dataclass(frozen=True, slots=True, repr=False)
-class RunResult:
-    """The result of a finished run: its folder, the global adapter, and its history."""
-
-    path: Path
-    adapter: LoraAdapter
-    history: RunHistory
-
-    def __repr__(self) -> str:
-        values = [
-            f"{name} {value:.4g} at rank {rank}"
-            for rank, metrics in self.metrics.items()
-            for name, value in list(metrics.items())[:1]
-        ]
-        return f"<RunResult {str(self.path)!r}: {', '.join(values) or 'no global model'}>"
-
-    @property
-    def levels(self) -> tuple[int, ...]:
-        """The distinct ranks of the clients, rising."""
-        return self.history.started.levels if self.history.started is not None else ()
-
-    @property
-    def base(self) -> Metrics:
-        """The untuned base model's metrics."""
-        return self.history.base
-
-    @property
-    def metrics(self) -> dict[int, Metrics]:
-        """Rank -> the global adapter's metrics after the last round; empty without one."""
-        final = self.history.final
-        return final.prefixes if final is not None else {}
-
-    def to_pandas(self) -> pd.DataFrame:
-        """Every value that was measured: round, rank (0: the untuned base), metric, value."""
-        return self.history.to_pandas()
 
 
 def run(
@@ -183,7 +142,7 @@ def train(config: Config, folder: RunFolder, backend: Backend, log: RunLog) -> R
                     log(evaluate(config, backend, server, method, state, log))
             _save(state, config, folder, backend, log)
     if not personal:
-        export(backend, global_adapters(config, method, state), folder.adapters)
+        export(config, backend, global_adapters(config, method, state), folder, log.history)
     log(RunFinished(state.round))
     return RunResult(folder.path, method.global_adapter(state), log.history)
 
@@ -216,12 +175,20 @@ class RunLog:
                 listener(self.history.started)
 
 
-def export(backend: Backend, adapters: Mapping[int, LoraAdapter], folder: Path) -> None:
+def export(
+    config: Config,
+    backend: Backend,
+    adapters: Mapping[int, LoraAdapter],
+    folder: RunFolder,
+    history: RunHistory,
+) -> None:
     """Write each rank's adapter as a PEFT folder ``rank-N``, and check it where the model is."""
-    exported = {folder / f"rank-{rank}": adapter for rank, adapter in adapters.items()}
+    exported = {folder.adapters / f"rank-{rank}": adapter for rank, adapter in adapters.items()}
+    name = backend.template.base_model_name_or_path or config.model.name
     for path, adapter in exported.items():
-        peft_folder.save(adapter, path, backend.template)
-        labels.write(path, backend.labels)
+        card = adapter_folder.model_card(config, history, name, adapter.rank)
+        tokenizer = backend.tokenizer
+        adapter_folder.write(path, adapter, backend.template, tokenizer, backend.labels, card)
     if backend.check_exported is not None:
         backend.check_exported(exported)
 

@@ -23,7 +23,8 @@ from prelort.experiment.assemble import Assembly, assemble, preflight
 from prelort.experiment.backend import Backend, with_all_data
 from prelort.experiment.deterministic import deterministic
 from prelort.experiment.folder import RunFolder
-from prelort.experiment.run import RunResult, run
+from prelort.experiment.result import RunResult
+from prelort.experiment.run import run
 from prelort.federation.client import respond
 from prelort.federation.client_app import Kind, client_app
 from prelort.federation.flower import (
