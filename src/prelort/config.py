@@ -30,13 +30,19 @@ from prelort.errors import ConfigError
 EMBEDDED = "embedded"
 """The name of the base model and of the text that need no download."""
 
+PYTHON = "python"
+"""The data source, and the partition, that is an object given to `prelort.Federation`."""
+
 SITES = "sites"
 """The data source of a federation of real sites: each reads its own data."""
 
 EMBEDDED_FILE = Path(__file__).parent / "embedded" / "default.toml"
 """The default configuration."""
 
-PATHS = (("model", "name"), ("data", "source"), ("data", "test"), ("lora", "start_from"))
+PATHS = (
+    *(("model", "name"), ("model", "tokenizer")),
+    *(("data", "source"), ("data", "test"), ("lora", "start_from")),
+)
 """Section and key of what may be a path."""
 
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -69,6 +75,9 @@ class ModelConfig(Section):
 
     name: str = Field(EMBEDDED, description="'embedded', a local folder, or a hub name")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    tokenizer: str | None = Field(
+        None, description="another tokenizer: a local folder, or a hub name; default: the model's"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "float32", description="of the base's weights; auto: as the model was saved"
     )
@@ -85,7 +94,7 @@ class DataConfig(Section):
     source: str = Field(
         EMBEDDED,
         description="'embedded', a hub name, or a CSV/TSV/JSON/JSON-lines/Parquet/text file; "
-        "'sites': each real site has its own",
+        "'sites': each real site has its own; 'python': given to prelort.Federation",
     )
     subset: str | None = Field(None, description="configuration name of a hub data set")
     split: str = Field("train", description="training split of a hub data set")
@@ -128,8 +137,10 @@ class DataConfig(Section):
 class PartitionConfig(Section):
     """How the training rows are partitioned among the clients."""
 
-    by: Literal["auto", "column", "iid", "dirichlet", "quantity", "shards"] = Field(
-        "auto", description="auto: natural clients if a column names them, else iid"
+    by: Literal["auto", "column", "iid", "dirichlet", "quantity", "shards", "python"] = Field(
+        "auto",
+        description="auto: natural clients if a column names them, else iid; python: given to "
+        "prelort.Federation",
     )
     clients: Annotated[int, Field(ge=1)] | None = Field(
         None, description="number of clients; default: one per value of the column, else 16"
@@ -475,7 +486,7 @@ def applied(
 
 
 def _is_path(text: str) -> bool:
-    if text in ("", EMBEDDED, SITES):
+    if text in ("", EMBEDDED, PYTHON, SITES):
         return False
     try:
         return Path(text).expanduser().exists()

@@ -22,7 +22,7 @@ from prelort.config import Config
 from prelort.data import federated
 from prelort.events import ClientFinished, Event, RankChanged
 from prelort.experiment import checkpoint
-from prelort.experiment.run import RunResult
+from prelort.experiment.result import RunResult
 from prelort.federation.personal import PersonalStore
 from prelort.methods import REGISTRY, build, trait
 from run_files import assert_same_run, files_of

@@ -182,7 +182,7 @@ class TestEqualClients:
             )
             results.append(prelort.run(config, tmp_path / f"run-{count}"))
 
-        assert same_bits(results[0].adapter, results[1].adapter)
+        assert same_bits(results[0].global_adapter, results[1].global_adapter)
         assert results[0].metrics == results[1].metrics
 
 
@@ -202,7 +202,7 @@ class TestDeterminism:
         assert one.metrics == two.metrics
         assert_same_run(tmp_path / "one", tmp_path / "two")
         other = prelort.run(config.model_copy(update={"seed": 2}), tmp_path / "other")
-        assert not same_bits(one.adapter, other.adapter)
+        assert not same_bits(one.global_adapter, other.global_adapter)
 
     def test_the_order_in_which_clients_are_listed_does_not_matter(
         self, tmp_path: Path, make_config: Make

@@ -195,5 +195,5 @@ def test_measuring_at_clients_does_not_change_the_run(make_config: Make, tmp_pat
     for at_clients in (False, True):
         config = make_config(evaluation={"at_clients": at_clients, "every": 1})
         results.append(prelort.run(config, tmp_path / str(at_clients)))
-    assert same_bits(results[0].adapter, results[1].adapter)
+    assert same_bits(results[0].global_adapter, results[1].global_adapter)
     assert results[0].metrics == results[1].metrics

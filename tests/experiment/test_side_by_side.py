@@ -24,7 +24,7 @@ from prelort.events import ClientFinished, Event, RoundStarted
 from prelort.experiment.assemble import assemble
 from prelort.experiment.backend import Backend, InProcess, with_all_data
 from prelort.experiment.measure import measure
-from prelort.experiment.run import RunResult
+from prelort.experiment.result import RunResult
 from prelort.experiment.workers import replica
 from prelort.federation.batched import answer_batched
 from prelort.federation.in_process import InProcessGrid
@@ -45,8 +45,8 @@ def replies(result: RunResult) -> list[ClientFinished]:
 
 
 def distance(x: RunResult, y: RunResult) -> float:
-    theirs = y.adapter.tensors()
-    return max(float((t - theirs[n]).abs().max()) for n, t in x.adapter.tensors().items())
+    theirs = y.global_adapter.tensors()
+    return max(float((t - theirs[n]).abs().max()) for n, t in x.global_adapter.tensors().items())
 
 
 METHODS = ["prelort", "fed-plora", "fedsa-lora", "hetlora", "flora", "rolora"]
@@ -71,7 +71,7 @@ def test_in_one_batch_the_results_are_the_same_but_for_rounding(
     found = run(make_config(**changes, federation={"clients_per_batch": 2}), tmp_path / "batched")
     if not trait(REGISTRY[method], "personal"):
         # As products: what an SVD makes of nearly nothing may turn its sign.
-        first, second = (replace(r.adapter, modules_to_save={}) for r in (alone, found))
+        first, second = (replace(r.global_adapter, modules_to_save={}) for r in (alone, found))
         start = replace(assemble(make_config(**changes)).initial, modules_to_save={})
         assert algebra.distance(second, first) < 1e-4 * algebra.distance(first, start)
     for mine, theirs in zip(replies(found), replies(alone), strict=True):

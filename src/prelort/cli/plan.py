@@ -58,38 +58,31 @@ def plan(
 
     named = [f"model.name={json.dumps(model)}"] if model is not None else []
     settings = configuration.load(config, [*(overrides or []), *named])
-    chosen = _ranks(ranks) if ranks is not None else None
+    chosen = _ranks(ranks) if ranks is not None else []
 
+    from prelort.planning import plan as planning
     from prelort.planning import sizes, tables
-    from prelort.planning.measured import free_memory
-    from prelort.planning.memory import Planner
 
-    if memory is None:
-        budget, where = free_memory(settings.model.device)
-    else:
-        budget, where = sizes.parse(memory, "--memory"), "--memory"
+    budget = None if memory is None else sizes.parse(memory, "--memory")
     console = wide_console()
     with console.status("planning", spinner="dots") if not as_json else nullcontext():
-        planner = Planner(settings, labels)
-        most = max(min(256, planner.max_rank), *(chosen or [1]))
-        shown = chosen or [2**power for power in range(1, 9) if 2**power <= most] or [1]
-        estimates = [planner.estimate(rank, most) for rank in shown]
-        try:
-            largest, refusal = planner.largest(budget, most), None
-        except ConfigError as error:
-            largest, refusal = None, error
+        found = planning.plan(settings, memory=budget, ranks=chosen, labels=labels)
+    estimates, largest = found.estimates, found.largest
     if as_json:
-        sys.stdout.write(json.dumps(tables.as_values(estimates, budget, largest), indent=2) + "\n")
+        values = tables.as_values(estimates, found.budget, largest)
+        sys.stdout.write(json.dumps(values, indent=2) + "\n")
     else:
         title = (
             f"{escaped(settings.model.name)}: batches of {settings.training.batch_size} x "
             f"{settings.data.max_length} tokens, {escaped(settings.method.name)}"
         )
-        console.print(tables.estimates_table(estimates, budget, title))
-    if refusal is not None:
-        raise refusal
-    if not as_json and largest is not None:
-        console.print(tables.conclusion(largest, budget, where, most), soft_wrap=True)
+        console.print(tables.estimates_table(estimates, found.budget, title))
+    if largest is None:
+        raise ConfigError(found.refusal)
+    if not as_json:
+        where = found.where if memory is None else "--memory"
+        text = tables.conclusion(largest, found.budget, where, found.max_rank)
+        console.print(text, soft_wrap=True)
     if not as_json and settings.privacy.epsilon is not None:
         from prelort.planning import privacy
 

@@ -15,6 +15,7 @@ from prelort.config import EMBEDDED, Config, DataConfig, PartitionConfig
 from prelort.data import ranks, sources
 from prelort.data.partition import Part, client_column, partition, resolved
 from prelort.data.shares import apportion
+from prelort.data.tables import Tables
 from prelort.errors import ConfigError
 from prelort.seeds import numpy_generator
 from prelort.tasks.columns import class_names, class_order, listed
@@ -57,24 +58,30 @@ class FederatedRows:
     dropped: tuple[Dropped, ...]
 
 
-def load(config: Config) -> FederatedRows:
-    """Read, check and partition the configured data. Raises `ConfigError` with one sentence.
+def load(config: Config, given: Tables | None = None) -> FederatedRows:
+    """Read, check and partition the configured data, or what is given in Python.
 
     Equal configurations and data give equal rows. Without a test set each client holds out
-    ``data.test_fraction`` of its rows, at least one, and trains on at least one.
+    ``data.test_fraction`` of its rows, at least one, and trains on at least one. Raises
+    `ConfigError` with one sentence.
     """
-    train, test, columns = _read(config, config.data)
+    train, test, columns = _read(config, config.data, given)
     labels: tuple[str, ...] = ()
     if config.task == "classification":
         # The classes belong to the data set, not to the rows that were drawn from it.
         labels = _check_labels(train, test, columns[1], config.data.labels)
     label_column = columns[1] if labels else config.data.label_column
-    train = _draw(train, config.data.max_train_examples, config.seed, "train")
-    scheme = resolved(config.partition, train)
-    config = config.model_copy(update={"partition": scheme})
-    min_examples = max(scheme.min_examples, _min_rows(config, holds_out_tests=test is None))
-    scheme = scheme.model_copy(update={"min_examples": min_examples})
-    parts = partition(train, scheme, label_column, config.seed)
+    scheme, needed = config.partition, _min_rows(config, holds_out_tests=test is None)
+    if given is not None and given.parts is not None:
+        parts = list(given.parts)
+        _check_sizes(parts, max(scheme.min_examples, needed))
+    else:
+        train = _draw(train, config.data.max_train_examples, config.seed, "train")
+        scheme = resolved(scheme, train)
+        config = config.model_copy(update={"partition": scheme})
+        min_examples = max(scheme.min_examples, needed)
+        scheme = scheme.model_copy(update={"min_examples": min_examples})
+        parts = partition(train, scheme, label_column, config.seed)
     names = [part.name for part in parts]
     trains: Sequence[Dataset] = [train.select(part.indices) for part in parts]
     trains, tests, pooled = _with_tests(config, test, trains, names)
@@ -124,6 +131,15 @@ def _min_rows(config: Config, holds_out_tests: bool) -> int:
     return 1 + holds_out_tests + (config.data.validation_fraction > 0)
 
 
+def _check_sizes(parts: Sequence[Part], needed: int) -> None:
+    """Raise `ConfigError` for a client with fewer rows than are needed."""
+    for part in parts:
+        if len(part.indices) < needed:
+            raise ConfigError(
+                f"client {part.name!r} has {len(part.indices)} rows, at least {needed} are needed"
+            )
+
+
 def _with_tests(
     config: Config, test: Dataset | None, trains: Sequence[Dataset], names: Sequence[str]
 ) -> tuple[Sequence[Dataset], Sequence[Dataset | None], Dataset]:
@@ -153,9 +169,11 @@ def _with_validation(
     return _hold_out(config.seed, "validation", fraction, trains, names)
 
 
-def _read(config: Config, data: DataConfig) -> tuple[Dataset, Dataset | None, tuple[str, ...]]:
+def _read(
+    config: Config, data: DataConfig, given: Tables | None = None
+) -> tuple[Dataset, Dataset | None, tuple[str, ...]]:
     """Training rows, test rows, and the task's columns, which both sets have and can be read."""
-    train, test = sources.read(data)
+    train, test = sources.read(data) if given is None else (given.train, given.test)
     task = tasks.get(config.task)
     columns = task.columns(data, train.column_names)
     task.check(train, data, "data.source")

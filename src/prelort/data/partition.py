@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from prelort.config import PartitionConfig
+from prelort.config import PYTHON, PartitionConfig
 from prelort.errors import ConfigError
 from prelort.seeds import numpy_generator
 from prelort.tasks.columns import class_names, listed, require
@@ -62,6 +62,8 @@ def partition(
     ``config.column``, or else by ``label_column``. Raises `ConfigError`.
     """
     config = resolved(config, rows)
+    if config.by == PYTHON:
+        raise ConfigError("partition.by = 'python' is for the objects of prelort.Federation")
     if config.by == "column":
         return _by_column(rows, config)
     clients = _number_of_clients(config, len(rows))

@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetNotFoundError
 
 from prelort import hub
-from prelort.config import EMBEDDED, SITES, DataConfig
+from prelort.config import EMBEDDED, PYTHON, SITES, DataConfig
 from prelort.data import files
 from prelort.data._reading import reason
 from prelort.errors import ConfigError
@@ -29,6 +29,11 @@ def read(config: DataConfig) -> tuple[Dataset, Dataset | None]:
         raise ConfigError(
             "data.source = 'sites' has no rows here: each real site names its own in its site "
             "file. To run in one place, name a file"
+        )
+    if config.source == PYTHON:
+        raise ConfigError(
+            "data.source = 'python' was given as an object: continue in Python with the same "
+            "prelort.Federation, or name a file"
         )
     if config.source == EMBEDDED:
         from prelort.data import standard_library

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from datasets import concatenate_datasets
 from peft import LoraConfig
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prelort import tasks
 from prelort.adapters import AdapterSchema, LoraAdapter, ScaleRule, peft_folder
@@ -21,7 +21,9 @@ from prelort.adapters.initial import filled
 from prelort.config import Config
 from prelort.data import federated, ranks
 from prelort.data.federated import ClientRows, Dropped, FederatedRows
+from prelort.data.tables import Tables
 from prelort.errors import AdapterError, ConfigError
+from prelort.experiment.objects import NONE, Objects
 from prelort.federation.allocation import Allocation, ByLoss
 from prelort.federation.client import ClientRuntime, LocalClient
 from prelort.federation.messages import MAX_NAME, AdapterSpec
@@ -71,12 +73,12 @@ class DataCache:
         self._rows: FederatedRows
         self._examples: dict[tuple[str, str], Examples] = {}
 
-    def rows(self, config: Config) -> FederatedRows:
+    def rows(self, config: Config, tables: Tables | None = None) -> FederatedRows:
         """The rows, read again only if the configuration has other data."""
         data = (config.data, config.partition, config.ranks, config.evaluation.on)
         key = (config.seed, config.task, config.model, *data)
         if key != self._key:
-            self._rows, self._examples = federated.load(config), {}
+            self._rows, self._examples = federated.load(config, tables), {}
             self._key = key
         return self._rows
 
@@ -88,7 +90,10 @@ class DataCache:
 
 
 def assemble(
-    config: Config, folder: Path | None = None, cache: DataCache | None = None
+    config: Config,
+    folder: Path | None = None,
+    cache: DataCache | None = None,
+    objects: Objects = NONE,
 ) -> Assembly:
     """Load everything that a run needs.
 
@@ -96,12 +101,13 @@ def assemble(
         config: the resolved configuration.
         folder: where clients keep personal factors, if the method has any.
         cache: rows and examples of earlier runs.
+        objects: what is not loaded but given.
 
     Raises:
         ConfigError: for whatever is wrong in configuration or data.
     """
     cache = cache or DataCache()
-    rows = cache.rows(config)
+    rows = cache.rows(config, objects.tables)
     for client in rows.clients:
         if len(client.name) > MAX_NAME:
             raise ConfigError(
@@ -125,7 +131,10 @@ def assemble(
         for client in rows.clients
     }
     rows = _without_empty_clients(rows, train, config)
-    runtime, initial = prepare_model(config, tokenizer, rank=max(max_rank), labels=rows.labels)
+    runtime, initial = prepare_model(
+        config, tokenizer, rank=max(max_rank), labels=rows.labels, loaded=objects.model
+    )
+    runtime = replace(runtime, compute_metrics=objects.compute_metrics)
     initial = start_adapter(config, initial)
 
     def own_test(client: ClientRows) -> Examples:
@@ -235,16 +244,28 @@ def _pooled(rows: FederatedRows, on: str) -> Any:
 
 
 def prepare_model(
-    config: Config, tokenizer: PreTrainedTokenizerBase, *, rank: int, labels: Sequence[str]
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    rank: int,
+    labels: Sequence[str],
+    loaded: PreTrainedModel | None = None,
 ) -> tuple[ClientRuntime, LoraAdapter]:
-    """The base model with LoRA layers of ``rank``, and the federation's initial adapter."""
+    """The base model with LoRA layers of ``rank``, and the federation's initial adapter.
+
+    ``loaded``: the base model if it need not be loaded; its weights are shared.
+    """
     task = tasks.get(config.task)
     fingerprint = base.fingerprint(config.model)
     new = base.new_modules(config.model, task.kind, labels)
     with torch.random.fork_rng():
         # A new classification head comes from the global generator: the same head for a seed.
         torch.manual_seed(derive(config.seed, "head"))
-        model = base.load_model(config.model, task.kind, labels, pad_id=tokenizer.pad_token_id)
+        name, pad_id = config.model.name, tokenizer.pad_token_id
+        if loaded is not None:
+            model = base.shared_copy(loaded, name, task.kind, labels, pad_id=pad_id)
+        else:
+            model = base.load_model(config.model, task.kind, labels, pad_id=pad_id)
         check_model(config, model, task.kind)
         wrapped = attach(model, config.lora, rank, task.kind, new)
     scale = ScaleRule(config.lora.scale_rule, config.lora.scale)

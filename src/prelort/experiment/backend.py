@@ -19,6 +19,7 @@ from prelort.events import Metrics
 from prelort.experiment.assemble import Assembly, DataCache, assemble, preflight
 from prelort.experiment.exported import check_adapters
 from prelort.experiment.measure import Progress, measure
+from prelort.experiment.objects import NONE, Objects
 from prelort.experiment.workers import RuntimePool, default_threads, replica
 from prelort.federation.allocation import Allocation
 from prelort.federation.batched import answer_batched
@@ -67,18 +68,26 @@ class InProcess:
     """All clients in this process; runs on the same data share what was read and tokenised.
 
     ``parallel``: how many clients train at a time, in threads; by default as many as suits model
-    and configuration, and ``max_parallel`` at most. Neither changes the results.
+    and configuration, and ``max_parallel`` at most. Neither changes the results. ``objects``: what
+    is given in Python.
     """
 
-    def __init__(self, parallel: int | None = None, max_parallel: int | None = None) -> None:
+    def __init__(
+        self,
+        parallel: int | None = None,
+        max_parallel: int | None = None,
+        objects: Objects = NONE,
+    ) -> None:
         self._parallel = parallel
         self._max = max_parallel
+        self._objects = objects
         self._cache = DataCache()
 
     @contextmanager
     def __call__(self, config: Config, folder: Path) -> Iterator[Backend]:
         """The backend of one run: its clients in threads, or several in one batch."""
-        assembly = assemble(config, folder, self._cache)
+        self._objects.store(config.model)
+        assembly = assemble(config, folder, self._cache, self._objects)
         preflight(assembly)
         runtime, clients = assembly.runtime, assembly.clients
         batched = clients_per_batch(config, runtime.model.device, len(clients))

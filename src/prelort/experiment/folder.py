@@ -5,6 +5,7 @@ versions.json        of Python, of the libraries that matter, and of the machine
 metrics.jsonl        one event a line, written while the run goes
 log.txt              tracebacks of clients that failed
 labels.json          classification: the names of the classes, in the order of their numbers
+base/, tokenizer/    from Python: a model that is in no other files, and a tokenizer
 checkpoints/00012/   the server's state after a round, the last two kept
 adapters/rank-8/     the result: standard PEFT folders, one for each rank
 results.md, *.png    tables and pictures
@@ -19,6 +20,7 @@ import contextlib
 import fcntl
 import json
 import platform
+import shutil
 from importlib import metadata
 from pathlib import Path
 
@@ -35,6 +37,9 @@ LIBRARIES = ("prelort", "torch", "transformers", "peft", "datasets", "flwr", "sa
 
 GLANCE_SECONDS = 0.2
 """`is_running` may hold a lock for an instant: wait for that long."""
+
+BASE, TOKENIZER = "base", "tokenizer"
+"""Folders for a base model that was in no files, and for a tokenizer given in Python."""
 
 _LEFTOVERS = (".versions.json.tmp", ".config.toml.tmp", ".study.toml.tmp", ".lock")
 _BEFORE_THE_ROUNDS = (
@@ -112,6 +117,8 @@ class RunFolder:
     def _clear(self) -> None:
         for name in _BEFORE_THE_ROUNDS:
             (self.path / name).unlink(missing_ok=True)
+        for name in (BASE, TOKENIZER):
+            shutil.rmtree(self.path / name, ignore_errors=True)
 
     def read_config(self) -> Config:
         """The configuration of the run in the folder. Raises `ConfigError` if there is none."""
@@ -171,7 +178,8 @@ def is_taken(path: Path) -> bool:
     """
     if path.is_dir():
         left = {child.name for child in path.iterdir()}.difference(_LEFTOVERS)
-        return bool(left.difference(_BEFORE_THE_ROUNDS if "versions.json" in left else ()))
+        before = (*_BEFORE_THE_ROUNDS, BASE, TOKENIZER)
+        return bool(left.difference(before if "versions.json" in left else ()))
     return path.exists()
 
 

@@ -11,7 +11,7 @@ import torch
 
 from prelort import config as configuration
 from prelort import methods
-from prelort.config import Config
+from prelort.config import PYTHON, Config
 from prelort.errors import CheckpointError, ConfigError
 from prelort.events import Evaluated
 from prelort.experiment import adapter_folder, checkpoint, exported
@@ -21,6 +21,7 @@ from prelort.experiment.evaluation import check_ranks, global_adapters
 from prelort.experiment.folder import RunFolder, is_taken
 from prelort.experiment.measure import Progress, measure
 from prelort.files import as_path
+from prelort.library_logging import quiet
 from prelort.methods.interface import ServerState
 from prelort.models import base
 from prelort.models.lora import ADAPTER, install
@@ -30,6 +31,7 @@ EVALUATION_SECTIONS = ("data", "evaluation", "model", "threads")
 """Parts of the configuration that may differ when a run is measured again."""
 
 
+@quiet()
 def evaluate(
     path: Path | str, overrides: Sequence[str] = (), progress: Progress | None = None
 ) -> Evaluated:
@@ -48,6 +50,9 @@ def evaluate(
                 f"{', '.join(EVALUATION_SECTIONS)} can, which say how it is measured"
             )
     config = _with_labels(config, folder.path)
+    if config.partition.by == PYTHON:  # of the rows that were given; other rows are dealt evenly
+        dealt = config.partition.model_copy(update={"by": "iid"})
+        config = config.model_copy(update={"partition": dealt})
     with deterministic(config.threads):
         return _evaluated(config, folder, progress)
 
@@ -67,6 +72,7 @@ def _evaluated(config: Config, folder: RunFolder, progress: Progress | None) -> 
     return Evaluated(state.round, metrics, seconds, base=untuned)
 
 
+@quiet()
 def export(
     path: Path | str,
     out: Path | str,

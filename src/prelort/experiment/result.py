@@ -18,6 +18,7 @@ from prelort.experiment import inspect
 from prelort.experiment.adapter_folder import is_hub_name
 from prelort.experiment.folder import RunFolder
 from prelort.history import RunHistory
+from prelort.library_logging import quiet
 from prelort.models import base
 from prelort.tasks import labels
 
@@ -73,6 +74,7 @@ class RunResult:
             inspect.export(self.path, folder, rank)
         return folder
 
+    @quiet()
     def model(self, rank: int | None = None) -> PeftModel:
         """The tuned model: a new copy of the base with the adapter cut to ``rank``.
 

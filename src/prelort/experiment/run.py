@@ -30,6 +30,7 @@ from prelort.events import (
 )
 from prelort.experiment import adapter_folder, checkpoint
 from prelort.experiment.backend import Backend, Connect, InProcess
+from prelort.experiment.callbacks import Callback, check_callbacks
 from prelort.experiment.checkpoint import Checkpoint
 from prelort.experiment.deterministic import deterministic
 from prelort.experiment.evaluation import check_ranks, evaluate, global_adapters
@@ -38,6 +39,7 @@ from prelort.experiment.result import RunResult
 from prelort.federation.server import Server
 from prelort.files import as_path
 from prelort.history import RunHistory
+from prelort.library_logging import quiet
 from prelort.methods.interface import ServerState
 from prelort.privacy import PrivateRun
 from prelort.report import describe, trackers
@@ -45,6 +47,7 @@ from prelort.report.formatting import plain
 from prelort.tasks import labels
 
 
+@quiet()
 def run(
     config: Config,
     out: Path | str,
@@ -52,6 +55,7 @@ def run(
     resume: bool = False,
     listeners: Sequence[Listener] = (),
     backend: Connect | None = None,
+    callbacks: Sequence[Callback] = (),
     track: Sequence[str] = (),
     patience: float = 0.0,
 ) -> RunResult:
@@ -64,6 +68,7 @@ def run(
             bit (same machine, same number of threads); with more rounds also a finished one.
         listeners: called with each event.
         backend: where the run takes place; by default in this process.
+        callbacks: called at the end of each round; one that returns True ends the run there.
         track: names of experiment trackers (`prelort.report.trackers`). None of them can stop a
             run that has begun.
         patience: seconds to wait while another process uses the folder.
@@ -79,6 +84,7 @@ def run(
         )
     if callable(listeners):
         raise ConfigError("listeners must be a list of functions, not a single one")
+    check_callbacks(callbacks, config)
     trackers.check(track)
     folder = RunFolder(as_path(out))
     with (
@@ -91,10 +97,16 @@ def run(
         name, rounds = config.method.name, config.federation.rounds
         log(Loading(0, name, rounds, config.seed))
         with (backend or InProcess())(config, folder.path) as connected:
-            return train(config, folder, connected, log)
+            return train(config, folder, connected, log, callbacks)
 
 
-def train(config: Config, folder: RunFolder, backend: Backend, log: RunLog) -> RunResult:
+def train(
+    config: Config,
+    folder: RunFolder,
+    backend: Backend,
+    log: RunLog,
+    callbacks: Sequence[Callback] = (),
+) -> RunResult:
     """Train the rounds of a run, from the last checkpoint in ``folder`` or from the beginning."""
     method = methods.build(config.method, config.seed)
     private = PrivateRun(config, folder.path) if config.privacy.epsilon is not None else None
@@ -109,6 +121,13 @@ def train(config: Config, folder: RunFolder, backend: Backend, log: RunLog) -> R
         private=private,
     )
     rounds, personal = config.federation.rounds, methods.trait(method, "personal")
+
+    def measure() -> None:
+        if config.evaluation.at_clients or personal:
+            log(server.evaluate_clients(method, state))
+        if not personal:
+            log(evaluate(config, backend, server, method, state, log))
+
     with closing(server):
         state = _last_state(config, folder, backend, log)
         state = server.connect(method, state)
@@ -135,12 +154,15 @@ def train(config: Config, folder: RunFolder, backend: Backend, log: RunLog) -> R
                 break
             state, stats = server.train(method, state, server_round)
             log(RoundFinished(server_round, stats))
-            if _evaluation_due(config, server_round):
-                if config.evaluation.at_clients or personal:
-                    log(server.evaluate_clients(method, state))
-                if not personal:
-                    log(evaluate(config, backend, server, method, state, log))
+            due = _evaluation_due(config, server_round)
+            if due:
+                measure()
+            answers = [callback(log.history) for callback in callbacks]
+            if any(answers) and not due:
+                measure()
             _save(state, config, folder, backend, log)
+            if any(answers):
+                break
     if not personal:
         export(config, backend, global_adapters(config, method, state), folder, log.history)
     log(RunFinished(state.round))

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+from transformers import EvalPrediction
 
 from prelort.errors import ConfigError
 from prelort.metrics import scores
 from prelort.metrics.generate import continuations, fit_prompt
-from prelort.tasks.interface import Batch, Example, Task
-from prelort.training.runtime import ModelRuntime, evaluation_mode
+from prelort.tasks.interface import IGNORED, Batch, Example, Task
+from prelort.training.runtime import ComputeMetrics, ModelRuntime, evaluation_mode
 
 T = TypeVar("T")
+
+Array = npt.NDArray[Any]
 
 FROM_LOGITS = ("accuracy", "macro_f1")
 
@@ -55,8 +60,12 @@ def evaluate(
     where memory does not suffice. The order of the examples, ``batch_size`` and ``at_once`` matter
     only for rounding, except that ``rouge_l`` takes the first ``max_generated`` examples that have
     a prompt and a reference. Units: loss in nats per token (causal) or example, accuracy and
-    macro_f1 in 0..1, rouge_l in 0..100. ``progress`` is called with the number of steps done and
-    of all steps. The modules' training modes are restored.
+    macro_f1 in 0..1, rouge_l in 0..100. ``progress`` is called with the number of steps done and of
+    all steps. The modules' training modes are restored.
+
+    The runtime's ``compute_metrics`` adds values of its own. It gets numpy arrays in the order of
+    the examples: a classification's logits [examples, classes], or the token that a causal model
+    finds most likely after each place [examples, length], padded with `IGNORED` as the labels are.
 
     Raises `ConfigError` for a metric that the task does not allow and where nothing can be
     measured: no examples, no labels, no references for ``rouge_l``.
@@ -73,19 +82,25 @@ def evaluate(
     batches = _batches([len(e.input_ids) for e in examples], settings.batch_size)
     generated = _batches([e.prompt_length for e in prompts], settings.batch_size)
     count = _Counter(progress, (len(batches) + len(generated)) * len(ranks))
-    predict = any(metric in FROM_LOGITS for metric in settings.metrics)
+    classifies = runtime.task.kind == "classification"
+    compute_metrics = runtime.compute_metrics
+    predict = compute_metrics is not None or any(
+        metric in FROM_LOGITS for metric in settings.metrics
+    )
     # Not inference_mode: tensors made there (rotary caches) must not meet autograd later.
     with evaluation_mode(runtime.model), torch.no_grad():
         for indices in batches:
             batch = runtime.task.collate([examples[i] for i in indices], runtime.pad_id)
             weight = int(runtime.task.weight(batch))
+            labels = batch["labels"].numpy()
             for group, scored in groups.map(partial(_score, runtime, at_ranks, batch, predict)):
-                for rank, (losses, predictions) in zip(group, scored, strict=True):
+                for rank, (losses, logits) in zip(group, scored, strict=True):
                     outputs[rank].nll += float(losses.sum())
                     outputs[rank].weight += weight
                     if predict:
-                        outputs[rank].predictions += predictions.tolist()
-                        outputs[rank].truth += batch["labels"].tolist()
+                        made = logits.float() if classifies else logits.argmax(dim=-1)
+                        outputs[rank].made.update(zip(indices, made.cpu().numpy(), strict=True))
+                        outputs[rank].labels.update(zip(indices, labels, strict=True))
                     count()
         for indices in generated:
             some = [prompts[i] for i in indices]
@@ -94,7 +109,10 @@ def evaluate(
                     outputs[rank].texts.update(zip(indices, own, strict=True))
                     count()
     references = [example.reference for example in prompts]
-    return {rank: _summary(outputs[rank], settings.metrics, references) for rank in ranks}
+    return {
+        rank: _summary(outputs[rank], settings.metrics, references, compute_metrics)
+        for rank in ranks
+    }
 
 
 def ranks_at_once(device: torch.device) -> int:
@@ -111,9 +129,18 @@ class _Outputs:
 
     nll: float = 0.0  # a Python float is a float64
     weight: int = 0
-    predictions: list[int] = field(default_factory=list)
-    truth: list[int] = field(default_factory=list)
+    made: dict[int, Array] = field(default_factory=dict)
+    """An example's logits [classes], or the tokens that were most likely [length]."""
+    labels: dict[int, Array] = field(default_factory=dict)
     texts: dict[int, str] = field(default_factory=dict)
+
+    def predicted(self) -> list[int]:
+        """The predicted classes, in the order of `truth`."""
+        return [int(logits.argmax()) for logits in self.made.values()]
+
+    def truth(self) -> list[int]:
+        """The classes' numbers."""
+        return [int(label) for label in self.labels.values()]
 
 
 class _RankGroups:
@@ -157,7 +184,7 @@ class _Counter:
 def _score(
     runtime: ModelRuntime, at_ranks: AtRanks, batch: Batch, predict: bool, group: Sequence[int]
 ) -> list[tuple[Tensor, Tensor]]:
-    """For each rank the losses (float64) and, with ``predict``, the predicted classes [rows]."""
+    """For each rank the losses (float64) [rows] and, with ``predict``, the logits [rows, ...]."""
     rows, length = batch["input_ids"].shape
     repeated = {
         name: tensor.to(runtime.device).repeat(len(group), *[1] * (tensor.ndim - 1))
@@ -171,8 +198,9 @@ def _score(
             losses = runtime.task.losses(runtime.model, repeated).double()
     finally:
         record.remove()
-    classes = logits[0].argmax(dim=-1) if predict else torch.zeros(len(losses))
-    return list(zip(losses.view(-1, rows), classes.view(-1, rows), strict=True))
+    predicted = logits[0] if predict else losses
+    by_rank = predicted.reshape(len(group), rows, *predicted.shape[1:])
+    return list(zip(losses.view(-1, rows), by_rank, strict=True))
 
 
 def _generate(
@@ -221,16 +249,44 @@ def _batches(lengths: Sequence[int], size: int) -> list[list[int]]:
 
 
 def _summary(
-    outputs: _Outputs, metrics: Sequence[str], references: Sequence[str]
+    outputs: _Outputs,
+    metrics: Sequence[str],
+    references: Sequence[str],
+    compute_metrics: ComputeMetrics | None,
 ) -> dict[str, float]:
     if outputs.weight < 1:
         raise ConfigError("no test example has anything to learn: every label is ignored")
     texts = [outputs.texts[index] for index in range(len(outputs.texts))]
     score_of: dict[str, Callable[[], float]] = {
         "perplexity": lambda: scores.perplexity(outputs.nll, outputs.weight),
-        "accuracy": lambda: scores.accuracy(outputs.predictions, outputs.truth),
-        "macro_f1": lambda: scores.macro_f1(outputs.predictions, outputs.truth),
+        "accuracy": lambda: scores.accuracy(outputs.predicted(), outputs.truth()),
+        "macro_f1": lambda: scores.macro_f1(outputs.predicted(), outputs.truth()),
         "rouge_l": lambda: scores.rouge_l(texts, references),
     }
     values = {metric: score_of[metric]() for metric in metrics}
+    if compute_metrics is not None:
+        values |= _own_metrics(compute_metrics, outputs)
     return values | {"loss": outputs.nll / outputs.weight}
+
+
+def _own_metrics(compute_metrics: ComputeMetrics, outputs: _Outputs) -> dict[str, float]:
+    """What ``compute_metrics`` returns. Raises `ConfigError` unless these are numbers by name."""
+    made, labels = _in_order(outputs.made), _in_order(outputs.labels)
+    values = compute_metrics(EvalPrediction(predictions=made, label_ids=labels))
+    try:
+        return {str(name): float(value) for name, value in dict(values).items()}
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"compute_metrics must return numbers by name, such as {{'f1': 0.5}}, not {values!r}"
+        ) from None
+
+
+def _in_order(rows: Mapping[int, Array]) -> Array:
+    """The rows in the order of the examples, padded on the right with `IGNORED`."""
+    arrays = [rows[index] for index in sorted(rows)]
+    if len({array.shape for array in arrays}) == 1:
+        return np.stack(arrays)
+    padded = np.full((len(arrays), max(map(len, arrays))), IGNORED)
+    for row, array in zip(padded, arrays, strict=True):
+        row[: len(array)] = array
+    return padded

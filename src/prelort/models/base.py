@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.resources
 import importlib.util
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from tokenizers.processors import Sequence as InOrder
 from tokenizers.processors import TemplateProcessing
 from torch import nn
@@ -37,6 +38,13 @@ from prelort.errors import ConfigError
 
 _BLOCK = 4096
 _BLOCKS = 64
+
+_OF_LOADING = {
+    *("_name_or_path", "architectures", "attn_implementation", "dtype", "id2label", "label2id"),
+    *("output_attentions", "output_hidden_states", "pad_token_id", "problem_type"),
+    *("quantization_config", "return_dict", "torch_dtype", "transformers_version", "use_cache"),
+}
+"""Keys of a model's configuration that depend on how it was loaded."""
 
 
 def location(name: str) -> str:
@@ -88,7 +96,12 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     the model's configuration names, else the end token. An encoder-decoder classifies by the end
     token's state, so each text gets one.
     """
-    tokenizer = _from_pretrained(AutoTokenizer, config, "tokenizer")
+    own = (
+        config
+        if config.tokenizer is None
+        else config.model_copy(update={"name": config.tokenizer, "revision": None})
+    )
+    tokenizer = _from_pretrained(AutoTokenizer, own, "tokenizer")
     model = load_configuration(config)
     text = model.get_text_config()
     rows = getattr(text, "vocab_size", None) or len(tokenizer)
@@ -130,6 +143,75 @@ def load_model(
         options |= {"device_map": str(device)}
     model, loading = _load(config, kind, labels, **options)
     _new_modules(config, model, loading, kind)
+    _freeze(model, pad_id)
+    return model if options else model.to(device)
+
+
+def shared_copy(
+    model: PreTrainedModel, name: str, kind: str, labels: Sequence[str], *, pad_id: int
+) -> PreTrainedModel:
+    """A frozen copy of a loaded model that shares its weights; the model itself does not change.
+
+    ``name``: where it can be loaded from, for exported adapters.
+
+    Raises `ConfigError` for a model with another head than the task needs.
+    """
+    classifies = type(model).__name__.endswith("ForSequenceClassification")
+    has_head = classifies or model.get_output_embeddings() is not None
+    if not has_head or classifies != (kind == "classification"):
+        needed = "SequenceClassification" if kind == "classification" else "CausalLM"
+        raise ConfigError(
+            f"model is a {type(model).__name__}, and the task needs a model for {needed}: load it "
+            f"by AutoModelFor{needed}, or choose another task"
+        )
+    if classifies and model.config.num_labels != len(labels):
+        raise ConfigError(
+            f"model has {model.config.num_labels} classes, and the data have {len(labels)}: load "
+            f"it with num_labels={len(labels)}"
+        )
+    weights = [*model.parameters(), *model.buffers()]
+    shared = {
+        id(w): nn.Parameter(w.detach(), requires_grad=False) if type(w) is nn.Parameter else w
+        for w in weights  # those that are quantised have a type of their own, and never learn
+    }
+    copied = copy.deepcopy(model, shared)
+    copied.name_or_path = copied.config._name_or_path = location(name)
+    _freeze(copied, pad_id)
+    return copied
+
+
+def is_stored(model: PreTrainedModel, config: ModelConfig) -> bool:
+    """Whether a loaded model is the one in the files that ``config.name`` names.
+
+    Compares its configuration and a sample of each weight that has a name there.
+    """
+    try:
+        known, files = load_configuration(config).to_dict(), _weight_files(config)
+    except ConfigError:
+        return False
+    own = model.config.to_dict()
+    if any(own.get(key) != known.get(key) for key in known.keys() - _OF_LOADING):
+        return False
+    state, compared = model.state_dict(), 0
+    for file in files:
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118
+                mine = state.get(name)
+                if mine is None or not mine.is_floating_point():  # renamed, or quantised
+                    continue
+                part = weights.get_slice(name)
+                if list(mine.shape) != part.get_shape():
+                    return False
+                sample = part[:1] if mine.ndim else part[...]
+                expected = sample.to(mine.dtype)
+                if not torch.equal(expected, mine[:1].detach().cpu() if mine.ndim else mine.cpu()):
+                    return False
+                compared += 1
+    return compared > 0
+
+
+def _freeze(model: PreTrainedModel, pad_id: int) -> None:
+    """Set the padding, and let no weight learn."""
     model.config.pad_token_id = pad_id
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.pad_token_id = pad_id
@@ -139,7 +221,6 @@ def load_model(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     model.requires_grad_(False)
-    return model if options else model.to(device)
 
 
 def new_modules(config: ModelConfig, kind: str, labels: Sequence[str]) -> tuple[str, ...]:

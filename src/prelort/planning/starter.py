@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from typing import Any
 
 from prelort import tasks
 from prelort.config import LoraSettings, ModelConfig
@@ -90,23 +91,50 @@ def starter(task: str, model: str | None = None) -> str:
     """The text of a starter. Raises `ConfigError` for an unknown task or model."""
     kind = tasks.get(task).kind
     name = model or MODELS.get(task, ANY_MODEL)
-    parameters, tokens = 1e8 if task in MODELS else 6e8, TOKENS[task]
+    parameters, positions = 1e8 if task in MODELS else 6e8, None
     if model is not None:
-        config = ModelConfig(name=model)
-        shapes = skeleton(config, LoraSettings(), 1, kind, labels=2)
-        parameters = sum(weight.numel() for weight in shapes.parameters())
-        positions = getattr(load_configuration(config), "max_position_embeddings", None)
-        tokens = min(tokens, positions or tokens)
-    size = next(size for size in SIZES if parameters <= size.parameters)
+        parameters, positions = measures(ModelConfig(name=model), kind)
+    values = values_for(task, parameters, positions)
+    training = values["training"]
     return TEMPLATE.format(
         task=task,
         name=json.dumps(name),
-        dtype="bfloat16" if size.large else "float32",
+        dtype=values["model"]["dtype"],
         columns=COLUMNS[task],
-        tokens=tokens,
-        batch_size=size.batch_size,
-        accumulation=16 // size.batch_size,
-        rate=size.rate,
-        precision="bfloat16" if size.large else "float32",
-        checkpointing=str(size.large).lower(),
+        tokens=values["data"]["max_length"],
+        batch_size=training["batch_size"],
+        accumulation=training["gradient_accumulation"],
+        rate=size_for(parameters).rate,
+        precision=training["precision"],
+        checkpointing=str(training["gradient_checkpointing"]).lower(),
     )
+
+
+def values_for(task: str, parameters: float, positions: int | None) -> dict[str, dict[str, Any]]:
+    """The starter's values as sections, for a model of so many parameters and positions."""
+    size = size_for(parameters)
+    training = {
+        "batch_size": size.batch_size,
+        "gradient_accumulation": 16 // size.batch_size,
+        "learning_rate": float(size.rate),
+        "warmup": 0.03,
+        "precision": "bfloat16" if size.large else "float32",
+        "gradient_checkpointing": size.large,
+    }
+    return {
+        "model": {"dtype": "bfloat16" if size.large else "float32"},
+        "data": {"max_length": min(TOKENS[task], positions or TOKENS[task])},
+        "training": training,
+    }
+
+
+def measures(config: ModelConfig, kind: str) -> tuple[float, int | None]:
+    """The number of a model's parameters and of its positions, from its configuration alone."""
+    shapes = skeleton(config, LoraSettings(), 1, kind, labels=2)
+    positions = getattr(load_configuration(config), "max_position_embeddings", None)
+    return sum(weight.numel() for weight in shapes.parameters()), positions
+
+
+def size_for(parameters: float) -> Size:
+    """The values for a model of so many parameters."""
+    return next(size for size in SIZES if parameters <= size.parameters)

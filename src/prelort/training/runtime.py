@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from prelort.tasks.interface import Task
 from prelort.training.truncation import Truncation
+
+ComputeMetrics = Callable[[EvalPrediction], Mapping[str, float]]
+"""From predictions and labels to the values of metrics by their names."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelRuntime:
     """The base model with LoRA layers, their truncation, and how the task sees its batches.
 
-    ``tokenizer`` is needed only where text is generated. One thread may use it at a time.
+    ``tokenizer`` is needed only where text is generated. ``compute_metrics``: own metrics, as in
+    transformers' Trainer (`prelort.metrics.evaluate`). One thread may use it at a time.
     """
 
     model: PeftModel
@@ -27,6 +31,7 @@ class ModelRuntime:
     task: Task
     pad_id: int
     tokenizer: PreTrainedTokenizerBase | None = None
+    compute_metrics: ComputeMetrics | None = None
 
     @property
     def device(self) -> torch.device:

@@ -1,0 +1,308 @@
+"""A federation from Python: models, data and metrics as objects.
+
+The same code runs as for the command line, on the same configuration, and writes the same folder.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prelort import config as configuration
+from prelort import tasks
+from prelort.config import PYTHON, Config, DataConfig, ModelConfig, PartitionConfig
+from prelort.data.tables import Partition, Table, Tables, tables
+from prelort.errors import ConfigError
+from prelort.experiment.backend import InProcess
+from prelort.experiment.callbacks import Callback
+from prelort.experiment.objects import Objects
+from prelort.experiment.result import RunResult
+from prelort.experiment.run import run
+from prelort.files import as_path
+from prelort.library_logging import quiet
+from prelort.methods.interface import Method
+from prelort.planning import starter
+from prelort.report.live import Display
+from prelort.report.results import Results
+from prelort.study.definition import Compare, Study, check_methods, folder_name, study_of
+from prelort.study.run import run_study
+from prelort.tasks.columns import class_names
+
+LORA = (
+    *("r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "modules_to_save"),
+    *("rank_pattern", "fan_in_fan_out", "task_type", "inference_mode", "base_model_name_or_path"),
+    *("peft_type", "peft_version", "revision", "init_lora_weights"),
+)
+"""The fields of PEFT's configuration that are used, or do not change what is trained."""
+
+
+class Federation:
+    """A base model, and clients with their data and ranks.
+
+    Args:
+        model: a loaded model of transformers, a local folder or a hub name.
+        tokenizer: a loaded tokenizer; default: the model's.
+        datasets: each client's rows by its name, or all rows; as a `datasets.Dataset`, a pandas
+            data frame or a list of dictionaries. Or a file or hub name.
+        ranks: one rank for all clients, each client's rank by its name, a list in the clients'
+            order, or a mix such as ``"4*0.5, 16*0.5"``; default: ``lora.r``, or 8.
+        method: a name (`prelort methods`), a class of one's own at the top of a module, or the
+            values of the section ``[method]``.
+        task: ``causal-lm``, ``instruction``, ``chat`` or ``classification``; default: what the
+            model's head is for.
+        test: test rows; default: each client holds out a share of its rows.
+        partition: of one data set: the numbers of each client's rows by its name, a function from
+            the rows to that, or a `PartitionConfig`.
+        lora: PEFT's configuration, for the adapted layers, the scale alpha / r and the dropout; or
+            the values of the section ``[lora]``.
+        compute_metrics: as in transformers' Trainer: from an `EvalPrediction` to numbers by name.
+            ``predictions`` are logits [examples, classes] of a classification, or the most likely
+            next tokens [examples, length] of a causal model.
+        seed: of everything random.
+        settings: values of further sections (docs/configuration-reference.md), such as
+            ``training={"learning_rate": 1e-4}``.
+
+    Raises:
+        ConfigError: for anything that cannot work, before anything is loaded or trained.
+    """
+
+    config: Config
+    """The resolved configuration; `run` records it with the number of rounds."""
+
+    @quiet()
+    def __init__(
+        self,
+        model: PreTrainedModel | str,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        datasets: Mapping[str, Table] | Table | str = configuration.EMBEDDED,
+        *,
+        ranks: int | str | Sequence[int] | Mapping[str, int] | None = None,
+        method: str | type[Method] | Mapping[str, Any] = "prelort",
+        task: str | None = None,
+        test: Table | None = None,
+        partition: Partition | PartitionConfig | None = None,
+        lora: LoraConfig | Mapping[str, Any] | None = None,
+        compute_metrics: Any = None,
+        seed: int = 0,
+        **settings: Any,
+    ) -> None:
+        loaded = model if not isinstance(model, str) else None
+        dealt = partition if isinstance(partition, PartitionConfig) else None
+        own = None if dealt is not None else partition
+        given = None
+        if not isinstance(datasets, str):
+            given = tables(datasets, test, own)  # type: ignore[arg-type]
+        elif test is not None or own is not None:
+            raise ConfigError("test and partition are for data that are given as objects")
+        self._objects = Objects(loaded, tokenizer, given, compute_metrics)
+        if task is None:
+            classifies = type(model).__name__.endswith("ForSequenceClassification")
+            task = "classification" if classifies else "causal-lm"
+        values = _defaults(model, task)
+        clients = None if given is None or given.parts is None else [p.name for p in given.parts]
+        if ranks is None:
+            ranks = lora.r if isinstance(lora, LoraConfig) else 8
+        sections: dict[str, Any] = {
+            "seed": seed,
+            "task": task,
+            "model": {} if loaded is not None else {"name": model},
+            "data": {"source": datasets if isinstance(datasets, str) else PYTHON},
+            "ranks": {"mix": _mix(ranks, clients), "assign": "in-order"},
+            "lora": _lora_values(lora) if isinstance(lora, LoraConfig) else dict(lora or {}),
+            "method": _method_values(method),
+            "federation": {"clients_per_round": 1.0},
+        }
+        if dealt is not None:
+            sections["partition"] = dealt.model_dump(exclude_unset=True)
+        elif clients is not None:
+            sections["partition"] = {"by": PYTHON, "clients": len(clients)}
+        for changes in (sections, settings):
+            for key, value in changes.items():
+                if isinstance(value, Mapping) and isinstance(values.get(key, {}), dict):
+                    values[key] = {**values.get(key, {}), **value}
+                else:
+                    values[key] = value
+        self.config = configuration.check(configuration.applied(values, []))
+        if task == "classification" and given is not None and self.config.data.labels is None:
+            names = _class_names(model, given, self.config.data)
+            data = self.config.data.model_copy(update={"labels": names})
+            self.config = self.config.model_copy(update={"data": data})
+
+    def __repr__(self) -> str:
+        given = self._objects.tables
+        clients = f"{len(given.parts)} clients, " if given is not None and given.parts else ""
+        name = type(self._objects.model).__name__ if self._objects.model else self.config.model.name
+        mix = self.config.ranks.mix
+        return f"<Federation of {name}: {clients}ranks {mix}, {self.config.method.name}>"
+
+    def run(
+        self,
+        rounds: int = 12,
+        out: Path | str | None = None,
+        *,
+        resume: bool = False,
+        callbacks: Sequence[Callback] = (),
+        track: Sequence[str] = (),
+        progress: bool | None = None,
+    ) -> RunResult:
+        """Train one adapter, and measure it at every rank.
+
+        Args:
+            rounds: the number of rounds.
+            out: the run's folder; default: ``runs/METHOD-TIME``.
+            resume: continue the run in ``out`` with the same objects, or with more rounds.
+            callbacks: called with the run's history at the end of each round; one that returns True
+                ends the run there (`EarlyStopping`).
+            track: names of experiment trackers (`prelort.report.trackers`).
+            progress: show it; default: on a terminal and in a notebook.
+
+        Raises:
+            ConfigError: before any training, naming what is wrong.
+            QuorumError: where too few clients reply. What was finished is kept.
+        """
+        name = folder_name(self.config.method.name)
+        folder = as_path(out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        if resume and out is None:
+            raise ConfigError("resume needs out, the folder of the run to continue")
+        results: list[RunResult] = []
+
+        def keep(config: Config, path: Path, **options: Any) -> None:
+            backend = InProcess(objects=self._objects)
+            results.append(run(config, path, backend=backend, callbacks=callbacks, **options))
+
+        self._run(self._study(rounds, folder), folder, keep, progress, new=not resume, track=track)
+        return results[0]
+
+    def compare(
+        self,
+        methods: Sequence[str | type[Method]],
+        rounds: int = 12,
+        out: Path | str = "runs/compare",
+        *,
+        seeds: Sequence[int] = (0,),
+        reference: str | None = None,
+        progress: bool | None = None,
+    ) -> Results:
+        """Run several methods on the same data, clients and batches.
+
+        Args:
+            methods: names, or classes of one's own.
+            rounds: the number of rounds of each run.
+            out: the folder of all runs; the same call again continues.
+            seeds: a run of each method for each.
+            reference: the method that the others are compared to; default: prelort, or the first.
+            progress: show it; default: on a terminal and in a notebook.
+
+        Returns:
+            The results. A run that failed has its reason there.
+        """
+        folder = as_path(out)
+        names = tuple(_method_values(method)["name"] for method in methods)
+        values = {"methods": names, "seeds": tuple(seeds), "reference": reference}
+        section = configuration.validated(Compare, values, "compare")
+        backend = InProcess(objects=self._objects)
+        study = self._study(rounds, folder, section)
+        return self._run(study, folder, partial(run, backend=backend), progress)
+
+    def _study(self, rounds: int, out: Path, section: Compare | None = None) -> Study:
+        """The runs in the folder ``out``: one, or those of a comparison."""
+        with quiet():
+            model = self._objects.place(self.config.model, out)
+        federation = self.config.federation.model_copy(update={"rounds": rounds})
+        config = self.config.model_copy(update={"model": model, "federation": federation})
+        study = study_of(config.model_dump(), section or Compare(methods=(), seeds=()))
+        check_methods(study)
+        return study
+
+    def _run(
+        self, study: Study, out: Path, run: Any, progress: bool | None, **options: Any
+    ) -> Results:
+        console = Console()
+        shown = console.is_terminal if progress is None else progress
+        with quiet(), Display(console, len(study.cells), quiet=not shown) as display:
+            return run_study(study, out, display, run=run, **options)
+
+
+def _defaults(model: PreTrainedModel | str, task: str) -> dict[str, Any]:
+    """The values of a starter for a model of this size."""
+    kind = tasks.get(task).kind
+    if isinstance(model, str):
+        return starter.values_for(task, *starter.measures(ModelConfig(name=model), kind))
+    if not isinstance(model, PreTrainedModel):
+        return {}  # `Objects.place` refuses it
+    positions = getattr(model.config, "max_position_embeddings", None)
+    return starter.values_for(task, model.num_parameters(), positions)
+
+
+def _class_names(
+    model: PreTrainedModel | str, given: Tables, config: DataConfig
+) -> tuple[str, ...] | None:
+    """The class names of a loaded classifier in the order of its head, if the rows have them."""
+    names = getattr(getattr(model, "config", None), "id2label", None) or {}
+    in_order = tuple(str(names[number]) for number in sorted(names))
+    column = tasks.get("classification").columns(config, given.train.column_names)[1]
+    known = set(class_names(given.train, column, "datasets")) <= set(in_order)
+    return in_order if known else None
+
+
+def _mix(
+    ranks: int | str | Sequence[int] | Mapping[str, int], clients: Sequence[str] | None
+) -> str:
+    """``ranks.mix``, in the clients' order."""
+    if isinstance(ranks, int):
+        return f"{ranks}*1"
+    if isinstance(ranks, str):
+        return ranks
+    if isinstance(ranks, Mapping):
+        if clients is None:
+            raise ConfigError("ranks by name need clients by name: in datasets or in partition")
+        if set(ranks) != set(clients):
+            raise ConfigError(
+                f"ranks names the clients {', '.join(map(str, ranks))}, and the data are those of "
+                f"{', '.join(clients)}"
+            )
+        ranks = [ranks[name] for name in clients]
+    return ", ".join(map(str, ranks))
+
+
+def _method_values(method: str | type[Method] | Mapping[str, Any]) -> dict[str, Any]:
+    """The section ``[method]``; a class is named by its module."""
+    if isinstance(method, Mapping):
+        return dict(method)
+    if isinstance(method, str):
+        return {"name": method}
+    module, name = method.__module__, method.__qualname__
+    if getattr(sys.modules.get(module), name, None) is not method:
+        raise ConfigError(
+            f"method {name!r} must be a class at the top of a module, so that a run can name it"
+        )
+    return {"name": f"{module}:{name}"}
+
+
+def _lora_values(lora: LoraConfig) -> dict[str, Any]:
+    """The section ``[lora]``. Raises `ConfigError` for what it does not have."""
+    default = LoraConfig()
+    for field in fields(lora):
+        value = getattr(lora, field.name)
+        if field.name not in LORA and value != getattr(default, field.name):
+            raise ConfigError(f"lora: {field.name} = {value!r} is not supported")
+    targets = lora.target_modules or "all-linear"
+    values = {
+        "target_modules": targets if isinstance(targets, str) else sorted(targets),
+        "scale_rule": "rslora" if lora.use_rslora else "constant",
+        "scale": float(lora.lora_alpha if lora.use_rslora else lora.lora_alpha / lora.r),
+        "dropout": lora.lora_dropout,
+        "rank_pattern": dict(lora.rank_pattern or {}),
+    }
+    if lora.modules_to_save:
+        values["modules_to_save"] = sorted(lora.modules_to_save)
+    return values

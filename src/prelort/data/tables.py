@@ -1,0 +1,126 @@
+"""Rows that are given in Python, in place of a file or a name on the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from datasets import Dataset, Value, concatenate_datasets
+
+from prelort.data.partition import Part
+from prelort.errors import ConfigError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Table: TypeAlias = "Dataset | pd.DataFrame | Sequence[Mapping[str, Any]]"
+"""Rows: a `datasets.Dataset`, a pandas data frame, or a list of dictionaries."""
+
+Indices = Mapping[str, Sequence[int]]
+"""A client's name -> the numbers of its rows, from 0."""
+
+Partition = Indices | Callable[[Dataset], Indices]
+"""Who holds which rows: by name, or a function from all rows to that."""
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Training rows, test rows (None: clients hold out theirs) and the rows of each client.
+
+    ``parts`` None: the rows are dealt as ``[partition]`` says.
+    """
+
+    train: Dataset
+    test: Dataset | None = None
+    parts: tuple[Part, ...] | None = None
+
+
+def tables(
+    rows: Table | Mapping[str, Table],
+    test: Table | None = None,
+    partition: Partition | None = None,
+) -> Tables:
+    """The tables of a federation: of one for each client, or of one with a partition.
+
+    Raises `ConfigError` for what is no table, clients with different columns, and a partition with
+    rows that do not exist or belong to two clients.
+    """
+    held_out = None if test is None else _table(test, "test")
+    if not isinstance(rows, Mapping):
+        train = _table(rows, "datasets")
+        return Tables(train, held_out, None if partition is None else _parts(partition, train))
+    if partition is not None:
+        raise ConfigError("partition is for one data set: here each client has its own")
+    own = {str(name): _table(table, f"datasets[{name!r}]") for name, table in rows.items()}
+    if not own:
+        raise ConfigError("datasets has no client")
+    first, *others = own
+    for name in others:
+        if set(own[name].column_names) != set(own[first].column_names):
+            raise ConfigError(
+                f"clients must have the same columns: {first!r} has {own[first].column_names}, "
+                f"{name!r} has {own[name].column_names}"
+            )
+        own[name] = _aligned(own[name], own[first], name)
+    train = concatenate_datasets(list(own.values()))
+    parts, start = [], 0
+    for name, table in own.items():
+        parts.append(Part(name, tuple(range(start, start + len(table)))))
+        start += len(table)
+    return Tables(train, held_out, tuple(parts))
+
+
+def _aligned(table: Dataset, first: Dataset, client: str) -> Dataset:
+    """The rows with the types of the first client's columns, such as pandas' and Arrow's texts."""
+    features = first.features
+    for column, kind in features.items():
+        own = table.features[column]
+        if own != kind and not (isinstance(own, Value) and isinstance(kind, Value)):
+            raise ConfigError(
+                f"column {column!r} of client {client!r} is {own}, and of the first client {kind}"
+            )
+    try:
+        return table.select_columns(list(features)).cast(features)
+    except (ValueError, TypeError) as error:  # pyarrow's errors are ValueErrors
+        raise ConfigError(
+            f"the columns of client {client!r} have other types than the first client's: {error}"
+        ) from None
+
+
+def _table(rows: object, where: str) -> Dataset:
+    """The rows as a data set with at least one row."""
+    table: Any = rows
+    if hasattr(rows, "iloc"):
+        table = Dataset.from_pandas(rows, preserve_index=False)
+    elif isinstance(rows, Sequence) and rows and all(isinstance(row, Mapping) for row in rows):
+        table = Dataset.from_list([dict(row) for row in rows])
+    if not isinstance(table, Dataset):
+        raise ConfigError(
+            f"{where} must be a datasets.Dataset, a pandas data frame or a list of dictionaries, "
+            f"not {type(rows).__name__}"
+        )
+    if len(table) == 0:
+        raise ConfigError(f"{where} has no rows")
+    return table
+
+
+def _parts(partition: Partition, rows: Dataset) -> tuple[Part, ...]:
+    indices = partition(rows) if callable(partition) else partition
+    if not isinstance(indices, Mapping) or not indices:
+        raise ConfigError("partition must give the numbers of each client's rows by its name")
+    holder: dict[int, str] = {}
+    parts = []
+    for client, numbers in indices.items():
+        name, own = str(client), tuple(sorted(int(number) for number in numbers))
+        for number in own:
+            if not 0 <= number < len(rows):
+                raise ConfigError(
+                    f"partition: client {name!r} has row {number}, and the rows are 0 to "
+                    f"{len(rows) - 1}"
+                )
+            if number in holder:
+                raise ConfigError(f"partition: {holder[number]!r} and {name!r} have row {number}")
+            holder[number] = name
+        parts.append(Part(name, own))
+    return tuple(parts)

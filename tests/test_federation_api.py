@@ -1,0 +1,271 @@
+"""`prelort.Federation`: objects in, the same folder and the same bits out as from files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from datasets import Dataset
+from huggingface_hub import HfApi
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    EvalPrediction,
+)
+
+import prelort
+from prelort import EarlyStopping, Federation
+from prelort.config import Config, PartitionConfig
+from prelort.errors import ConfigError
+from prelort.history import RunHistory
+from prelort.methods import PrefixMethod
+from random_adapters import same_bits
+
+Rows = list[dict[str, Any]]
+RANKS = {f"site-{index}": rank for index, rank in enumerate((2, 2, 4, 4, 8, 8))}
+SHORT: dict[str, Any] = {
+    "data": {"max_length": 32},
+    "training": {"local_steps": 2, "batch_size": 4, "learning_rate": 1e-2, "warmup": 0.0}
+    | {"gradient_accumulation": 1},
+    "federation": {"clients_per_round": 3},
+    "threads": 1,
+}
+
+
+class Own(PrefixMethod):
+    """A method of one's own."""
+
+    name, summary, paper, default_objective = "own", "PreLort by another name", "none", "plain"
+
+
+@pytest.fixture
+def rows(text_file: Path) -> Rows:
+    return [json.loads(line) for line in text_file.read_text().splitlines()]
+
+
+@pytest.fixture
+def sites(rows: Rows) -> dict[str, Dataset]:
+    return {name: Dataset.from_list([r for r in rows if r["client"] == name]) for name in RANKS}
+
+
+@pytest.fixture
+def llama(tiny_llama: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(tiny_llama)
+
+
+@pytest.fixture
+def words(tiny_llama: Path) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_llama)
+
+
+def test_objects_give_the_bits_that_files_give(
+    make_config: Callable[..., Config],
+    llama: Any,
+    words: Any,
+    sites: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    before = {name: value.clone() for name, value in llama.state_dict().items()}
+    sites["site-1"] = sites["site-1"].to_pandas()
+    federation = Federation(llama, words, sites, ranks=RANKS, **SHORT)
+    stopped = federation.run(3, tmp_path / "own", callbacks=[lambda history: history.round == 1])
+    assert (stopped.history.done, stopped.history.finished) == (1, True)
+    result = federation.run(3, tmp_path / "own", resume=True)
+    expected = prelort.run(make_config(), tmp_path / "files")
+    assert same_bits(result.global_adapter, expected.global_adapter)
+    assert result.metrics == expected.metrics
+    assert result.base == expected.base
+    assert llama.state_dict().keys() == before.keys()  # no layer was put into the user's model
+    assert all(value.equal(before[name]) for name, value in llama.state_dict().items())
+    assert all(weight.requires_grad for weight in llama.parameters())
+
+
+def test_a_model_that_is_in_no_files_is_kept_in_the_run(
+    llama: Any, words: Any, sites: dict[str, Any], text_file: Path, tmp_path: Path
+) -> None:
+    with torch.no_grad():
+        llama.lm_head.weight += 0.1
+    ranks = {"target_modules": ["q_proj", "v_proj"]}
+    federation = Federation(llama, words, sites, ranks=RANKS, lora=ranks, **SHORT)
+    result = federation.run(1, tmp_path / "run")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(result.adapter(3))
+    assert loaded.get_base_model().lm_head.weight.equal(llama.lm_head.weight)
+    assert AutoTokenizer.from_pretrained(result.adapter(3)).get_vocab() == words.get_vocab()
+    ids = torch.arange(2, 12)[None]
+    torch.testing.assert_close(result.model(3)(ids).logits, loaded.eval()(ids).logits)
+    other = [f"data.source={text_file}", f"data.test={text_file}"]
+    assert prelort.evaluate(result.path, other).base != result.base
+    with torch.no_grad():
+        llama.lm_head.weight += 0.1
+    with pytest.raises(ConfigError, match="base' has another LlamaForCausalLM than the one given"):
+        federation.run(2, tmp_path / "run", resume=True)
+
+
+def test_own_metrics_are_measured_at_every_rank(
+    tiny_bert: Path, words: Any, rows: Rows, tmp_path: Path
+) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(
+        tiny_bert, id2label={0: "late", 1: "early"}, label2id={"late": 0, "early": 1}
+    )
+    shapes = set()
+
+    def metrics(prediction: EvalPrediction) -> dict[str, float]:
+        shapes.add((prediction.predictions.shape, prediction.label_ids.shape))
+        return {"own": (prediction.predictions.argmax(-1) == prediction.label_ids).mean()}
+
+    federation = Federation(
+        model, words, pd.DataFrame(rows), ranks="2*0.5, 4*0.5", compute_metrics=metrics, **SHORT
+    )
+    result = federation.run(1, tmp_path / "run")
+    assert shapes == {((12, 2), (12,))}
+    assert all(values["own"] == values["accuracy"] for values in result.metrics.values())
+    assert set(result.to_pandas()["metric"]) == {"accuracy", "macro_f1", "own", "loss"}
+    labels = json.loads((result.adapter(4) / "labels.json").read_text())["label2id"]
+    assert labels == {"late": 0, "early": 1}  # as the model's head has them
+
+
+def test_a_causal_models_metrics_get_tokens(
+    llama: Any, words: Any, sites: dict[str, Any], tmp_path: Path
+) -> None:
+    found: list[EvalPrediction] = []
+
+    def metrics(prediction: EvalPrediction) -> dict[str, float]:
+        found.append(prediction)
+        return {"one": 1}
+
+    settings = {**SHORT, "evaluation": {"batch_size": 1}}
+    Federation(llama, words, sites, ranks=4, compute_metrics=metrics, **settings).run(
+        1, tmp_path / "run"
+    )
+    predictions, labels = found[0].predictions, found[0].label_ids
+    assert predictions.shape == labels.shape
+    ids = torch.as_tensor(labels[0][labels[0] != -100])[None]
+    assert predictions[0][: ids.shape[1]].tolist() == llama(ids).logits[0].argmax(-1).tolist()
+
+
+def test_a_run_that_improves_no_more_ends(
+    llama: Any, words: Any, sites: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = {**SHORT, "evaluation": {"every": 1}}
+    federation = Federation(llama, words, sites, ranks=4, **settings)
+    never = EarlyStopping("loss", patience=2, min_delta=100.0)
+    result = federation.run(9, tmp_path / "run", callbacks=[never])
+    assert result.history.done == 2
+    assert result.adapter(4).is_dir()
+    always: list[RunHistory] = []
+    result = federation.run(
+        4, tmp_path / "all", callbacks=[EarlyStopping(patience=9), always.append]
+    )
+    assert (result.history.done, len(always)) == (4, 4)
+
+
+def test_methods_are_compared_on_own_rows_and_partition(
+    llama: Any, words: Any, rows: Rows, tmp_path: Path
+) -> None:
+    federation = Federation(
+        llama,
+        words,
+        Dataset.from_list(rows),
+        ranks={"even": 2, "odd": 4},
+        partition=lambda all_rows: {
+            "even": range(0, len(all_rows), 2),
+            "odd": range(1, len(all_rows), 2),
+        },
+        **{**SHORT, "federation": {"clients_per_round": 2}},
+    )
+    results = federation.compare(["prelort", Own], 1, tmp_path / "out", seeds=[0, 1])
+    assert [cell.status for cell in results.cells] == ["finished"] * 4
+    assert set(results.clients["client"]) == {"even", "odd"}
+    assert f"{__name__}:Own" in results.methods
+    assert prelort.read(tmp_path / "out").to_pandas().equals(results.to_pandas())
+
+
+def test_pefts_configuration_says_layers_scale_and_rank(llama: Any, words: Any, rows: Rows) -> None:
+    lora = LoraConfig(r=4, lora_alpha=2, target_modules=["v_proj", "q_proj"], lora_dropout=0.1)
+    dealt = PartitionConfig(by="iid", clients=3)
+    config = Federation(llama, words, rows, lora=lora, partition=dealt).config
+    assert config.lora.target_modules == ("q_proj", "v_proj")
+    assert (config.lora.scale, config.lora.dropout, config.ranks.mix) == (0.5, 0.1, "4*1")
+    assert config.partition == dealt
+    with pytest.raises(ConfigError, match="lora: use_dora = True is not supported"):
+        Federation(llama, words, rows, lora=LoraConfig(use_dora=True))
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"datasets": {}}, "datasets has no client"),
+        ({"datasets": {"a": [{"text": "x"}], "b": [{"t": "x"}]}}, "must have the same columns"),
+        ({"datasets": 3}, "datasets must be a datasets.Dataset, .* not int"),
+        ({"ranks": {"site-0": 2}}, "ranks names the clients site-0, and the data are those of"),
+        ({"partition": {"a": [0, 1], "b": [1]}}, "'a' and 'b' have row 1"),
+        ({"partition": {"a": [99]}}, "'a' has row 99, and the rows are 0 to 71"),
+        ({"partition": {"a": [0]}}, "client 'a' has 1 rows, at least 2 are needed"),
+        ({"task": "classification"}, "the task needs a model for SequenceClassification"),
+        ({"training": {"rate": 1}}, "unknown key 'training.rate'"),
+        ({"callbacks": [EarlyStopping()]}, "EarlyStopping needs evaluations"),
+        ({"compute_metrics": lambda prediction: 1}, "compute_metrics must return numbers by name"),
+        ({"method": type("Local", (Own,), {})}, "must be a class at the top of a module"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_a_sentence(
+    llama: Any,
+    words: Any,
+    rows: Rows,
+    sites: dict[str, Any],
+    tmp_path: Path,
+    changes: dict[str, Any],
+    sentence: str,
+) -> None:
+    callbacks = changes.pop("callbacks", ())
+    data = rows if "partition" in changes else sites
+    settings = {**SHORT, "datasets": data, **changes}
+    with pytest.raises(ConfigError, match=sentence):
+        Federation(llama, words, **settings).run(1, tmp_path / "run", callbacks=callbacks)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_with_adapters_is_refused(llama: Any, words: Any, rows: Rows) -> None:
+    adapted: Any = get_peft_model(llama, LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ConfigError, match="give a model of transformers without adapters"):
+        Federation(adapted, words, rows).run(1, "unused")
+
+
+def test_an_adapter_goes_to_the_hub_under_a_name_that_others_find(
+    llama: Any, words: Any, sites: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploaded: dict[str, Any] = {}
+
+    def upload(api: HfApi, *, repo_id: str, folder_path: Path) -> Any:
+        config = json.loads((folder_path / "adapter_config.json").read_text())
+        card = (folder_path / "README.md").read_text()
+        uploaded.update(repo=repo_id, config=config, card=card)
+        return type("Commit", (), {"commit_url": f"https://hub/{repo_id}"})
+
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    monkeypatch.setattr(
+        HfApi, "create_repo", lambda api, repo, **more: type("Repo", (), {"repo_id": repo})
+    )
+    result = Federation(llama, words, sites, ranks=RANKS, **SHORT).run(1, tmp_path / "run")
+    with pytest.raises(ConfigError, match="is on this machine only: give base_name"):
+        result.push_to_hub("me/tuned", rank=4)
+    assert result.push_to_hub("me/tuned", rank=3, base_name="a/llama") == "https://hub/me/tuned"
+    assert (uploaded["config"]["r"], uploaded["repo"]) == (3, "me/tuned")
+    assert uploaded["config"]["base_model_name_or_path"] == "a/llama"
+    assert "base_model: a/llama" in uploaded["card"]
+    assert "| rank 8 |" in uploaded["card"]
+
+
+def test_a_plan_is_a_data_frame(make_config: Callable[..., Config]) -> None:
+    plan = prelort.plan(make_config(), memory="1GiB", ranks=[4, 8])
+    assert plan.largest is not None
+    assert list(plan.to_pandas()["rank"]) == [4, 8]
+    assert plan.to_pandas()["fits"].all()
+    assert "not even rank 1 fits" in repr(prelort.plan(make_config(), memory=1000))
