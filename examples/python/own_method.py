@@ -16,6 +16,7 @@ class HalfStep(PrefixMethod):
     default_objective = "example"
 
     def aggregator(self, state):
+        """What aggregates a round's replies."""
         return HalfStepRound(state, weighting(self.config.weights))
 
 
@@ -27,9 +28,11 @@ class HalfStepRound:
         self.mean = RankwiseMean(state.adapter)
 
     def add(self, update):
+        """Take in one client's reply."""
         self.mean.add(update.adapter, self.weight(update))
 
     def result(self):
+        """The state after the round."""
         old = self.state.adapter.tensors()
         new = self.mean.over_holders(self.state.adapter).tensors()
         half = {name: (old[name] + new[name]) / 2 for name in old}
