@@ -185,6 +185,49 @@ def diagnostics(results: Results, setting: str) -> list[ResultTable]:
     return [ResultTable("Diagnostics of the last round", list(map(plain, methods)), columns, notes)]
 
 
+def summary(results: Results, setting: str) -> str:
+    """One sentence: which method has the best area; empty for one method or without a result."""
+    if len(results.methods) < 2 or not results.metrics:
+        return ""
+    form = metric_format(results.metrics[0])
+    rows = results.summary
+    rows = rows[(rows["setting"] == setting) & (rows["metric"] == form.metric)]
+    rows = rows[(rows["at"] == AURAC) & rows["mean"].map(math.isfinite)].set_index("method")
+    if len(rows) < 2:
+        return ""
+    best = rows["mean"].idxmax() if form.higher_is_better else rows["mean"].idxmin()
+    text = f"{plain(best)} has the best mean {form.title} over the ranks"
+    text += f" ({AURAC} {form.show(rows['mean'][best])}"
+    reference = results.reference
+    if best != reference and reference in rows.index:
+        text += f", {plain(reference)} {form.show(rows['mean'][reference])}"
+        low, high = rows["low"][best], rows["high"][best]
+        if low <= 0 <= high:
+            return text + f"), but the {CONFIDENCE:.0%} interval of the difference includes 0."
+    return text + ")."
+
+
+def holders(results: Results, setting: str) -> list[ResultTable]:
+    """How many clients and examples there are of each rank, in the reference's first run."""
+    frame = results.select(results.clients, setting).dropna(subset=["examples"])
+    frame = frame[frame["method"] == results.reference]
+    if not len(frame):
+        return []
+    frame = frame[frame["seed"] == frame["seed"].iloc[0]]
+    frame = frame.assign(rank=frame["ranks"].str.split().str[-1].astype(int))
+    groups = frame.groupby("rank")["examples"].agg(["size", "sum"])
+    columns = [
+        Column("clients", [str(size) for size in groups["size"]]),
+        Column("examples", [f"{examples:,.0f}" for examples in groups["sum"]]),
+        Column("share", [f"{share:.0%}" for share in groups["sum"] / groups["sum"].sum()]),
+    ]
+    names = [f"rank {rank}" for rank in groups.index]
+    notes = [f"The clients that trained with {plain(results.reference)}."]
+    if len(results.seeds) > 1:
+        notes = [f"{notes[0][:-1]} and seed {frame['seed'].iloc[0]}."]
+    return [ResultTable("Who holds what", names, columns, notes)]
+
+
 def clients(results: Results) -> list[ResultTable]:
     """The clients of the one run in ``results``, lowest rank first; none before the first joins."""
     frame = results.clients
