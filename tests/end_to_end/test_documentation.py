@@ -53,7 +53,7 @@ def test_contributings_method_in_one_file_runs(
     assert not plain.adapter.tensors()[name].equal(result.adapter.tensors()[name])
 
 
-def test_the_study_in_the_documentation_is_one(tmp_path: Path) -> None:
+def test_the_study_in_the_documentation_runs(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "compare.md").read_text()
     found = re.search(r"```toml\n(.*?)```", text, re.DOTALL)
     assert found is not None
@@ -62,6 +62,11 @@ def test_the_study_in_the_documentation_is_one(tmp_path: Path) -> None:
     assert len(study.cells) == 5 * 5 * 2
     (variant,) = {c.config.method.objective for c in study.cells if c.method == "segment-wise only"}
     assert variant == "plain"
+    short = ["federation.rounds=1", "training.local_steps=1", "threads=1"]
+    short += ["data.max_train_examples=200", "data.max_test_examples=8"]
+    study = load_study(tmp_path / "study.toml", short, methods=["segment-wise only"], seeds=[0])
+    results = prelort.compare(study, tmp_path / "out")
+    assert [cell.status for cell in results.cells] == ["finished", "finished"]
 
 
 def test_every_method_and_target_that_the_documentation_names_exists() -> None:
