@@ -73,7 +73,7 @@ format: dev ## fix style and formatting
 	$(BIN)/ruff format .
 
 docs: dev ## build the documentation into site/
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	$(BIN)/zensical build --strict
 
 # Those with a short version; docs/performance.md has the commands of the long ones.
 BENCHMARKS := overhead together nested_cost aggregation floor startup wire scale on_paper

@@ -25,7 +25,7 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     ROOT / "examples" / "README.md",
     ROOT / "src" / "prelort" / "deployment" / "template" / "README.md",
-    *sorted((ROOT / "docs").rglob("*.md")),
+    *(page for page in sorted((ROOT / "docs").rglob("*.md")) if not page.is_symlink()),
 ]
 HELP = {
     f"{module.__name__}.{name}": text
