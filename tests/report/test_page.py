@@ -159,7 +159,14 @@ def test_of_a_study_has_settings_and_differences_but_not_dozens_of_runs():
     results = study(TWO, ("iid", "skewed", "by <topic>"))
     assert len(results.cells) > MAX_CELLS
     page = Page(render(results))
-    for text in ("iid", "skewed", "by <topic>", "All settings", "18 of 18 runs finished"):
+    for text in (
+        "iid",
+        "skewed",
+        "by <topic>",
+        "All settings",
+        "18 of 18 runs finished",
+        "started",
+    ):
         assert text in page.texts
     assert page.titles.count("Difference in AURAC, paired by seed") == 3
     sentence = "prelort has the best mean perplexity over the ranks (AURAC 27.3)."

@@ -54,7 +54,7 @@ def render(results: Results, place: Path = Path()) -> str:
         title=plain(results.title),
         status=f"{finished} of {len(results.cells)} runs finished",
         finished=finished == len(results.cells),
-        facts=_facts(results.facts),
+        facts=_facts({**results.facts, "started": _started(*results.cells)}),
         sections=sections,
         cells=runs,
         configuration="\n".join(map(plain, results.configuration.strip().splitlines())),
@@ -139,7 +139,7 @@ def _facts_of(cell: CellResult) -> dict[str, Any]:
         sampled = config.get("federation", {}).get("clients_per_round")
         share = f"{sampled:.0%}" if isinstance(sampled, float) else sampled
         facts |= {
-            "started": f"{started.time:%Y-%m-%d %H:%M} UTC",
+            "started": _started(cell),
             "task": started.task,
             "rounds": f"{history.done} of {started.rounds}",
             "clients": f"{started.clients}" + ("" if sampled is None else f", {share} a round"),
@@ -157,6 +157,12 @@ def _facts_of(cell: CellResult) -> dict[str, Any]:
             "them; not the losses of single clients below"
         )
     return facts
+
+
+def _started(*cells: CellResult) -> str | None:
+    """When the first of the runs was started."""
+    times = [cell.history.started.time for cell in cells if cell.history.started is not None]
+    return f"{min(times):%Y-%m-%d %H:%M} UTC" if times else None
 
 
 def _adapters(cell: CellResult, place: Path) -> list[tuple[int, str]]:
