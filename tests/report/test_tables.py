@@ -274,3 +274,14 @@ def test_no_interval_is_broken_in_a_pipe(capsys):
     wide_console().print(tables.terminal(study({"prelort": ranks, "a-long-name-for-one": others})))
     (row,) = re.findall("^ *a-long-name.*\\[.*", capsys.readouterr().out, re.MULTILINE)
     assert len(re.findall(r"\[\+\d+\.\d+, \+\d+\.\d+\]", row)) == 6
+
+
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_nothing_is_cut_on_a_narrow_screen(width):
+    results = study(TWO)
+    text = terminal(results, width)
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
+    for table in tables.of_setting(results, "", ["perplexity"]):
+        for column in table.columns:
+            assert all(one in text for one in column.texts)

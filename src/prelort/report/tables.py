@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Group
+from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -64,11 +65,15 @@ FEW_PAIRS = 5
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A heading of one or two lines, a text for each row, and the rows with the best ones."""
+    """A heading of one or two lines, a text for each row, and the rows with the best ones.
+
+    ``prose``: whether the texts may be broken into lines.
+    """
 
     heading: str
     texts: list[str]
     best: frozenset[int] = frozenset()
+    prose: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +94,8 @@ def terminal(results: Results) -> Group:
     metrics = results.metrics if len(results.seeds) == 1 else results.metrics[:1]
     tables = [t for setting in results.settings for t in of_setting(results, setting, metrics)]
     tables += [*of_all_settings(results, metrics), *unfinished(results)]
-    return Group(*map(to_rich, tables))
+    prose = [any(column.prose for column in table.columns) for table in tables]
+    return Group(*(to_rich(t) if p else Fitted(t) for t, p in zip(tables, prose, strict=True)))
 
 
 def markdown(results: Results) -> str:
@@ -148,7 +154,7 @@ def unfinished(results: Results) -> list[ResultTable]:
         return []
     columns = [
         Column("status", [cell.status for cell in cells]),
-        Column("why", [cell.explanation or "–" for cell in cells]),
+        Column("why", [cell.explanation or "–" for cell in cells], prose=True),
     ]
     title = f"Without a result: {len(cells)} of {plural(len(results.cells), 'run')}"
     return [ResultTable(title, [cell.name for cell in cells], columns)]
@@ -489,10 +495,29 @@ def _place(at: str) -> str:
     return f"rank {at}" if at.isdigit() else at
 
 
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A table for the terminal; what is wider than that goes on below, so that nothing is cut."""
+
+    table: ResultTable
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """The parts of the table, each with as many columns as fit."""
+        left, title, unlimited = self.table.columns, self.table.title, options.update(width=10_000)
+        while left:
+            for count in range(len(left), 0, -1):
+                notes = self.table.notes if count == len(left) else []
+                part = to_rich(replace(self.table, title=title, columns=left[:count], notes=notes))
+                if Measurement.get(console, unlimited, part).maximum <= options.max_width:
+                    break
+            yield part
+            left, title = left[count:], ""
+
+
 def to_rich(table: ResultTable) -> Table:
-    """A table for the terminal: four ranks and their costs fit into 80 columns."""
+    """A table for a terminal of any width: four ranks and their costs fit into 80 columns."""
     rich = Table(
-        title=Text(table.title),
+        title=Text(table.title) if table.title else None,
         title_justify="left",
         title_style="bold",
         caption=Text("\n".join(table.notes)) if table.notes else None,
@@ -503,7 +528,7 @@ def to_rich(table: ResultTable) -> Table:
     )
     rich.add_column("", no_wrap=True)
     for column in table.columns:
-        rich.add_column(Text(column.heading), justify="right")
+        rich.add_column(Text(column.heading), justify="right", no_wrap=not column.prose)
     for row, name in enumerate(table.names):
         texts = [Text(c.texts[row], style="bold" if row in c.best else "") for c in table.columns]
         rich.add_row(Text(name), *texts)
