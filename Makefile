@@ -9,19 +9,27 @@ BIN := .venv/bin
 TORCH ?= torch==2.13.0
 OUT ?= runs/quickstart
 
-.PHONY: help install quickstart federation test test-flwr chaos nightly lint types format docs bench evidence-small clean
+.PHONY: help install dev quickstart federation test test-flwr chaos nightly lint types format docs bench evidence-small clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-install: $(BIN)/.installed ## make .venv and install the package with its tools
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+
+install: $(BIN)/.installed ## make .venv and install the package
+
+dev: $(BIN)/.developed ## make .venv and install the package with the tools of development
 
 $(BIN)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev,docs,encoder]"
+	$(PIP) $(TORCH)
+	$(PIP) -e .
+	@touch $@
+
+$(BIN)/.developed: $(BIN)/.installed
+	$(PIP) -e ".[dev,docs,encoder]"
 	@touch $@
 
 quickstart: install ## train mixed-rank clients with three methods: a table, a picture, adapters
@@ -31,13 +39,13 @@ federation: install ## run 1 SuperLink and 3 sites on this machine, with TLS and
 	@test -e runs/federation || $(BIN)/prelort new runs/federation
 	PATH="$(CURDIR)/$(BIN):$$PATH" runs/federation/scripts/demo.sh
 
-test: install ## run the tests
+test: dev ## run the tests
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 -m "not chaos and not nightly"
 
 # The other end of the range of flwr, beside everything else of .venv.
 FLWR ?= $(shell $(BIN)/python -c 'from importlib.metadata import version as v; print("1.41.0" if v("flwr").startswith("1.42") else "1.42.0")')
 
-test-flwr: install ## run the tests that depend on Flower with the other supported version of flwr
+test-flwr: dev ## run the tests that depend on Flower with the other supported version of flwr
 	$(PYTHON) -m venv .venv-flwr
 	$(BIN)/python -c 'import sysconfig as s; print(s.get_path("purelib"))' \
 		> "$$(.venv-flwr/bin/python -c 'import sysconfig as s; print(s.get_path("purelib"))')/base.pth"
@@ -47,25 +55,25 @@ test-flwr: install ## run the tests that depend on Flower with the other support
 	PYTHONPATH=$(CURDIR)/src .venv-flwr/bin/python -m pytest tests/federation tests/deployment tests/sites/test_tls.py \
 		tests/sites/test_engines.py
 
-chaos: install ## run the tests in which processes are killed, hang and misbehave, and real sites: minutes
+chaos: dev ## run the tests in which processes are killed, hang and misbehave, and real sites: minutes
 	$(BIN)/python -m pytest -n 2 --maxschedchunk 1 -m chaos tests
 
-nightly: install ## run the tests of all architectures against plain PEFT
+nightly: dev ## run the tests of all architectures against plain PEFT
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 -m nightly
 
-lint: install ## check style and formatting
+lint: dev ## check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: install ## check types
+types: dev ## check types
 	$(BIN)/mypy
 
-format: install ## fix style and formatting
+format: dev ## fix style and formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: install ## build the documentation into site/
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+docs: dev ## build the documentation into site/
+	$(BIN)/zensical build --strict
 
 # Those with a short version; docs/performance.md has the commands of the long ones.
 BENCHMARKS := overhead together nested_cost aggregation floor startup wire scale on_paper

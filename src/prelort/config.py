@@ -237,7 +237,7 @@ class TrainingConfig(Section):
     )
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="starts fresh each round")
     learning_rate: Annotated[float, Field(gt=0.0)] = Field(
-        8e-3, description="made for the embedded model; `prelort config --task` says others"
+        8e-3, description="made for the embedded model; `prelort config --task TASK` says others"
     )
     rank_exponent: Annotated[float, Field(ge=0.0, le=1.0)] | None = Field(
         None,

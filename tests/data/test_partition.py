@@ -141,7 +141,6 @@ def test_the_configured_column_goes_before_the_label(by: str) -> None:
 @pytest.mark.parametrize(
     "values, label, message",
     [
-        ({"by": "iid"}, None, "needs partition.clients"),
         ({"by": "iid", "clients": 6, "min_examples": 2}, None, "needs 12 rows"),
         ({"by": "shards", "clients": 5, "shards_per_client": 3}, "label", "needs 15 rows"),
         ({"by": "dirichlet", "clients": 2}, None, "needs a label"),
@@ -183,4 +182,6 @@ def test_auto_keeps_natural_clients_and_else_deals_evenly() -> None:
     plain = rows_of(["x"] * 100, "text")
     assert sizes(partition(plain, config(by="auto"), None, 0)) == [7] * 4 + [6] * 12
     assert sizes(partition(plain, config(by="auto", clients=5), None, 0)) == [20] * 5
+    for by in ("iid", "quantity"):
+        assert len(partition(plain, config(by=by), None, 0)) == 16
     assert sizes(partition(rows_of(["x"] * 5, "text"), config(by="auto"), None, 0)) == [3, 2]

@@ -174,10 +174,31 @@ def test_without_a_warm_trainer_the_app_answers_itself(site: Path, federation: P
     assert not address_of(site).socket.exists()
 
 
+def test_a_simulated_node_is_dealt_a_client_and_passes_through_mods(federation: Path) -> None:
+    seen = []
+
+    def mod(message: Message, context: Context, call_next: Any) -> Message:
+        seen.append(message.metadata.message_type)
+        return call_next(message, context)
+
+    identify_process(1)
+    run = {"run": str(federation.parent / "run"), "set": ""}
+    message = Message(content_of("{}"), dst_node_id=7, message_type="query")
+    app = site_app(federation, mods=[mod])
+    reply = app(message, Context(1, 1, {"partition-id": 1}, RecordDict(), run))
+    assert wire.header(reply.content, messages.ClientProperties).rank == 4
+    assert seen == ["query"]
+
+    run["set"] = "data.source=sites"
+    reply = app(message, Context(1, 1, {"partition-id": 1}, RecordDict(), run))
+    assert "is simulated and has no data of its own" in reply.error.reason
+
+
 @pytest.mark.parametrize(
     "node_config, sentence",
     [
         ({}, "has no site file: start the SuperNode with --node-config"),
+        ({"partition-id": 2}, "is one too many: the data are dealt to 2 clients"),
         ({"site": "/nowhere/site.toml"}, "its site file cannot be used: its log says why"),
     ],
 )
@@ -185,7 +206,7 @@ def test_a_node_without_settings_says_so(
     federation: Path, node_config: dict[str, Any], sentence: str
 ) -> None:
     identify_process(1)
-    context = Context(1, 1, node_config, RecordDict(), {})
+    context = Context(1, 1, node_config, RecordDict(), {"run": str(federation.parent / "run")})
     message = Message(content_of("{}"), dst_node_id=7, message_type="query")
     reply = site_app(federation)(message, context)
     assert sentence in reply.error.reason

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 
 import prelort
+from command_line import CommandLine
+from prelort.adapters import peft_folder
 from prelort.config import Config
 from prelort.events import Event, name_of
 from prelort.models.base import location
@@ -55,7 +58,7 @@ def test_contributings_method_in_one_file_runs(
     assert not plain.global_adapter.tensors()[name].equal(result.global_adapter.tensors()[name])
 
 
-def test_the_study_in_the_documentation_is_one(tmp_path: Path) -> None:
+def test_the_study_in_the_documentation_runs(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "compare.md").read_text()
     found = re.search(r"```toml\n(.*?)```", text, re.DOTALL)
     assert found is not None
@@ -64,6 +67,32 @@ def test_the_study_in_the_documentation_is_one(tmp_path: Path) -> None:
     assert len(study.cells) == 5 * 5 * 2
     (variant,) = {c.config.method.objective for c in study.cells if c.method == "segment-wise only"}
     assert variant == "plain"
+    short = ["federation.rounds=1", "training.local_steps=1", "threads=1"]
+    short += ["data.max_train_examples=200", "data.max_test_examples=8"]
+    study = load_study(tmp_path / "study.toml", short, methods=["segment-wise only"], seeds=[0])
+    results = prelort.compare(study, tmp_path / "out")
+    assert [cell.status for cell in results.cells] == ["finished", "finished"]
+
+
+def test_the_tutorial_can_be_followed(
+    command_line: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "tutorial.md").read_text()
+    shown = []
+    for command in "".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).splitlines():
+        words, _, target = command.partition(" > ")
+        short = ["training.local_steps=2", "data.max_test_examples=16"] if " run " in words else []
+        more = [part for setting in short for part in ("--set", setting)]
+        outcome = command_line(*shlex.split(words)[1:], *more)
+        assert outcome.code == 0, outcome.err
+        shown.append(outcome.out)
+        if target:
+            Path(target).write_text(outcome.out)
+    assert "AURAC" in shown[1]
+    assert "rank 4" in shown[4]
+    assert Path("runs/first/report.html").is_file()
+    assert peft_folder.load(Path("adapter-rank-4"))[0].rank == 4
 
 
 def test_every_method_and_target_that_the_documentation_names_exists() -> None:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+import prelort
 from prelort.config import MethodConfig
-from prelort.errors import ConfigError
+from prelort.errors import ConfigError, PrelortError
 from prelort.methods import REGISTRY, Client, build, find
 from prelort.methods.prelort import PreLort
 from rounds import start
@@ -17,6 +18,11 @@ from prelort.methods.prelort import PreLort
 
 class Mine(PreLort):
     name = "mine"
+
+
+class Silent(PreLort):
+    def global_adapter(self, state, rank=None, layers=None):
+        pass
 
 
 class Half:
@@ -79,6 +85,13 @@ def test_a_users_own_class_is_found_in_their_own_folder(own_file):
     assert isinstance(method, PreLort)
     assert method.name == "mine"
     assert method.objective(start(levels=[2, 4]), Client("k", 4, 5)).levels == (2, 4)
+
+
+def test_a_method_without_a_global_adapter_is_one_sentence(own_file, make_config, tmp_path):
+    config = make_config(method={"name": "a_users_method:Silent"}, federation={"rounds": 1})
+    says = r"method Silent: global_adapter\(\) must return a LoraAdapter, but returned None"
+    with pytest.raises(PrelortError, match=says):
+        prelort.run(config, tmp_path / "run")
 
 
 @pytest.mark.parametrize(

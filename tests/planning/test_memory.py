@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -111,6 +112,17 @@ def test_not_even_rank_one_is_one_sentence(settings: Callable[..., Config]) -> N
     config = settings(training=saving, model={"quantization": "4bit", "dtype": "bfloat16"})
     with pytest.raises(ConfigError, match=r"what would help: data.max_length below 48$"):
         largest_rank(config, 1000, 16)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_four_bits_are_proposed_where_they_can_be_loaded(
+    settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    spec = importlib.machinery.ModuleSpec("bitsandbytes", None) if installed else None
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
+    with pytest.raises(ConfigError) as error:
+        largest_rank(settings(), 1000, 16)
+    assert ("model.quantization = '4bit'" in str(error.value)) == installed
 
 
 def test_seven_billion_weights_need_no_memory_and_a_few_seconds(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from command_line import CommandLine
 from prelort.config import Config
@@ -89,3 +91,13 @@ def test_an_encoder_cannot_be_planned_as_a_language_model(
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     error = command_line("plan", "--model", tmp_path, "--memory", "1GB").error
     assert "no causal model can be built from its configuration" in error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the page's plan is for a CPU")
+def test_the_documented_plan_is_what_one_gets(command_line: CommandLine) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "choose-ranks.md").read_text()
+    command, shown = re.findall(r"^    prelort (plan .*)\n\n```\n(.*?)```", page, re.M | re.S)[0]
+    outcome = command_line(*command.split())
+    assert [line.strip() for line in outcome.out.splitlines()] == [
+        line.strip() for line in shown.splitlines()
+    ]

@@ -58,8 +58,10 @@ def test_of_a_run_has_facts_tables_charts_clients_and_configuration():
     page = Page(render(replace(
         results, cells=[cell], title="first", configuration="seed = 0\n", versions={"torch": "2.1"}
     )))  # fmt: skip
-    for text in ("first", "finished after 4 rounds", "untuned base", "21.0", "embedded", "seed = 0",
-                 "2.1", "asyncio", "Incidents", "Diagnostics of the last round"):  # fmt: skip
+    started = f"{cell.history.started.time:%Y-%m-%d %H:%M} UTC"
+    for text in ("first", started, "Who holds what", "finished after 4 rounds", "untuned base",
+                 "21.0", "embedded", "seed = 0", "2.1", "asyncio", "Incidents",
+                 "Diagnostics of the last round"):  # fmt: skip
         assert text in page.texts
     assert page.titles == [
         "Perplexity at each rank prefix", "Perplexity by round, each rank",
@@ -117,6 +119,16 @@ def test_stands_wherever_a_run_is(count):
     assert page.texts
 
 
+def test_links_to_the_adapters_from_where_it_is(tmp_path):
+    run = tmp_path / "my study" / "prelort"
+    for rank in (16, 4):
+        (run / "adapters" / f"rank-{rank}").mkdir(parents=True)
+    cell = CellResult("", "prelort", 0, run_history(), folder=run)
+    page = Page(render(Results([cell], "prelort", "x"), tmp_path))
+    links = [tag[1]["href"] for tag in page.tags if tag[0] == "a"]
+    assert links == [f"my%20study/prelort/adapters/rank-{rank}/" for rank in (4, 16)]
+
+
 def test_of_a_failed_run_says_why():
     cell = CellResult("", "prelort", 0, run_history(stop=1), reason="out of memory")
     page = Page(render(Results([cell], "prelort", "x")))
@@ -147,9 +159,21 @@ def test_of_a_study_has_settings_and_differences_but_not_dozens_of_runs():
     results = study(TWO, ("iid", "skewed", "by <topic>"))
     assert len(results.cells) > MAX_CELLS
     page = Page(render(results))
-    for text in ("iid", "skewed", "by <topic>", "All settings", "18 of 18 runs finished"):
+    for text in (
+        "iid",
+        "skewed",
+        "by <topic>",
+        "All settings",
+        "18 of 18 runs finished",
+        "started",
+    ):
         assert text in page.texts
     assert page.titles.count("Difference in AURAC, paired by seed") == 3
+    sentence = "prelort has the best mean perplexity over the ranks (AURAC 27.3)."
+    assert page.texts.count(sentence) == 3
+    assert page.texts.index(sentence) < page.texts.index("untuned base")
+    first = page.tags.index(("div", {"class": "chart", "data-chart": "0"}))
+    assert first < [tag for tag, _ in page.tags].index("table")
     assert "Incidents" not in page.texts
 
 

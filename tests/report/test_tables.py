@@ -10,6 +10,7 @@ from results_of import OTHER, REFERENCE, TWO, runs, study
 from rich.console import Console
 
 from histories import HOSTILE, round_diagnostics, run_history
+from prelort.cli.screen import wide_console
 from prelort.history import RunHistory
 from prelort.report import tables
 from prelort.report.results import CellResult, Results
@@ -238,3 +239,49 @@ def test_phases_have_their_share():
         "train": ["8 s", "85%"], "evaluate": ["1 s", "11%"], "aggregate": ["0.4 s", "4%"],
     }  # fmt: skip
     assert tables.phases(runs(prelort=RunHistory())) == []
+
+
+def test_the_sentence_of_a_study_claims_no_more_than_the_seeds_show():
+    def sentence(finals, reference):
+        return tables.summary(replace(study(finals), reference=reference), "")
+
+    best = "prelort has the best mean perplexity over the ranks (AURAC 27.3"
+    assert sentence(TWO, "prelort") == f"{best})."
+    assert sentence(TWO, "zero-padding") == f"{best}, zero-padding 31.3)."
+    mixed = {**TWO, "zero-padding": {**REFERENCE, 0: {2: 29.0, 4: 25.0, 8: 21.0}}}
+    assert sentence(mixed, "prelort").endswith("interval of the difference includes 0.")
+    assert sentence({"prelort": REFERENCE}, "prelort") == ""
+
+
+def test_who_holds_what_counts_clients_and_examples_of_each_rank():
+    (table,) = tables.holders(study(TWO), "")
+    counts, examples, shares = (column.texts for column in table.columns)
+    replies = study(TWO).cells[0].history.clients.values()
+    trained = [one for one in replies if one.last]
+    assert sum(map(int, counts)) == len(trained)
+    assert sum(int(text.replace(",", "")) for text in examples) == sum(
+        one.last.examples for one in trained
+    )
+    assert table.names == sorted({f"rank {one.rank}" for one in trained}, key=lambda n: int(n[5:]))
+    assert len(shares) == len(table.names)
+
+
+def test_no_interval_is_broken_in_a_pipe(capsys):
+    ranks = {seed: {rank: 900.0 / rank + seed for rank in (2, 4, 8, 16, 32)} for seed in range(6)}
+    others = {
+        seed: {rank: 2 * value for rank, value in curve.items()} for seed, curve in ranks.items()
+    }
+    wide_console().print(tables.terminal(study({"prelort": ranks, "a-long-name-for-one": others})))
+    (row,) = re.findall("^ *a-long-name.*\\[.*", capsys.readouterr().out, re.MULTILINE)
+    assert len(re.findall(r"\[\+\d+\.\d+, \+\d+\.\d+\]", row)) == 6
+
+
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_nothing_is_cut_on_a_narrow_screen(width):
+    results = study(TWO)
+    text = terminal(results, width)
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
+    for table in tables.of_setting(results, "", ["perplexity"]):
+        for column in table.columns:
+            assert all(one in text for one in column.texts)

@@ -59,7 +59,7 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def missing() -> list[str]:
     """The commands that the scripts need and that this machine does not have."""
-    return [name for name in ("openssl", "ssh-keygen", "setsid", "pkill") if not shutil.which(name)]
+    return [name for name in ("openssl", "ssh-keygen", "setsid", "pgrep") if not shutil.which(name)]
 
 
 def free_port() -> int:
@@ -97,7 +97,8 @@ class Federation:
             "FLWR_HOME": str(self.path / ".flower"),
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
-            "HOST": "127.0.0.1",
+            "SERVER": "127.0.0.1",
+            "BIND": "127.0.0.1",
             "PORT": str(self.port),
             "OMP_NUM_THREADS": "1",
         }
@@ -172,7 +173,7 @@ class Federation:
                 start_new_session=True,
             )
 
-    def start_superlink(self) -> None:
+    def start_superlink(self, *options: str) -> None:
         if self.tls:
             self.script("certificates.sh")
             self.script("connection.sh")
@@ -187,6 +188,7 @@ class Federation:
                 *("--host", "127.0.0.1", "--port", str(self.port)),
                 *("--database", str(self.path / ".flower" / "superlink.db")),
                 "--disable-runtime-dependency-installation",
+                *options,
             ]
         self.superlink = self.background("superlink.log", *command)
         until(self.superlink_listens, 60, "the SuperLink")

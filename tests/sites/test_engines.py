@@ -21,9 +21,12 @@ def test_real_sites_give_the_adapters_of_a_run_in_one_process(tmp_path: Path) ->
     assert found == expected
 
 
-@pytest.mark.skipif(
+needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="needs Ray: pip install 'prelort[simulation]'"
 )
+
+
+@needs_ray
 def test_the_simulation_gives_the_adapters_of_a_run_in_one_process(tmp_path: Path) -> None:
     from prelort.experiment.simulation import run_simulated
 
@@ -31,3 +34,20 @@ def test_the_simulation_gives_the_adapters_of_a_run_in_one_process(tmp_path: Pat
     run_simulated(alone(changes), tmp_path / "simulated")
     expected = adapters_of(run_here(tmp_path / "here", changes))
     assert adapters_of(tmp_path / "simulated") == expected
+
+
+@pytest.mark.chaos
+@needs_ray
+def test_flwr_run_on_flowers_simulation_gives_the_adapters_of_a_run_in_one_process(
+    tmp_path: Path,
+) -> None:
+    changes = {  # the simulation has two nodes if it is not asked for more
+        "partition": {"clients": 2},
+        "ranks": {"mix": "2, 8"},
+        "federation": {"rounds": 2, "min_clients": 2},
+    }
+    with Federation(tmp_path, changes) as federation:
+        federation.start_superlink("--simulation")
+        federation.run()
+        found = adapters_of(federation.folder())
+    assert found == adapters_of(run_here(tmp_path / "here", changes)) != {}

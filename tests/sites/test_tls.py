@@ -14,6 +14,8 @@ pytestmark = pytest.mark.skipif(bool(missing()), reason=f"needs {', '.join(missi
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
     with Federation(tmp_path_factory.mktemp("tls"), tls=True) as made:
+        # As behind a NAT: the sites know another address than the one that the server listens on.
+        made.environment |= {"SERVER": "127.0.0.2", "BIND": "0.0.0.0"}
         made.start_superlink()
         yield made
 

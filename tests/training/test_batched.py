@@ -14,10 +14,13 @@ from prelort.adapters import ScaleRule
 from prelort.errors import PrelortError
 from prelort.methods.objective import Objective, TailPenalty, nested, plain
 from prelort.models.lora import extract, install
+from prelort.tasks import get
 from prelort.training.adapter_stack import stackable
 from prelort.training.batched import BatchedClient, TrainedClient, train_batched
 from prelort.training.local import train
+from prelort.training.runtime import ModelRuntime
 from prelort.training.steps import Assignment, LocalSteps
+from prelort.training.truncation import Truncation
 from tiny_models import adapted, ragged_examples
 
 LEVELS = (1, 3, 8)
@@ -180,10 +183,12 @@ def test_a_client_that_fails_is_named_and_the_others_go_on(llama):
 
 def test_which_models_can_be_shared(llama, tiny_bert):
     install(llama.model, llama.start.prefix(2), frozen=llama.start.prefix(3))
-    assert not stackable(llama.model)
+    assert not stackable(llama.runtime)
     install(llama.model, llama.start)
-    assert stackable(llama.model)
-    assert not stackable(adapted(tiny_bert, 8, modules_to_save=["LayerNorm", "classifier"]))
+    assert stackable(llama.runtime)
+    bert = adapted(tiny_bert, 8, modules_to_save=["LayerNorm", "classifier"])
+    truncation = Truncation(bert, ScaleRule("constant", 0.5))
+    assert not stackable(ModelRuntime(bert, truncation, get("classification"), pad_id=0))
 
 
 def test_time_out_is_of_a_clients_own_share_of_the_batchs_time(llama):

@@ -10,13 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
     BertForMaskedLM,
+    DebertaV2Config,
     GPT2Config,
     OPTConfig,
     RobertaConfig,
+    XLNetConfig,
 )
 
 import prelort
@@ -180,3 +183,41 @@ def test_a_length_beyond_the_positions_is_refused(
     config = make_config(model={"name": str(tiny_gpt2)}, data={"max_length": 400})
     with pytest.raises(ConfigError, match=r"data\.max_length = 400 is more than the 128 positions"):
         prelort.run(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        DebertaV2Config(
+            **WIDTHS, intermediate_size=48, relative_attention=True, pos_att_type=["p2c", "c2p"]
+        ),
+        XLNetConfig(vocab_size=300, d_model=32, n_layer=1, n_head=4, d_inner=48),
+    ],
+    ids=["deberta", "xlnet"],
+)
+def test_a_model_that_cannot_truncate_each_example_truncates_each_step(
+    make_config: Callable[..., Config], tmp_path: Path, tokenizer: Any, shape: Any
+) -> None:
+    AutoModel.from_config(shape).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    changes: dict[str, Any] = {
+        "task": "classification",
+        "model": {"name": str(tmp_path / "base")},
+        "data": {"max_length": 8},  # as many tokens as examples: sizes do not tell them apart
+        "training": {"batch_size": 8},
+        "federation": {"rounds": 1, "clients_per_round": 4, "quorum": 4},
+    }
+
+    def same(one: prelort.RunResult, other: prelort.RunResult) -> bool:
+        theirs = other.adapter.tensors()
+        return all(torch.equal(t, theirs[name]) for name, t in one.adapter.tensors().items())
+
+    with pytest.warns(UserWarning, match=r"under method\.objective = 'step'"):
+        result = prelort.run(make_config(**changes), tmp_path / "run")
+    step = prelort.run(make_config(**changes, method={"objective": "step"}), tmp_path / "step")
+    assert same(result, step)
+    changes["federation"]["clients_per_batch"] = 4
+    batched = prelort.run(make_config(**changes), tmp_path / "batched")
+    assert same(result, batched)
+    with pytest.raises(ConfigError, match="objective = 'example' does not work with"):
+        prelort.run(make_config(**changes, method={"objective": "example"}), tmp_path / "refused")

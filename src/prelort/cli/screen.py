@@ -10,10 +10,14 @@ from rich.console import Console
 PACKAGE = Path(__file__).parents[1]
 
 
+WIDE = 400
+"""Columns of a file or a pipe: no interval of a table is broken."""
+
+
 def wide_console() -> Console:
     """Standard output; wide enough for the tables where it is a file or a pipe."""
     console = Console()
-    return console if console.is_terminal else Console(width=max(console.width, 120))
+    return console if console.is_terminal else Console(width=WIDE)
 
 
 def warn(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 Indices = npt.NDArray[np.int64]
 
-AUTO_CLIENTS = 16
-"""Number of clients of ``auto`` without natural clients and ``partition.clients``."""
+DEFAULT_CLIENTS = 16
+"""Number of clients without natural clients and ``partition.clients``."""
 
 TRIES = 100
 """Draws of Dirichlet shares before the smallest clients are topped up."""
@@ -35,14 +35,18 @@ class Part:
 
 
 def resolved(config: PartitionConfig, rows: Dataset) -> PartitionConfig:
-    """Resolve ``auto`` for these rows: by the column of clients if there is one, else iid."""
-    if config.by != "auto":
-        return config
-    if config.column is not None or "client" in rows.column_names:
-        return config.model_copy(update={"by": "column"})
-    max_clients = max(1, len(rows) // max(config.min_examples, 2))  # one row may be held out
-    clients = config.clients or min(AUTO_CLIENTS, max_clients)
-    return config.model_copy(update={"by": "iid", "clients": clients})
+    """Resolve ``auto`` for these rows, and the number of clients where no column gives it.
+
+    By the column of clients if there is one, else iid; 16 clients, or as many as there is data for.
+    """
+    by, clients = config.by, config.clients
+    if by == "auto":
+        named = config.column is not None or "client" in rows.column_names
+        by = "column" if named else "iid"
+    if by != "column" and clients is None:
+        most = len(rows) // max(config.min_examples, 2)  # one row may be held out
+        clients = max(1, min(DEFAULT_CLIENTS, most))
+    return config.model_copy(update={"by": by, "clients": clients})
 
 
 def partition(
@@ -112,8 +116,7 @@ def _by_column(rows: Dataset, config: PartitionConfig) -> list[Part]:
 
 
 def _number_of_clients(config: PartitionConfig, rows: int) -> int:
-    if config.clients is None:
-        raise ConfigError(f"partition.by = {config.by!r} needs partition.clients")
+    assert config.clients is not None  # `resolved` has set it
     needed = config.clients * config.min_examples
     if needed > rows:
         raise ConfigError(

@@ -7,6 +7,7 @@ torch, the base model and the data loaded.
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from prelort.deployment import settings, trainer_client
@@ -14,17 +15,21 @@ from prelort.deployment.ipc import Request
 from prelort.errors import PrelortError
 from prelort.federation.client_app import Kind, client_app
 from prelort.federation.content import blob_in, content_of, text_in
-from prelort.federation.flower import ClientApp, Context, RecordDict
+from prelort.federation.flower import ClientApp, Context, Mod, RecordDict
 
 
-def site_app(federation: Path) -> ClientApp:
+def site_app(federation: Path, mods: Sequence[Mod] = ()) -> ClientApp:
     """The app of the federation with this configuration file.
 
-    The SuperNode's ``--node-config 'site="/path/to/site.toml"'`` names the site.
+    The SuperNode's ``--node-config 'site="/path/to/site.toml"'`` names the site. A node of
+    Flower's simulation has none, and is dealt a client of the configured data. ``mods``: Flower's,
+    around every message.
     """
 
     def answer(kind: Kind, content: RecordDict, context: Context) -> RecordDict:
         overrides = tuple(shlex.split(str(context.run_config.get("set", ""))))
+        if "site" not in context.node_config and "partition-id" in context.node_config:
+            return _simulated(federation, overrides, kind, content, context)
         text = text_in(content)
         if text is None:
             raise PrelortError("received a message without a header")
@@ -44,7 +49,23 @@ def site_app(federation: Path) -> ClientApp:
             raise PrelortError(reply.refused)
         return content_of(reply.text, reply.blob)
 
-    return client_app(answer)
+    return client_app(answer, mods)
+
+
+def _simulated(
+    federation: Path, overrides: tuple[str, ...], kind: Kind, content: RecordDict, context: Context
+) -> RecordDict:
+    from prelort import config as configuration
+    from prelort.experiment.simulation import respond_simulated
+
+    config = configuration.load(federation, overrides)
+    if config.data.source == configuration.SITES:
+        raise PrelortError(
+            "is simulated and has no data of its own: --run-config 'set=\"data.source=...\"' names "
+            "data to deal"
+        )
+    folder = Path(str(context.run_config["run"])).expanduser()
+    return respond_simulated(config, folder, kind, content, context)
 
 
 def _site_file(context: Context) -> Path:

@@ -12,6 +12,7 @@ from prelort.events import ClientSample, Evaluated, Evaluating, Listener
 from prelort.experiment.backend import Backend
 from prelort.federation.server import Server
 from prelort.methods import trait
+from prelort.methods.calls import global_adapter
 from prelort.methods.interface import Method, ServerState
 
 
@@ -52,9 +53,9 @@ def global_adapters(config: Config, method: Method, state: ServerState) -> dict[
 
     A method whose adapter exceeds the highest level has the whole adapter among them.
     """
-    whole = method.global_adapter(state)
+    whole = global_adapter(method, state)
     ranks = _ranks(config, state.levels)
-    adapters = {rank: method.global_adapter(state, min(rank, whole.rank)) for rank in ranks}
+    adapters = {rank: global_adapter(method, state, min(rank, whole.rank)) for rank in ranks}
     if config.evaluation.prefixes is None and whole.rank > ranks[-1]:
         adapters[whole.rank] = whole
     return adapters

@@ -51,7 +51,7 @@ def measure(
         at_once = ranks_at_once(runtime.model.device)
     if at_once > 1:
         install(runtime.model, next(iter(adapters.values())))  # removes a folded adapter
-        if stackable(runtime.model):
+        if stackable(runtime):
             stack = AdapterStack(runtime.model, runtime.truncation, list(adapters.values()))
             with stack.installed():
                 return evaluate(

@@ -70,16 +70,25 @@ def run_simulated(
     return result
 
 
+def respond_simulated(
+    config: Config, folder: Path, kind: Kind, content: RecordDict, context: Context
+) -> RecordDict:
+    """The reply of a simulated node: the client of its number. Raises `ConfigError`."""
+    settings = json.dumps(config.model_dump(mode="json"))
+    with deterministic(config.threads):
+        clients = _assembly(settings, str(folder.resolve())).clients
+        number = int(context.node_config["partition-id"])
+        if number >= len(clients):
+            raise ConfigError(f"is one too many: the data are dealt to {len(clients)} clients")
+        return respond(clients[number], kind, content)
+
+
 def _client_app(config: Config, folder: Path) -> ClientApp:
     """A `ClientApp` that can be sent to another process: it holds text and no models."""
-    settings = json.dumps(config.model_dump(mode="json"))
-    where = str(folder.resolve())
-    threads = config.threads or torch.get_num_threads()
+    config = config.model_copy(update={"threads": config.threads or torch.get_num_threads()})
 
     def answer(kind: Kind, content: RecordDict, context: Context) -> RecordDict:
-        with deterministic(threads):
-            clients = _assembly(settings, where).clients
-            return respond(clients[int(context.node_config["partition-id"])], kind, content)
+        return respond_simulated(config, folder, kind, content, context)
 
     return client_app(answer)
 

@@ -88,9 +88,9 @@ def respond_batched(clients: Sequence[LocalClient], contents: Sequence[RecordDic
             job = _Job(place, client, request, received)
             batches.setdefault(job.kind, []).append(job)
     for jobs in batches.values():
-        model = jobs[0].client.runtime.model
-        install(model, jobs[0].received)  # removes what an earlier client had folded in
-        if len(jobs) > 1 and stackable(model):
+        runtime = jobs[0].client.runtime
+        install(runtime.model, jobs[0].received)  # removes what an earlier client had folded in
+        if len(jobs) > 1 and stackable(runtime):
             replies |= _train(jobs)
     for place, (client, content) in enumerate(zip(clients, contents, strict=True)):
         if place not in replies:

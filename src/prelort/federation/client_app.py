@@ -5,11 +5,11 @@ Imports no torch: in a deployment Flower starts a process for every message, whi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from prelort.errors import PrelortError
-from prelort.federation.flower import ClientApp, Context, Error, Message, RecordDict
+from prelort.federation.flower import ClientApp, Context, Error, Message, Mod, RecordDict
 
 REFUSED = 100
 """The error code of a client's refusal, which has a reason (Flower's own codes are lower)."""
@@ -19,13 +19,13 @@ Answer = Callable[[Kind, RecordDict, Context], RecordDict]
 """From a message's kind, content and context to the content of the reply."""
 
 
-def client_app(answer: Answer) -> ClientApp:
+def client_app(answer: Answer, mods: Sequence[Mod] = ()) -> ClientApp:
     """A `ClientApp` that states its properties (query), trains and evaluates.
 
     query.end: a run over real sites has ended. The message of a `PrelortError` that ``answer``
-    raises is sent to the server.
+    raises is sent to the server. ``mods``: Flower's, around every message.
     """
-    app = ClientApp()
+    app = ClientApp(mods=list(mods))
 
     def reply(kind: Kind, message: Message, context: Context) -> Message:
         try:

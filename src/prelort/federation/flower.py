@@ -25,6 +25,7 @@ from flwr.app import (
     RecordDict,
 )
 from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import Mod
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -38,6 +39,7 @@ __all__ = [
     "Grid",
     "Message",
     "MessageType",
+    "Mod",
     "RecordDict",
     "ServerApp",
     "envelope",

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from prelort.adapters import LoraAdapter
 from prelort.errors import PrelortError
-from prelort.methods.interface import Method
+from prelort.methods.interface import Method, ServerState
 
 T = TypeVar("T")
 
@@ -40,3 +41,9 @@ def expect(method: Method, part: str, value: object, kind: type[T]) -> T:
             f"but returned {value!r}"
         )
     return value
+
+
+def global_adapter(method: Method, state: ServerState, rank: int | None = None) -> LoraAdapter:
+    """The method's global adapter. Raises `PrelortError` if it returns none, or raises."""
+    with calling(method, "global_adapter()"):
+        return expect(method, "global_adapter()", method.global_adapter(state, rank), LoraAdapter)

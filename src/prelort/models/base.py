@@ -268,6 +268,11 @@ def _is_quantised(config: ModelConfig) -> bool:
     return hasattr(load_configuration(config), "quantization_config")
 
 
+def can_quantise(config: ModelConfig) -> bool:
+    """Whether this machine can load the base in 4 or 8 bits: not one that is quantised already."""
+    return importlib.util.find_spec("bitsandbytes") is not None and not _is_quantised(config)
+
+
 def head_modules(model: PreTrainedModel) -> tuple[str, ...]:
     """The names of a classifier's modules that stand beside its encoder or decoder."""
     inside = model.base_model

@@ -10,6 +10,7 @@ from itertools import pairwise
 
 from prelort.config import Config
 from prelort.errors import ConfigError
+from prelort.models import base
 from prelort.planning.rehearsal import Rehearsal, Rehearser
 from prelort.planning.sizes import show
 
@@ -109,7 +110,7 @@ class Planner:
             remedies.append(f"training.batch_size below {training.batch_size}")
         if not training.gradient_checkpointing:
             remedies.append("training.gradient_checkpointing = true")
-        if model.quantization != "4bit":
+        if model.quantization != "4bit" and base.can_quantise(model):
             remedies.append("model.quantization = '4bit'")
         if training.precision == "float32":
             remedies.append("training.precision = 'bfloat16'")

@@ -5,10 +5,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from prelort.report import tables
 from prelort.report.formatting import human_bytes, human_seconds, listing, plain
@@ -22,8 +25,11 @@ MAX_INCIDENTS = 400
 CHART_HEIGHT = 250
 
 
-def render(results: Results) -> str:
-    """The page. Every text is escaped, and nothing is fetched to show it."""
+def render(results: Results, place: Path = Path()) -> str:
+    """The page. Every text is escaped, and nothing is fetched to show it.
+
+    ``place``: the folder that it will be in, from which its links lead to the adapters.
+    """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -36,7 +42,7 @@ def render(results: Results) -> str:
     finished = sum(cell.history.finished for cell in results.cells)
     sections = _sections(results)
     cells = results.cells if len(results.cells) <= MAX_CELLS else []
-    runs = [_cell(results, cell) for cell in cells]
+    runs = [_cell(results, cell, place) for cell in cells]
     specifications: list[dict[str, Any]] = []
     for part in (*sections, *runs):  # the page refers to a chart by its number
         for key in ("charts", "client_charts") if "client_charts" in part else ("charts",):
@@ -48,7 +54,7 @@ def render(results: Results) -> str:
         title=plain(results.title),
         status=f"{finished} of {len(results.cells)} runs finished",
         finished=finished == len(results.cells),
-        facts=_facts(results.facts),
+        facts=_facts({**results.facts, "started": _started(*results.cells)}),
         sections=sections,
         cells=runs,
         configuration="\n".join(map(plain, results.configuration.strip().splitlines())),
@@ -73,18 +79,22 @@ def _sections(results: Results) -> list[dict[str, Any]]:
                           charts.client_metrics)
         ]  # fmt: skip
         built += [charts.training_loss(results, setting), *charts.diagnostics(results, setting)]
-        of_setting = [*tables.of_setting(results, setting), *tables.diagnostics(results, setting)]
-        name = plain(setting) or "Results"
-        sections.append({"name": name, "tables": of_setting, "charts": _specifications(built)})
+        of_setting = [
+            *tables.of_setting(results, setting),
+            *tables.holders(results, setting),
+            *tables.diagnostics(results, setting),
+        ]
+        section = {"name": plain(setting) or "Results", "summary": tables.summary(results, setting)}
+        sections.append({**section, "tables": of_setting, "charts": _specifications(built)})
     overall = tables.of_all_settings(results)
     missing = tables.unfinished(results) if len(results.cells) > 1 else []
     for name, rest in (("All settings", overall), ("Without a result", missing)):
         if rest:
-            sections.append({"name": name, "tables": rest, "charts": []})
+            sections.append({"name": name, "summary": "", "tables": rest, "charts": []})
     return sections
 
 
-def _cell(results: Results, cell: CellResult) -> dict[str, Any]:
+def _cell(results: Results, cell: CellResult, place: Path) -> dict[str, Any]:
     """One run on the page."""
     from prelort.report import charts
 
@@ -105,6 +115,7 @@ def _cell(results: Results, cell: CellResult) -> dict[str, Any]:
         "finished": history.finished,
         "waiting": waits_for(history.waiting) if history.waiting else "",
         "facts": _facts(_facts_of(cell)),
+        "adapters": _adapters(cell, place),
         "charts": _specifications(built),
         "clients": tables.clients(alone),
         "client_charts": _specifications([charts.client_losses(alone)]),
@@ -128,6 +139,7 @@ def _facts_of(cell: CellResult) -> dict[str, Any]:
         sampled = config.get("federation", {}).get("clients_per_round")
         share = f"{sampled:.0%}" if isinstance(sampled, float) else sampled
         facts |= {
+            "started": _started(cell),
             "task": started.task,
             "rounds": f"{history.done} of {started.rounds}",
             "clients": f"{started.clients}" + ("" if sampled is None else f", {share} a round"),
@@ -145,6 +157,26 @@ def _facts_of(cell: CellResult) -> dict[str, Any]:
             "them; not the losses of single clients below"
         )
     return facts
+
+
+def _started(*cells: CellResult) -> str | None:
+    """When the first of the runs was started."""
+    times = [cell.history.started.time for cell in cells if cell.history.started is not None]
+    return f"{min(times):%Y-%m-%d %H:%M} UTC" if times else None
+
+
+def _adapters(cell: CellResult, place: Path) -> list[tuple[int, str]]:
+    """The ranks of the run's adapters, and the links to their folders."""
+    if cell.folder is None:
+        return []
+    folders = {
+        int(folder.name.removeprefix("rank-")): folder
+        for folder in (cell.folder / "adapters").glob("rank-*")
+    }
+    return [
+        (rank, quote(Path(os.path.relpath(folder, place)).as_posix()) + "/")
+        for rank, folder in sorted(folders.items())
+    ]
 
 
 def _facts(facts: Mapping[str, Any]) -> list[tuple[str, str]]:

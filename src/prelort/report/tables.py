@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Group
+from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -64,11 +65,15 @@ FEW_PAIRS = 5
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A heading of one or two lines, a text for each row, and the rows with the best ones."""
+    """A heading of one or two lines, a text for each row, and the rows with the best ones.
+
+    ``prose``: whether the texts may be broken into lines.
+    """
 
     heading: str
     texts: list[str]
     best: frozenset[int] = frozenset()
+    prose: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +94,8 @@ def terminal(results: Results) -> Group:
     metrics = results.metrics if len(results.seeds) == 1 else results.metrics[:1]
     tables = [t for setting in results.settings for t in of_setting(results, setting, metrics)]
     tables += [*of_all_settings(results, metrics), *unfinished(results)]
-    return Group(*map(to_rich, tables))
+    prose = [any(column.prose for column in table.columns) for table in tables]
+    return Group(*(to_rich(t) if p else Fitted(t) for t, p in zip(tables, prose, strict=True)))
 
 
 def markdown(results: Results) -> str:
@@ -148,7 +154,7 @@ def unfinished(results: Results) -> list[ResultTable]:
         return []
     columns = [
         Column("status", [cell.status for cell in cells]),
-        Column("why", [cell.explanation or "–" for cell in cells]),
+        Column("why", [cell.explanation or "–" for cell in cells], prose=True),
     ]
     title = f"Without a result: {len(cells)} of {plural(len(results.cells), 'run')}"
     return [ResultTable(title, [cell.name for cell in cells], columns)]
@@ -183,6 +189,49 @@ def diagnostics(results: Results, setting: str) -> list[ResultTable]:
         "layers.",
     ]
     return [ResultTable("Diagnostics of the last round", list(map(plain, methods)), columns, notes)]
+
+
+def summary(results: Results, setting: str) -> str:
+    """One sentence: which method has the best area; empty for one method or without a result."""
+    if len(results.methods) < 2 or not results.metrics:
+        return ""
+    form = metric_format(results.metrics[0])
+    rows = results.summary
+    rows = rows[(rows["setting"] == setting) & (rows["metric"] == form.metric)]
+    rows = rows[(rows["at"] == AURAC) & rows["mean"].map(math.isfinite)].set_index("method")
+    if len(rows) < 2:
+        return ""
+    best = rows["mean"].idxmax() if form.higher_is_better else rows["mean"].idxmin()
+    text = f"{plain(best)} has the best mean {form.title} over the ranks"
+    text += f" ({AURAC} {form.show(rows['mean'][best])}"
+    reference = results.reference
+    if best != reference and reference in rows.index:
+        text += f", {plain(reference)} {form.show(rows['mean'][reference])}"
+        low, high = rows["low"][best], rows["high"][best]
+        if low <= 0 <= high:
+            return text + f"), but the {CONFIDENCE:.0%} interval of the difference includes 0."
+    return text + ")."
+
+
+def holders(results: Results, setting: str) -> list[ResultTable]:
+    """How many clients and examples there are of each rank, in the reference's first run."""
+    frame = results.select(results.clients, setting).dropna(subset=["examples"])
+    frame = frame[frame["method"] == results.reference]
+    if not len(frame):
+        return []
+    frame = frame[frame["seed"] == frame["seed"].iloc[0]]
+    frame = frame.assign(rank=frame["ranks"].str.split().str[-1].astype(int))
+    groups = frame.groupby("rank")["examples"].agg(["size", "sum"])
+    columns = [
+        Column("clients", [str(size) for size in groups["size"]]),
+        Column("examples", [f"{examples:,.0f}" for examples in groups["sum"]]),
+        Column("share", [f"{share:.0%}" for share in groups["sum"] / groups["sum"].sum()]),
+    ]
+    names = [f"rank {rank}" for rank in groups.index]
+    notes = [f"The clients that trained with {plain(results.reference)}."]
+    if len(results.seeds) > 1:
+        notes = [f"{notes[0][:-1]} and seed {frame['seed'].iloc[0]}."]
+    return [ResultTable("Who holds what", names, columns, notes)]
 
 
 def clients(results: Results) -> list[ResultTable]:
@@ -446,10 +495,29 @@ def _place(at: str) -> str:
     return f"rank {at}" if at.isdigit() else at
 
 
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A table for the terminal; what is wider than that goes on below, so that nothing is cut."""
+
+    table: ResultTable
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """The parts of the table, each with as many columns as fit."""
+        left, title, unlimited = self.table.columns, self.table.title, options.update(width=10_000)
+        while left:
+            for count in range(len(left), 0, -1):
+                notes = self.table.notes if count == len(left) else []
+                part = to_rich(replace(self.table, title=title, columns=left[:count], notes=notes))
+                if Measurement.get(console, unlimited, part).maximum <= options.max_width:
+                    break
+            yield part
+            left, title = left[count:], ""
+
+
 def to_rich(table: ResultTable) -> Table:
-    """A table for the terminal: four ranks and their costs fit into 80 columns."""
+    """A table for a terminal of any width: four ranks and their costs fit into 80 columns."""
     rich = Table(
-        title=Text(table.title),
+        title=Text(table.title) if table.title else None,
         title_justify="left",
         title_style="bold",
         caption=Text("\n".join(table.notes)) if table.notes else None,
@@ -460,7 +528,7 @@ def to_rich(table: ResultTable) -> Table:
     )
     rich.add_column("", no_wrap=True)
     for column in table.columns:
-        rich.add_column(Text(column.heading), justify="right")
+        rich.add_column(Text(column.heading), justify="right", no_wrap=not column.prose)
     for row, name in enumerate(table.names):
         texts = [Text(c.texts[row], style="bold" if row in c.best else "") for c in table.columns]
         rich.add_row(Text(name), *texts)

@@ -57,7 +57,7 @@ def write_page(results: Results, path: Path) -> Path:
     """Write the page and return its path. Raises `PrelortError` if that fails."""
     from prelort.report.page import render
 
-    return _write(path, render(results))
+    return _write(path, render(results, path.parent))
 
 
 def file_name(setting: str) -> str:

@@ -18,20 +18,25 @@ from torch import Tensor, nn
 from prelort.adapters import Factors, LoraAdapter, Trained
 from prelort.models.fused_lora import fused
 from prelort.models.lora import ADAPTER, FROZEN, lora_layers, saved_module_places
+from prelort.training.runtime import ModelRuntime
 from prelort.training.truncation import Truncation
 
 Key = tuple[str, str]
 """A tensor's name: of a layer and A or B, or of a module trained in full and nothing."""
 
 
-def stackable(model: nn.Module) -> bool:
+def stackable(runtime: ModelRuntime) -> bool:
     """Whether several adapters can share the model.
 
-    Nothing must be folded into its base, and modules trained in full must be linear layers.
+    Nothing must be folded into its base, modules trained in full must be linear layers, and each
+    layer must see the rows of the batch.
     """
+    model = runtime.model
     folded = any(FROZEN in layer.lora_A for layer in lora_layers(model).values())
     modules = [module for module, _ in saved_module_places(model).values()]
-    return not folded and all(type(module) is nn.Linear for module in modules)
+    return (
+        not folded and all(type(module) is nn.Linear for module in modules) and runtime.by_example()
+    )
 
 
 class AdapterStack:

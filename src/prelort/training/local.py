@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import chain
 
 import torch
@@ -41,10 +42,14 @@ def train(
     """Train the installed adapter in place, deterministically for equal arguments.
 
     The optimiser starts fresh and its state is discarded. Without ``fused`` the LoRA layers compute
-    as PEFT does: slower, and equal up to rounding. Raises `PrelortError` for a client without
-    examples, and if the loss is no longer finite, the time is up or the client was cancelled.
+    as PEFT does: slower, and equal up to rounding. A model that cannot truncate each example by
+    itself trains under the objective ``step`` in place of ``example``, as the check before training
+    has said. Raises `PrelortError` for a client without examples, and if the loss is no longer
+    finite, the time is up or the client was cancelled.
     """
     model = runtime.model
+    if assignment.objective.kind == "example" and not runtime.by_example():
+        assignment = replace(assignment, objective=replace(assignment.objective, kind="step"))
     steps = LocalSteps(examples, settings, assignment)
     optimizer = LocalOptimizer(*trainable(model), settings)
     objective = assignment.objective

@@ -108,8 +108,8 @@ def rehearse(
                 if runtime.task.kind == "causal":
                     _check_causal(name, runtime, some[0])
             objective = getattr(find(config.method.name), "default_objective", "plain")
-            if (config.method.objective or objective) == "example":
-                loss(torch.full((tokens[0],), probe.rank))  # which not every model can do
+            if (config.method.objective or objective) == "example" and not runtime.by_example():
+                _cannot_truncate_examples(config)
             loss().backward()  # type: ignore[no-untyped-call]
             idle = _check_gradients(config, model, called.names)
             if _exact(inner) and not stacked(inner):  # experts switch with the smallest change
@@ -125,6 +125,21 @@ def rehearse(
         finally:
             install(model, initial)
     return Preflight(untuned, idle)
+
+
+def _cannot_truncate_examples(config: Config) -> None:
+    """Refuse the objective ``example`` if it is configured, else say what replaces it."""
+    name = config.model.name
+    if config.method.objective is not None:
+        raise ConfigError(
+            f"method.objective = 'example' does not work with model.name = {name!r}, which cannot "
+            "truncate each example by itself: use 'step' or 'mean'"
+        )
+    warnings.warn(
+        f"model.name = {name!r} cannot truncate each example by itself: clients train under "
+        "method.objective = 'step', with one truncation for all examples of a step",
+        stacklevel=3,
+    )
 
 
 def _not_causal(name: str) -> ConfigError:

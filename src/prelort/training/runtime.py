@@ -11,7 +11,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
-from prelort.tasks.interface import Task
+from prelort.errors import ConfigError
+from prelort.tasks.interface import Example, Task
 from prelort.training.truncation import Truncation
 
 ComputeMetrics = Callable[[EvalPrediction], Mapping[str, float]]
@@ -38,6 +39,27 @@ class ModelRuntime:
         """Where the model's weights are."""
         device: torch.device = next(self.model.parameters()).device
         return device
+
+    def by_example(self) -> bool:
+        """Whether each example of a batch can have its own truncation, and its own adapter.
+
+        Not where the rows of a layer are not those of the batch: DeBERTa's relative positions, and
+        XLNet, whose batch comes second. Tried once, with 3 rows of 5 tokens.
+        """
+        if self.truncation.by_example is None:
+            end = self.model.config.eos_token_id
+            ids = [end if isinstance(end, int) else 0] * 5  # an encoder-decoder reads its end token
+            labels = 0 if self.task.kind == "classification" else ids
+            batch = self.task.collate([Example(ids, labels)] * 3, self.pad_id)
+            batch = {key: value.to(self.device) for key, value in batch.items()}
+            ranks = torch.ones(3, dtype=torch.int64, device=self.device)
+            with torch.no_grad(), evaluation_mode(self.model), self.truncation.at(ranks, (3, 5)):
+                try:
+                    self.task.losses(self.model, batch)
+                    self.truncation.by_example = True
+                except ConfigError:
+                    self.truncation.by_example = False
+        return self.truncation.by_example
 
 
 @contextmanager

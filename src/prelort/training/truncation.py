@@ -29,6 +29,8 @@ class Truncation:
     """
 
     def __init__(self, model: nn.Module, scale: ScaleRule) -> None:
+        self.by_example: bool | None = None
+        """`ModelRuntime.by_example`, once that was tried."""
         self._scale = scale
         self._ranks: int | Tensor | None = None
         self._tokens: tuple[int, int] | None = None

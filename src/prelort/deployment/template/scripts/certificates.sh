@@ -9,18 +9,21 @@ if [ -e server.pem ]; then
   exit 0
 fi
 umask 077
-case "$HOST" in
-  *[!0-9.]*) name="DNS:$HOST" ;;
-  *) name="IP:$HOST" ;;
-esac
+names="DNS:localhost,IP:127.0.0.1"
+for name in "$SERVER" "$LOCAL"; do
+  case "$name" in
+    *[!0-9.]*) names="$names,DNS:$name" ;;
+    *) names="$names,IP:$name" ;;
+  esac
+done
 openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-384 -nodes -days 3650 \
   -keyout ca.key -out ca.crt -subj "/CN=federation authority" \
   -addext "basicConstraints=critical,CA:TRUE" -addext "keyUsage=critical,keyCertSign" 2>/dev/null
 openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-384 -nodes \
-  -keyout server.key -out server.csr -subj "/CN=$HOST" 2>/dev/null
-printf 'subjectAltName=%s,DNS:localhost,IP:127.0.0.1\nextendedKeyUsage=serverAuth\n' "$name" > extensions
+  -keyout server.key -out server.csr -subj "/CN=$SERVER" 2>/dev/null
+printf 'subjectAltName=%s\nextendedKeyUsage=serverAuth\n' "$names" > extensions
 openssl x509 -req -in server.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 825 \
   -extfile extensions -out server.pem 2>/dev/null
 rm server.csr extensions
 chmod 644 ca.crt
-echo "made certificates/ca.crt (for the sites) and certificates/server.pem, for $HOST"
+echo "made certificates/ca.crt (for the sites) and certificates/server.pem, for $SERVER"

@@ -6,6 +6,6 @@ cat > "$FLWR_HOME/config.toml" <<TOML
 default = "federation"
 
 [superlink.federation]
-address = "$HOST:$PORT"
+address = "$LOCAL:$PORT"
 root-certificates = "$here/certificates/ca.crt"
 TOML

@@ -6,13 +6,22 @@ cd "$here"
 run="${1:-$here/runs/demo}"
 pids=()
 
-end() { # PID...: these process groups
-  for pid in "$@"; do kill -TERM -- "-$pid" 2>/dev/null || true; done
+descendants() { # PID: what it has started, also what left its process group, as Flower's apps do
+  for child in $(pgrep -P "$1"); do echo "$child"; descendants "$child"; done
+}
+
+end() { # PID...: these process groups and what they have started
+  local rest=""
+  for pid in "$@"; do
+    rest="$rest $(descendants "$pid")"
+    kill -TERM -- "-$pid" 2>/dev/null || true
+  done
   for pid in "$@"; do
     for _ in $(seq 150); do kill -0 -- "-$pid" 2>/dev/null || break; sleep 0.1; done
     kill -KILL -- "-$pid" 2>/dev/null || true
     wait "$pid" 2>/dev/null || true
   done
+  for pid in $rest; do kill -KILL "$pid" 2>/dev/null || true; done
 }
 
 finish() {
@@ -20,7 +29,6 @@ finish() {
   trap - EXIT INT TERM
   end "${pids[@]:1}"  # the sites first, so that they can sign off
   end "${pids[@]:0:1}"
-  pkill -KILL -f -- "--root-certificates $here/certificates/ca.crt" || true
   for site in sites/*/; do prelort site stop "$site/site.toml" || true; done
   exit "$status"
 }
@@ -48,5 +56,7 @@ for folder in sites/*/; do
   port=$((port + 1))
 done
 
-scripts/run.sh "$run"
+setsid scripts/run.sh "$run" &
+pids+=("$!")
+wait "$!"  # not in the foreground, where signals would wait for its end
 [ -d "$run/adapters" ] || { echo "the run did not finish: see logs/"; exit 1; }

@@ -3,7 +3,7 @@
 # file, so that sites stay registered when it is started again.
 source "$(dirname "$0")/settings.sh"
 exec flower-superlink \
-  --host "$HOST" --port "$PORT" \
+  --host "$BIND" --port "$PORT" \
   --ssl-ca-certfile "$here/certificates/ca.crt" \
   --ssl-certfile "$here/certificates/server.pem" \
   --ssl-keyfile "$here/certificates/server.key" \

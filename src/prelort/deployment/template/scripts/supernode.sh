@@ -8,7 +8,7 @@ site="${1:?which site? e.g. scripts/supernode.sh site-1}"
 for attempt in 1 2 3 4 5 6 7 8; do
   started=$SECONDS
   flower-supernode \
-    --superlink "$HOST:$PORT" \
+    --superlink "$SERVER:$PORT" \
     --root-certificates "$here/certificates/ca.crt" \
     --auth-supernode-private-key "$here/sites/$site/key" \
     --host 127.0.0.1 --port "${2:-18090}" \
