@@ -31,6 +31,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from prelort.adapters import Factors, LoraAdapter
 from prelort.diagnostics.rank_one_products import (
@@ -39,7 +40,6 @@ from prelort.diagnostics.rank_one_products import (
     Numbers,
     Product,
     effective_rank,
-    equal,
     singular_energies,
 )
 from prelort.diagnostics.sample import Budget
@@ -118,7 +118,7 @@ class Collector:
         trained = update.adapter.bare().select(self.names)
         self.dimensions += min((factors.rank for factors in trained.layers.values()), default=0)
         self.in_place &= all(
-            name in layers and equal(factors.A, layers[name].A[: factors.rank])
+            name in layers and torch.equal(factors.A, layers[name].A[: factors.rank])
             for name, factors in received.layers.items()
         )
         if self.dimensions > self.budget.dimensions:
@@ -189,31 +189,21 @@ class Layer:
         replies = finished.replies
         self.clients = [reply.client for reply in replies]
         self.shares = np.array([reply.weight for reply in replies])
-        self.before = self._new(finished.before, known=True)
-        self.after = self._new(finished.after, known=True)
-        self.cuts = {str(level): self._known(cut) for level, cut in finished.cuts.items()}
-        self.adapter = self._known(finished.adapter)
-        self.received = [self._known(reply.received, reply.scale_multiplier) for reply in replies]
-        self.frozen = [self._known(reply.frozen) for reply in replies]
-        self.trained = [self._new(reply.trained, reply.scale_multiplier) for reply in replies]
+        self.before = self._product(finished.before)
+        self.after = self._product(finished.after)
+        self.cuts = {str(level): self._product(cut) for level, cut in finished.cuts.items()}
+        self.adapter = self._product(finished.adapter)
+        self.received = [self._product(r.received, r.scale_multiplier) for r in replies]
+        self.frozen = [self._product(reply.frozen) for reply in replies]
+        self.trained = [self._product(r.trained, r.scale_multiplier) for r in replies]
 
-    def _new(
-        self, adapter: LoraAdapter, multiplier: float = 1.0, *, known: bool = False
-    ) -> Product:
-        """The layer's ``multiplier * s(r) B A`` as dimensions that are not numbered yet."""
-        factors = adapter.layers.get(self.name)
-        if factors is None:
-            return None
-        numbers = self.dimensions.add(factors, known=known)
-        return numbers, np.full(factors.rank, multiplier * adapter.scale(factors.rank))
-
-    def _known(self, adapter: LoraAdapter | None, multiplier: float = 1.0) -> Product:
-        """The layer's ``multiplier * s(r) B A`` as dimensions that may be numbered already."""
+    def _product(self, adapter: LoraAdapter | None, multiplier: float = 1.0) -> Product:
+        """The layer's ``multiplier * s(r) B A``."""
         factors = adapter.layers.get(self.name) if adapter is not None else None
-        numbers = self.dimensions.find(factors) if factors is not None else None
-        if adapter is None or factors is None or numbers is None:
+        if adapter is None or factors is None:
             return None
-        return numbers, np.full(factors.rank, multiplier * adapter.scale(factors.rank))
+        coefficients = np.full(factors.rank, multiplier * adapter.scale(factors.rank))
+        return self.dimensions.add(factors), coefficients
 
     def measure(self, sums: Sums) -> None:
         """Add the layer's numbers to the sums over layers."""
@@ -264,7 +254,8 @@ class Layer:
         for index, (low, high) in enumerate(segments):
             np.add.at(new_rows[index], new[low:high], 1.0)
             for share, numbers in clients:
-                mean_rows[index, numbers[low:high]] = (share / weights[: len(numbers)])[low:high]
+                parts = (share / weights[: len(numbers)])[low:high]
+                np.add.at(mean_rows[index], numbers[low:high], parts)
         return new_rows, mean_rows
 
 
