@@ -117,20 +117,6 @@ def test_stands_wherever_a_run_is(count):
     assert page.texts
 
 
-def test_of_a_failed_run_says_why():
-    cell = CellResult("", "prelort", 0, run_history(stop=1), reason="out of memory")
-    page = Page(render(Results([cell], "prelort", "x")))
-    assert "failed: out of memory" in page.texts
-
-
-def test_values_that_are_not_finite_do_not_break_it():
-    history = run_history(finals={2: float("nan"), 4: float("inf")}, every=1,
-                          loss=lambda *_: float("nan"))  # fmt: skip
-    page = Page(render(runs(prelort=history)))
-    assert "nan" in page.texts
-    assert "Bytes by round" in page.titles
-
-
 def test_of_several_runs_compares_them_and_has_a_section_for_each():
     results = runs(prelort=run_history(every=1), flora=run_history(stop=2, every=1))
     page = Page(render(results))
