@@ -117,12 +117,6 @@ class TestByRound:
         assert found["prelort"][4] == pytest.approx((22 + 23 + 23) / 3)
         assert charts.by_round(study(TWO), "", "perplexity") is None  # measured at both ends only
 
-    def test_many_rounds_are_thinned_and_the_last_one_stays(self):
-        results = runs(a=run_history(rounds=500, every=1, clients=("json",), finals={2: 3.0}))
-        found = points(charts.by_round(results, "", "perplexity"))["rank 2"]
-        assert len(found) <= 201
-        assert found[500] == 3.0
-
     def test_training_loss_of_one_run_has_its_clients_range(self):
         results = runs(a=run_history(finals={2: 27.0, 8: 22.0}))
         chart = charts.training_loss(results, "")
@@ -142,8 +136,6 @@ class TestByRound:
         assert bars["down, to the clients", 2] == 7500
         phases = {row["series"] for row in rows(charts.time_by_phase(results))}
         assert phases == {"train", "aggregate", "evaluate"}
-        many = charts.traffic(runs(a=run_history(rounds=500, clients=("json",), finals={2: 3.0})))
-        assert {row["round"] for row in rows(many)} == set(range(2, 501, 3))
 
 
 class TestDifferences:

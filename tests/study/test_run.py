@@ -26,7 +26,7 @@ from prelort.history import RunHistory
 from prelort.report.results import Results
 from prelort.study.definition import Study, load
 from prelort.study.results import wait_for
-from prelort.study.run import StudyListener, run_study
+from prelort.study.run import run_study
 from prelort.study.worker import Job, Worker
 from run_files import adapters_of
 
@@ -47,8 +47,8 @@ NEEDS_ONE_RANK = "method 'fedit' needs one rank for all clients"
 
 
 @dataclass
-class Record(StudyListener):
-    """What a listener was told."""
+class Record:
+    """What a display was given to show."""
 
     kept_cells: int = 0
     begun: list[str] = field(default_factory=list)
