@@ -144,12 +144,6 @@ def test_no_header_is_refused() -> None:
             wire.header(given, TrainReply)
 
 
-class TestSize:
-    def test_does_not_depend_on_the_time_taken(self) -> None:
-        times = (0.0, 1e-7, 0.05, 0.049566507999, 3.0, 1234.5678, 1e5)
-        assert len({wire.size(reply(seconds=seconds)) for seconds in times}) == 1
-
-
 # Adapters
 
 
@@ -161,11 +155,6 @@ class TestAdapter:
             received, second = wire.adapter(content, wire.header(content, TrainReply))
             assert same_bits(received, sent.to(DTYPES[dtype]))
             assert second is None
-
-    def test_special_numbers_keep_their_bits(self) -> None:
-        sent = make_adapter(4)
-        sent.layers["model.q_proj"].A[0] = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 3.4e38, 1e-38])
-        assert same_bits(wire.adapter(reply(sent), request())[0], sent)
 
     def read(self, blob: bytes | None, stype: str = "safetensors") -> LoraAdapter:
         return wire.adapter(raw_content(None, blob, stype), request())[0]

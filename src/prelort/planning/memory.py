@@ -130,16 +130,16 @@ def largest_rank(config: Config, budget_bytes: int, max_rank: int) -> int:
 
 def _estimate(rehearsal: Rehearsal) -> Estimate:
     peak = int(rehearsal.live.argmax())
-    gradients = round(rehearsal.gradients[peak])
-    total = round(rehearsal.live[peak])
+    gradients = rehearsal.gradients[peak]
     fixed = rehearsal.weights + rehearsal.adapter + rehearsal.optimiser
-    return Estimate(
+    sizes = (
         rehearsal.rank,
         rehearsal.weights,
         rehearsal.adapter,
         gradients,
         rehearsal.optimiser,
-        total - fixed - gradients,
+        rehearsal.live[peak] - fixed - gradients,
         rehearsal.down,
         rehearsal.up,
     )
+    return Estimate(*map(round, sizes))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -63,14 +63,14 @@ class Rehearsal:
     the two messages.
     """
 
-    rank: int
-    weights: int
-    adapter: int
-    optimiser: int
+    rank: float
+    weights: float
+    adapter: float
+    optimiser: float
     live: NDArray[np.float64]
     gradients: NDArray[np.float64]
-    down: int
-    up: int
+    down: float
+    up: float
 
     def between(self, other: Rehearsal, rank: int) -> Rehearsal | None:
         """The rehearsal at a rank between two, None if their operations differ.
@@ -80,20 +80,8 @@ class Rehearsal:
         if len(self.live) != len(other.live):
             return None
         share = (rank - self.rank) / (other.rank - self.rank)
-
-        def interpolated(low: Any, high: Any) -> Any:
-            return low + share * (high - low)
-
-        return Rehearsal(
-            rank,
-            self.weights,
-            round(interpolated(self.adapter, other.adapter)),
-            round(interpolated(self.optimiser, other.optimiser)),
-            interpolated(self.live, other.live),
-            interpolated(self.gradients, other.gradients),
-            round(interpolated(self.down, other.down)),
-            round(interpolated(self.up, other.up)),
-        )
+        ends = [(getattr(self, one.name), getattr(other, one.name)) for one in fields(self)]
+        return Rehearsal(*(low + share * (high - low) for low, high in ends))
 
 
 class Rehearser:
