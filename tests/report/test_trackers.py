@@ -265,3 +265,10 @@ class TestTheLibraries:
         monkeypatch.setenv("WANDB_MODE", "offline")
         run = self.track(tmp_path, "wandb")
         assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{run}/run-{run}.wandb"))) >= 1
+
+    def test_dvclive(self, tmp_path: Path) -> None:
+        pytest.importorskip("dvclive", reason="needs dvclive")
+        self.track(tmp_path, "dvclive")
+        file = tmp_path / "dvclive" / "plots" / "metrics" / "train" / "loss.tsv"
+        rows = [line.split("\t") for line in file.read_text().splitlines()[1:]]
+        assert tuple((int(step), float(value)) for step, value in rows) == self.LOSSES
