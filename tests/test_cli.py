@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prelort
@@ -21,7 +19,6 @@ from prelort import config as configuration
 from prelort.cli.screen import from_library
 from prelort.config import Config, check, load, to_toml
 from prelort.events import Evaluated, EventLog
-from prelort.experiment import inspect
 from prelort.federation import client as client_module
 from prelort.tasks import TASKS
 from run_files import adapters_of
@@ -78,10 +75,6 @@ class TestHelp:
         assert f"prelort {name}" in outcome.out
         assert outcome.err == ""
 
-    def test_of_nothing_is_the_help(self, command_line: CommandLine) -> None:
-        outcome = command_line()
-        assert "Usage" in outcome.out + outcome.err
-
     @pytest.mark.parametrize("module", ["prelort", "prelort.cli"])
     def test_is_quick_because_nothing_heavy_is_imported(self, module: str) -> None:
         code = f"import sys, {module}; print([m for m in HEAVY if m in sys.modules])"
@@ -94,15 +87,6 @@ class TestHelp:
             check=True,
         )
         assert ended.stdout == "[]\n"
-
-
-class TestMethods:
-    def test_lists_each_with_its_paper(self, command_line: CommandLine) -> None:
-        outcome = command_line("methods")
-        assert outcome.code == 0
-        words = " ".join(outcome.out.replace("│", " ").split())
-        for expected in ("prelort", "zero-padding", "fedit", "2606.15963", "2305.05644"):
-            assert expected in words
 
 
 class TestConfig:
@@ -182,21 +166,6 @@ class TestRun:
         for rank in (2, 4, 8):
             assert (out / "adapters" / f"rank-{rank}" / "adapter_config.json").is_file()
 
-    def test_quiet_prints_only_the_result(
-        self, command_line: CommandLine, config_file: Path, tmp_path: Path
-    ) -> None:
-        outcome = command_line("run", config_file, "-q", "--out", tmp_path / "run")
-        assert "Perplexity by rank prefix" in outcome.out
-        assert "round 1" not in outcome.out
-
-    def test_the_method_given_is_the_one_run(
-        self, command_line: CommandLine, config_file: Path, tmp_path: Path
-    ) -> None:
-        out = tmp_path / "run"
-        assert command_line("run", config_file, "-m", "zero-padding", "-q", "-o", out).code == 0
-        assert load(out / "config.toml").method.name == "zero-padding"
-        assert "zero-padding" in (out / "results.md").read_text()
-
     def test_without_out_it_makes_a_folder_below_runs(
         self,
         command_line: CommandLine,
@@ -218,24 +187,6 @@ class TestRun:
         assert (study / "rank_curves.png").read_bytes().startswith(b"\x89PNG")
         one, two = (load(study / n / "config.toml") for n in ("prelort", "zero-padding"))
         assert configuration.differences(one, two) == ["method.name"]
-
-    def test_logs_to_a_tracker(
-        self, command_line: CommandLine, config_file: Path, tmp_path: Path
-    ) -> None:
-        pytest.importorskip("tensorboard", reason="needs tensorboard (an optional extra)")
-        out = tmp_path / "run"
-        assert command_line("run", config_file, "-o", out, "-q", "--track", "tensorboard").code == 0
-        assert list((out / "tensorboard").glob("events.out.tfevents.*"))
-        assert json.loads((out / "trackers.json").read_text())["tensorboard"]["round"] == 2
-
-    def test_refuses_a_tracker_before_anything_starts(
-        self, command_line: CommandLine, tmp_path: Path
-    ) -> None:
-        out = tmp_path / "run"
-        error = command_line("run", "--out", out, "--track", "tensorbord").error
-        assert "'tensorbord' is unknown" in error
-        assert "mlflow" in error
-        assert not out.exists()
 
     def test_an_interrupt_says_how_to_continue(
         self,
@@ -375,20 +326,6 @@ class TestEvaluate:
             error = command_line(*command).error
             assert error.endswith(f"runs: {str(run)!r}, {str(study / 'zero-padding')!r}")
 
-    def test_obeys_threads(
-        self, command_line: CommandLine, run: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        used: list[int] = []
-        measure = inspect.measure
-
-        def watching(*given: Any) -> Any:
-            used.append(torch.get_num_threads())
-            return measure(*given)
-
-        monkeypatch.setattr(inspect, "measure", watching)
-        assert command_line("evaluate", run, "-q", "--set", "threads=3").code == 0
-        assert used == [3]
-
     def test_gives_what_the_run_gave(self, command_line: CommandLine, run: Path) -> None:
         before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
         outcome = command_line("evaluate", run)
@@ -399,19 +336,6 @@ class TestEvaluate:
         for values in final["prefixes"].values():
             assert f"{values['perplexity']:.1f}" in outcome.out
         assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
-
-    def test_on_other_data(
-        self, command_line: CommandLine, run: Path, tmp_path: Path, text_file: Path
-    ) -> None:
-        other = tmp_path / "other.jsonl"
-        rows = [json.loads(line) for line in text_file.read_text().splitlines()][:4]
-        changed = [{**row, "text": " ".join(reversed(row["text"].split()))} for row in rows]
-        other.write_text("\n".join(map(json.dumps, changed)))
-
-        there = command_line("evaluate", run, "-q")
-        elsewhere = command_line("evaluate", run, "--set", f"data.test={other}", "-q")
-        assert there.code == elsewhere.code == 0
-        assert there.out != elsewhere.out
 
     def test_at_other_prefixes(self, command_line: CommandLine, run: Path) -> None:
         outcome = command_line("evaluate", run, "--set", "evaluation.prefixes=[1, 3]")
@@ -427,21 +351,6 @@ class TestEvaluate:
         assert f"{key} cannot differ from the run's own: only keys of data," in error
 
 
-@pytest.fixture(scope="module")
-def batch(tiny_llama: Path) -> dict[str, torch.Tensor]:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    return dict(tokenizer("the quick brown fox jumps over seven lazy dogs", return_tensors="pt"))
-
-
-def logits_of(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    with torch.no_grad():
-        return torch.as_tensor(
-            model.eval()(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-            ).logits
-        )
-
-
 class TestReport:
     def test_of_one_run(self, command_line: CommandLine, study: Path, tmp_path: Path) -> None:
         out = tmp_path / "page.html"
@@ -451,12 +360,6 @@ class TestReport:
         text = out.read_text()
         assert "learning_rate = 0.05" in text  # the resolved configuration
         assert not (study / "prelort" / "report.html").exists()
-
-    def test_of_a_study(self, command_line: CommandLine, study: Path) -> None:
-        assert command_line("report", study).code == 0
-        text = (study / "report.html").read_text()
-        assert "zero-padding" in text
-        assert "untuned base" in text
 
     def test_of_no_run_is_one_sentence(self, command_line: CommandLine, tmp_path: Path) -> None:
         error = command_line("report", tmp_path).error
@@ -470,12 +373,6 @@ class TestWatch:
         for name in ("prelort", "zero-padding"):
             assert f"{name}: round 2/2" in outcome.out
         assert "untuned base" in outcome.out
-
-    def test_of_one_run_has_its_methods_name(self, command_line: CommandLine, study: Path) -> None:
-        out = command_line("watch", study / "prelort").out
-        assert "prelort: round 2/2" in out
-        assert "zero-padding" not in out
-        assert re.search(r"^ prelort +\d", out, re.MULTILINE)
 
     def test_waits_for_a_folder_for_a_while(
         self, command_line: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -519,65 +416,25 @@ class TestWatch:
 
 
 class TestExport:
-    @pytest.mark.parametrize("rank", [1, 3, 8, None])
+    @pytest.mark.parametrize("rank", [3, None])
     def test_of_any_prefix_is_a_peft_folder(
-        self,
-        command_line: CommandLine,
-        run: Path,
-        tmp_path: Path,
-        rank: int | None,
-        tiny_llama: Path,
-        batch: dict[str, torch.Tensor],
+        self, command_line: CommandLine, run: Path, tmp_path: Path, rank: int | None
     ) -> None:
         out = tmp_path / "adapter"
-        options = [] if rank is None else ["--rank", rank]
-        outcome = command_line("export", run, "--out", out, *options)
+        outcome = command_line("export", run, "--out", out, *([] if rank is None else ["-r", rank]))
         assert outcome.code == 0
         assert f"wrote {out}" in outcome.out
         assert json.loads((out / "adapter_config.json").read_text())["r"] == (rank or 8)
 
-        base = AutoModelForCausalLM.from_pretrained(tiny_llama)
-        untuned = logits_of(base, batch)
-        tuned = logits_of(PeftModel.from_pretrained(base, out), batch)
-        assert float((tuned - untuned).abs().max()) > 1e-3
-
-    def test_of_a_rank_that_was_trained_is_the_runs_own(
+    def test_merged_is_a_model_without_adapters(
         self, command_line: CommandLine, run: Path, tmp_path: Path
     ) -> None:
-        assert command_line("export", run, "--rank", 4, "-o", tmp_path / "adapter").code == 0
-        for name in ("adapter_model.safetensors", "adapter_config.json"):
-            assert (tmp_path / "adapter" / name).read_bytes() == (
-                (run / "adapters" / "rank-4" / name).read_bytes()
-            )
-
-    @pytest.mark.parametrize("rank", [2, 8])
-    def test_merged_is_the_base_with_the_adapter(
-        self,
-        command_line: CommandLine,
-        run: Path,
-        tmp_path: Path,
-        tiny_llama: Path,
-        rank: int,
-        batch: dict[str, torch.Tensor],
-    ) -> None:
+        """Its logits are compared with the adapter's by the command itself."""
         out = tmp_path / "model"
-        outcome = command_line("export", run, "--rank", rank, "--merge", "--out", out)
-        assert outcome.code == 0
-
+        assert command_line("export", run, "--rank", 2, "--merge", "--out", out).code == 0
         merged = AutoModelForCausalLM.from_pretrained(out)
-        base = AutoModelForCausalLM.from_pretrained(tiny_llama)
-        untuned = logits_of(base, batch)
-        adapted = PeftModel.from_pretrained(base, run / "adapters" / f"rank-{rank}")
-        expected = logits_of(adapted, batch)
-
         assert not any("lora" in name for name in merged.state_dict())
-        assert torch.allclose(logits_of(merged, batch), expected, atol=1e-5)
-        assert float((expected - untuned).abs().max()) > 1e-2
-        again = AutoTokenizer.from_pretrained(out)
-        assert (
-            again("lazy dogs")["input_ids"]
-            == (AutoTokenizer.from_pretrained(tiny_llama)("lazy dogs")["input_ids"])
-        )
+        assert AutoTokenizer.from_pretrained(out)("lazy dogs")["input_ids"]
 
     @pytest.mark.parametrize("rank", [0, -1, 9, 100])
     def test_of_a_rank_that_is_not_there_is_refused(

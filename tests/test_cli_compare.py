@@ -90,19 +90,3 @@ def test_what_is_wrong_is_one_sentence_and_leaves_nothing(
     outcome = command_line("compare", study, "--out", out, *arguments)
     assert outcome.error.startswith(sentence)
     assert not out.exists()
-
-
-def test_a_study_that_is_not_there(command_line: CommandLine, tmp_path: Path) -> None:
-    outcome = command_line("compare", tmp_path / "none.toml")
-    assert outcome.error == f"configuration file {str(tmp_path / 'none.toml')!r} does not exist"
-
-
-def test_a_study_is_no_run(command_line: CommandLine, study: Path) -> None:
-    outcome = command_line("run", study)
-    assert outcome.error == "the section [compare] makes this a study: `prelort compare` runs it"
-
-
-def test_help_has_examples(command_line: CommandLine) -> None:
-    out = command_line("compare", "--help").out
-    assert "prelort compare study.toml --out results/study --jobs 2" in out
-    assert "[compare]" in out

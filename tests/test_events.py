@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,9 @@ from hypothesis import strategies as st
 
 from equality import equal
 from histories import run_events
-from prelort import events
 from prelort.errors import CheckpointError, PrelortError
 from prelort.events import (
     KINDS,
-    ClientFinished,
     Event,
     EventLog,
     RankChanged,
@@ -62,16 +59,6 @@ def test_every_event_is_read_as_it_was_written(event: Event) -> None:
     assert equal(decode(line), event)
 
 
-@pytest.mark.parametrize(
-    "value, text", [(math.nan, "NaN"), (math.inf, "Infinity"), (-math.inf, "-Infinity")]
-)
-def test_numbers_that_json_lacks_are_words(value: float, text: str) -> None:
-    event = ClientFinished(1, "a", 4, value, 10, 2, 2, 0.5, 100, validation_loss=value)
-    line = json.loads(encode(event))
-    assert line["loss"] == line["validation_loss"] == text
-    assert equal(decode(json.dumps(line)), event)
-
-
 def test_a_line_has_the_events_name_its_round_and_the_time() -> None:
     time = datetime(2026, 1, 2, 3, 4, 5, 678000, UTC)
     line = json.loads(encode(RankChanged(2, "a", 4, 8, "the client's offer", time=time)))
@@ -84,11 +71,6 @@ def test_a_line_has_the_events_name_its_round_and_the_time() -> None:
         "new_rank": 8,
         "reason": "the client's offer",
     }
-
-
-def test_events_of_the_moment_are_not_logged() -> None:
-    moment = {name for name, kind in KINDS.items() if not kind.logged}
-    assert moment == {"loading", "run_resumed", "evaluating", "checkpointed"}
 
 
 @pytest.mark.parametrize(
@@ -214,18 +196,3 @@ class TestFollow:
         next(following)
         log.path.unlink()
         assert next(following) == ([], True)
-
-    def test_a_damaged_line_is_refused_by_its_number(self, log: EventLog) -> None:
-        following = log.follow()
-        self.append(log, self.EVENTS[:1])
-        next(following)
-        self.append(log, [], b"{]\n")
-        with pytest.raises(PrelortError, match="line 2, is not an event"):
-            next(following)
-
-
-def test_the_time_of_an_event_is_now_to_the_millisecond() -> None:
-    before = events.utc_now()
-    time = RunFinished(0).time
-    assert before <= time <= datetime.now(UTC)
-    assert time.microsecond % 1000 == 0

@@ -24,14 +24,12 @@ from prelort.events import (
     Evaluated,
     Event,
     EventLog,
-    RankChanged,
     RoundFinished,
     RoundRepeated,
     RoundSeconds,
     RoundStarted,
     RoundStats,
     RunFinished,
-    RunResumed,
     RunStarted,
     Waiting,
 )
@@ -186,27 +184,6 @@ def test_a_round_under_way_has_the_mean_loss_of_its_replies() -> None:
     history.apply(RoundFinished(1, RoundStats(2, 1, 1.25, 0, 0, RoundSeconds(1, 0, 0))))
     assert history.current is None
     assert history.rounds[1].loss == 1.25
-
-
-def test_a_rank_that_changed_is_the_clients_rank_at_once_and_an_incident() -> None:
-    changed = RankChanged(1, "a", 4, 8, "the client's offer")
-    history = RunHistory.of([changed])
-    assert history.clients["a"].rank == 8
-    assert history.incidents == [changed]
-
-
-def test_a_resumed_run_continues_after_the_round_of_its_checkpoint() -> None:
-    history = RunHistory.of([RunStarted(0, "prelort", "chat", 0, 5, 3, (4,)), RunResumed(3)])
-    assert (history.resumed, history.round, history.done) == (3, 3, 3)
-    assert history.current is None
-
-
-def test_waiting_ends_when_the_round_starts() -> None:
-    waiting = Waiting(1, (), ("a",), 1, START)
-    history = RunHistory.of([waiting])
-    assert history.waiting == waiting
-    history.apply(RoundStarted(1, ("a",)))
-    assert history.waiting is None
 
 
 def test_values_are_a_table_with_the_base_at_rank_0() -> None:

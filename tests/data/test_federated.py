@@ -291,11 +291,3 @@ def test_deals_real_classes(
     )
     assert len(rows.labels) == classes
     assert (sum(len(c.train) for c in rows.clients), len(rows.test)) == sizes
-
-
-@pytest.mark.real_data
-def test_deals_real_instructions_to_their_natural_clients(shared: Path) -> None:
-    path = str(shared / "data" / "dolly15k" / "dolly15k.jsonl")
-    rows = load(configured(path, task="instruction", partition={"column": "category"}))
-    assert len(rows.clients) == 8
-    assert sum(len(c.train) + len(c.test or ()) for c in rows.clients) == 15_003

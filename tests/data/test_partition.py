@@ -70,14 +70,6 @@ def test_every_row_has_one_client_with_a_minimum_and_by_the_seed(
     assert partition(rows, settings_, "label", seed) == parts
 
 
-def test_iid_sizes_differ_by_one_row_at_most() -> None:
-    parts = partition(rows_of(range(103)), config(by="iid", clients=10), None, 0)
-    assert sorted(sizes(parts)) == [10] * 7 + [11] * 3
-    assert [part.name for part in parts] == [f"client-{k}" for k in range(10)]
-    names = [p.name for p in partition(rows_of(range(40)), config(by="iid", clients=12), None, 0)]
-    assert names == sorted(names)
-
-
 def _mean_entropy(parts: Sequence[Part], labels: Sequence[int]) -> float:
     entropies = []
     for counts in histogram(parts, labels):

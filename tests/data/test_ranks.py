@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from prelort.config import RanksConfig
 from prelort.data.ranks import assign
-from prelort.data.shares import apportion
 from prelort.errors import ConfigError
 
 WEIGHTS = st.lists(st.integers(1, 20), min_size=1, max_size=6)
@@ -17,14 +16,6 @@ WEIGHTS = st.lists(st.integers(1, 20), min_size=1, max_size=6)
 
 def assigned(mix: str, clients: int, how: str = "in-order", seed: int = 0) -> list[int]:
     return assign(RanksConfig(mix=mix, assign=how), [10] * clients, seed)  # type: ignore[arg-type]
-
-
-@given(weights=WEIGHTS, total=st.integers(0, 100))
-def test_apportioned_counts_keep_their_shares_to_within_one(weights: list[int], total: int) -> None:
-    counts = apportion(total, weights, at_least_one=False)
-    assert sum(counts) == total
-    for count, weight in zip(counts, weights, strict=True):
-        assert abs(count - Fraction(total * weight, sum(weights))) < 1
 
 
 @given(weights=WEIGHTS, clients=st.integers(1, 60))

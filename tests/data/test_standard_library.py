@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset
 
 from prelort.data import standard_library
-from prelort.data.standard_library import SourceFile, cut, find_clients, load, split
+from prelort.data.standard_library import find_clients, load, split
 from prelort.errors import PrelortError
 
 
@@ -73,10 +73,9 @@ def test_modules_fill_up_where_packages_are_missing(tmp_path: Path) -> None:
     for letter in "abcdefghijklmnopq":
         write(tmp_path, f"{letter}_module.py", lines=2_100 if letter < "d" else 2_500)
     clients = find_clients(tmp_path)
-    names = [client.name for client in clients]
-    assert names == ["json", *(f"modules {letter}" for letter in "adefghijklmnopq")]
-    assert all(client.train and client.test for client in clients)
-    assert not any("test" in file.path for client in clients for file in client.train)
+    assert list(clients) == ["json", *(f"modules {letter}" for letter in "adefghijklmnopq")]
+    assert all(train and test for train, test in clients.values())
+    assert not any("test" in path for train, _ in clients.values() for path in train)
 
 
 def test_a_library_without_source_is_refused(tmp_path: Path) -> None:
@@ -86,8 +85,7 @@ def test_a_library_without_source_is_refused(tmp_path: Path) -> None:
 
 def test_a_package_of_one_file_is_cut_by_lines() -> None:
     text = "".join(f"line {number}\n" for number in range(10))
-    client = split("p", [SourceFile("p/a.py", text)])
-    assert [file.path for file in client.train + client.test] == ["p/a.py:1-8", "p/a.py:9-10"]
-    assert client.train[0].text + client.test[0].text == text
-    first, second = cut(SourceFile("p/a.py", "pass\n"))
-    assert (first.text, second.text) == ("pass\n", "")  # a file of one line stays whole
+    train, test = split({"p/a.py": text})
+    assert [*train, *test] == ["p/a.py:1-8", "p/a.py:9-10"]
+    assert train["p/a.py:1-8"] + test["p/a.py:9-10"] == text
+    assert split({"p/a.py": "pass\n"}) == ({"p/a.py:1-1": "pass\n"}, {})

@@ -48,15 +48,12 @@ class Played:
     weights: str = "examples"
     layers: list[str] = field(default_factory=lambda: ["wide", "tall"])
 
-    def collector(self, budget=Budget()):
+    def numbers(self, budget=Budget()):
         clients, weight = [u.client for u in self.updates], weighting(self.weights)
-        return Collector(self.method, self.state, clients, weight, 0, budget)
-
-    def numbers(self, order=None, budget=Budget(), exact=False):
-        collector = self.collector(budget)
-        for index in order or range(len(self.updates)):
-            collector.add(self.sent[index], self.updates[index])
-        return (collector.measure if exact else collector.result)(self.after)
+        collector = Collector(self.method, self.state, clients, weight, 0, budget)
+        for sent, update in zip(self.sent, self.updates, strict=True):
+            collector.add(sent, update)
+        return collector.result(self.after)
 
 
 def moved_by(broadcast, seed, step):
@@ -301,7 +298,6 @@ def test_before_anything_is_learnt():
 
 
 def test_too_many_dimensions_leave_out_the_clients():
-    """Nor are the replies kept: else memory would grow with the number of clients."""
     played = play("prelort", [(2, 3), (4, 3), (RANK, 4)], 2)
     expected, few = played.numbers(), Budget(dimensions=2 * RANK + 3)
     found = played.numbers(budget=few)
@@ -312,11 +308,6 @@ def test_too_many_dimensions_leave_out_the_clients():
     for key in ("truncation_noise", "least_truncation_noise", "effective_rank", "dimension_energy"):
         assert found[key] == expected[key]
     assert played.numbers(budget=Budget(dimensions=1))["layers"] == {"measured": 0, "of": 2}
-    collector, kept = played.collector(Budget(dimensions=8)), []
-    for sent, update in zip(played.sent, played.updates, strict=True):
-        collector.add(sent, update)
-        kept.append(len(collector.replies))
-    assert kept == [1, 2, 0]
 
 
 def test_dimensions_that_moved_have_no_tail():

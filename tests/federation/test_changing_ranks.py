@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from prelort import methods
 from prelort.config import Config, MethodConfig
-from prelort.errors import QuorumError
 from prelort.events import ClientFailed, ClientFinished, RankChanged, RoundStarted
 from prelort.federation import wire
 from prelort.federation.allocation import Allocation, ByLoss
@@ -67,12 +66,6 @@ def usual(**changed: int) -> dict[str, int]:
 # Offers
 
 
-def test_ranks_stay_where_nobody_changes_them() -> None:
-    run = rounds({("site-1", 1): {"next_rank": 4}}, make_config(rounds=3))  # the one that it has
-    assert ranks_asked(run) == {number: usual() for number in (1, 2, 3)}
-    assert (run.state.ranks, run.rank_changes()) == ({}, [])
-
-
 @pytest.mark.parametrize("offer", [1, 3, 5, 8])
 @pytest.mark.parametrize("max_rank", [0, 8])
 def test_an_offered_rank_is_used_from_the_next_round_on(offer: int, max_rank: int) -> None:
@@ -109,14 +102,6 @@ def test_a_refused_reply_offers_nothing() -> None:
     assert failed.keys() == {"site-0", "site-1"}
     assert failed["site-0"] == "offers rank 9, but the global adapter has 8"
     assert ranks_asked(run)[2] == usual(site_2=4)
-
-
-def test_a_round_without_a_quorum_changes_no_ranks() -> None:
-    replies = {("site-0", 1): {"next_rank": 8}, ("site-1", 1): {"base": "another"}}
-    run = make_run(small_client_app(CLIENTS, replies=replies), make_config(quorum=4))
-    with pytest.raises(QuorumError):
-        run.train()
-    assert (run.state.ranks, run.rank_changes()) == ({}, [])
 
 
 # Pruned replies

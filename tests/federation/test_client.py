@@ -358,21 +358,6 @@ def test_it_goes_on_with_its_own_also_after_a_change_of_rank(own: Bench, rank: i
     assert_same(found, {n: t for n, t in expected.tensors().items() if "lora_A" in n})
 
 
-def test_it_measures_with_its_own_too(own: Bench) -> None:
-    test = examples_of(own.folder, 1, count=7)
-    own.client = replace(own.client, test=test)
-    own.train(personal(own.trained.prefix(4)))
-    shared = trained_adapter(own.runtime.model, RULE, seed=9).prefix(4)
-
-    head = wire.header(own.measure(personal(shared)).content, messages.EvaluateReply)
-
-    expected = own.loss(Broadcast(with_own(own, shared, own_tensors(own)(1))), test)
-    assert head.metrics == pytest.approx(expected, rel=5e-6)
-    before = own.measure(personal(shared), round=0)
-    other = wire.header(before.content, messages.EvaluateReply).metrics["loss"]
-    assert other != pytest.approx(expected["loss"], rel=5e-5)
-
-
 def test_without_a_place_to_keep_it_a_personal_round_is_refused(bert: Bench) -> None:
     said = bert.refusal(personal(bert.trained.prefix(4)))
     assert said == "has no place to keep its own factors: this method needs one"
@@ -429,12 +414,6 @@ def test_its_measurements_are_those_of_what_it_received(bench: Bench) -> None:
     assert head.metrics == pytest.approx(bench.loss(sent, test), rel=5e-6)
     assert (head.client, head.round, head.examples, head.rank) == ("site-0", 1, 7, 4)
     assert "adapter" not in reply.content  # nothing but numbers goes back
-
-
-def test_only_the_metrics_that_were_asked_for_are_measured(bert: Bench) -> None:
-    bert.client = replace(bert.client, test=examples_of(bert.folder, 1))
-    reply = bert.measure(Broadcast(bert.trained.prefix(4)), metrics=("accuracy",))
-    assert wire.header(reply.content, messages.EvaluateReply).metrics.keys() == {"accuracy", "loss"}
 
 
 def test_without_test_rows_it_says_so(bench: Bench) -> None:

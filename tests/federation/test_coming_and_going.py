@@ -176,11 +176,6 @@ class TestClientManager:
         assert connected == ["a"]
         assert 97.0 < left <= 100.0
 
-    def test_its_patience_ends(self) -> None:
-        grid = ChangingGrid(Node(client("a")))
-        assert self.gather(grid, 2, patience=50.0)[1] == ["a"]
-        assert 50.0 <= grid.now < 51.0
-
     def test_one_that_hangs_does_not_keep_the_others_for_long(self) -> None:
         grid = ChangingGrid(Node(client("a")), Node(client("b"), delay=1e9))
         assert self.gather(grid, 1)[1] == ["a"]
@@ -302,14 +297,6 @@ class TestRun:
         grid = ChangingGrid(Node(client("a")), Node(client("b")))
         self.train(grid, rounds=1)
         assert {name for kind, name in grid.asked if kind == "query.end"} == {"a", "b"}
-
-    def test_one_that_the_method_cannot_serve_beside_the_others_is_refused(self) -> None:
-        guest = Node(client("b", 8), online=lambda now: now >= 1.5)
-        grid = ChangingGrid(Node(client("a", 2)), guest)
-        # fedit needs one rank
-        run = self.train(grid, rounds=3, method="fedit", state=make_state(8))
-        assert {event.clients for event in run.of(RoundStarted)} == {("a",)}
-        assert {event.client for event in run.of(ClientRefused)} == {"b"}
 
     def test_one_that_cannot_be_served_does_not_count_and_is_not_asked_each_round(self) -> None:
         guest = Node(client("b", 8), online=lambda now: now >= 1.5)

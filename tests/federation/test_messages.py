@@ -96,14 +96,3 @@ def test_another_protocol_is_refused_as_such_even_where_its_keys_differ(
     content = with_header(wire.pack(kind.model_construct(protocol=protocol)), compression="zstd")
     with pytest.raises(UpdateRefused, match=f"^speaks protocol {protocol}, expected {PROTOCOL}$"):
         wire.header(content, kind)
-
-
-def test_a_site_of_another_protocol_is_refused_when_it_connects() -> None:
-    run = make_run(
-        small_client_app(CLIENTS, properties={1: {"protocol": PROTOCOL + 1}}),
-        make_config(clients_per_round=3),
-    )
-    run.train()
-    (refused,) = run.of(ClientRefused)
-    assert refused.reason == f"speaks protocol {PROTOCOL + 1}, expected {PROTOCOL}"
-    assert refused.round == 0

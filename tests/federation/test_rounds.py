@@ -82,14 +82,6 @@ class TestRequests:
             assert request.rank == request.levels[-1] == client.rank
             assert (request.round, request.rounds, request.seed) == (0, 1, 0)
 
-    def test_only_the_sampled_clients_are_asked(self) -> None:
-        run = make_run(small_client_app(CLIENTS), make_config(clients_per_round=2))
-        run.train()
-        asked = [event.clients for event in run.of(RoundStarted)]
-        finished = [event.client for event in run.of(ClientFinished)]
-        assert [len(names) for names in asked] == [2, 2]
-        assert finished == [name for names in asked for name in names]
-
     def test_bytes_are_those_of_the_messages(self) -> None:
         sizes = {"down": 0, "up": 0}
 
@@ -184,14 +176,6 @@ class TestFailures:
         (finished,) = run.of(RoundFinished)
         assert (finished.stats.replies, finished.stats.failures) == (3, 1)
 
-    def test_the_mean_loss_is_that_of_the_usable_replies(self) -> None:
-        app = small_client_app(CLIENTS, replies={("site-0", 1): {"loss": 7.0}})
-        run = make_run(app, ONE_ROUND)
-        run.train()
-        weights = [client.examples for client in CLIENTS]
-        expected = (7.0 * weights[0] + 1.5 * sum(weights[1:])) / sum(weights)
-        assert run.of(RoundFinished)[0].stats.loss == pytest.approx(expected, rel=1e-12)
-
 
 class TestQuorum:
     @pytest.mark.parametrize("quorum, enough", [(1, True), (3, True), (4, False), (0.75, True)])
@@ -238,12 +222,6 @@ class TestConnecting:
         ):
             run.train()
         assert not run.of(RoundStarted)
-
-    def test_nobody_who_fits_is_refused(self) -> None:
-        others = {index: {"scale": 8.0} for index in range(4)}
-        run = make_run(small_client_app(CLIENTS, properties=others))
-        with pytest.raises(ConfigError, match="no client can take part"):
-            run.train()
 
 
 class Watched(methods.PreLort):

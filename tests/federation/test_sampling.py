@@ -1,6 +1,3 @@
-import collections
-import math
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,14 +22,6 @@ def test_rounds_and_seeds_draw_differently() -> None:
     assert len(set(drawn)) > 20
 
 
-def test_everyone_is_drawn_about_as_often() -> None:
-    counts = collections.Counter(
-        name for index in range(2000) for name in sample(NAMES, 5, seed=0, round_index=index)
-    )
-    # Binomial with mean 500 and deviation 19.4: five deviations.
-    assert all(abs(counts[name] - 500) < 97 for name in NAMES)
-
-
 @pytest.mark.parametrize(
     "wanted, available, count",
     [(3, 10, 3), (3, 2, 3), (0.5, 10, 5), (0.5, 3, 2), (0.01, 10, 1), (1.0, 7, 7), (0.3, 10, 3)],
@@ -41,11 +30,6 @@ def test_count_is_a_number_or_a_share_rounded_up(
     wanted: int | float, available: int, count: int
 ) -> None:
     assert count_of(wanted, available) == count
-
-
-@given(st.integers(1, 1000), st.integers(1, 100))
-def test_a_share_of_a_hundredth_is_not_lost_to_rounding(available: int, percent: int) -> None:
-    assert count_of(percent / 100, available) == max(1, math.ceil(percent * available / 100))
 
 
 @pytest.mark.parametrize(
@@ -62,8 +46,3 @@ def test_numbers_that_cannot_work_out_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=said):
         check_numbers(clients, per_round, quorum)
-
-
-@given(st.integers(1, 50), st.floats(0.01, 1.0), st.floats(0.01, 1.0))
-def test_shares_always_work_out(clients: int, per_round: float, quorum: float) -> None:
-    check_numbers(clients, per_round, quorum)

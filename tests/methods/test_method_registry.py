@@ -72,14 +72,6 @@ def test_every_registered_method_says_what_it_is():
         assert "arXiv" in method.paper
 
 
-@pytest.mark.parametrize("typed, meant", [("prelrot", "prelort"), ("zero_padding", "zero-padding")])
-def test_an_unknown_method_is_an_error_with_the_nearest_name(typed, meant):
-    with pytest.raises(ConfigError, match=rf"unknown method '{typed}': did you mean '{meant}'\?"):
-        build(MethodConfig(name=typed), 0)
-    with pytest.raises(ConfigError, match=r"known are prelort, .*zero-padding, fedit, "):
-        find("xyz")
-
-
 def test_a_users_own_class_is_found_in_their_own_folder(own_file):
     method = build(MethodConfig(name="a_users_method:Mine"), 0)
     assert isinstance(method, PreLort)

@@ -51,7 +51,7 @@ def test_the_parts_are_those_of_the_shapes(settings: Callable[..., Config]) -> N
     assert 2 * 4 * numbers <= found.optimiser <= 2 * 4 * numbers + 4 * 8  # and steps counted
     base = load_model(config.model, "causal", pad_id=0)
     assert found.weights == sum(t.nbytes for t in [*base.parameters(), *base.buffers()])
-    total = found.weights + found.adapter + found.gradients + found.optimiser + found.activations
+    total = found.weights + found.adapter + found.optimiser + found.activations
     assert found.total == total
 
 

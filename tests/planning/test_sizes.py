@@ -1,7 +1,7 @@
 import pytest
 
 from prelort.errors import ConfigError
-from prelort.planning.sizes import parse, show
+from prelort.planning.sizes import parse
 
 
 @pytest.mark.parametrize(
@@ -30,20 +30,3 @@ def test_what_is_no_size_is_one_sentence(text: str) -> None:
 def test_nothing_is_no_memory(text: str) -> None:
     with pytest.raises(ConfigError, match="must be at least one byte"):
         parse(text)
-
-
-@pytest.mark.parametrize(
-    "count, expected",
-    [
-        (0, "0 B"),
-        (999, "999 B"),
-        (1023, "0.999 KiB"),
-        (1536, "1.5 KiB"),
-        (2**20, "1 MiB"),
-        (7.45 * 2**30, "7.45 GiB"),
-        (3 * 2**40, "3 TiB"),
-        (2**52, "4.1e+03 TiB"),
-    ],
-)
-def test_sizes_are_shown(count: float, expected: str) -> None:
-    assert show(count) == expected

@@ -1,11 +1,9 @@
 from __future__ import annotations
 
 import re
-import struct
 from pathlib import Path
 from typing import Any
 
-import pytest
 from datasets import Dataset
 from rich.console import Console
 
@@ -41,27 +39,6 @@ def test_summary_counts_rows_and_labels() -> None:
     assert line(lines, "[y]") == ["[y]", "8", "1,200", "-", "1", "0.00", "c 100 %"]
     assert line(lines, "all")[:6] == ["all", "4-8", "1,204", "1", "3", "0.03"]
     assert lines[-1].strip() == "left out: 1 more with 1 rows"
-
-
-def test_summary_without_labels_has_no_such_columns() -> None:
-    lines = printed(rows_of({"x": ["a"]}), None)
-    assert line(lines, "x") == ["x", "4", "1", "-"]
-
-
-def png_size(path: Path) -> tuple[int, int]:
-    data = path.read_bytes()
-    assert data.startswith(b"\x89PNG")
-    width, height = struct.unpack(">II", data[16:24])
-    return width, height
-
-
-@pytest.mark.parametrize("number", [1, 5, 100])
-def test_picture_of_any_number_of_clients(tmp_path: Path, number: int) -> None:
-    clients = {f"c{i}": ["a"] * (i + 1) + ["b"] * 2 for i in range(number)}
-    describe.picture(rows_of(clients), "label", tmp_path / "clients.png")
-    width, height = png_size(tmp_path / "clients.png")
-    assert 700 <= width <= 3000
-    assert 600 <= height <= 1200
 
 
 def test_picture_names_clients_labels_and_ranks(tmp_path: Path) -> None:

@@ -2,10 +2,10 @@
 
 from datetime import timedelta
 
-from histories import HOSTILE, START, run_history, troubled_events
-from prelort.events import ClientFailed, ClientRefused, RoundFinished, RunResumed, Waiting
+from histories import HOSTILE, START, troubled_events
+from prelort.events import ClientFailed, ClientRefused, RunResumed, Waiting
 from prelort.history import RunHistory
-from prelort.report.incidents import incidents, lines, waits_for
+from prelort.report.incidents import incidents, lines
 
 
 def test_the_same_incident_in_several_rounds_is_one():
@@ -29,10 +29,6 @@ def test_the_same_incident_in_several_rounds_is_one():
     assert [one.rounds[0] for one in found] == sorted(one.rounds[0] for one in found)
 
 
-def test_a_quiet_run_has_none():
-    assert incidents(run_history().incidents) == []
-
-
 def test_lines_for_a_terminal():
     events = [
         ClientFailed(3, "a\x1b[2J", 4, "timed\nout", time=START),
@@ -46,16 +42,3 @@ def test_lines_for_a_terminal():
     assert texts[2] == "round 5: resumed: from the checkpoint after round 5"
     assert texts[3].startswith("round 2: waiting: 2 more clients until ")
     assert texts[3].endswith("(missing: b, c)")
-
-
-def test_other_events_have_no_lines():
-    finished = next(e for e in troubled_events() if isinstance(e, RoundFinished))
-    assert list(lines(finished)) == ["round 1: no diagnostics: no memory"]
-    assert [line for event in troubled_events()[:2] for line in lines(event)] == [
-        "round 0: old-site refused: has another base model"
-    ]
-
-
-def test_one_missing_client_is_singular():
-    waiting = Waiting(1, ("a",), (), 2, START, time=START)
-    assert waits_for(waiting).startswith("1 more client until ")

@@ -20,11 +20,9 @@ from prelort.events import (
     ClientJoined,
     ClientLeft,
     ClientRefused,
-    Evaluating,
     EvaluationFailed,
     Event,
     EventLog,
-    Loading,
     RankChanged,
     RoundFinished,
     RoundRepeated,
@@ -36,7 +34,7 @@ from prelort.events import (
 )
 from prelort.history import RunHistory
 from prelort.report.live import Display, watch
-from prelort.report.status import details, elapsed, latest_metric, remaining, share_done
+from prelort.report.status import details, elapsed, remaining, share_done
 
 TWO = {2: 27.0, 16: 21.0}
 HOSTILE = "[red]evil[/red] :smile:\x1b[31m\nx"
@@ -122,11 +120,6 @@ class TestLines:
         assert "b" in incident.removeprefix("prelort: ")
         assert heads("\n".join(lines[:-1])) == [f"round {number}/3" for number in range(4)]
 
-    def test_changed_ranks_are_not(self) -> None:
-        events = run_events(rounds=1)
-        text = shown([*events[:-1], RankChanged(1, "b", 2, 4, "schedule"), events[-1]])
-        assert len(text.splitlines()) == len(shown(events).splitlines())
-
     def test_a_round_is_printed_when_its_checkpoint_is_written_or_the_run_stops(self) -> None:
         events = run_events(rounds=2)
         stop = at_round(events, 1, RoundFinished) + 1
@@ -185,18 +178,6 @@ class TestTerminal:
         assert rows["email"] == ["4", "answered", "2.500", "40", "12", "s", "3"]
         assert rows["new"] == ["–", "training", "0", "s", "0"]
 
-    def test_what_a_run_does_outside_rounds(self) -> None:
-        text = shown([Loading(0, "prelort", 4, 0)], terminal=True, stops=True)
-        assert "loading" in text
-        events = [*run_events(stop=1), Evaluating(1, 3, 4)]
-        assert "evaluating 75%" in shown(events, terminal=True, stops=True)
-        assert "evaluating" not in shown([*events, Checkpointed(1)], terminal=True, stops=True)
-
-    def test_incidents_stay_above_and_finished_runs_are_a_line(self) -> None:
-        text = shown(run_events(failures={2: ["json"]}), terminal=True)
-        assert "prelort: round 2: json failed: did not answer" in text
-        assert "prelort: finished in" in text
-
     def test_of_a_study_has_a_bar_for_all_and_one_for_each_cell(self) -> None:
         out = console(terminal=True)
         with Display(out, 3) as display:
@@ -239,13 +220,6 @@ class TestClients:
         events += [ClientJoined(2, "a", 16, time=START), RoundStarted(2, ("b",), time=START)]
         assert rows() == {"a": "16 idle 2.500", "b": "8 training 10"}
 
-    def test_that_are_missing_are_named_while_the_run_waits(self) -> None:
-        events = [STARTED, Waiting(1, ("a",), (HOSTILE,), 3, START, time=START)]
-        (line,) = drawn(events, width=120)
-        assert line.startswith("waiting for 2 more clients")
-        assert SHOWN in line
-        assert not any("waiting" in line for line in drawn([*events, RoundStarted(1, ("a",))]))
-
     @pytest.mark.parametrize("width", [10, 30, 60, 80, 200])
     @pytest.mark.parametrize("height", [0, 1, 2, 3, 5, 22])
     def test_fit_every_terminal(self, width: int, height: int) -> None:
@@ -278,12 +252,6 @@ class TestFiguresOfAHistory:
         assert remaining(history, now + timedelta(days=1)) == 0
         history.apply(Waiting(5, (), (), 1, START))
         assert remaining(history, now) is None
-
-    def test_in_the_first_round_it_is_that_of_the_clients_to_come(self) -> None:
-        events = run_events(rounds=10)
-        history = RunHistory.of(events[: at_round(events, 1, ClientFinished) + 1])
-        now = history.rounds[1].started + timedelta(seconds=4)
-        assert remaining(history, now) == pytest.approx(4 * 5 * 10 - 4)
 
     def test_what_an_earlier_process_took_does_not_count_after_resuming(self) -> None:
         started, *rest = run_events(rounds=10, stop=9)
@@ -319,13 +287,6 @@ class TestFiguresOfAHistory:
         assert share_done(history) == 1
         assert remaining(history, event.time) is None
         assert elapsed(history, START + timedelta(days=9)) == (event.time - START).total_seconds()
-
-    def test_the_latest_metric_is_that_of_the_lowest_and_highest_rank(self) -> None:
-        assert latest_metric(RunHistory()) == ""
-        assert latest_metric(RunHistory.of(run_events(stop=0))) == "base ppl 150.0"
-        history = RunHistory.of(run_events(finals={2: 0.5, 8: 0.75}, metric="accuracy"))
-        assert latest_metric(history) == "acc 50.0@2 75.0@8"
-        assert latest_metric(history, short=True) == "acc 75.0@8"
 
 
 class Writer:
@@ -388,15 +349,3 @@ class TestWatch:
             "continues after round 1", "round 2/3", "round 3/3",
             heads(text)[-1],
         ]  # fmt: skip
-
-    def test_cells_side_by_side(self, tmp_path: Path) -> None:
-        writer = Writer(tmp_path, "prelort", "fedit")
-        first, second = run_events("prelort", rounds=2), run_events("fedit", rounds=2)
-        for place in range(0, len(first), 5):
-            writer.then("prelort", first[place : place + 5])
-            writer.then("fedit", second[place : place + 5])
-        done, text = writer.watched()
-        assert done
-        for name in ("prelort", "fedit"):
-            assert f"{name}: round 2/2" in text
-        assert "2 of 2 cells" in text

@@ -68,11 +68,6 @@ class TestScores:
         assert half.shortfall == "measured after round 2 of 4"
         assert len(alone.scores)
 
-    def test_the_base_model_is_the_one_of_each_seed(self):
-        results = study(TWO, base=140.0)
-        assert results.base("", "perplexity") == {0: 140.0, 1: 140.0, 2: 140.0}
-        assert values(results.to_pandas(), rank=0, metric="perplexity") == [140.0] * 6
-
 
 class TestFrames:
     def test_every_value_is_in_the_long_frame(self):
@@ -115,10 +110,6 @@ class TestFrames:
         assert values(second, quantity="dimension_energy") == numbers["dimension_energy"]
         assert values(frame, round=1, quantity="client_drift") == []  # 0 / 0
 
-    def test_failed_diagnostics_have_no_rows(self):
-        results = runs(prelort=run_history(diagnostics=lambda number: {"failed": "no memory"}))
-        assert len(results.diagnostics) == 0
-
     def test_overview_says_where_each_cell_is_and_what_it_cost(self):
         done, half = run_history(), run_history(stop=2)
         cells = [
@@ -139,12 +130,6 @@ class TestFrames:
             prelort=run_history(), same=run_history("same"), less=run_history(failures={1: ["xml"]})
         )
         assert results.mismatched("") == ["less"]
-
-    def test_printed_they_are_a_line(self):
-        results = study(TWO)
-        assert repr(results) == "<Results 'a study': prelort, zero-padding; 6 of 6 runs finished>"
-        assert repr(results.cells[0]) == "<CellResult prelort, seed 0: finished>"
-        assert repr(results.cells[0].history) == "<RunHistory: round 4, 5 clients, finished>"
 
     def test_nothing_measured_makes_empty_frames(self):
         results = runs(prelort=RunHistory())

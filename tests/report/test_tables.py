@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from results_of import OTHER, REFERENCE, TWO, runs, study
+from results_of import OTHER, TWO, runs, study
 from rich.console import Console
 
 from histories import HOSTILE, round_diagnostics, run_history
@@ -87,17 +87,6 @@ class TestOneSeed:
         rows = rows_of(tables.of_setting(results, "")[0])
         assert [rows[name][0] for name in "abc"] == ["**20.0**", "**20.0**", "25.0"]
         assert [rows[name][1] for name in "abc"] == ["nan", "**30.0**", "inf"]
-
-    def test_higher_is_better_and_percent(self):
-        results = runs(
-            a=run_history(finals={2: 0.5}, metric="accuracy", base=0.25),
-            b=run_history(finals={2: 0.612}, metric="accuracy", base=0.25),
-        )
-        (table,) = tables.of_setting(results, "")
-        assert table.title.startswith("Accuracy (%)")
-        assert "higher is better" in table.title
-        rows = rows_of(table)
-        assert (rows[BASE][0], rows["a"][0], rows["b"][0]) == ("25.0", "50.0", "**61.2**")
 
     def test_bases_that_differ_are_noted(self):
         results = runs(a=run_history(base=150.0), b=run_history(base=140.0))
@@ -192,19 +181,6 @@ class TestDiagnostics:
         assert rows["flora"][0] == "0"
         assert "After round 12, over 28 of 28 layers." in table.notes
 
-    def test_undefined_numbers_are_dashes(self):
-        def empty(number):
-            numbers = round_diagnostics(number)
-            levels = dict.fromkeys(numbers["truncation_noise"])
-            numbers |= {"aggregation_noise": None, "tail_kept": levels, "dimension_energy": []}
-            return numbers | {"truncation_noise": levels, "least_truncation_noise": levels}
-
-        (table,) = tables.diagnostics(runs(a=run_history(rounds=1, diagnostics=empty)), "")
-        assert rows_of(table)["a"] == ["–", "–", "–", "0.7", "–", "–", "7", "–"]
-
-    def test_none_without_diagnostics(self):
-        assert tables.diagnostics(runs(prelort=run_history()), "") == []
-
 
 def test_markdown_shows_hostile_names_as_text():
     name = f"a|b*c`d`[x](y) {HOSTILE} \x1b[31m"
@@ -214,13 +190,6 @@ def test_markdown_shows_hostile_names_as_text():
     assert r"a\|b\*c\`d\`[x]\(y) &lt;script>" in text
     tops = [line for line in text.splitlines() if line.startswith("|")]
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in tops}) == 1
-
-
-def test_markdown_has_a_section_for_each_setting_and_facts():
-    results = replace(study({"prelort": REFERENCE}, ("iid", "skewed")), facts={"task": "x"})
-    text = tables.markdown(results)
-    assert re.findall(r"^#.*", text, re.MULTILINE)[:3] == ["# a study", "## iid", "## skewed"]
-    assert "task: x" in text
 
 
 def test_client_table_has_own_metrics_and_who_was_not_sampled():

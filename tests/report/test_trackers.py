@@ -23,7 +23,6 @@ from prelort.events import (
     RoundFinished,
     RunFinished,
     RunResumed,
-    RunStarted,
 )
 from prelort.report import trackers
 from prelort.report.trackers import FILE, Tracking, values_of
@@ -202,21 +201,6 @@ class TestValues:
         own = {n: ClientMetrics(2, 9, {"accuracy": a}) for n, a in (("a", 0.5), ("b", 1.0))}
         assert values_of(ClientsEvaluated(1, own, {}, 1.0))["accuracy/clients-mean"] == 0.75
 
-    def test_that_are_no_numbers_are_left_out(self) -> None:
-        names = ("a", "b", "c", "d", "e")
-        lost = next(
-            e
-            for e in run_events(clients=names, failures={1: names})
-            if isinstance(e, RoundFinished)
-        )
-        assert "train/loss" not in values_of(lost)
-        assert values_of(lost)["clients/failed"] == 5.0
-
-    def test_only_results_have_any(self) -> None:
-        assert not any(
-            values_of(e) for e in run_events() if isinstance(e, RunStarted | RunFinished)
-        )
-
 
 class TestCheck:
     def test_an_unknown_name_lists_what_is_allowed(self) -> None:
@@ -233,9 +217,6 @@ class TestCheck:
         )
         with pytest.raises(ConfigError, match=r"not installed .*tensorboard"):
             trackers.check(["tensorboard", missing[0]])
-
-    def test_a_class_registered_with_accelerate_is_known(self) -> None:
-        trackers.check(["recorder"])
 
 
 class TestTheLibraries:

@@ -38,11 +38,6 @@ def test_csv_files_have_the_frames(tmp_path):
     assert set(pd.read_csv(tmp_path / "cells.csv")["status"]) == {"finished"}
 
 
-def test_comparison_of_several_seeds_without_settings(tmp_path):
-    write_results(study(TWO), tmp_path)
-    assert (tmp_path / "comparison.png").is_file()
-
-
 def test_the_page_is_written_where_it_is_wanted(tmp_path):
     path = write_page(runs(prelort=run_history()), tmp_path / "page.html")
     assert path.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")

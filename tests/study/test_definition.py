@@ -74,12 +74,6 @@ def test_without_a_file_it_is_the_embedded_default() -> None:
     assert study.cells[0].config == default
 
 
-def test_options_replace_what_the_file_says(tmp_path: Path) -> None:
-    study = study_of(tmp_path, STUDY, methods=["zero-padding"], seeds=[0], reference="zero-padding")
-    assert [(c.method, c.seed) for c in study.cells] == [("zero-padding", 0)] * 2
-    assert study.cells[0].config.training.learning_rate == 2e-3
-
-
 @pytest.mark.parametrize("options", [{}, {"methods": ["prelort"], "seeds": [9]}])
 def test_the_resolved_study_is_a_file_that_means_the_same(
     tmp_path: Path, options: dict[str, object]
@@ -98,14 +92,6 @@ class TestRuns:
         assert (cell.folder, cell.name) == (Path(), "zero-padding")
         assert cell.config == load_config(None, ["seed=4", "method.name=zero-padding"])
         assert (study.methods, study.seeds, study.settings) == (("zero-padding",), (4,), ("",))
-
-    def test_several_methods_have_a_folder_each(self) -> None:
-        study = of_run(None, ["seed=4"], ["zero-padding", "prelort", "prelort"])
-        assert [(c.name, str(c.folder), c.seed) for c in study.cells] == [
-            ("zero-padding", "zero-padding", 4),
-            ("prelort", "prelort", 4),
-        ]
-        assert not study.is_run
 
     def test_a_studys_file_is_no_runs(self, tmp_path: Path) -> None:
         (tmp_path / "study.toml").write_text(STUDY)

@@ -24,9 +24,9 @@ from prelort.events import Checkpointed, Event, RoundFinished
 from prelort.experiment.folder import RunFolder
 from prelort.history import RunHistory
 from prelort.report.results import Results
-from prelort.study.definition import Study, load, of_run
-from prelort.study.results import logs_of, wait_for
-from prelort.study.run import StudyListener, run_study
+from prelort.study.definition import Study, load
+from prelort.study.results import wait_for
+from prelort.study.run import run_study
 from prelort.study.worker import Job, Worker
 from run_files import adapters_of
 
@@ -47,8 +47,8 @@ NEEDS_ONE_RANK = "method 'fedit' needs one rank for all clients"
 
 
 @dataclass
-class Record(StudyListener):
-    """What a listener was told."""
+class Record:
+    """What a display was given to show."""
 
     kept_cells: int = 0
     begun: list[str] = field(default_factory=list)
@@ -125,24 +125,6 @@ class TestResults:
         for name in ("results.md", "report.html", "cells.csv"):
             assert NEEDS_ONE_RANK.split("'")[2] in (out / name).read_text()
         assert not (out / "two-steps" / "fedit" / "seed-0").exists()
-
-    def test_the_measurements_are_those_of_the_runs(self, finished: Finished) -> None:
-        study, out, _, _ = finished
-        rows = table(out / "measurements.csv")
-        for cell in study.cells:
-            history = history_of(out / cell.folder)
-            own = {
-                (int(row["round"]), int(row["rank"])): float(row["value"])
-                for row in rows
-                if (row["setting"], row["method"], row["seed"])
-                == (cell.setting, cell.method, str(cell.seed))
-                and row["metric"] == "perplexity"
-            }
-            final = history.final.prefixes.items() if history.final is not None else ()
-            assert {rank: own[2, rank] for rank, _ in final} == {
-                rank: metrics["perplexity"] for rank, metrics in final
-            }
-            assert own.get((0, 0)) == history.base.get("perplexity")
 
     def test_costs_are_those_of_the_runs(self, finished: Finished) -> None:
         study, out, _, _ = finished
@@ -233,26 +215,6 @@ class TestContinuing:
         assert list(tmp_path.iterdir()) == []
 
 
-class TestRuns:
-    """A plain run is a study of one cell, in the folder itself."""
-
-    def test_leaves_its_results_in_its_folder(self, tmp_path: Path, write: Write) -> None:
-        out, record = tmp_path / "out", Record()
-        results = run_study(of_run(write("")), out, record, new=True)
-        assert record.begun == ["prelort"]
-        assert {"config.toml", "adapters", "results.md", "report.html", "rank_curves.png"} <= {
-            path.name for path in out.iterdir()
-        }
-        assert not (out / "study.toml").exists()
-        (cell,) = results.cells
-        assert cell.status == "finished"
-        assert prelort.read(out).to_pandas().equals(results.to_pandas())
-        before = adapters_of(out)
-        again = Record()
-        run_study(of_run(write("")), out, again)
-        assert (again.rounds, adapters_of(out)) == ({}, before)
-
-
 class TestReading:
     def test_a_folder_that_is_no_study_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "mine").write_text("mine")
@@ -273,17 +235,6 @@ class TestReading:
         assert "is not an event" in first.reason
         with pytest.raises(prelort.PrelortError, match="is not an event"):
             prelort.read(out / "prelort" / "seed-0")
-
-    def test_the_logs_to_watch_are_those_of_the_cells_that_did_not_fail(
-        self, finished: Finished
-    ) -> None:
-        study, out, _, _ = finished
-        logs = logs_of(study, out)
-        assert {name: log.path for name, log in logs.items()} == {
-            cell.name: out / cell.folder / "metrics.jsonl"
-            for cell in study.cells
-            if cell.method != "fedit"
-        }
 
 
 KILLED_ROUNDS = 60

@@ -11,7 +11,6 @@ import hashlib
 import string
 import sysconfig
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,27 +22,10 @@ if TYPE_CHECKING:
 # The packages of an ordinary CPython, 3.11 to 3.14. Left out are those that came or went in
 # between, and encodings and pydoc_data, which are generated tables rather than code.
 PACKAGES = (
-    "asyncio",
-    "collections",
-    "concurrent",
-    "ctypes",
-    "email",
-    "html",
-    "http",
-    "idlelib",
-    "importlib",
-    "json",
-    "logging",
-    "multiprocessing",
-    "re",
-    "tkinter",
-    "turtledemo",
-    "unittest",
-    "urllib",
-    "wsgiref",
-    "xml",
-    "xmlrpc",
-)
+    "asyncio", "collections", "concurrent", "ctypes", "email", "html", "http", "idlelib",
+    "importlib", "json", "logging", "multiprocessing", "re", "tkinter", "turtledemo", "unittest",
+    "urllib", "wsgiref", "xml", "xmlrpc",
+)  # fmt: skip
 TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
 MINIMUM_CLIENTS = 16
 MINIMUM_FILE_BYTES = 500  # a smaller file is a comment or a few imports, often alike
@@ -55,26 +37,8 @@ MINIMUM_FILES = 5  # fewer are cut by lines: each may be unlike the others
 LEAST_TEST_SHARE, MOST_TEST_SHARE = 0.1, 0.25
 
 
-@dataclass(frozen=True)
-class SourceFile:
-    """A file's text and its path relative to the library, with "/" between the parts."""
-
-    path: str
-    text: str
-
-    @property
-    def size(self) -> int:
-        """The text's length in bytes of UTF-8."""
-        return len(self.text.encode())
-
-
-@dataclass(frozen=True)
-class Client:
-    """One client's files, split in two; both halves are sorted by path."""
-
-    name: str
-    train: tuple[SourceFile, ...]
-    test: tuple[SourceFile, ...]
+Files = dict[str, str]
+"""A file's path relative to the library, with "/" between the parts -> its text."""
 
 
 def load() -> tuple[Dataset, Dataset]:
@@ -93,23 +57,22 @@ def load() -> tuple[Dataset, Dataset]:
 
     clients = find_clients(Path(sysconfig.get_path("stdlib")))
     features = Features({column: Value("string") for column in ("text", "client", "path")})
-
-    def dataset(rows: list[tuple[str, SourceFile]]) -> Dataset:
-        columns = {
-            "text": [file.text for _, file in rows],
-            "client": [client for client, _ in rows],
-            "path": [file.path for _, file in rows],
-        }
-        return Dataset.from_dict(columns, features=features)
-
-    return (
-        dataset([(client.name, file) for client in clients for file in client.train]),
-        dataset([(client.name, file) for client in clients for file in client.test]),
+    train, test = (
+        Dataset.from_list(
+            [
+                {"text": text, "client": client, "path": path}
+                for client, splits in clients.items()
+                for path, text in sorted(splits[half].items())
+            ],
+            features=features,
+        )
+        for half in (0, 1)
     )
+    return train, test
 
 
-def find_clients(library: Path) -> list[Client]:
-    """Return the clients of the library in this folder, sorted by name.
+def find_clients(library: Path) -> dict[str, tuple[Files, Files]]:
+    """The clients of the library in this folder, by name, each with its (train, test) files.
 
     They are its packages; where fewer than 16 are large enough, top-level modules grouped by their
     first letter ("modules a") fill up, the letters with the most source first.
@@ -117,93 +80,70 @@ def find_clients(library: Path) -> list[Client]:
     Raises:
         PrelortError: even so there are fewer than 16.
     """
-    groups = {name: read_files(library, (library / name).rglob("*.py")) for name in PACKAGES}
-    groups = {name: files for name, files in groups.items() if is_large_enough(files)}
+    groups = {name: _read(library, (library / name).rglob("*.py")) for name in PACKAGES}
+    groups = {name: files for name, files in groups.items() if _size(files) >= MINIMUM_BYTES}
     if len(groups) < MINIMUM_CLIENTS:
         # No private modules: one of them holds the settings this Python was built with.
         modules = {
-            f"modules {letter}": read_files(library, library.glob(f"{letter}*.py"))
+            f"modules {letter}": _read(library, library.glob(f"{letter}*.py"))
             for letter in string.ascii_lowercase
         }
-        large = [name for name, files in modules.items() if is_large_enough(files)]
-        large.sort(key=lambda name: (-total_size(modules[name]), name))
-        for name in large[: MINIMUM_CLIENTS - len(groups)]:
-            groups[name] = modules[name]
+        large = [name for name, files in modules.items() if _size(files) >= MINIMUM_BYTES]
+        large.sort(key=lambda name: (-_size(modules[name]), name))
+        groups |= {name: modules[name] for name in large[: MINIMUM_CLIENTS - len(groups)]}
     if len(groups) < MINIMUM_CLIENTS:
         raise PrelortError(
             f"The source of Python's standard library at {library} makes {len(groups)} clients "
             f"where {MINIMUM_CLIENTS} are needed; install Python with its library's source, or "
             "name another data set."
         )
-    return [split(name, limit_size(files)) for name, files in sorted(groups.items())]
+    return {name: split(_limited(files)) for name, files in sorted(groups.items())}
 
 
-def read_files(library: Path, paths: Iterable[Path]) -> list[SourceFile]:
-    """Read the files that are not tests, in an order that their paths' hashes shuffle."""
-    files = []
+def split(files: Files) -> tuple[Files, Files]:
+    """Split a client's files about 4:1 by bytes."""
+    size, test = _size(files), Files()
+    for path, text in files.items():
+        share = _size(test) / size
+        if share < TEST_SHARE and share + _bytes(text) / size <= MOST_TEST_SHARE:
+            test[path] = text
+    if len(files) >= MINIMUM_FILES and _size(test) >= LEAST_TEST_SHARE * size:
+        return {path: text for path, text in files.items() if path not in test}, test
+    train, test = Files(), Files()
+    for path, text in files.items():
+        lines = text.splitlines(keepends=True)
+        kept = len(lines) - int(len(lines) * TEST_SHARE)
+        train[f"{path}:1-{kept}"] = "".join(lines[:kept])
+        if "".join(lines[kept:]).strip():
+            test[f"{path}:{kept + 1}-{len(lines)}"] = "".join(lines[kept:])
+    return train, test
+
+
+def _read(library: Path, paths: Iterable[Path]) -> Files:
+    """The files that are not tests, in an order that their paths' hashes shuffle."""
+    files = Files()
     for path in paths:
         relative = path.relative_to(library)
         if not TEST_FOLDERS.intersection(relative.parts) and path.is_file():
             text = path.read_text(encoding="utf-8", errors="replace")
-            file = SourceFile(relative.as_posix(), text)
-            if file.size >= MINIMUM_FILE_BYTES:
-                files.append(file)
-    return sorted(files, key=lambda file: hashlib.sha256(file.path.encode()).digest())
+            if _bytes(text) >= MINIMUM_FILE_BYTES:
+                files[relative.as_posix()] = text
+    return dict(sorted(files.items(), key=lambda file: hashlib.sha256(file[0].encode()).digest()))
 
 
-def total_size(files: Iterable[SourceFile]) -> int:
-    """Return the bytes of all files together."""
-    return sum(file.size for file in files)
+def _limited(files: Files) -> Files:
+    """The first files that have `MAXIMUM_BYTES` together, or all if that would leave too few."""
+    chosen, left = Files(), MAXIMUM_BYTES
+    for path, text in files.items():
+        if _bytes(text) <= left:
+            chosen[path] = text
+            left -= _bytes(text)
+    return chosen if _size(chosen) >= MINIMUM_BYTES else files
 
 
-def is_large_enough(files: list[SourceFile]) -> bool:
-    """Say whether these files make a client."""
-    return total_size(files) >= MINIMUM_BYTES
+def _size(files: Files) -> int:
+    return sum(map(_bytes, files.values()))
 
 
-def fill(files: list[SourceFile], limit: float) -> list[SourceFile]:
-    """Return the files, first come first served, that together have at most limit bytes."""
-    chosen = []
-    for file in files:
-        if file.size <= limit:
-            chosen.append(file)
-            limit -= file.size
-    return chosen
-
-
-def limit_size(files: list[SourceFile]) -> list[SourceFile]:
-    """Return files of at most MAXIMUM_BYTES, or all of them if that would leave too few."""
-    limited = fill(files, MAXIMUM_BYTES)
-    return limited if is_large_enough(limited) else files
-
-
-def split(name: str, files: list[SourceFile]) -> Client:
-    """Split a client's files about 4:1 by bytes."""
-    size = total_size(files)
-    test: list[SourceFile] = []
-    for file in files:
-        tested = total_size(test)
-        if tested < TEST_SHARE * size and tested + file.size <= MOST_TEST_SHARE * size:
-            test.append(file)
-    if len(files) >= MINIMUM_FILES and total_size(test) >= LEAST_TEST_SHARE * size:
-        train = [file for file in files if file not in test]
-    else:
-        halves = [cut(file) for file in files]
-        train = [first for first, _ in halves]
-        test = [second for _, second in halves if second.text.strip()]
-    return Client(name, by_path(train), by_path(test))
-
-
-def cut(file: SourceFile) -> tuple[SourceFile, SourceFile]:
-    """Cut a file after about four fifths of its lines."""
-    lines = file.text.splitlines(keepends=True)
-    kept = len(lines) - int(len(lines) * TEST_SHARE)
-    return (
-        SourceFile(f"{file.path}:1-{kept}", "".join(lines[:kept])),
-        SourceFile(f"{file.path}:{kept + 1}-{len(lines)}", "".join(lines[kept:])),
-    )
-
-
-def by_path(files: Iterable[SourceFile]) -> tuple[SourceFile, ...]:
-    """Return the files sorted by path."""
-    return tuple(sorted(files, key=lambda file: file.path))
+def _bytes(text: str) -> int:
+    return len(text.encode())

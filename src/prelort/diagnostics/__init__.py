@@ -12,7 +12,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from prelort.config import Config
+from prelort.diagnostics.collector import Collector
 from prelort.diagnostics.observer import SafeCollector
 from prelort.methods import find, trait
 from prelort.methods.averaging import weighting
@@ -29,4 +32,6 @@ def observer(config: Config) -> Observe | None:
     if not config.evaluation.diagnostics or personal or config.privacy.epsilon is not None:
         return None
     weight = weighting(config.method.weights)
-    return lambda method, state, clients: SafeCollector(method, state, clients, weight, config.seed)
+    return lambda method, state, clients: SafeCollector(
+        partial(Collector, method, state, clients, weight, config.seed)
+    )

@@ -27,19 +27,19 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
-from prelort.adapters import Factors, LoraAdapter
+from prelort.adapters import LoraAdapter
 from prelort.diagnostics.rank_one_products import (
     LayerDimensions,
     Matrix,
     Numbers,
     Product,
     effective_rank,
-    equal,
     singular_energies,
 )
 from prelort.diagnostics.sample import Budget
@@ -54,41 +54,24 @@ DIGITS = 6
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
-    """A client's reply until the round ends: its measured layers and its weight."""
+class States:
+    """The global function around a round.
 
-    client: str
-    weight: float
-    received: LoraAdapter
-    frozen: LoraAdapter | None
-    scale_multiplier: float
-    trained: LoraAdapter
-
-
-@dataclass(frozen=True, slots=True)
-class Round:
-    """The measured layers of a whole round.
-
-    Args:
-        before: the global function before the round.
-        after: and after it.
-        cuts: rank level -> the global function at that rank, after the round.
-        adapter: the global adapter where rank dimensions have kept their place, else None.
-        replies: their weights sum to 1.
+    ``cuts``: rank level -> the function at that rank, after the round. ``adapter``: the global
+    adapter where rank dimensions have kept their place, else None.
     """
 
     before: LoraAdapter
     after: LoraAdapter
     cuts: Mapping[int, LoraAdapter]
     adapter: LoraAdapter | None
-    replies: Sequence[Reply]
 
 
 class Collector:
     """Collects one round's replies and computes its numbers at the end.
 
-    It keeps the measured layers of each reply: a sample that changes with the round, a function of
-    the seed, the round, the cohort and the layers' shapes (`Budget.sample`).
+    It measures a sample of the layers that changes with the round, a function of the seed, the
+    round, the cohort and the layers' shapes (`Budget.sample`).
     """
 
     def __init__(
@@ -105,37 +88,27 @@ class Collector:
         self.weight = weight
         self.budget = budget
         self.names = budget.sample(state.adapter, [c.rank for c in clients], seed, state.round)
-        self.before = self._global_adapter(state)
-        self.replies: list[Reply] = []
-        self.dimensions = 0
-        """Rank dimensions trained so far in the layer with the fewest."""
+        self.layers = [Layer(name) for name in self.names]
+        self.clients: list[str] = []
+        self.weights: list[float] = []
+        self.measures_clients = True
         self.in_place = True
         """Whether all clients received the first rank dimensions of the adapter, in their order."""
 
     def add(self, sent: Broadcast, update: Update) -> None:
         """Keep the measured layers of one reply."""
-        received, layers = sent.trainable.bare().select(self.names), self.state.adapter.layers
-        trained = update.adapter.bare().select(self.names)
-        self.dimensions += min((factors.rank for factors in trained.layers.values()), default=0)
+        whole, received = self.state.adapter.layers, sent.trainable.layers
         self.in_place &= all(
-            name in layers and equal(factors.A, layers[name].A[: factors.rank])
-            for name, factors in received.layers.items()
+            name in whole and torch.equal(received[name].A, whole[name].A[: received[name].rank])
+            for name in self.names
+            if name in received
         )
-        if self.dimensions > self.budget.dimensions:
-            self.replies.clear()  # the clients are not measured, however many reply
-            return
-        # Copies: a view could keep a whole reply in memory.
-        copies = {name: Factors(f.A.clone(), f.B.clone()) for name, f in trained.layers.items()}
-        self.replies.append(
-            Reply(
-                client=update.client.name,
-                weight=self.weight(update),
-                received=received,
-                frozen=None if sent.frozen is None else sent.frozen.bare().select(self.names),
-                scale_multiplier=sent.scale_multiplier,
-                trained=replace(trained, layers=copies),
-            )
-        )
+        if self.measures_clients:
+            for layer in self.layers:
+                layer.add_reply(sent, update.adapter)
+            self.clients.append(update.client.name)
+            self.weights.append(self.weight(update))
+            self._limit()
 
     def result(self, after: ServerState) -> dict[str, Any]:
         """The round's numbers, ready for JSON; null for what is not defined, such as 0 / 0.
@@ -143,80 +116,75 @@ class Collector:
         By rank level (as text): what a cut to it loses, and its segment's share of the energy or
         of what was kept. ``layers``: number of measured layers, and of all.
         """
-        numbers: dict[str, Any] = rounded(self.measure(after))
-        return numbers
-
-    def measure(self, after: ServerState) -> dict[str, Any]:
-        """`result` before it is rounded."""
         levels = tuple(sorted(self.state.levels))
         whole = self._global_adapter(after)
-        total = sum(reply.weight for reply in self.replies)
-        finished = Round(
-            before=self.before,
+        states = States(
+            before=self._global_adapter(self.state),
             after=whole,
             cuts={
                 rank: self._global_adapter(after, min(rank, whole.rank)) if whole.layers else whole
                 for rank in levels
             },
             adapter=after.adapter if self.in_place else None,
-            # By name, whoever replied first: sums depend on their order.
-            replies=sorted(
-                (replace(r, weight=r.weight / total) for r in self.replies if total > 0),
-                key=lambda reply: reply.client,
-            ),
         )
-        layers = [Layer(name, finished) for name in self.names]
-        if any(layer.dimensions.count > self.budget.dimensions for layer in layers):
-            finished = replace(finished, replies=[])
-            layers = [Layer(name, finished) for name in self.names]
+        for _ in range(2):  # again without the clients if there are too many dimensions with them
+            for layer in self.layers:
+                layer.add_states(states)
+            self._limit()
+        total = sum(self.weights)
+        shares = np.array(self.weights) / total if total > 0 else np.zeros(0)
         sums = Sums(levels)
-        measured = [x for x in layers if 0 < x.dimensions.count <= self.budget.dimensions]
+        measured = [x for x in self.layers if 0 < x.dimensions.count <= self.budget.dimensions]
         for layer in measured:
-            layer.measure(sums)
+            layer.measure(sums, self.clients if total > 0 else [], shares)
         counts = {"measured": len(measured), "of": len(self.state.adapter.layers)}
-        return {"layers": counts, **sums.ratios([reply.client for reply in finished.replies])}
+        numbers: dict[str, Any] = rounded({"layers": counts, **sums.ratios(self.clients)})
+        return numbers
+
+    def _limit(self) -> None:
+        """Forget the clients where a layer has too many dimensions."""
+        too_many = any(layer.dimensions.count > self.budget.dimensions for layer in self.layers)
+        if too_many and self.measures_clients:
+            self.layers = [Layer(name) for name in self.names]
+            self.clients, self.weights, self.measures_clients = [], [], False
 
     def _global_adapter(self, state: ServerState, rank: int | None = None) -> LoraAdapter:
-        return self.method.global_adapter(state, rank, self.names).bare()
+        return self.method.global_adapter(state, rank, self.names)
 
 
 class Layer:
     """One layer's rank dimensions in a round, and the products that they make up."""
 
-    def __init__(self, name: str, finished: Round) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
         self.dimensions = LayerDimensions()
-        replies = finished.replies
-        self.clients = [reply.client for reply in replies]
-        self.shares = np.array([reply.weight for reply in replies])
-        self.before = self._new(finished.before, known=True)
-        self.after = self._new(finished.after, known=True)
-        self.cuts = {str(level): self._known(cut) for level, cut in finished.cuts.items()}
-        self.adapter = self._known(finished.adapter)
-        self.received = [self._known(reply.received, reply.scale_multiplier) for reply in replies]
-        self.frozen = [self._known(reply.frozen) for reply in replies]
-        self.trained = [self._new(reply.trained, reply.scale_multiplier) for reply in replies]
+        self.received: list[Product] = []
+        self.frozen: list[Product] = []
+        self.trained: list[Product] = []
 
-    def _new(
-        self, adapter: LoraAdapter, multiplier: float = 1.0, *, known: bool = False
-    ) -> Product:
-        """The layer's ``multiplier * s(r) B A`` as dimensions that are not numbered yet."""
-        factors = adapter.layers.get(self.name)
-        if factors is None:
-            return None
-        numbers = self.dimensions.add(factors, known=known)
-        return numbers, np.full(factors.rank, multiplier * adapter.scale(factors.rank))
+    def add_reply(self, sent: Broadcast, trained: LoraAdapter) -> None:
+        """Take in what a client received and what it made of it."""
+        self.received.append(self._product(sent.trainable, sent.scale_multiplier))
+        self.frozen.append(self._product(sent.frozen))
+        self.trained.append(self._product(trained, sent.scale_multiplier))
 
-    def _known(self, adapter: LoraAdapter | None, multiplier: float = 1.0) -> Product:
-        """The layer's ``multiplier * s(r) B A`` as dimensions that may be numbered already."""
+    def add_states(self, states: States) -> None:
+        """Take in the global functions before and after the round."""
+        self.before = self._product(states.before)
+        self.after = self._product(states.after)
+        self.cuts = {str(level): self._product(cut) for level, cut in states.cuts.items()}
+        self.adapter = self._product(states.adapter)
+
+    def _product(self, adapter: LoraAdapter | None, multiplier: float = 1.0) -> Product:
+        """The layer's ``multiplier * s(r) B A``."""
         factors = adapter.layers.get(self.name) if adapter is not None else None
-        numbers = self.dimensions.find(factors) if factors is not None else None
-        if adapter is None or factors is None or numbers is None:
+        if adapter is None or factors is None:
             return None
-        return numbers, np.full(factors.rank, multiplier * adapter.scale(factors.rank))
+        coefficients = np.full(factors.rank, multiplier * adapter.scale(factors.rank))
+        return self.dimensions.add(factors), coefficients
 
-    def measure(self, sums: Sums) -> None:
-        """Add the layer's numbers to the sums over layers."""
+    def measure(self, sums: Sums, clients: Sequence[str], shares: Matrix) -> None:
+        """Add the layer's numbers to the sums over layers; ``shares``: of the weight, by client."""
         gram_a, gram_b = self.dimensions.grams()
         inner = gram_a * gram_b
         rows = self.dimensions.rows
@@ -229,17 +197,17 @@ class Layer:
         sums.add("before", [""], squared(before))
         sums.add("after", [""], squared(after))
         sums.add("cut", self.cuts, squared(after - rows(list(self.cuts.values()))))
-        if self.clients:
+        if clients:
             received, frozen, trained = rows(self.received), rows(self.frozen), rows(self.trained)
             functions = trained + frozen
-            mean = self.shares[None] @ functions
+            mean = shares[None] @ functions
             sums.add("mean", [""], squared(mean))
             sums.add("noise", [""], squared(after - mean))
-            sums.add("spread", [""], self.shares[None] @ squared(functions - mean))
-            sums.add("start", self.clients, squared(received + frozen - before))
-            sums.add("moved", self.clients, squared(trained - received))
+            sums.add("spread", [""], shares[None] @ squared(functions - mean))
+            sums.add("start", clients, squared(received + frozen - before))
+            sums.add("moved", clients, squared(trained - received))
         if self.adapter is not None:
-            new, means = self._segments(self.adapter[0], sums.segments)
+            new, means = self._segments(self.adapter[0], shares, sums.segments)
             sums.add("holders", sums.names, squared(means))
             sums.add("common", sums.names, ((new @ inner) * means).sum(axis=1))
         if self.after is not None:
@@ -249,11 +217,13 @@ class Layer:
             lengths = np.sqrt(np.maximum(inner[numbers, numbers], 0.0))
             sums.add_spectrum(energies, scales * lengths)
 
-    def _segments(self, new: Numbers, segments: Sequence[tuple[int, int]]) -> tuple[Matrix, Matrix]:
+    def _segments(
+        self, new: Numbers, shares: Matrix, segments: Sequence[tuple[int, int]]
+    ) -> tuple[Matrix, Matrix]:
         """Each segment after the round, and as the mean of its holders, without a scale."""
         clients = [
             (share, product[0])
-            for share, product in zip(self.shares, self.trained, strict=True)
+            for share, product in zip(shares, self.trained, strict=False)
             if product is not None and share > 0
         ]
         weights = np.zeros(max([len(numbers) for _, numbers in clients], default=0))
@@ -264,7 +234,8 @@ class Layer:
         for index, (low, high) in enumerate(segments):
             np.add.at(new_rows[index], new[low:high], 1.0)
             for share, numbers in clients:
-                mean_rows[index, numbers[low:high]] = (share / weights[: len(numbers)])[low:high]
+                parts = (share / weights[: len(numbers)])[low:high]
+                np.add.at(mean_rows[index], numbers[low:high], parts)
         return new_rows, mean_rows
 
 

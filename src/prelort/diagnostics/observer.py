@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from prelort.diagnostics.collector import Collector
-from prelort.methods.averaging import Weighting
-from prelort.methods.interface import Broadcast, Client, Method, ServerState, Update
+from prelort.methods.interface import Broadcast, ServerState, Update
 
 log = logging.getLogger(__name__)
 
@@ -18,18 +17,12 @@ log = logging.getLogger(__name__)
 class SafeCollector:
     """A `prelort.methods.interface.RoundObserver`: a `Collector` that stops at its first error."""
 
-    def __init__(
-        self,
-        method: Method,
-        state: ServerState,
-        clients: Sequence[Client],
-        weight: Weighting,
-        seed: int,
-    ) -> None:
+    def __init__(self, collector: Callable[[], Collector]) -> None:
+        """``collector``: makes the round's collector, which may fail."""
         self.seconds = 0.0
         self._failure = ""
         with self._guard():
-            self._collector = Collector(method, state, clients, weight, seed)
+            self._collector = collector()
 
     def add(self, sent: Broadcast, update: Update) -> None:
         """Collect a usable reply and what the client was sent."""

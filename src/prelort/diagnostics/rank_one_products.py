@@ -14,7 +14,6 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from prelort.adapters import Factors
 
@@ -28,46 +27,40 @@ Product = tuple[Numbers, Matrix] | None
 class LayerDimensions:
     """The rank dimensions of one layer that occur in a round, numbered, and their inner products.
 
-    What a client merely received is recognised among the numbered dimensions, bit for bit: so it
-    costs nothing, and cancels exactly.
+    Dimensions with the same bits have one number, as have all that are zero: what a client merely
+    received costs nothing, and cancels exactly.
     """
 
     def __init__(self) -> None:
-        self.count = 0
-        self._taken: list[Factors] = []
-        self._known: list[tuple[Factors, Numbers]] = []
+        self._numbers: dict[bytes, int] = {}
+        self._dimensions: list[npt.NDArray[np.float32]] = []
+        self._width = 0
+        """d_in: a dimension is a row of A followed by a column of B."""
 
-    def add(self, factors: Factors, *, known: bool = False) -> Numbers:
-        """Number new dimensions; ``known``: `find` recognises them from now on."""
-        numbers = np.arange(self.count, self.count + factors.rank)
-        self.count += factors.rank
-        self._taken.append(factors)
-        if known:
-            self._known.append((factors, numbers))
-        return numbers
+    @property
+    def count(self) -> int:
+        """Number of different dimensions."""
+        return len(self._numbers)
 
-    def find(self, factors: Factors) -> Numbers | None:
-        """The numbers of dimensions, of which some may be known; None where all are zero."""
-        for block, numbers in self._known:
-            if _begins_with(block, factors):
-                return numbers[: factors.rank]
-        if not bool(factors.B.any()):
-            return None
-        result = np.full(factors.rank, -1)
-        for block, numbers in self._known:
-            place = places(factors, block)
-            result = np.where((result < 0) & (place >= 0), numbers[place], result)
-        (unknown,) = (result < 0).nonzero()
-        if len(unknown):
-            result[unknown] = self.add(factors.take(torch.from_numpy(unknown)), known=True)
-        return result
+    def add(self, factors: Factors) -> Numbers:
+        """The numbers of a layer's rank dimensions, of which some may be known: int64 [r]."""
+        self._width = factors.A.shape[1]
+        dimensions = torch.cat([factors.A, factors.B.T], dim=1).cpu().numpy()
+        numbers = []
+        for dimension, nonzero in zip(dimensions, factors.B.any(dim=0).tolist(), strict=True):
+            key = dimension.tobytes() if nonzero else b""
+            if key not in self._numbers:
+                self._numbers[key] = self.count
+                self._dimensions.append(dimension)
+            numbers.append(self._numbers[key])
+        return np.array(numbers, dtype=np.int64)
 
     def grams(self) -> tuple[Matrix, Matrix]:
         """``A A'`` and ``B'B`` over all dimensions, float64 [count, count] each."""
-        a = torch.cat([factors.A for factors in self._taken]).double().cpu().numpy()
-        b = torch.cat([factors.B for factors in self._taken], dim=1).double().cpu().numpy()
+        dimensions = np.stack(self._dimensions).astype(np.float64)
+        a, b = dimensions[:, : self._width], dimensions[:, self._width :]
         # NumPy recognises x x' as symmetric and takes half the time for it; torch does not.
-        return a @ a.T, b.T @ b
+        return a @ a.T, b @ b.T
 
     def rows(self, products: Sequence[Product]) -> Matrix:
         """Each product as the coefficients of all dimensions: float64 [products, count]."""
@@ -76,19 +69,6 @@ class LayerDimensions:
             if product is not None:
                 np.add.at(row, *product)
         return rows
-
-
-def places(part: Factors, whole: Factors) -> Numbers:
-    """For each dimension of ``part``, that of ``whole`` with the same bits, or -1: int64 [r]."""
-    nowhere = torch.full((part.rank,), -1, device=part.A.device)
-    # A few numbers tell almost all dimensions apart; only those that agree in them are compared.
-    alike = (part.A[:, None, :8] == whole.A[None, :, :8]).all(dim=2)
-    if not bool(alike.any()):
-        return nowhere.cpu().numpy()
-    guess = alike.int().argmax(dim=1)
-    same = torch.eq(part.A, whole.A[guess]).all(dim=1)
-    same &= torch.eq(part.B, whole.B[:, guess]).all(dim=0)
-    return torch.where(same, guess, nowhere).cpu().numpy()
 
 
 def singular_energies(gram_a: Matrix, gram_b: Matrix) -> Matrix:
@@ -108,16 +88,3 @@ def effective_rank(energies: Matrix) -> float:
     """
     shares = energies[energies > 0] / energies.sum()
     return math.exp(-float((shares * np.log(shares)).sum()))
-
-
-def _begins_with(whole: Factors, factors: Factors) -> bool:
-    """Whether the first dimensions of ``whole`` are those of ``factors``, bit for bit."""
-    rank = factors.rank
-    return equal(whole.A[:rank], factors.A) and equal(whole.B[:, :rank], factors.B)
-
-
-def equal(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors have the same bits; views of the same memory are not compared."""
-    if x.dtype != y.dtype or x.shape != y.shape:
-        return False
-    return (x.data_ptr() == y.data_ptr() and x.stride() == y.stride()) or torch.equal(x, y)

@@ -17,22 +17,18 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While active, appends to ``live`` and ``gradients`` at every new storage.
+    """While active, appends the bytes of all live storages to ``live`` at every new one.
 
-    Entries are the live bytes: of all storages, and of finished gradients. Reading the value of a
-    fake tensor gives 1.0 (float), 0 (integer) or False (bool): finite losses, the first level, and
-    rows of unequal length, so that masks are allocated.
+    Reading the value of a fake tensor gives 1.0 (float), 0 (integer) or False (bool): finite
+    losses, the first level, and rows of unequal length, so that masks are allocated.
     """
 
     def __init__(self, present: Iterable[Tensor]) -> None:
         """``present``: the tensors that exist from the start."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.live: list[int] = []
-        self.gradients: list[int] = []
         self._sizes: dict[int, int] = {}
         self._live_bytes = 0
-        self._gradient_bytes = 0
-        self._gradient_keys: set[int] = set()
         for tensor in present:
             self._count(tensor)
 
@@ -52,13 +48,6 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._count(leaf)
         return result
 
-    def mark_gradient(self, gradient: Tensor) -> None:
-        """Count this tensor's storage as a gradient from now on."""
-        key = gradient.untyped_storage()._cdata
-        if key in self._sizes and key not in self._gradient_keys:
-            self._gradient_keys.add(key)
-            self._gradient_bytes += self._sizes[key]
-
     def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
@@ -67,15 +56,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._sizes[key] = storage.nbytes()
         self._live_bytes += storage.nbytes()
         self.live.append(self._live_bytes)
-        self.gradients.append(self._gradient_bytes)
         weakref.finalize(storage, self._forget, key).atexit = False
 
     def _forget(self, key: int) -> None:
-        size = self._sizes.pop(key)
-        self._live_bytes -= size
-        if key in self._gradient_keys:
-            self._gradient_keys.remove(key)
-            self._gradient_bytes -= size
+        self._live_bytes -= self._sizes.pop(key)
 
 
 def _some_value(tensor: Tensor) -> bool | int | float:

@@ -20,14 +20,13 @@ class Estimate:
     """The peak memory of a round at one rank, and the size of its messages, in bytes.
 
     ``adapter`` includes factors that a method folds into the base and modules trained in full.
-    ``gradients`` are those that exist at the peak: they appear while activations are freed.
-    ``activations`` are everything else: saved for the backward pass, logits, temporaries.
+    ``activations`` are everything else: saved for the backward pass, logits, temporaries, and the
+    gradients that exist at the peak (often none: they appear while activations are freed).
     """
 
     rank: int
     weights: int
     adapter: int
-    gradients: int
     optimiser: int
     activations: int
     down: int
@@ -36,7 +35,7 @@ class Estimate:
     @property
     def total(self) -> int:
         """The peak."""
-        return self.weights + self.adapter + self.gradients + self.optimiser + self.activations
+        return self.weights + self.adapter + self.optimiser + self.activations
 
     @property
     def sent(self) -> int:
@@ -130,17 +129,7 @@ def largest_rank(config: Config, budget_bytes: int, max_rank: int) -> int:
 
 
 def _estimate(rehearsal: Rehearsal) -> Estimate:
-    peak = int(rehearsal.live.argmax())
-    gradients = round(rehearsal.gradients[peak])
-    total = round(rehearsal.live[peak])
-    fixed = rehearsal.weights + rehearsal.adapter + rehearsal.optimiser
-    return Estimate(
-        rehearsal.rank,
-        rehearsal.weights,
-        rehearsal.adapter,
-        gradients,
-        rehearsal.optimiser,
-        total - fixed - gradients,
-        rehearsal.down,
-        rehearsal.up,
-    )
+    fixed = (rehearsal.weights, rehearsal.adapter, rehearsal.optimiser)
+    activations = rehearsal.live.max() - sum(fixed)
+    sizes = (rehearsal.rank, *fixed, activations, rehearsal.down, rehearsal.up)
+    return Estimate(*map(round, sizes))

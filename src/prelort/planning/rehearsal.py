@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -59,18 +59,16 @@ SCALE_BYTES = 4
 class Rehearsal:
     """The memory of one round at one rank, in bytes.
 
-    ``live`` and ``gradients``: at every allocation, in order. ``down`` and ``up``: the tensors of
-    the two messages.
+    ``live``: at every allocation, in order. ``down`` and ``up``: the tensors of the two messages.
     """
 
-    rank: int
-    weights: int
-    adapter: int
-    optimiser: int
+    rank: float
+    weights: float
+    adapter: float
+    optimiser: float
     live: NDArray[np.float64]
-    gradients: NDArray[np.float64]
-    down: int
-    up: int
+    down: float
+    up: float
 
     def between(self, other: Rehearsal, rank: int) -> Rehearsal | None:
         """The rehearsal at a rank between two, None if their operations differ.
@@ -80,20 +78,8 @@ class Rehearsal:
         if len(self.live) != len(other.live):
             return None
         share = (rank - self.rank) / (other.rank - self.rank)
-
-        def interpolated(low: Any, high: Any) -> Any:
-            return low + share * (high - low)
-
-        return Rehearsal(
-            rank,
-            self.weights,
-            round(interpolated(self.adapter, other.adapter)),
-            round(interpolated(self.optimiser, other.optimiser)),
-            interpolated(self.live, other.live),
-            interpolated(self.gradients, other.gradients),
-            round(interpolated(self.down, other.down)),
-            round(interpolated(self.up, other.up)),
-        )
+        ends = [(getattr(self, one.name), getattr(other, one.name)) for one in fields(self)]
+        return Rehearsal(*(low + share * (high - low) for low, high in ends))
 
 
 class Rehearser:
@@ -190,9 +176,7 @@ class Rehearser:
             values = (v for state in optimizer.state.values() for v in state.values())
             state_bytes.append(storage_bytes(v for v in values if isinstance(v, Tensor)))
 
-        handles = [_gradient_hook(p, watch) for p in learning]
-        handles.append(register_optimizer_step_pre_hook(pre))
-        handles.append(register_optimizer_step_post_hook(post))
+        handles = [register_optimizer_step_pre_hook(pre), register_optimizer_step_post_hook(post)]
         try:
             with watch:
                 train(runtime, examples, LocalTraining.of(training), assignment)
@@ -200,7 +184,6 @@ class Rehearser:
             for handle in handles:
                 handle.remove()
         live = np.array(watch.live[begin:], dtype=np.float64)
-        gradients = np.array(watch.gradients[begin:], dtype=np.float64)
         # The optimiser state is allocated in the first step, and exists in all later ones.
         live[: starts[0]] += state_bytes[0]
         if for_gpu(self.config.model) and training.optimizer == "adamw":
@@ -208,7 +191,7 @@ class Rehearser:
             for start, end in zip(starts, ends, strict=True):
                 live[start:end] += storage_bytes(p for p in learning if p.requires_grad)
         adapter = storage_bytes(present) - self._weights
-        return Rehearsal(rank, self._weights, adapter, state_bytes[0], live, gradients, down, up)
+        return Rehearsal(rank, self._weights, adapter, state_bytes[0], live, down, up)
 
     def _broadcast(self, rank: int) -> tuple[Broadcast, Objective]:
         """The method's broadcast to a client of this rank, and the client's objective.
@@ -272,17 +255,6 @@ def _on_cpu(adapter: LoraAdapter) -> LoraAdapter:
     """Tensors of the current mode in the adapter's shapes."""
     tensors = {name: torch.empty(t.shape) for name, t in adapter.tensors().items()}
     return LoraAdapter.from_tensors(tensors, adapter.scale)
-
-
-def _gradient_hook(parameter: Tensor, watch: LiveBytes) -> Any:
-    """A hook that marks the parameter's gradient as soon as it is complete."""
-
-    def mark(owner: Tensor) -> None:
-        if owner.grad is not None:
-            watch.mark_gradient(owner.grad)
-
-    hook: Any = parameter.register_post_accumulate_grad_hook
-    return hook(mark)
 
 
 def tensors_of(model: torch.nn.Module) -> list[Tensor]:

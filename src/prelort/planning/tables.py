@@ -14,7 +14,7 @@ from prelort.planning.sizes import show
 
 def estimates_table(estimates: Sequence[Estimate], budget: int, title: str) -> Table:
     """One row per rank."""
-    parts = ("weights", "adapter", "gradients", "optimiser", "activations", "total")
+    parts = ("weights", "adapter", "optimiser", "activations", "total")
     table = Table(title=title)
     for column in ("rank", *parts, "sent per round", "fits"):
         table.add_column(column, justify="right" if column != "fits" else "left")

@@ -35,9 +35,6 @@ LEGEND_WIDTH, LEGEND_SYMBOL, LETTER_WIDTH = 470, 30, 7
 MAX_BARS, MAX_BANDS, MAX_POINTS = 6, 5, 30
 """Series with error bars or bands, and points on a line: more would cover each other."""
 
-MAX_ROUNDS = 200
-"""Values of a line; of more rounds every second one and so on."""
-
 LEAST_SPAN = 0.05
 """An axis shows at least this share of its values, lest rounding look like a trend."""
 
@@ -63,8 +60,6 @@ def lines(
         spread: what low and high are.
     """
     names, by_rank, remarks = list(map(plain, names)), x == "rank", list(notes)
-    data, thinned = _thinned(data, "x")
-    remarks += thinned
     text = [form.show(value) for value in data["value"]]
     data = data.assign(shown=text, **{k: data[k] * form.factor for k in ("value", "low", "high")})
     frame = finite(data, "value")
@@ -123,7 +118,6 @@ def stacked(
     *notes: str,
 ) -> alt.LayerChart | None:
     """Bars by round of the columns ``names`` (column -> series), one on top of the other."""
-    rounds, thinned = _thinned(rounds, "round")
     data = rounds.melt("round", list(names), "series", "value")
     data = data.assign(
         series=data["series"].map(names), place=data["series"].map(list(names).index)
@@ -137,7 +131,7 @@ def stacked(
         x=x, y=alt.Y("value:Q", axis=axis), order="place:Q", tooltip=tip,
         color=style("color", list(names.values()), True),
     )  # fmt: skip
-    return titled(alt.layer(bars), title, *notes, *thinned)
+    return titled(alt.layer(bars), title, *notes)
 
 
 def style(channel: str, names: Sequence[str], legend: bool) -> Any:
@@ -203,14 +197,6 @@ def side_by_side(charts: Iterable[alt.LayerChart], columns: int, shared: bool) -
     how = "shared" if shared else "independent"
     grid = alt.concat(*sized, columns=columns, spacing=28)
     return grid.resolve_scale(color=how, shape=how)
-
-
-def _thinned(frame: pd.DataFrame, column: str) -> tuple[pd.DataFrame, list[str]]:
-    """At most `MAX_ROUNDS` of the rounds in ``column``, with the last one, and a note about it."""
-    step = math.ceil(frame[column].nunique() / MAX_ROUNDS)
-    if step <= 1:
-        return frame, []
-    return frame[(frame[column].max() - frame[column]) % step == 0], [f"every {step} rounds"]
 
 
 def finite(frame: pd.DataFrame, column: str) -> pd.DataFrame:

@@ -10,16 +10,16 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
-from filelock import FileLock, Timeout
+from rich.console import Console
 
 from prelort import config as configuration
 from prelort.config import Config
 from prelort.errors import ConfigError, PrelortError
 from prelort.events import Event
-from prelort.experiment.folder import GLANCE_SECONDS, RunFolder, is_taken
+from prelort.experiment.folder import RunFolder, is_taken
 from prelort.files import as_path, write_atomically
+from prelort.report.live import Display
 from prelort.report.results import Results
 from prelort.report.write import PAGE_FILE, write_page, write_results, write_tables
 from prelort.study.definition import STUDY_FILE, Cell, Study, load
@@ -28,30 +28,6 @@ from prelort.study.worker import PATIENCE, Job, Run, Worker, reason_of, run_cell
 
 WRITE_SECONDS = 15.0
 """Minimum time between two updates of the results while cells run."""
-
-
-class StudyListener(Protocol):
-    """Follows a study; called from any thread. A subclass may leave out what it does not need."""
-
-    def skipped(self, cells: int) -> None:
-        """An earlier call finished this number of cells."""
-        return
-
-    def started(self, name: str) -> None:
-        """A cell starts, or continues."""
-        return
-
-    def event(self, name: str, event: Event) -> None:
-        """A cell's run has an event."""
-        return
-
-    def ended(self, name: str, reason: str = "") -> None:
-        """A cell is finished, or has failed for a reason."""
-        return
-
-
-class _Silent(StudyListener):
-    """Does nothing."""
 
 
 def compare(study: Study | Path | str, out: Path | str, *, jobs: int = 1) -> Results:
@@ -73,7 +49,7 @@ def compare(study: Study | Path | str, out: Path | str, *, jobs: int = 1) -> Res
 def run_study(
     study: Study,
     out: Path,
-    listener: StudyListener | None = None,
+    display: Display | None = None,
     *,
     new: bool = False,
     jobs: int = 1,
@@ -85,7 +61,7 @@ def run_study(
     Args:
         study: what to run.
         out: its folder.
-        listener: gets all cells and their events.
+        display: shows all cells and their events; none by default.
         new: refuse a folder that holds anything.
         jobs: number of cells to run at a time; with more than one each runs in a process of its
             own with its share of the cores (where ``threads`` is not set).
@@ -100,7 +76,7 @@ def run_study(
             it is; or all cells were refused, and nothing is left of them.
         Exception: whatever a plain run raises.
     """
-    listener = listener or _Silent()
+    display = display or Display(Console(quiet=True), quiet=True)
     if new and is_taken(out):
         raise ConfigError(
             f"{str(out)!r} exists and is not empty: choose another --out, or continue what is in "
@@ -109,19 +85,18 @@ def run_study(
     made = not out.exists()
     with _claimed(study, out):
         todo = _unfinished(study, out, track)
-        listener.skipped(len(study.cells) - len(todo))
-        state = _State(study, out, listener)
+        display.skipped(len(study.cells) - len(todo))
+        state = _State(study, out, display)
         try:
             if jobs > 1 and not study.is_run:
                 _side_by_side(todo, state, track, jobs)
             else:
                 _one_by_one(todo, state, track, run)
         except (KeyboardInterrupt, PrelortError):
-            if any((out / cell.folder / "config.toml").is_file() for cell in study.cells):
+            if state.begun:
                 state.write(last=True)
             raise
-        begun = any(RunFolder(out / cell.folder).config_file.is_file() for cell in study.cells)
-        if begun:
+        if state.begun:
             return state.write(last=True)
     _discard(out, made)
     raise ConfigError(next(iter(state.failures.values())))
@@ -130,23 +105,28 @@ def run_study(
 class _State:
     """The progress of a study in its folder. Used by one thread."""
 
-    def __init__(self, study: Study, out: Path, listener: StudyListener) -> None:
-        self.study, self.out, self.listener = study, out, listener
+    def __init__(self, study: Study, out: Path, display: Display) -> None:
+        self.study, self.out, self.display = study, out, display
         self.failures: dict[str, str] = {}
         self._written = time.monotonic()
 
     def ended(self, cell: Cell, reason: str) -> None:
         """A cell is finished, or has failed for a reason."""
-        self.listener.ended(cell.name, reason)
+        self.display.ended(cell.name, reason)
         if reason:
             self.failures[cell.name] = reason
             write_failures(self.out, self.failures)
         elif time.monotonic() - self._written > WRITE_SECONDS:
             self.write()
 
+    @property
+    def begun(self) -> bool:
+        """Whether a cell has been started."""
+        return any(RunFolder(self.out / c.folder).config_file.is_file() for c in self.study.cells)
+
     def listener_of(self, cell: Cell) -> Callable[[Event], None]:
         """The listener of a cell's run."""
-        return lambda event: self.listener.event(cell.name, event)
+        return lambda event: self.display.event(cell.name, event)
 
     def write(self, *, last: bool = False) -> Results:
         """Write the tables so far; at the end the pictures and the page too."""
@@ -172,7 +152,7 @@ def _one_by_one(
         run = partial(run, patience=PATIENCE)
     for cell in cells:
         folder, reason = state.out / cell.folder, ""
-        state.listener.started(cell.name)
+        state.display.started(cell.name)
         job = Job(_with_own_threads(folder, cell.config), folder, track)
         try:
             run_cell(job, state.listener_of(cell), run)
@@ -196,7 +176,7 @@ def _side_by_side(cells: Sequence[Cell], state: _State, track: Sequence[str], jo
         if config.threads is None:
             config = config.model_copy(update={"threads": threads})
         config = _with_own_threads(folder, config)
-        state.listener.started(cell.name)
+        state.display.started(cell.name)
         worker = free.get()
         try:
             max_parallel = max(1, threads // (config.threads or threads))
@@ -262,30 +242,22 @@ def _claimed(study: Study, out: Path) -> Iterator[None]:
     if study.is_run:
         yield
         return
-    lock = FileLock(out / ".lock")
-    try:
-        if out.exists() and not out.is_dir():
-            raise ConfigError(f"{str(out)!r} is a file: choose another --out")
-        if is_taken(out) and not (out / STUDY_FILE).is_file():
-            raise ConfigError(
-                f"{str(out)!r} exists and holds no study ({STUDY_FILE} is missing): choose "
-                "another --out"
-            )
-        out.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=GLANCE_SECONDS)
-    except Timeout:
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{str(out)!r} is a file: choose another --out")
+    if is_taken(out) and not (out / STUDY_FILE).is_file():
         raise ConfigError(
-            f"{str(out)!r} is in use: another prelort process is running it"
-        ) from None
-    except OSError as error:
-        raise ConfigError(f"{str(out)!r} cannot be written: {error.strerror or error}") from None
+            f"{str(out)!r} exists and holds no study ({STUDY_FILE} is missing): choose "
+            "another --out"
+        )
+    folder = RunFolder(out)
+    folder.lock()
     try:
         _unfinished(study, out, ())  # before the study's file changes
         write_atomically(out / STUDY_FILE, study.to_toml().encode())
         write_failures(out, {})
         yield
     finally:
-        lock.release()
+        folder.unlock()
 
 
 def _discard(out: Path, made: bool) -> None:

@@ -15,13 +15,14 @@ import shutil
 import socket
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from multiprocessing import active_children, get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import psutil
 from filelock import FileLock
@@ -32,7 +33,7 @@ from prelort import tasks
 from prelort.config import Config, Section
 from prelort.errors import ConfigError, PrelortError
 from prelort.events import Evaluated, Event, Metrics
-from prelort.experiment.backend import InProcess
+from prelort.experiment.backend import Backend, Connect, InProcess
 from prelort.experiment.folder import RunFolder, is_taken
 from prelort.experiment.run import run
 from prelort.files import write_atomically
@@ -43,8 +44,19 @@ from prelort.study import definition
 from prelort.study.definition import Compare, Study
 from prelort.study.worker import begin
 
-if TYPE_CHECKING:
+try:
     import optuna
+except ImportError:
+    raise ConfigError("`prelort tune` needs Optuna: pip install 'prelort[tune]'") from None
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+    distribution_to_json,
+)
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 Value = bool | int | float | str
 Print = Callable[[str], None]
@@ -93,11 +105,12 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to tune: a study and the values of its file, the search, and the metric."""
+    """What to tune: a study and the values of its file, what to search, and the metric."""
 
     study: Study
     values: Mapping[str, Any]
     tune: Tune
+    search: Mapping[str, BaseDistribution]
     metric: str
 
     @property
@@ -163,14 +176,14 @@ def load(
             "used: set it to 0.1"
         )
     metric = study.compare.metric or tasks.get(study.base.task).metrics[0]
-    plan = Plan(study, values, tune.model_copy(update={"search": _search(tune, study)}), metric)
+    plan = Plan(study, values, tune, _search(tune, study), metric)
     for target in plan.targets:
         config = plan.configs(target, {})[0]
-        if _is_personal(config):
+        if trait(find(config.method.name), "personal"):
             raise ConfigError(
                 f"method {target.method!r} has no global adapter to measure: leave it out"
             )
-        for chosen in _every_value(plan.tune):
+        for chosen in _every_value(plan.search):
             try:
                 config = plan.configs(target, chosen)[0]
                 build(config.method, config.seed)
@@ -195,7 +208,6 @@ def tune(plan: Plan, out: Path, *, jobs: int = 1, say: Print = print) -> Path:
         ConfigError: ``out`` belongs to another study, or no trial of a method has a value.
         PrelortError: one of several processes was killed.
     """
-    _optuna()
     _claim(plan, out)
     if jobs > 1:
         _work_side_by_side(plan, out, jobs, say)
@@ -252,15 +264,16 @@ def _work_side_by_side(plan: Plan, out: Path, jobs: int, say: Print) -> None:
 
 def _work(plan: Plan, out: Path, say: Print) -> None:
     """Run trials until every target has its number of them."""
-    backend = InProcess()  # reads rows that trials share once
+    backend = _bare(InProcess())  # reads rows that trials share once
     for target in plan.targets:
         study = _open(target, out)
         while (trial := _next_trial(study, plan, target, out)) is not None:
             _run_trial(study, trial, plan, target, out, backend)
             trials = study.get_trials(deepcopy=False)
-            finished, state = trials[trial.number], type(trials[0].state)
-            value = f"loss {finished.value:.4g}" if finished.state == state.COMPLETE else "pruned"
-            done = sum(one.state in (state.COMPLETE, state.PRUNED) for one in trials)
+            finished = trials[trial.number]
+            complete = finished.state == TrialState.COMPLETE
+            value = f"loss {finished.value:.4g}" if complete else "pruned"
+            done = sum(one.state in (TrialState.COMPLETE, TrialState.PRUNED) for one in trials)
             reason = finished.user_attrs.get("reason", "")
             say(
                 f"{target.name}, trial {done} of {plan.tune.trials}: "
@@ -268,62 +281,63 @@ def _work(plan: Plan, out: Path, say: Print) -> None:
             )
 
 
+def _bare(connect: Connect) -> Connect:
+    """A backend for runs of which only the metrics count.
+
+    Their data are not drawn, and their adapters not checked, for which the base is loaded again.
+    """
+
+    @contextmanager
+    def bare(config: Config, folder: Path) -> Generator[Backend]:
+        with connect(config, folder) as backend:
+            yield replace(backend, rows=None, check_exported=None)
+
+    return bare
+
+
 def _open(target: Target, out: Path) -> optuna.Study:
-    library = _optuna()
-    backend = library.storages.journal.JournalFileBackend(str(out / JOURNAL))
-    study: optuna.Study = library.create_study(
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    backend = JournalFileBackend(str(out / JOURNAL))
+    return optuna.create_study(
         study_name=target.name,
-        storage=library.storages.JournalStorage(backend),
-        pruner=library.pruners.MedianPruner(n_startup_trials=4),
+        storage=optuna.storages.JournalStorage(backend),
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=4),
         load_if_exists=True,
     )
-    return study
 
 
-def _trials(target: Target, out: Path) -> list[optuna.trial.FrozenTrial]:
+def _trials(target: Target, out: Path) -> list[FrozenTrial]:
     return _open(target, out).get_trials(deepcopy=False)
 
 
-def _next_trial(
-    study: optuna.Study, plan: Plan, target: Target, out: Path
-) -> optuna.trial.Trial | None:
+def _next_trial(study: optuna.Study, plan: Plan, target: Target, out: Path) -> Trial | None:
     """A new trial with its values; None if there are enough.
 
     A trial whose process has ended is repeated, and its run continues from its last checkpoint.
     """
-    optuna = _optuna()
-    state = optuna.trial.TrialState
     with FileLock(out / ".lock"):
         for trial in study.get_trials(deepcopy=False):
-            if trial.state == state.RUNNING and not _is_running(trial):
-                study.tell(trial.number, state=state.FAIL)
+            if trial.state == TrialState.RUNNING and not _is_running(trial):
+                study.tell(trial.number, state=TrialState.FAIL)
                 study.enqueue_trial(trial.params, {"folders": _folders_of(trial)})
         trials = study.get_trials(deepcopy=False)
         if not trials:
             study.enqueue_trial(_defaults(plan, target))
-        counted = (state.COMPLETE, state.PRUNED, state.RUNNING)
+        counted = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
         if sum(trial.state in counted for trial in trials) >= plan.tune.trials:
             return None
         # A seed for each trial, so that processes do not draw the same values.
         seed = derive(0, "tune", target.name, len(trials)) % 2**32
         study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=4)
-        new = study.ask()
+        new = study.ask(dict(plan.search))
         new.set_user_attr("process", [socket.gethostname(), os.getpid()])
-        for key, space in plan.tune.search.items():
-            _suggest(new, key, space)
         return new
 
 
 def _run_trial(
-    study: optuna.Study,
-    trial: optuna.trial.Trial,
-    plan: Plan,
-    target: Target,
-    out: Path,
-    backend: InProcess,
+    study: optuna.Study, trial: Trial, plan: Plan, target: Target, out: Path, backend: Connect
 ) -> None:
     """Run one trial's seeds; a trial that fails, or is worse than the median, is pruned."""
-    optuna = _optuna()
     losses: list[float] = []
     folders: list[Path] = []
     method = ""
@@ -341,65 +355,62 @@ def _run_trial(
             key = derive(config.seed, target.name, _folders_of(trial))
             folder = RunFolder(out / "runs" / f"{key:x}")
             folders.append(folder.path)
-            result = run(
-                config,
-                folder.path,
-                resume=folder.config_file.is_file(),
-                listeners=[listener],
-                backend=backend,
-            )
+            resume = folder.config_file.is_file()
+            result = run(config, folder.path, resume=resume, listeners=[listener], backend=backend)
             losses.append(loss_of(method, plan.metric, result.metrics))
         if not math.isfinite(statistics.fmean(losses)):
             raise PrelortError(f"{plan.metric} is not finite")
         study.tell(trial, statistics.fmean(losses))
     except optuna.TrialPruned:
-        study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        study.tell(trial, state=TrialState.PRUNED)
     except ConfigError:
         raise
     except PrelortError as error:  # for example, training diverges at this rate
         trial.set_user_attr("reason", str(error))
-        study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        study.tell(trial, state=TrialState.PRUNED)
     for path in folders:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _suggest(trial: optuna.trial.Trial, key: str, space: Range | tuple[Value, ...]) -> None:
-    if not isinstance(space, Range):
-        trial.suggest_categorical(key, space)
-    elif isinstance(space.low, int) and isinstance(space.high, int):
-        trial.suggest_int(key, space.low, space.high, log=space.log)
-    else:
-        trial.suggest_float(key, space.low, space.high, log=space.log)
+def _search(tune: Tune, study: Study) -> dict[str, BaseDistribution]:
+    """What to search, by default the rate; a range such as 0 to 1 of a float key has floats."""
+    rate = study.base.training.learning_rate
+    default = {"training.learning_rate": Range(low=rate / 4, high=rate * 4, log=True)}
+    own = configuration.flat(study.base)
+    search: dict[str, BaseDistribution] = {}
+    for key, space in (tune.search or default).items():
+        if not isinstance(space, Range):
+            search[key] = CategoricalDistribution(space)
+        elif isinstance(own.get(key), float) or isinstance(space.low + space.high, float):
+            search[key] = FloatDistribution(space.low, space.high, log=space.log)
+        else:
+            search[key] = IntDistribution(int(space.low), int(space.high), log=space.log)
+    return search
 
 
 def _defaults(plan: Plan, target: Target) -> dict[str, Value]:
     """The first trial: the study's own values, of the keys whose search includes them."""
     values = configuration.flat(plan.configs(target, {})[0])
-    return {k: values[k] for k, space in plan.tune.search.items() if _has(space, values.get(k))}
+    return {k: values[k] for k, space in plan.search.items() if _has(space, values.get(k))}
 
 
-def _has(space: Range | tuple[Value, ...], value: Any) -> bool:
-    if isinstance(space, Range):
-        return isinstance(value, int | float) and space.low <= value <= space.high
-    return value in space
+def _has(space: BaseDistribution, value: Any) -> bool:
+    values = _values(space)
+    if isinstance(space, CategoricalDistribution):
+        return value in values
+    return isinstance(value, int | float) and values[0] <= value <= values[1]
 
 
-def _search(tune: Tune, study: Study) -> dict[str, Range | tuple[Value, ...]]:
-    """The search, by default of the rate; a range such as 0 to 1 of a float key has floats."""
-    rate = study.base.training.learning_rate
-    default = {"training.learning_rate": Range(low=rate / 4, high=rate * 4, log=True)}
-    own = configuration.flat(study.base)
-    return {
-        key: Range(low=float(space.low), high=float(space.high), log=space.log)
-        if isinstance(space, Range) and isinstance(own.get(key), float)
-        else space
-        for key, space in (tune.search or default).items()
-    }
+def _values(space: BaseDistribution) -> tuple[Any, ...]:
+    """Each listed value, or both ends of a range."""
+    if isinstance(space, FloatDistribution | IntDistribution):
+        return space.low, space.high
+    return tuple(space.choices) if isinstance(space, CategoricalDistribution) else ()
 
 
-def _every_value(tune: Tune) -> Iterator[dict[str, Value]]:
+def _every_value(search: Mapping[str, BaseDistribution]) -> Iterator[dict[str, Value]]:
     """Choices in which each listed value, and both ends of each range, occur."""
-    values = {k: (s.low, s.high) if isinstance(s, Range) else s for k, s in tune.search.items()}
+    values = {key: _values(space) for key, space in search.items()}
     for place in range(max(map(len, values.values()))):
         yield {key: some[min(place, len(some) - 1)] for key, some in values.items()}
 
@@ -412,17 +423,17 @@ def _text(params: Mapping[str, Value]) -> str:
     )
 
 
-def _folders_of(trial: optuna.trial.FrozenTrial | optuna.trial.Trial) -> int:
+def _folders_of(trial: FrozenTrial | Trial) -> int:
     """The number of the trial that began the runs: this one, or that which it repeats."""
     return int(trial.user_attrs.get("folders", trial.number))
 
 
-def _best(trials: Sequence[optuna.trial.FrozenTrial], target: Target) -> optuna.trial.FrozenTrial:
+def _best(trials: Sequence[FrozenTrial], target: Target) -> FrozenTrial:
     """The complete trial with the lowest value; that of a pruned one is from its last evaluation.
 
     Raises `ConfigError` if there is none.
     """
-    complete = [trial for trial in trials if trial.state == type(trial.state).COMPLETE]
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     if not complete:
         reasons = [t.user_attrs["reason"] for t in trials if "reason" in t.user_attrs]
         raise ConfigError(f"{target.name}: no trial has a value: {(reasons or ['all pruned'])[-1]}")
@@ -438,7 +449,8 @@ def _claim(plan: Plan, out: Path) -> None:
         with FileLock(out / ".lock"):
             for target in plan.targets:
                 configs = [config.model_dump_json() for config in plan.configs(target, {})]
-                own = json.dumps([*configs, plan.tune.model_dump_json(include={"search"})])
+                search = [f"{k} {distribution_to_json(s)}" for k, s in plan.search.items()]
+                own = json.dumps([*configs, *search])
                 study = _open(target, out)
                 if study.user_attrs.get("tunes", own) != own:
                     raise ConfigError(
@@ -449,27 +461,12 @@ def _claim(plan: Plan, out: Path) -> None:
         raise ConfigError(f"{str(out)!r} cannot be written: {error.strerror or error}") from None
 
 
-def _is_running(trial: optuna.trial.FrozenTrial) -> bool:
+def _is_running(trial: FrozenTrial) -> bool:
     """Whether another process runs a trial; those of other machines count as alive.
 
     This process runs one trial at a time, so that it runs none while it looks.
     """
     host, pid = trial.user_attrs.get("process", ("", 0))
-    if trial.state != type(trial.state).RUNNING or not host or pid == os.getpid():
+    if trial.state != TrialState.RUNNING or not host or pid == os.getpid():
         return False
-    alive: bool = host != socket.gethostname() or psutil.pid_exists(int(pid))
-    return alive
-
-
-def _is_personal(config: Config) -> bool:
-    return trait(find(config.method.name), "personal")
-
-
-def _optuna() -> Any:
-    """Optuna, quiet. Raises `ConfigError` where it is not installed."""
-    try:
-        import optuna
-    except ImportError:
-        raise ConfigError("`prelort tune` needs Optuna: pip install 'prelort[tune]'") from None
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna
+    return bool(host != socket.gethostname() or psutil.pid_exists(int(pid)))

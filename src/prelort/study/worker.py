@@ -14,11 +14,11 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 from prelort import config as configuration
 from prelort.config import Config
@@ -44,20 +44,8 @@ class Job:
     track: Sequence[str] = ()
 
 
-class Run(Protocol):
-    """`prelort.experiment.run.run` at some place."""
-
-    def __call__(
-        self,
-        config: Config,
-        out: Path,
-        *,
-        resume: bool,
-        listeners: Sequence[Listener],
-        track: Sequence[str],
-        patience: float = 0.0,
-    ) -> object:
-        """Run the configuration in the folder."""
+Run = Callable[..., object]
+"""`prelort.experiment.run.run` at some place."""
 
 
 def run_cell(job: Job, listener: Listener, run: Run) -> None:
