@@ -354,6 +354,24 @@ class PrivacyConfig(Section):
     )
 
 
+class RobustnessConfig(Section):
+    """Defence against malicious clients (docs/robustness.md)."""
+
+    rule: Literal[
+        "none", "clip", "median", "trimmed-mean", "krum", "multi-krum", "geometric-median"
+    ] = Field("none", description="applied to the clients' changes, before the method's own mean")
+    attackers: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0.0, lt=0.5)] = Field(
+        0.2,
+        description="clients of a round that may be malicious: number, or (with a decimal point) "
+        "share",
+    )
+    uncovered: Literal["freeze", "clip"] = Field(
+        "freeze",
+        description="for ranks with too few holders in a round for the rule: leave them as they "
+        "are, or clip changes to the norm that is usual for lower ranks",
+    )
+
+
 class EvaluationConfig(Section):
     """What is measured, when, and at which ranks of the global adapter."""
 
@@ -404,6 +422,7 @@ class Config(Section):
     training: TrainingConfig = TrainingConfig()
     method: MethodConfig = MethodConfig()
     federation: FederationConfig = FederationConfig()
+    robustness: RobustnessConfig = RobustnessConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     privacy: PrivacyConfig = PrivacyConfig()
 
@@ -422,6 +441,11 @@ class Config(Section):
             raise ValueError(
                 "privacy.epsilon is not possible with ranks.allocation = 'by-loss': the ranks "
                 "would tell the clients' losses; use 'fixed'"
+            )
+        if self.privacy.epsilon is not None and self.robustness.rule != "none":
+            raise ValueError(
+                "privacy.epsilon is not possible with robustness.rule: the noise is calibrated to a "
+                "sum of clipped changes, which a rule is not"
             )
         return self
 
