@@ -317,6 +317,11 @@ class FederationConfig(Section):
     wait: Annotated[float, Field(ge=0.0)] = Field(
         600.0, description="real sites: seconds to wait for min_clients before the run stops"
     )
+    verify_names: bool = Field(
+        True,
+        description="real sites: a client's name stays with the key of its node; false only for a "
+        "SuperLink without --enable-supernode-auth, whose nodes have a new key at each start",
+    )
     attempts: Annotated[int, Field(ge=1)] = Field(
         3, description="real sites: attempts at a round before the run stops"
     )

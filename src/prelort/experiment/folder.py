@@ -4,6 +4,7 @@ config.toml          the resolved configuration; `prelort run config.toml` repea
 versions.json        of Python, of the libraries that matter, and of the machine
 metrics.jsonl        one event a line, written while the run goes
 log.txt              tracebacks of clients that failed
+site_keys.jsonl      real sites: each client's name with the key of its node
 labels.json          classification: the names of the classes, in the order of their numbers
 checkpoints/00012/   the server's state after a round, the last two kept
 adapters/rank-8/     the result: standard PEFT folders, one for each rank
@@ -44,6 +45,7 @@ _BEFORE_THE_ROUNDS = (
     "log.txt",
     "clients.txt",
     "labels.json",
+    "site_keys.jsonl",
     "clients.png",
     "privacy.json",
     "trackers.json",

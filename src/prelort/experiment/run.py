@@ -148,6 +148,7 @@ def train(config: Config, folder: RunFolder, backend: Backend, log: RunLog) -> R
         planned_ranks=backend.planned_ranks,
         observe=diagnostics.observer(config),
         private=private,
+        site_keys=backend.site_keys,
     )
     rounds, personal = config.federation.rounds, methods.trait(method, "personal")
     with closing(federation):

@@ -38,6 +38,7 @@ from prelort.federation.replies import checked_metrics
 from prelort.federation.requests import evaluate_request, train_request
 from prelort.federation.round import Round
 from prelort.federation.sampling import check_numbers, count_of, min_connected, sample
+from prelort.federation.site_keys import SiteKeys
 from prelort.federation.transport import Transport
 from prelort.methods.calls import calling, expect
 from prelort.methods.interface import Aggregator, Broadcast, Client, Method, Observe, ServerState
@@ -92,6 +93,7 @@ class Federation:
         planned_ranks: Sequence[int] = (),
         observe: Observe | None = None,
         private: Private | None = None,
+        site_keys: SiteKeys | None = None,
     ) -> None:
         """``planned_ranks``: rank levels that are expected whoever is connected."""
         self._config = config
@@ -107,7 +109,7 @@ class Federation:
         self._finished = 0
         """Number of finished rounds."""
         limit = config.federation.max_client_examples
-        self._manager = ClientManager(transport, spec, self._refuse, limit)
+        self._manager = ClientManager(transport, spec, self._refuse, limit, site_keys)
         self._failed: set[str] = set()
         """Clients without a usable reply in the last attempt."""
         self.clients: list[ConnectedClient] = []
