@@ -169,7 +169,7 @@ class Changes:
             # Not |x|^2 + |y|^2 - 2 x y, whose cancellation hides small distances.
             flat = change.flatten(1)
             mode = "donot_use_mm_for_euclid_dist"
-            total += torch.cdist(flat, flat, compute_mode=mode).square().cpu()
+            total += torch.cdist(flat, flat, compute_mode=mode).square()
         return total
 
     def replace(self, correct: Correct) -> None:
@@ -180,7 +180,7 @@ class Changes:
 
 
 def _scaling(factors: Tensor) -> Correct:
-    return lambda change: change * factors.view(-1, *[1] * (change.ndim - 1)).to(change.device)
+    return lambda change: change * factors.view(-1, *[1] * (change.ndim - 1))
 
 
 def _centre(centre: Correct) -> Correct:
@@ -189,8 +189,8 @@ def _centre(centre: Correct) -> Correct:
 
 def _mean(weights: Tensor) -> Correct:
     def mean(change: Tensor) -> Tensor:
-        held = weights > 0  # a change that is left out may be huge: zero times it is rounding
-        mean: Tensor = torch.tensordot(weights[held].to(change.device), change[held], dims=1)
+        kept = weights > 0  # zero times a huge change may not be zero
+        mean: Tensor = torch.tensordot(weights[kept], change[kept], dims=1)
         return mean
 
     return _centre(mean)
