@@ -10,7 +10,7 @@ import pytest
 import torch
 from flwr.serverapp.strategy.multikrum import select_multikrum
 
-from prelort.adapters import Factors, LoraAdapter
+from prelort.adapters import Factors, LoraAdapter, ScaleRule
 from prelort.config import MethodConfig
 from prelort.errors import ConfigError, QuorumError
 from prelort.federation.flower import ArrayRecord, ConfigRecord, RecordDict
@@ -129,6 +129,13 @@ def test_methods_whose_changes_cannot_be_compared_are_refused(name: str) -> None
             coverage.check("median", method, state, clients, 7, 2)
     else:
         assert coverage.check("median", method, state, clients, 7, 2) == []
+
+
+def test_mixed_ranks_under_rslora_are_refused_where_products_are_averaged() -> None:
+    """What clients are sent differs by a factor then, which is hidden while B is zero."""
+    state, clients = untrained(rule=ScaleRule("rslora", 3.0)), clients_of([5] * 3 + [8] * 7)
+    with pytest.raises(ConfigError, match="not train prefixes"):
+        coverage.check("median", build(MethodConfig(name="raflora"), 0), state, clients, 10, 2)
 
 
 def test_krum_keeps_out_an_attacker_whom_flowers_lets_in() -> None:
