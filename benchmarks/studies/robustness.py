@@ -32,7 +32,7 @@ from prelort.adapters.initial import fresh
 from prelort.config import MethodConfig, RobustnessConfig
 from prelort.federation.sampling import count_of
 from prelort.methods import Client, Method, ServerState, Update
-from prelort.robustness.aggregator import aggregator
+from prelort.robustness.aggregator import RobustAggregator
 from prelort.robustness.attacks import ATTACKS, attacked, scaling
 from prelort.seeds import torch_generator
 
@@ -154,7 +154,6 @@ def run(
 ) -> tuple[float, float]:
     """Accuracy and the backdoor's success of the global adapter, in %."""
     method: Method = methods.build(MethodConfig(name="prelort", objective="plain"), seed)
-    config = RobustnessConfig(rule=rule, attackers=expected)
     attackers, allowed = (count_of(part, len(RANKS)) if part else 0 for part in (share, expected))
     clients = [Client(f"client-{k}", rank, ROWS) for k, rank in enumerate(RANKS)]
     generator = torch_generator(seed, "base")
@@ -173,7 +172,9 @@ def run(
             how, above = (scaling, RANKS[0]) if attack == "top ranks" else (ATTACKS[attack], -1)
             bad = attacked(how, updates[-attackers:], method, state, seed, above)
             updates[-attackers:] = bad
-        defended = aggregator(config, method, state, allowed)
+        defended = method.aggregator(state)
+        if rule != "none":
+            defended = RobustAggregator(rule, method, state, allowed, clip_uncovered=False)
         for update in updates:
             defended.add(update)
         state = replace(defended.result(), levels=state.levels)

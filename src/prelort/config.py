@@ -449,8 +449,8 @@ class Config(Section):
             )
         if self.privacy.epsilon is not None and self.robustness.rule != "none":
             raise ValueError(
-                "privacy.epsilon is not possible with robustness.rule: the noise is calibrated to a "
-                "sum of clipped changes, which a rule is not"
+                "privacy.epsilon is not possible with robustness.rule: the noise is calibrated to "
+                "a sum of clipped changes, which a rule is not"
             )
         return self
 

@@ -61,6 +61,11 @@ def test_a_rule_that_protects_nothing_is_refused_before_training() -> None:
     assert run.events == []
 
 
+def test_privacy_cannot_be_had_with_a_rule() -> None:
+    with pytest.raises(ConfigError, match=r"with robustness\.rule"):
+        check({"privacy": {"epsilon": 3.0}, "robustness": {"rule": "median"}})
+
+
 def test_a_method_whose_changes_cannot_be_compared_is_refused_before_training() -> None:
     run = make_run(small_client_app(CLIENTS), config("clip"), clients=7, method="fed-plora")
     with pytest.raises(ConfigError, match="not possible with method 'fed-plora'"):

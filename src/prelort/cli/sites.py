@@ -69,17 +69,9 @@ def site_trust(
     key: Annotated[Path, typer.Argument(help="The public key of its node (.pub).")],
 ) -> None:
     """Let the node with this key use this name in a run, also while it goes on."""
-    from prelort.errors import ConfigError
-    from prelort.federation.site_keys import SiteKeys, fingerprint
+    from prelort.deployment.trust import trust
 
-    if not (run / "config.toml").is_file():
-        raise ConfigError(f"{str(run)!r} holds no run: config.toml is missing")
-    try:
-        public_key = key.read_bytes()
-        shown = fingerprint(public_key)
-    except (OSError, ValueError):
-        raise ConfigError(f"{str(key)!r} cannot be read as a public key") from None
-    SiteKeys(run).bind(name, public_key)
+    shown = trust(run, name, key)
     Console().print(f"{name} is the site with the key {shown}", highlight=False, markup=False)
 
 
