@@ -15,12 +15,14 @@ ALLOWED = {
     "adapters": set(),
     "aggregation": {"adapters"},
     "methods": {"adapters", "aggregation"},
+    "robustness": {"adapters", "methods"},
     "models": {"adapters"},
     "tasks": set(),
     "metrics": {"tasks", "training"},
     "training": {"adapters", "aggregation", "methods", "models", "tasks"},
     "federation": {
-        *("adapters", "aggregation", "methods", "metrics", "models", "tasks", "training"),
+        *("adapters", "aggregation", "methods", "metrics", "models", "robustness", "tasks"),
+        "training",
     },
     "privacy": {"adapters", "aggregation", "federation", "methods"},
     "data": {"tasks"},
@@ -37,7 +39,7 @@ ALLOWED = {
 }
 CORE = {
     *("adapters", "aggregation", "methods", "models", "tasks", "metrics", "training"),
-    "federation",
+    *("federation", "robustness"),
 }
 OPTIONAL = {
     *("report", "diagnostics", "planning", "privacy", "deployment", "cli", "experiment", "study"),

@@ -328,6 +328,11 @@ class FederationConfig(Section):
     wait: Annotated[float, Field(ge=0.0)] = Field(
         600.0, description="real sites: seconds to wait for min_clients before the run stops"
     )
+    verify_names: bool = Field(
+        True,
+        description="real sites: a client's name stays with the key of its node; false only for a "
+        "SuperLink without --enable-supernode-auth, whose nodes have a new key at each start",
+    )
     attempts: Annotated[int, Field(ge=1)] = Field(
         3, description="real sites: attempts at a round before the run stops"
     )
@@ -362,6 +367,24 @@ class PrivacyConfig(Section):
     )
     adaptive_clipping: bool = Field(
         True, description="let the clip norm follow the median of the changes' norms from round 2"
+    )
+
+
+class RobustnessConfig(Section):
+    """Defence against malicious clients (docs/robustness.md)."""
+
+    rule: Literal[
+        "none", "clip", "median", "trimmed-mean", "krum", "multi-krum", "geometric-median"
+    ] = Field("none", description="applied to the clients' changes, before the method's own mean")
+    attackers: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0.0, lt=0.5)] = Field(
+        0.2,
+        description="clients of a round that may be malicious: number, or (with a decimal point) "
+        "share",
+    )
+    uncovered: Literal["freeze", "clip"] = Field(
+        "freeze",
+        description="for ranks with too few holders in a round for the rule: leave them as they "
+        "are, or clip changes to the norm that is usual for lower ranks",
     )
 
 
@@ -415,6 +438,7 @@ class Config(Section):
     training: TrainingConfig = TrainingConfig()
     method: MethodConfig = MethodConfig()
     federation: FederationConfig = FederationConfig()
+    robustness: RobustnessConfig = RobustnessConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     privacy: PrivacyConfig = PrivacyConfig()
 
@@ -433,6 +457,11 @@ class Config(Section):
             raise ValueError(
                 "privacy.epsilon is not possible with ranks.allocation = 'by-loss': the ranks "
                 "would tell the clients' losses; use 'fixed'"
+            )
+        if self.privacy.epsilon is not None and self.robustness.rule != "none":
+            raise ValueError(
+                "privacy.epsilon is not possible with robustness.rule: the noise is calibrated to "
+                "a sum of clipped changes, which a rule is not"
             )
         return self
 

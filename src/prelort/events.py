@@ -213,6 +213,20 @@ class ClientLeft(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class RanksUncovered(Event):
+    """Too few clients hold the rank dimensions low < j <= high for the rule of [robustness].
+
+    ``holders``: in a round, on average. ``treatment``: "freeze" or "clip".
+    """
+
+    low: int
+    high: int
+    holders: float
+    needed: int
+    treatment: str
+
+
+@dataclass(frozen=True, slots=True)
 class Waiting(Event):
     """Too few clients are connected for the round: the run waits ``until`` then."""
 

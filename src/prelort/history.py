@@ -23,6 +23,7 @@ from prelort.events import (
     Event,
     Metrics,
     RankChanged,
+    RanksUncovered,
     RoundFinished,
     RoundRepeated,
     RoundStarted,
@@ -281,6 +282,7 @@ def _is_incident(event: Event) -> bool:
         ClientFailed
         | ClientRefused
         | RankChanged
+        | RanksUncovered
         | RunResumed
         | EvaluationFailed
         | Waiting

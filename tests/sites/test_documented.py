@@ -12,6 +12,7 @@ import pytest
 from loopback import BIN, free_port, missing, until
 
 from prelort.adapters import peft_folder
+from prelort.federation.site_keys import SiteKeys, fingerprint
 
 PAGE = Path(__file__).parents[2] / "docs" / "sites.md"
 STAYS = re.compile(r"scripts/(superlink|supernode)\.sh")
@@ -79,6 +80,11 @@ def test_the_page_can_be_followed(tmp_path: Path) -> None:
                 assert (folder / "runs" / "demo" / "adapters" / "rank-16").is_dir()
                 assert "Perplexity by rank prefix" in ended.stdout
                 assert (folder / "runs" / "demo" / "report.html").is_file()
+                keys = SiteKeys(folder / "runs" / "demo").read()
+                assert keys == {
+                    site.name: fingerprint((site / "key.pub").read_bytes())
+                    for site in (folder / "sites").iterdir()
+                }
                 assert processes_in(folder) == []
     finally:
         for process in staying:

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from loopback import Federation, free_port, missing, until
 
+from prelort.events import ClientRefused
+
 pytestmark = pytest.mark.skipif(bool(missing()), reason=f"needs {', '.join(missing())}")
 
 
@@ -90,3 +92,23 @@ def test_a_server_of_another_authority_is_not_trusted(
         *("--auth-supernode-private-key", str(federation.path / "sites" / "site-2" / "key")),
     )
     assert "CERTIFICATE_VERIFY_FAILED" in said
+
+
+@pytest.mark.chaos
+def test_a_site_with_trusted_entities_does_not_run_an_unsigned_app(tmp_path: Path) -> None:
+    changes = {"federation": {"min_clients": 1, "wait": 8.0, "verify_names": True}}
+    with Federation(tmp_path, changes, tls=True) as federation:
+        federation.start_superlink()
+        site = federation.set_site("site-1").parent
+        reviewer = site / "reviewer"
+        make = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", reviewer]
+        subprocess.run(make, check=True)
+        public_key = reviewer.with_suffix(".pub").read_text().strip()
+        (site / "trusted.yaml").write_text(f'fpk_reviewer: "{public_key}"\n')
+        federation.script("key.sh", "site-1")
+        federation.script("register.sh", "sites/site-1/key.pub")
+        federation.start_node("site-1")
+        federation.run()
+        refusals = [one.reason for one in federation.events() if isinstance(one, ClientRefused)]
+        assert refusals == ["The FAB could not be verified."]
+        assert not (site / "state").exists()

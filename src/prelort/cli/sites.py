@@ -1,4 +1,4 @@
-"""``prelort new`` and ``prelort site check | stop``: federations of real sites."""
+"""``prelort new`` and ``prelort site check | trust | stop``: federations of real sites."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def new(
     console.print(f"  {folder / 'scripts' / 'demo.sh'}", soft_wrap=True)
 
 
-site_app = typer.Typer(help="At a real site: check its settings, stop its trainer.")
+site_app = typer.Typer(help="Real sites: check settings, stop a trainer, trust a new key.")
 
 SiteFile = Annotated[Path, typer.Argument(help="The site's file, site.toml.")]
 
@@ -57,6 +57,22 @@ def site_check(
     facts |= {"max_rank": max(site.max_rank, site.rank), "base": spec.base}
     for key, value in facts.items():
         console.print(f"  {key} = {value!r}", highlight=False)
+
+
+@site_app.command(
+    "trust",
+    epilog="[bold]Example[/bold]\n\n  prelort site trust runs/first hospital-1 hospital-1-new.pub",
+)
+def site_trust(
+    run: Annotated[Path, typer.Argument(help="The run's folder, at the server.")],
+    name: Annotated[str, typer.Argument(help="The site's name.")],
+    key: Annotated[Path, typer.Argument(help="The public key of its node (.pub).")],
+) -> None:
+    """Let the node with this key use this name in a run, also while it goes on."""
+    from prelort.deployment.trust import trust
+
+    shown = trust(run, name, key)
+    Console().print(f"{name} is the site with the key {shown}", highlight=False, markup=False)
 
 
 @site_app.command("stop")

@@ -31,6 +31,7 @@ from prelort.federation.client import ClientRuntime, LocalClient
 from prelort.federation.flower import Grid
 from prelort.federation.messages import AdapterSpec
 from prelort.federation.personal import PersonalStore
+from prelort.federation.site_keys import SiteKeys
 from prelort.federation.transport import Transport
 from prelort.models import base
 from prelort.models.lora import ADAPTER, shapes
@@ -44,7 +45,9 @@ def at_sites(grid: Grid) -> Connect:
 
     @contextmanager
     def connect(config: Config, folder: Path) -> Iterator[Backend]:
-        yield backend_at_sites(config, grid)
+        backend = backend_at_sites(config, grid)
+        verified = config.federation.verify_names
+        yield replace(backend, site_keys=SiteKeys(folder)) if verified else backend
 
     return connect
 

@@ -28,6 +28,7 @@ from prelort.federation.client_app import Kind, client_app
 from prelort.federation.flower import Context, RecordDict
 from prelort.federation.in_process import InProcessGrid
 from prelort.federation.messages import AdapterSpec
+from prelort.federation.site_keys import SiteKeys
 from prelort.federation.transport import Transport
 
 Evaluate = Callable[[Mapping[int, LoraAdapter], Progress], dict[int, Metrics]]
@@ -44,7 +45,8 @@ class Backend:
     adapters in PEFT folders are what was measured; None where the server has no model.
     ``planned_ranks``: rank levels that are expected whoever is connected. ``rows``: who holds which
     data, where that is known. ``labels``: the class names in the order of their numbers, for a
-    classification.
+    classification. ``site_keys``: which node's key may use which client's name; None where names
+    are not verified.
     """
 
     spec: AdapterSpec
@@ -58,6 +60,7 @@ class Backend:
     planned_ranks: tuple[int, ...] = ()
     rows: FederatedRows | None = None
     labels: tuple[str, ...] = ()
+    site_keys: SiteKeys | None = None
 
 
 Connect = Callable[[Config, Path], AbstractContextManager[Backend]]

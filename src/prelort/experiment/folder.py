@@ -4,6 +4,7 @@ config.toml          the resolved configuration; `prelort run config.toml` repea
 versions.json        of Python, of the libraries that matter, and of the machine
 metrics.jsonl        one event a line, written while the run goes
 log.txt              tracebacks of clients that failed
+site_keys.jsonl      real sites: each client's name with the key of its node
 labels.json          classification: the names of the classes, in the order of their numbers
 base/, tokenizer/    from Python: a model that is in no other files, and a tokenizer
 checkpoints/00012/   the server's state after a round, the last two kept
@@ -49,6 +50,7 @@ _BEFORE_THE_ROUNDS = (
     "log.txt",
     "clients.txt",
     "labels.json",
+    "site_keys.jsonl",
     "clients.png",
     "privacy.json",
     "trackers.json",

@@ -119,6 +119,7 @@ def train(
         planned_ranks=backend.planned_ranks,
         observe=diagnostics.observer(config),
         private=private,
+        site_keys=backend.site_keys,
     )
     rounds, personal = config.federation.rounds, methods.trait(method, "personal")
 

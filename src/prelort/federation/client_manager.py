@@ -11,6 +11,7 @@ from prelort.federation import wire
 from prelort.federation.flower import Message, MessageType, envelope
 from prelort.federation.messages import AdapterSpec, ClientProperties
 from prelort.federation.replies import check_examples
+from prelort.federation.site_keys import SiteKeys
 from prelort.federation.transport import POLL_SECONDS, Transport, as_addressed
 from prelort.methods.interface import Client
 
@@ -42,6 +43,7 @@ class ClientManager:
     A node is queried for its properties when it appears, and again after it was away or has failed:
     it may have returned with another rank. ``report_refusal`` is called with a node's or client's
     name and the reason for each that is refused. ``max_examples``: what a client may claim.
+    ``site_keys``: which node's key may use which name; None where names are not verified.
     """
 
     def __init__(
@@ -50,11 +52,15 @@ class ClientManager:
         spec: AdapterSpec,
         report_refusal: Callable[[str, str], None],
         max_examples: int,
+        site_keys: SiteKeys | None = None,
     ) -> None:
         self._transport = transport
         self._spec = spec
         self._report_refusal = report_refusal
         self._max_examples = max_examples
+        self._site_keys = site_keys
+        self._public_keys: dict[int, bytes] = {}
+        """The key of each node that is online."""
         self._connected: dict[int, ConnectedClient] = {}
         """By node."""
         self._node_of: dict[str, int] = {}
@@ -134,15 +140,15 @@ class ClientManager:
 
     def _poll(self, admit: Admit) -> bool:
         """Query new nodes, receive replies, drop nodes that are gone; whether a reply came."""
-        nodes = list(self._transport.grid.get_node_ids())
-        online = set(nodes)
-        for node in self._connected.keys() - online:
+        nodes = self._transport.grid.get_nodes()
+        online = self._public_keys = {node.node_id: node.public_key for node in nodes}
+        for node in self._connected.keys() - online.keys():
             self.disconnect(self._connected[node].client.name)
         self._queries = {i: m for i, m in self._queries.items() if m.metadata.dst_node_id in online}
         queried = {message.metadata.dst_node_id for message in self._queries.values()}
         retry = math.inf if self._transport.patience is None else RETRY_SECONDS
         now = self._transport.clock.monotonic()
-        for node in nodes:
+        for node in online:
             refused_at, _ = self._refusals.get(node, (-math.inf, ""))
             if node not in self._connected and node not in queried and now - refused_at >= retry:
                 self._query(node)
@@ -178,6 +184,8 @@ class ClientManager:
             name = properties.client
             connected = self._checked(node, properties)
             admit([*(one.client for one in self.connected), connected.client])
+            if self._site_keys is not None:
+                self._site_keys.bind(name, self._public_keys[node])
             self._connected[node] = connected
             self._node_of[name] = node
             self._refusals.pop(node, None)
@@ -195,6 +203,8 @@ class ClientManager:
             raise UpdateRefused(
                 f"offers rank {properties.rank}, but the global adapter has {highest}"
             )
+        if self._site_keys is not None:
+            self._site_keys.check(properties.client, self._public_keys[node])
         if properties.client in self._node_of:
             raise UpdateRefused("a client of this name is connected already")
         client = Client(properties.client, properties.rank, properties.examples)

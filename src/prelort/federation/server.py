@@ -21,6 +21,7 @@ from prelort.events import (
     EvaluationFailed,
     Listener,
     RankChanged,
+    RanksUncovered,
     RoundRepeated,
     RoundStarted,
     RoundStats,
@@ -36,11 +37,14 @@ from prelort.federation.pooled import PooledMetrics, prefix_groups
 from prelort.federation.replies import checked_metrics
 from prelort.federation.requests import evaluate_request, train_request
 from prelort.federation.round import Round
-from prelort.federation.sampling import check_numbers, min_connected, sample
+from prelort.federation.sampling import check_numbers, count_of, min_connected, sample
+from prelort.federation.site_keys import SiteKeys
 from prelort.federation.transport import Transport
 from prelort.methods.calls import calling, expect
 from prelort.methods.interface import Aggregator, Broadcast, Client, Method, Observe, ServerState
 from prelort.methods.objective import Objective
+from prelort.robustness import coverage
+from prelort.robustness.aggregator import RobustAggregator
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +93,7 @@ class Server:
         planned_ranks: Sequence[int] = (),
         observe: Observe | None = None,
         private: Private | None = None,
+        site_keys: SiteKeys | None = None,
     ) -> None:
         """``planned_ranks``: rank levels that are expected whoever is connected."""
         self._config = config
@@ -104,7 +109,7 @@ class Server:
         self._finished = 0
         """Number of finished rounds."""
         limit = config.federation.max_client_examples
-        self._manager = ClientManager(transport, spec, self._refuse, limit)
+        self._manager = ClientManager(transport, spec, self._refuse, limit, site_keys)
         self._failed: set[str] = set()
         """Clients without a usable reply in the last attempt."""
         self.clients: list[ConnectedClient] = []
@@ -124,6 +129,7 @@ class Server:
             check_numbers(count, min(federation.clients_per_round, count), federation.quorum)
         state = self._with_levels(state)
         self._check_method(method, state)
+        self._check_robustness(method, state)
         return state
 
     def train(
@@ -244,6 +250,30 @@ class Server:
                 objective = method.objective(state, client)
             expect(method, "objective()", objective, Objective)
 
+    def _check_robustness(self, method: Method, state: ServerState) -> None:
+        """Refuse what the robust rule cannot protect, and report what it protects only in part."""
+        robustness = self._config.robustness
+        if robustness.rule == "none":
+            return
+        clients = [_at_current_rank(connected, state) for connected in self.clients]
+        cohort = count_of(self._config.federation.clients_per_round, len(clients))
+        cohort = min(cohort, len(clients))
+        attackers = count_of(robustness.attackers, cohort)
+        uncovered = coverage.check(robustness.rule, method, state, clients, cohort, attackers)
+        if not self._transport.clients_change and self._round > 0:
+            return  # the run is resumed, and its log has the events
+        for part in uncovered:
+            self._log(
+                RanksUncovered(
+                    self._round,
+                    low=part.low,
+                    high=part.high,
+                    holders=part.holders,
+                    needed=part.needed,
+                    treatment=robustness.uncovered,
+                )
+            )
+
     def _train_once(
         self, method: Method, state: ServerState, server_round: int
     ) -> tuple[ServerState, RoundStats]:
@@ -259,7 +289,7 @@ class Server:
             config=self._config,
             spec=self._spec,
             log=self._log,
-            aggregator=self._private_aggregator(method, state),
+            aggregator=self._aggregator(method, state, cohort),
             observer=self._observe(method, state, cohort) if self._observe else None,
         )
         for reply in self._transport.send_and_receive(
@@ -274,11 +304,19 @@ class Server:
             stats = replace(stats, epsilon=self._private.epsilon())
         return after, stats
 
-    def _private_aggregator(self, method: Method, state: ServerState) -> Aggregator | None:
-        if self._private is None:
+    def _aggregator(
+        self, method: Method, state: ServerState, cohort: Sequence[Client]
+    ) -> Aggregator | None:
+        """The round's aggregator where it is not the method's own."""
+        robustness = self._config.robustness
+        if self._private is not None:
+            clients = [_at_current_rank(connected, state) for connected in self.clients]
+            return self._private.aggregator(method, state, clients)
+        if robustness.rule == "none":
             return None
-        clients = [_at_current_rank(connected, state) for connected in self.clients]
-        return self._private.aggregator(method, state, clients)
+        attackers = count_of(robustness.attackers, len(cohort))
+        clip = robustness.uncovered == "clip"
+        return RobustAggregator(robustness.rule, method, state, attackers, clip)
 
     def _train_requests(
         self, current: Round, method: Method, state: ServerState, clients: Mapping[int, Client]

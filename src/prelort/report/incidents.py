@@ -15,6 +15,7 @@ from prelort.events import (
     EvaluationFailed,
     Event,
     RankChanged,
+    RanksUncovered,
     RoundFinished,
     RoundRepeated,
     RunResumed,
@@ -69,6 +70,12 @@ def _described(event: Event) -> Iterator[tuple[str, str, str, bool]]:
         case RankChanged():
             change = f"from rank {event.old_rank} to {event.new_rank}"
             yield "rank changed", event.client, f"{change}: {event.reason}", False
+        case RanksUncovered():
+            reason = (
+                f"{event.holders:.3g} clients of a round hold them, robustness.rule needs "
+                f"{event.needed}: rounds with fewer {event.treatment} them"
+            )
+            yield f"ranks {event.low + 1} to {event.high} not protected", "", reason, False
         case RunResumed():
             yield "resumed", "", f"from the checkpoint after round {event.round}", False
         case ClientsEvaluated():

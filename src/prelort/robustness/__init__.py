@@ -1,0 +1,1 @@
+"""Robust aggregation: defences of a round against malicious clients, for any method."""
