@@ -14,13 +14,14 @@ SOURCE = Path(__file__).parents[1] / "src" / "prelort"
 ALLOWED = {
     "adapters": set(),
     "aggregation": {"adapters"},
+    "secure": set(),
     "methods": {"adapters", "aggregation"},
     "models": {"adapters"},
     "tasks": set(),
     "metrics": {"tasks", "training"},
     "training": {"adapters", "aggregation", "methods", "models", "tasks"},
     "federation": {
-        *("adapters", "aggregation", "methods", "metrics", "models", "tasks", "training"),
+        *("adapters", "aggregation", "methods", "metrics", "models", "secure", "tasks", "training"),
     },
     "privacy": {"adapters", "aggregation", "federation", "methods"},
     "data": {"tasks"},
@@ -37,7 +38,7 @@ ALLOWED = {
 }
 CORE = {
     *("adapters", "aggregation", "methods", "models", "tasks", "metrics", "training"),
-    "federation",
+    *("federation", "secure"),
 }
 OPTIONAL = {
     *("report", "diagnostics", "planning", "privacy", "deployment", "cli", "experiment", "study"),

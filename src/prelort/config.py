@@ -338,7 +338,7 @@ class FederationConfig(Section):
 
 
 class PrivacyConfig(Section):
-    """Differential privacy of the clients (docs/privacy.md); off without ``epsilon``."""
+    """What the server, and who sees the adapter, may learn of single clients."""
 
     epsilon: Annotated[float, Field(gt=0.0)] | None = Field(
         None, description="client-level budget of the whole run; every client then counts the same"
@@ -351,6 +351,16 @@ class PrivacyConfig(Section):
     )
     adaptive_clipping: bool = Field(
         True, description="let the clip norm follow the median of the changes' norms from round 2"
+    )
+    secure_aggregation: bool = Field(
+        False,
+        description="the server gets sums of replies, no single one (docs/secure-aggregation.md)",
+    )
+    threshold: Annotated[float, Field(gt=0.5, le=1.0)] = Field(
+        0.67, description="share of the clients of a round that must stay until its end"
+    )
+    min_holders: Annotated[int, Field(ge=2)] = Field(
+        3, description="clients that a rank dimension's sum needs; with fewer it is left out"
     )
 
 

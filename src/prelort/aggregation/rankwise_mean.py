@@ -81,6 +81,37 @@ class RankwiseMean:
         for name, tensor in adapter.modules_to_save.items():
             mean.modules_to_save[name].lerp_(tensor.float(), weight / self.total)
 
+    def add_sums(
+        self,
+        previous: LoraAdapter,
+        changes: LoraAdapter,
+        weights: Mapping[str, Tensor],
+        total: float,
+    ) -> None:
+        """Take the sums of a whole round, where there are no single replies.
+
+        Args:
+            previous: the adapter of which each client received a part.
+            changes: ``sum_k w_k (x_k - previous)`` over each rank dimension's holders, float64, in
+                the shapes of ``previous``.
+            weights: layer name -> the weight of each rank dimension's holders, float64 [rank].
+            total: the weight of all clients, above 0.
+
+        Raises `RuntimeError` if a reply was added before.
+        """
+        mean = self._open()
+        if self.total > 0:
+            raise RuntimeError("sums of a round cannot be added to single replies")
+        self.total = total
+        for name, factors in mean.layers.items():
+            self.weights[name].copy_(weights[name])
+            held = weights[name].where(weights[name] > 0, torch.inf)
+            old, change = previous.layers[name], changes.layers[name]
+            factors.A.copy_(old.A + change.A / held[:, None])
+            factors.B.copy_(old.B + change.B / held)
+        for name, tensor in mean.modules_to_save.items():
+            tensor.copy_(previous.modules_to_save[name] + changes.modules_to_save[name] / total)
+
     def over_holders(self, previous: LoraAdapter) -> LoraAdapter:
         """Each dimension's mean over its holders; one without holders keeps its previous value."""
         mean = self._finish(previous)
