@@ -418,6 +418,16 @@ class Config(Section):
     privacy: PrivacyConfig = PrivacyConfig()
 
     @model_validator(mode="after")
+    def _enough_to_hide_among(self) -> Config:
+        per_round, needed = self.federation.clients_per_round, self.privacy.min_holders
+        if self.privacy.secure_aggregation and isinstance(per_round, int) and per_round < needed:
+            raise ValueError(
+                f"privacy.secure_aggregation needs federation.clients_per_round = {needed} or more "
+                f"(privacy.min_holders), it is {per_round}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _validation_rows(self) -> Config:
         needs = {
             "evaluation.on = 'validation'": self.evaluation.on == "validation",

@@ -38,7 +38,7 @@ from prelort.federation.replies import checked_metrics
 from prelort.federation.requests import evaluate_request, train_request
 from prelort.federation.round import Round
 from prelort.federation.sampling import check_numbers, min_connected, sample
-from prelort.federation.secure_round import SecureRound, contribution_of
+from prelort.federation.secure_round import SecureRound, check_clients
 from prelort.federation.transport import Transport
 from prelort.methods.calls import calling, expect
 from prelort.methods.interface import Aggregator, Broadcast, Client, Method, Observe, ServerState
@@ -247,8 +247,8 @@ class Federation:
             with calling(method, "objective()"):
                 objective = method.objective(state, client)
             expect(method, "objective()", objective, Objective)
-            if self._config.privacy.secure_aggregation:
-                contribution_of(method, state, client)
+        if self._config.privacy.secure_aggregation:
+            check_clients(self._config, method, state, clients)
 
     def _train_once(
         self, method: Method, state: ServerState, server_round: int

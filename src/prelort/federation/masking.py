@@ -49,7 +49,12 @@ def masked(request: RecordDict, reply: RecordDict, state: RecordDict) -> RecordD
     parts = blocks.split(tensors, len(how.holds) - 1)
     session, vector = client.mask(_load(state), how, [part.astype(np.float64) for part in parts])
     _save(state, session)
-    return content_of(text_in(reply) or "", safetensors.numpy.save({MASKED: vector}))
+    return content_of(text_in(reply) or "", blob_of(vector))
+
+
+def blob_of(vector: Words) -> bytes:
+    """A masked vector as it travels."""
+    return safetensors.numpy.save({MASKED: vector})
 
 
 def vector_in(content: RecordDict) -> Words:

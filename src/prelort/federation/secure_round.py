@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from prelort.adapters import LoraAdapter
+from prelort.config import Config
 from prelort.errors import ConfigError, PrelortError, QuorumError, UpdateRefused
 from prelort.events import DimensionsLeftOut
 from prelort.federation import wire
@@ -79,6 +80,25 @@ def contribution_of(method: Method, state: ServerState, client: Client) -> Contr
             )
     unsent = wire.not_sent_up(broadcast.trains, broadcast.personal)
     return Contribution(dimensions, aggregator.weight_of(client), unsent)
+
+
+def check_clients(
+    config: Config, method: Method, state: ServerState, clients: Sequence[Client]
+) -> None:
+    """Raise `ConfigError` if these clients cannot take part in secure aggregation together.
+
+    Where clients train prefixes, too few of the highest rank would never be aggregated there.
+    """
+    contributions = [contribution_of(method, state, client) for client in clients]
+    trained = [len(one.dimensions) for one in contributions]
+    prefixes = all(one.dimensions == tuple(range(len(one.dimensions))) for one in contributions)
+    highest, needed = max(trained), config.privacy.min_holders
+    if trained.count(highest) < needed and (prefixes or len(clients) < needed):
+        raise ConfigError(
+            f"privacy.min_holders = {needed}: {trained.count(highest)} of {len(clients)} clients "
+            f"train rank {highest}, so its sum would show them; set ranks.mix so that at least "
+            f"{needed} clients have the highest rank"
+        )
 
 
 class SecureRound(Round):
