@@ -106,7 +106,7 @@ def unmasked(parties: Parties, victim: int, colluding: Sequence[int]) -> Words:
             own, public = private, peer.mask_key
         else:
             continue
-        key = client.mask_key(own, public, parties.server.session, victim, number)
+        key = client.mask_key(keys.private_key(own), public, parties.server.session, victim, number)
         covered = shared(parties.blocks[victim], peer.blocks)
         add_mask(vector, places, key, covered, negative=victim < number)
     return vector
@@ -115,13 +115,10 @@ def unmasked(parties: Parties, victim: int, colluding: Sequence[int]) -> Words:
 def shares_at(parties: Parties, holder: int) -> dict[int, bytes]:
     """The shares of others' secrets that a client can read."""
     session = parties.sessions[holder]
+    private = keys.private_key(session.share_key)
     return {
         number: keys.unseal(
-            keys.agree(
-                session.share_key,
-                peer.share_key,
-                f"prelort share {session.session} {number} {holder}",
-            ),
+            client.share_key(private, peer.share_key, session.session, number, holder),
             parties.server.unmask_request(holder).sealed[number],
         )
         for number, peer in session.peers.items()

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from pydantic import Field
 
 from prelort.errors import PrelortError
@@ -96,9 +97,11 @@ def share(session: Session, request: SharesRequest) -> tuple[Session, SharesRepl
         }
     )
     _check_holders(session, request.peers)
+    private = keys.private_key(session.share_key)
     sealed = {
         number: keys.seal(
-            _seal_key(session, peer, session.number, number), of_key[number] + of_seed[number]
+            share_key(private, peer.share_key, session.session, session.number, number),
+            of_key[number] + of_seed[number],
         )
         for number, peer in request.peers.items()
     }
@@ -142,12 +145,13 @@ def mask(session: Session, request: MaskedInput, blocks: Sequence[Values]) -> tu
                 )
             vector[place] = quantise(held[block], request.weight, request.fraction_bits)
     add_mask(vector, places, session.seed, session.blocks, negative=False)
+    private = keys.private_key(session.mask_key)
     for number in request.joined:
         peer = session.peers[number]
         add_mask(
             vector,
             places,
-            mask_key(session.mask_key, peer.mask_key, session.session, session.number, number),
+            mask_key(private, peer.mask_key, session.session, session.number, number),
             shared(session.blocks, peer.blocks),
             negative=session.number > number,
         )
@@ -171,11 +175,13 @@ def reveal(session: Session, request: UnmaskRequest) -> UnmaskReply:
     _check_holders(session, survivors - {session.number})
     seeds = {session.number: session.own_share}
     of_keys: dict[int, bytes] = {}
+    private = keys.private_key(session.share_key)
     for number in session.joined:
         sealed = request.sealed.get(number)
         if sealed is None:
             raise PrelortError(f"the share of participant {number} is missing")
-        key = _seal_key(session, session.peers[number], number, session.number)
+        public = session.peers[number].share_key
+        key = share_key(private, public, session.session, number, session.number)
         both = keys.unseal(key, sealed)
         if number in survivors:
             seeds[number] = both[shamir.SHARE_BYTES :]
@@ -184,15 +190,17 @@ def reveal(session: Session, request: UnmaskRequest) -> UnmaskReply:
     return UnmaskReply(session=session.session, seeds=seeds, keys=of_keys)
 
 
-def mask_key(private: bytes, public: bytes, session: str, one: int, other: int) -> bytes:
+def mask_key(private: X25519PrivateKey, public: bytes, session: str, one: int, other: int) -> bytes:
     """The key of the mask that two participants share."""
     low, high = sorted((one, other))
     return keys.agree(private, public, f"prelort mask {session} {low} {high}")
 
 
-def _seal_key(session: Session, peer: Peer, sender: int, receiver: int) -> bytes:
-    purpose = f"prelort share {session.session} {sender} {receiver}"
-    return keys.agree(session.share_key, peer.share_key, purpose)
+def share_key(
+    private: X25519PrivateKey, public: bytes, session: str, sender: int, receiver: int
+) -> bytes:
+    """The key that seals the shares from one participant to another."""
+    return keys.agree(private, public, f"prelort share {session} {sender} {receiver}")
 
 
 def _check_step(session: Session, request: Step, expected: str) -> None:

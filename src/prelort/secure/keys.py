@@ -22,9 +22,14 @@ def new_secret() -> bytes:
     return secrets.token_bytes(KEY_BYTES)
 
 
-def public_key(private: bytes) -> bytes:
-    """The public key of a private one."""
-    return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
+def private_key(secret: bytes) -> X25519PrivateKey:
+    """The private key of these bytes; making it costs as much as an agreement."""
+    return X25519PrivateKey.from_private_bytes(secret)
+
+
+def public_key(secret: bytes) -> bytes:
+    """The public key of the private one of these bytes."""
+    return private_key(secret).public_key().public_bytes_raw()
 
 
 def commitment(secret: bytes) -> bytes:
@@ -32,14 +37,14 @@ def commitment(secret: bytes) -> bytes:
     return hashlib.sha256(b"prelort commitment" + secret).digest()
 
 
-def agree(private: bytes, public: bytes, purpose: str) -> bytes:
+def agree(private: X25519PrivateKey, public: bytes, purpose: str) -> bytes:
     """The key that two sides share for one ``purpose``, which names the session and both of them.
 
     Raises `PrelortError` for a public key that is none.
     """
     try:
         peer = X25519PublicKey.from_public_bytes(public)
-        shared = X25519PrivateKey.from_private_bytes(private).exchange(peer)
+        shared = private.exchange(peer)
     except ValueError:
         raise PrelortError("a public key cannot be used") from None
     return HKDF(SHA256(), KEY_BYTES, salt=None, info=purpose.encode()).derive(shared)

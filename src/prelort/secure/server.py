@@ -155,8 +155,9 @@ class MaskedSum:
 
     def _remove_pair_masks(self, total: Words, gone: int, present: frozenset[int]) -> None:
         """Subtract the masks that the survivors share with a participant that has dropped out."""
-        private = self._restored(gone, {n: r.keys for n, r in self._revealed.items()})
-        if keys.public_key(private) != self._peers[gone].mask_key:
+        secret = self._restored(gone, {n: r.keys for n, r in self._revealed.items()})
+        private = keys.private_key(secret)
+        if private.public_key().public_bytes_raw() != self._peers[gone].mask_key:
             raise QuorumError("a share of a mask key is wrong: the round's sum cannot be opened")
         for number in present:
             key = mask_key(private, self._peers[number].mask_key, self.session, gone, number)
