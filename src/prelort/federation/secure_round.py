@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from prelort.adapters import LoraAdapter
-from prelort.config import Config
 from prelort.errors import ConfigError, PrelortError, QuorumError, UpdateRefused
 from prelort.events import DimensionsLeftOut
 from prelort.federation import wire
@@ -30,7 +29,7 @@ from prelort.federation.replies import checked_head
 from prelort.federation.round import Round
 from prelort.methods.averaging import Averaging, needing_only_sums
 from prelort.methods.calls import calling
-from prelort.methods.interface import Broadcast, Client, Method, ServerState
+from prelort.methods.interface import Aggregator, Broadcast, Client, Method, ServerState
 from prelort.methods.objective import Objective
 from prelort.secure import blocks, ring
 from prelort.secure.graph import is_complete
@@ -56,19 +55,28 @@ class Contribution:
     unsent: tuple[str, ...]
 
 
-def contribution_of(method: Method, state: ServerState, client: Client) -> Contribution:
+def summing(aggregator: Aggregator, name: str) -> Averaging:
+    """The aggregator of the method of this ``name``, if it needs no more than sums.
+
+    Raises `ConfigError` for any other.
+    """
+    averaging = needing_only_sums(aggregator)
+    if averaging is None:
+        raise ConfigError(
+            f"privacy.secure_aggregation is not possible with method {name!r}, whose server needs "
+            "single replies and not only their weighted sums: use a method that averages factors, "
+            "such as prelort"
+        )
+    return averaging
+
+
+def contribution_of(
+    aggregator: Averaging, method: Method, state: ServerState, client: Client
+) -> Contribution:
     """What a client contributes to the round's sums.
 
-    Raises `ConfigError` for a method that needs more than sums.
+    Raises `ConfigError` for a method whose clients train something else than parts of the state.
     """
-    with calling(method, "aggregator()"):
-        aggregator = needing_only_sums(method.aggregator(state))
-    if aggregator is None or aggregator.weight_of is None:
-        raise ConfigError(
-            f"privacy.secure_aggregation is not possible with method {method.name!r}, whose server "
-            "needs single replies and not only their weighted sums: use a method that averages "
-            "factors, such as prelort"
-        )
     broadcast = method.broadcast(state, client)
     dimensions = _dimensions(aggregator, method, client, broadcast)
     received, whole = broadcast.trainable.tensors(), state.adapter.tensors()
@@ -83,21 +91,23 @@ def contribution_of(method: Method, state: ServerState, client: Client) -> Contr
 
 
 def check_clients(
-    config: Config, method: Method, state: ServerState, clients: Sequence[Client]
+    min_holders: int, method: Method, state: ServerState, clients: Sequence[Client]
 ) -> None:
     """Raise `ConfigError` if these clients cannot take part in secure aggregation together.
 
-    Where clients train prefixes, too few of the highest rank would never be aggregated there.
+    With fewer than ``min_holders`` of the highest rank its dimensions would never be aggregated.
     """
-    contributions = [contribution_of(method, state, client) for client in clients]
-    trained = [len(one.dimensions) for one in contributions]
-    prefixes = all(one.dimensions == tuple(range(len(one.dimensions))) for one in contributions)
-    highest, needed = max(trained), config.privacy.min_holders
-    if trained.count(highest) < needed and (prefixes or len(clients) < needed):
+    with calling(method, "aggregator()"):
+        aggregator = summing(method.aggregator(state), method.name)
+    trained = [
+        len(contribution_of(aggregator, method, state, client).dimensions) for client in clients
+    ]
+    highest = max(trained)
+    if aggregator.dimensions_of is None and trained.count(highest) < min_holders:
         raise ConfigError(
-            f"privacy.min_holders = {needed}: {trained.count(highest)} of {len(clients)} clients "
-            f"train rank {highest}, so its sum would show them; set ranks.mix so that at least "
-            f"{needed} clients have the highest rank"
+            f"privacy.min_holders = {min_holders}: {trained.count(highest)} of {len(clients)} "
+            f"clients train rank {highest}, so its sum would show them; set ranks.mix so that at "
+            f"least {min_holders} clients have the highest rank"
         )
 
 
@@ -107,8 +117,9 @@ class SecureRound(Round):
     def __init__(self, *arguments: Any, exchange: Exchange, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._exchange = exchange
+        self._summing = summing(self._aggregator, self._method.name)
         self._contributions = {
-            client.name: contribution_of(self._method, self._state, client)
+            client.name: contribution_of(self._summing, self._method, self._state, client)
             for client in self.clients
         }
         self._numbers = {client.name: i for i, client in enumerate(self.clients, start=1)}
@@ -165,10 +176,7 @@ class SecureRound(Round):
             name: torch.from_numpy(tensors[name]) if name in tensors else torch.zeros(t.shape)
             for name, t in self._state.adapter.tensors().items()
         }
-        aggregator = self._aggregator
-        if not isinstance(aggregator, Averaging):
-            raise AssertionError("contributions are of an Averaging")
-        aggregator.add_sums(
+        self._summing.add_sums(
             LoraAdapter.from_tensors(changes, self._state.adapter.scale),
             self._weights(),
             sum(self._contributions[name].weight for name in self._replies),

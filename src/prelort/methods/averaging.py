@@ -55,10 +55,12 @@ class Averaging:
         self.dimensions_of = dimensions_of
         self.mean = RankwiseMean(state.adapter)
 
-    @property
-    def weight_of(self) -> Callable[[Client], float] | None:
-        """A client's weight, where it is known before the client's reply."""
-        return next((known for known in (by_examples, uniformly) if known is self.weight), None)
+    def weight_of(self, client: Client) -> float:
+        """A client's weight before its reply. Raises `ValueError` where that depends on it."""
+        for known in (by_examples, uniformly):
+            if known is self.weight:
+                return known(client)
+        raise ValueError("the weight depends on the reply")
 
     def add(self, update: Update) -> None:
         """Fold in a reply's rank dimensions."""
@@ -81,6 +83,6 @@ def needing_only_sums(aggregator: Aggregator) -> Averaging | None:
 
     None for any other, also for one derived from it: what that does with a reply is unknown.
     """
-    if type(aggregator) is Averaging and aggregator.weight_of is not None:
+    if type(aggregator) is Averaging and aggregator.weight in (by_examples, uniformly):
         return aggregator
     return None
