@@ -11,6 +11,7 @@ training and the network, and are of processor time.
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 from common import machine, report
+from scipy.stats import hypergeom
 
 from prelort.adapters import LoraAdapter, ScaleRule
 from prelort.adapters.initial import fresh
@@ -31,7 +33,7 @@ from prelort.federation.masking import blob_of
 from prelort.models.lora import shapes
 from prelort.planning.skeleton import skeleton
 from prelort.secure import blocks, client, ring
-from prelort.secure.graph import is_complete
+from prelort.secure.graph import DEGREE, is_complete
 from prelort.secure.messages import MaskedInput, Part
 from prelort.secure.server import MaskedSum
 
@@ -162,6 +164,25 @@ def rows(adapter: LoraAdapter, count: int) -> list[dict[str, Any]]:
     return found
 
 
+def risks(clients: int = 1000, colluding: float = 0.2, gone: float = 0.1) -> dict[str, Any]:
+    """Probabilities (their union bounds) that the sparse graph fails, for these shares of clients.
+
+    That colluding clients hold enough shares of somebody's secrets; that without them and those
+    that dropped out the others are not all connected by masks; that drop-outs end the round.
+    """
+    threshold = math.ceil(Config().privacy.threshold * (DEGREE + 1))
+    enough = hypergeom.sf(threshold - 1, clients - 1, int(colluding * clients), DEGREE)
+    too_few = hypergeom.cdf(threshold - 2, clients - 1, int((1 - gone) * clients), DEGREE)
+    return {
+        "clients": clients,
+        "colluding": colluding,
+        "dropped out": gone,
+        "shares": f"{clients * enough:.0e}",
+        "unconnected": f"{clients * (colluding + gone) ** (DEGREE / 2):.0e}",
+        "round ends": f"{clients * too_few:.0e}",
+    }
+
+
 def embedded_adapter() -> LoraAdapter:
     config = Config()
     scale = ScaleRule(config.lora.scale_rule, config.lora.scale)
@@ -180,6 +201,7 @@ def main() -> None:
         found = [row for count in counts for row in rows(adapter, count)]
     values = sum(t.numel() for t in adapter.tensors().values())
     facts = {**machine(), "values": values, "one drops out in": ONE_IN, "short": options.short}
+    facts["risks"] = [risks(), risks(colluding=0.3)]
     report("secure", "One round with and without secure aggregation", found, facts)
 
 

@@ -52,6 +52,7 @@ def test_one_share_too_few_fits_every_secret(secret: bytes, other: bytes) -> Non
     """The share that the last holder would have to have exists for any other secret."""
     shares = shamir.split(secret, [3, 5, 9], 3)
     known = {3: shares[3], 5: shares[5]}
+    assert value_at(0, known) != secret.rjust(33, b"\0")
     needed = value_at(9, {0: other.rjust(33, b"\0"), **known})
     assert shamir.combine({**known, 9: needed}) == other
 

@@ -37,12 +37,17 @@ class _TrainRequest(Part):
     masked: MaskedInput | None = None
 
 
+def input_of(text: str) -> MaskedInput | None:
+    """How a request to train wants its reply masked; None: not at all."""
+    return read(text, _TrainRequest).masked
+
+
 def masked(request: RecordDict, reply: RecordDict, state: RecordDict) -> RecordDict:
     """The reply to a request to train, masked if the request is of secure aggregation.
 
     ``state``: of the node's context. Raises `PrelortError` if it may not or cannot be masked.
     """
-    how = read(text_in(request) or "", _TrainRequest).masked
+    how = input_of(text_in(request) or "")
     if how is None:
         return reply
     tensors = safetensors.numpy.load(blob_in(reply) or b"")
