@@ -15,6 +15,7 @@ from prelort.events import (
     ClientRefused,
     ClientSample,
     ClientsEvaluated,
+    DimensionsLeftOut,
     Evaluated,
     Event,
     Metrics,
@@ -194,6 +195,7 @@ def troubled_events() -> list[Event]:
         RankChanged(3, names[0], 2, 4, "the client's offer", **time),
         RoundStarted(4, names, **time),
         RoundRepeated(4, 2, "too few replies", **time),
+        DimensionsLeftOut(4, (9, 10, 11, 16), 3, **time),
         ClientLeft(4, "clinic-south", **time),
         Waiting(4, ("clinic-north",), (HOSTILE,), 2, START + timedelta(minutes=5), **time),
     ]

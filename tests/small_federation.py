@@ -194,7 +194,8 @@ def small_client_app(
         request = wire.header(message.content, TrainRequest)
         received, _ = wire.adapter(message.content, request)
         # The rank is the request's: it may have changed since the client stated its own.
-        changes = {"dtype": request.dtype, "rank": request.rank}
+        change = request.masked is not None or carries_change(request.dtype)
+        changes = {"dtype": request.reply_dtype, "change": change, "rank": request.rank}
         changes |= (replies or {}).get((client.name, request.round + 1), {})
         head = make_reply_header(client, request.round, **changes)
         adapter = training(index)(received, request).prefix(head.rank)

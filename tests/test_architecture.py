@@ -14,6 +14,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "prelort"
 ALLOWED = {
     "adapters": set(),
     "aggregation": {"adapters"},
+    "secure": set(),
     "methods": {"adapters", "aggregation"},
     "robustness": {"adapters", "methods"},
     "models": {"adapters"},
@@ -21,8 +22,8 @@ ALLOWED = {
     "metrics": {"tasks", "training"},
     "training": {"adapters", "aggregation", "methods", "models", "tasks"},
     "federation": {
-        *("adapters", "aggregation", "methods", "metrics", "models", "robustness", "tasks"),
-        "training",
+        *("adapters", "aggregation", "methods", "metrics", "models", "robustness", "secure"),
+        *("tasks", "training"),
     },
     "privacy": {"adapters", "aggregation", "federation", "methods"},
     "data": {"tasks"},
@@ -39,7 +40,7 @@ ALLOWED = {
 }
 CORE = {
     *("adapters", "aggregation", "methods", "models", "tasks", "metrics", "training"),
-    *("federation", "robustness"),
+    *("federation", "robustness", "secure"),
 }
 OPTIONAL = {
     *("report", "diagnostics", "planning", "privacy", "deployment", "cli", "experiment", "study"),

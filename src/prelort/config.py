@@ -354,7 +354,7 @@ class FederationConfig(Section):
 
 
 class PrivacyConfig(Section):
-    """Differential privacy of the clients (docs/privacy.md); off without ``epsilon``."""
+    """What the server, and who sees the adapter, may learn of single clients."""
 
     epsilon: Annotated[float, Field(gt=0.0)] | None = Field(
         None, description="client-level budget of the whole run; every client then counts the same"
@@ -367,6 +367,16 @@ class PrivacyConfig(Section):
     )
     adaptive_clipping: bool = Field(
         True, description="let the clip norm follow the median of the changes' norms from round 2"
+    )
+    secure_aggregation: bool = Field(
+        False,
+        description="the server gets sums of replies, no single one (docs/secure-aggregation.md)",
+    )
+    threshold: Annotated[float, Field(gt=0.5, le=1.0)] = Field(
+        0.67, description="share of the clients of a round that must stay until its end"
+    )
+    min_holders: Annotated[int, Field(ge=2)] = Field(
+        3, description="clients that a rank dimension's sum needs; with fewer it is left out"
     )
 
 
@@ -443,6 +453,16 @@ class Config(Section):
     privacy: PrivacyConfig = PrivacyConfig()
 
     @model_validator(mode="after")
+    def _enough_to_hide_among(self) -> Config:
+        per_round, needed = self.federation.clients_per_round, self.privacy.min_holders
+        if self.privacy.secure_aggregation and isinstance(per_round, int) and per_round < needed:
+            raise ValueError(
+                f"privacy.secure_aggregation needs federation.clients_per_round = {needed} or more "
+                f"(privacy.min_holders), it is {per_round}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _validation_rows(self) -> Config:
         needs = {
             "evaluation.on = 'validation'": self.evaluation.on == "validation",
@@ -453,16 +473,25 @@ class Config(Section):
                 raise ValueError(
                     f"{key} needs validation rows: set data.validation_fraction to 0.1"
                 )
-        if self.privacy.epsilon is not None and self.ranks.allocation == "by-loss":
-            raise ValueError(
-                "privacy.epsilon is not possible with ranks.allocation = 'by-loss': the ranks "
-                "would tell the clients' losses; use 'fixed'"
-            )
-        if self.privacy.epsilon is not None and self.robustness.rule != "none":
-            raise ValueError(
-                "privacy.epsilon is not possible with robustness.rule: the noise is calibrated to "
-                "a sum of clipped changes, which a rule is not"
-            )
+        return self
+
+    @model_validator(mode="after")
+    def _protections_that_exclude_each_other(self) -> Config:
+        privacy, rule = self.privacy, self.robustness.rule != "none"
+        by_loss, hidden = self.ranks.allocation == "by-loss", privacy.secure_aggregation
+        exclusive = {
+            "privacy.epsilon is not possible with ranks.allocation = 'by-loss': the ranks would "
+            "tell the clients' losses; use 'fixed'": privacy.epsilon is not None and by_loss,
+            "privacy.epsilon is not possible with robustness.rule: the noise is calibrated to a "
+            "sum of clipped changes, which a rule is not": privacy.epsilon is not None and rule,
+            "privacy.epsilon is not possible with privacy.secure_aggregation: the server clips "
+            "each change, which it would not see": privacy.epsilon is not None and hidden,
+            "robustness.rule is not possible with privacy.secure_aggregation: a rule compares "
+            "single changes, which the server would not see": rule and hidden,
+        }
+        for sentence, is_asked in exclusive.items():
+            if is_asked:
+                raise ValueError(sentence)
         return self
 
 

@@ -252,6 +252,14 @@ class BudgetSpent(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class DimensionsLeftOut(Event):
+    """Rank dimensions (from 1) that too few clients of the round hold for secure aggregation."""
+
+    dimensions: tuple[int, ...]
+    min_holders: int
+
+
+@dataclass(frozen=True, slots=True)
 class RunFinished(Event):
     """All rounds are done and the adapters are written."""
 

@@ -17,6 +17,7 @@ from prelort.events import (
     ClientLeft,
     ClientRefused,
     ClientsEvaluated,
+    DimensionsLeftOut,
     Evaluated,
     Evaluating,
     EvaluationFailed,
@@ -288,6 +289,7 @@ def _is_incident(event: Event) -> bool:
         | Waiting
         | ClientJoined
         | ClientLeft
+        | DimensionsLeftOut
         | RoundRepeated
         | BudgetSpent,
     )

@@ -210,3 +210,15 @@ def test_a_node_without_settings_says_so(
     message = Message(content_of("{}"), dst_node_id=7, message_type="query")
     reply = site_app(federation)(message, context)
     assert sentence in reply.error.reason
+
+
+def test_a_site_may_refuse_to_send_an_adapter_that_is_not_masked(
+    site: Path, federation: Path
+) -> None:
+    site.write_text(tomli_w.dumps({"partition": 1, "masked_only": True}))
+    identify_process(1)
+    context = Context(1, 1, {"site": str(site)}, RecordDict(), {})
+    message = Message(content_of('{"masked": null}'), dst_node_id=7, message_type="train")
+    reply = site_app(federation)(message, context)
+    assert "sends masked replies only (masked_only in its site.toml)" in reply.error.reason
+    assert not address_of(site).socket.exists()

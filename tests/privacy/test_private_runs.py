@@ -97,6 +97,11 @@ def test_without_its_ledger_a_run_is_not_resumed(tmp_path: Path, config: Config,
     [
         ({"method": {"name": "flexlora"}}, "not possible with method 'flexlora'"),
         ({"ranks": {"allocation": "by-loss"}}, "not possible with ranks.allocation = 'by-loss'"),
+        ({"robustness": {"rule": "median"}}, "not possible with robustness.rule"),
+        (
+            {"privacy": {"epsilon": 4.0, "secure_aggregation": True}},
+            "not possible with privacy.secure_aggregation",
+        ),
         ({"privacy": {"epsilon": 4.0, "delta": 0.2}}, "privacy.delta = 0.2 would allow"),
     ],
 )

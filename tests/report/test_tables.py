@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from results_of import OTHER, TWO, runs, study
+from results_of import OTHER, REFERENCE, TWO, runs, study
 from rich.console import Console
 
 from histories import HOSTILE, round_diagnostics, run_history

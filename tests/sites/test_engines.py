@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 from in_one_process import alone, run_here
@@ -9,15 +10,25 @@ from loopback import Federation
 
 from run_files import adapters_of
 
+PLAIN: dict[str, Any] = {"federation": {"rounds": 2}}
+MASKED: dict[str, Any] = {
+    **PLAIN,
+    "ranks": {"mix": "2, 8, 8"},
+    "privacy": {"secure_aggregation": True, "min_holders": 2},
+}
+"""Sums of masked replies are exact, hence equal on every engine too."""
+
 
 @pytest.mark.chaos
-def test_real_sites_give_the_adapters_of_a_run_in_one_process(tmp_path: Path) -> None:
-    changes = {"federation": {"rounds": 2}}
+@pytest.mark.parametrize("changes", [PLAIN, MASKED], ids=["plain", "masked"])
+def test_real_sites_give_the_adapters_of_a_run_in_one_process(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
     with Federation(tmp_path, changes).start() as federation:
         federation.run()
         found = adapters_of(federation.folder())
     expected = adapters_of(run_here(tmp_path / "here", changes))
-    assert {Path(name).parent.name for name in expected} == {"rank-2", "rank-4", "rank-8"}
+    assert len({Path(name).parent.name for name in expected}) > 1
     assert found == expected
 
 
@@ -27,10 +38,12 @@ needs_ray = pytest.mark.skipif(
 
 
 @needs_ray
-def test_the_simulation_gives_the_adapters_of_a_run_in_one_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("changes", [PLAIN, MASKED], ids=["plain", "masked"])
+def test_the_simulation_gives_the_adapters_of_a_run_in_one_process(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
     from prelort.experiment.simulation import run_simulated
 
-    changes = {"federation": {"rounds": 2}}
     run_simulated(alone(changes), tmp_path / "simulated")
     expected = adapters_of(run_here(tmp_path / "here", changes))
     assert adapters_of(tmp_path / "simulated") == expected

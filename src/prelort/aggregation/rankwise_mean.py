@@ -35,19 +35,6 @@ class RankwiseMean:
         """Layer name -> the weight of each rank dimension's holders, float64 [rank]."""
         self._mean: LoraAdapter | None = zeros(like)
 
-    @classmethod
-    def of(cls, mean: LoraAdapter, weights: Mapping[str, Tensor], total: float) -> RankwiseMean:
-        """A mean that was computed elsewhere, to be finished as others are; in its own memory.
-
-        Args:
-            mean: of each rank dimension over its holders, float32.
-            weights: layer name -> the weight of each rank dimension's holders, float64 [rank].
-            total: the weight of all replies.
-        """
-        made = cls.__new__(cls)
-        made.total, made.weights, made._mean = total, dict(weights), mean
-        return made
-
     def add(
         self, adapter: LoraAdapter, weight: float, dimensions: Mapping[str, Tensor] | None = None
     ) -> None:
@@ -80,6 +67,37 @@ class RankwiseMean:
                 target.B.scatter_(1, columns, part.B)
         for name, tensor in adapter.modules_to_save.items():
             mean.modules_to_save[name].lerp_(tensor.float(), weight / self.total)
+
+    def add_sums(
+        self,
+        previous: LoraAdapter,
+        changes: LoraAdapter,
+        weights: Mapping[str, Tensor],
+        total: float,
+    ) -> None:
+        """Take the sums of a whole round, where there are no single replies.
+
+        Args:
+            previous: the adapter of which each client received a part.
+            changes: ``sum_k w_k (x_k - previous)`` over each rank dimension's holders, float64, in
+                the shapes of ``previous``.
+            weights: layer name -> the weight of each rank dimension's holders, float64 [rank].
+            total: the weight of all clients, above 0.
+
+        Raises `RuntimeError` if a reply was added before.
+        """
+        mean = self._open()
+        if self.total > 0:
+            raise RuntimeError("sums of a round cannot be added to single replies")
+        self.total = total
+        for name, factors in mean.layers.items():
+            self.weights[name].copy_(weights[name])
+            held = weights[name].where(weights[name] > 0, torch.inf)
+            old, change = previous.layers[name], changes.layers[name]
+            factors.A.copy_(old.A + change.A / held[:, None])
+            factors.B.copy_(old.B + change.B / held)
+        for name, tensor in mean.modules_to_save.items():
+            tensor.copy_(previous.modules_to_save[name] + changes.modules_to_save[name] / total)
 
     def over_holders(self, previous: LoraAdapter) -> LoraAdapter:
         """Each dimension's mean over its holders; one without holders keeps its previous value."""

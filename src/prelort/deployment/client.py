@@ -13,6 +13,7 @@ from pathlib import Path
 from prelort.deployment import settings, trainer_client
 from prelort.deployment.ipc import Request
 from prelort.errors import PrelortError
+from prelort.federation import masking
 from prelort.federation.client_app import Kind, client_app
 from prelort.federation.content import blob_in, content_of, text_in
 from prelort.federation.flower import ClientApp, Context, Mod, RecordDict
@@ -39,6 +40,11 @@ def site_app(federation: Path, mods: Sequence[Mod] = ()) -> ClientApp:
         if kind == "end":
             trainer_client.end(site_file)
             return content_of("{}")
+        if kind == "train" and site.masked_only and masking.input_of(text) is None:
+            raise PrelortError(
+                "sends masked replies only (masked_only in its site.toml): set "
+                "privacy.secure_aggregation = true"
+            )
         if site.trainer.warm:
             reply = trainer_client.send(site_file, site, request)
         else:

@@ -70,6 +70,9 @@ class SiteSettings(Section):
         None,
         description="instead of data: this client of the federation's data (to try it out)",
     )
+    masked_only: bool = Field(
+        False, description="send no reply that is not masked (privacy.secure_aggregation)"
+    )
     state: str = Field("state", description="folder for logs and the site's own state")
     trainer: TrainerSettings = TrainerSettings()
 

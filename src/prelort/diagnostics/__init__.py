@@ -16,7 +16,7 @@ from functools import partial
 
 from prelort.config import Config
 from prelort.diagnostics.collector import Collector
-from prelort.diagnostics.observer import SafeCollector
+from prelort.diagnostics.observer import SafeCollector, Unavailable
 from prelort.methods import find, trait
 from prelort.methods.averaging import weighting
 from prelort.methods.interface import Observe
@@ -31,6 +31,9 @@ def observer(config: Config) -> Observe | None:
     personal = trait(find(config.method.name), "personal")
     if not config.evaluation.diagnostics or personal or config.privacy.epsilon is not None:
         return None
+    if config.privacy.secure_aggregation:
+        reason = "secure aggregation gives sums, no single reply whose product could be measured"
+        return lambda method, state, clients: Unavailable(reason)
     weight = weighting(config.method.weights)
     return lambda method, state, clients: SafeCollector(
         partial(Collector, method, state, clients, weight, config.seed)

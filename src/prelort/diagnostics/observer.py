@@ -14,6 +14,22 @@ from prelort.methods.interface import Broadcast, ServerState, Update
 log = logging.getLogger(__name__)
 
 
+class Unavailable:
+    """A `prelort.methods.interface.RoundObserver` that says why there is nothing to measure."""
+
+    seconds = 0.0
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    def add(self, sent: Broadcast, update: Update) -> None:
+        """Nothing is collected."""
+
+    def result(self, after: ServerState) -> dict[str, Any]:
+        """``{"failed": reason}``."""
+        return {"failed": self._reason}
+
+
 class SafeCollector:
     """A `prelort.methods.interface.RoundObserver`: a `Collector` that stops at its first error."""
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeAlias
 
 import torch
 
 from prelort.adapters import LoraAdapter
 from prelort.errors import PrelortError
-from prelort.federation import messages, wire
+from prelort.federation import masking, messages, wire
 from prelort.federation.client import (
     LocalClient,
     assignment_of,
@@ -23,8 +24,8 @@ from prelort.federation.client import (
     respond,
     train_reply,
 )
-from prelort.federation.client_app import REFUSED
-from prelort.federation.flower import Context, Error, Message, RecordDict
+from prelort.federation.client_app import handler
+from prelort.federation.flower import Context, Message, RecordDict
 from prelort.models.lora import install
 from prelort.training.adapter_stack import stackable
 from prelort.training.batched import BatchedClient, TrainedClient, train_batched
@@ -64,13 +65,17 @@ def answer_batched(
         clients = [client_of(context) for _, context in messages]
         replies = respond_batched(clients, [message.content for message, _ in messages])
         return [
-            Message(Error(REFUSED, str(reply)), reply_to=message)
-            if isinstance(reply, PrelortError)
-            else Message(reply, reply_to=message)
-            for (message, _), reply in zip(messages, replies, strict=True)
+            handler(partial(_masked, reply))(message, context)
+            for (message, context), reply in zip(messages, replies, strict=True)
         ]
 
     return answer
+
+
+def _masked(reply: Reply, content: RecordDict, context: Context) -> RecordDict:
+    if isinstance(reply, PrelortError):
+        raise reply
+    return masking.masked(content, reply, context.state)
 
 
 def respond_batched(clients: Sequence[LocalClient], contents: Sequence[RecordDict]) -> list[Reply]:

@@ -1,14 +1,20 @@
 """The Flower `ClientApp`: four kinds of messages, each answered by the same function.
 
+The messages of secure aggregation are answered here, and replies masked: the secrets are in the
+context of Flower's node, which outlives its processes, and never where the client trains.
+
 Imports no torch: in a deployment Flower starts a process for every message, which must be quick.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 from prelort.errors import PrelortError
+from prelort.federation import masking
+from prelort.federation.content import content_of, text_in
 from prelort.federation.flower import ClientApp, Context, Error, Message, Mod, RecordDict
 
 REFUSED = 100
@@ -17,36 +23,44 @@ REFUSED = 100
 Kind = Literal["query", "train", "evaluate", "end"]
 Answer = Callable[[Kind, RecordDict, Context], RecordDict]
 """From a message's kind, content and context to the content of the reply."""
+Handler = Callable[[Message, Context], Message]
 
 
 def client_app(answer: Answer, mods: Sequence[Mod] = ()) -> ClientApp:
     """A `ClientApp` that states its properties (query), trains and evaluates.
 
-    query.end: a run over real sites has ended. The message of a `PrelortError` that ``answer``
-    raises is sent to the server. ``mods``: Flower's, around every message.
+    query.end: a run over real sites has ended. query.keys, query.shares, query.unmask: secure
+    aggregation. The message of a `PrelortError` that ``answer`` raises is sent to the server.
+    ``mods``: Flower's, around every message.
     """
     app = ClientApp(mods=list(mods))
 
-    def reply(kind: Kind, message: Message, context: Context) -> Message:
+    def of_kind(kind: Kind) -> Handler:
+        return handler(lambda content, context: answer(kind, content, context))
+
+    def train(content: RecordDict, context: Context) -> RecordDict:
+        return masking.masked(content, answer("train", content, context), context.state)
+
+    app.query()(of_kind("query"))
+    app.query("end")(of_kind("end"))
+    app.train()(handler(train))
+    app.evaluate()(of_kind("evaluate"))
+    for action, step in masking.STEPS.items():
+        app.query(action)(handler(partial(_in_step, step)))
+    return app
+
+
+def handler(reply: Callable[[RecordDict, Context], RecordDict]) -> Handler:
+    """Answers a message with a reply's content, or with the reason of a `PrelortError`."""
+
+    def handle(message: Message, context: Context) -> Message:
         try:
-            return Message(answer(kind, message.content, context), reply_to=message)
+            return Message(reply(message.content, context), reply_to=message)
         except PrelortError as error:
             return Message(Error(REFUSED, str(error)), reply_to=message)
 
-    @app.query()  # type: ignore[untyped-decorator]
-    def properties(message: Message, context: Context) -> Message:
-        return reply("query", message, context)
+    return handle
 
-    @app.query("end")  # type: ignore[untyped-decorator]
-    def end(message: Message, context: Context) -> Message:
-        return reply("end", message, context)
 
-    @app.train()  # type: ignore[untyped-decorator]
-    def train(message: Message, context: Context) -> Message:
-        return reply("train", message, context)
-
-    @app.evaluate()  # type: ignore[untyped-decorator]
-    def evaluate(message: Message, context: Context) -> Message:
-        return reply("evaluate", message, context)
-
-    return app
+def _in_step(step: masking.Step, content: RecordDict, context: Context) -> RecordDict:
+    return content_of(step(text_in(content) or "", context.state).model_dump_json())

@@ -18,12 +18,13 @@ from prelort.adapters import AdapterSchema, ScaleRule, Trained
 from prelort.errors import UpdateRefused
 from prelort.federation.encoding import Dtype
 from prelort.methods.objective import Kind, Objective, TailPenalty
+from prelort.secure.messages import FEATURE, MaskedInput
 from prelort.training.settings import LocalTraining
 
 PROTOCOL = 4
 MAX_NAME = 200
 """Characters of a client's name."""
-FEATURES: frozenset[str] = frozenset()
+FEATURES = frozenset({FEATURE})
 """What this version knows of the names in ``TrainRequest.requires``."""
 
 Seconds = Annotated[float, PlainSerializer(lambda value: f"{value:.6e}", when_used="json")]
@@ -104,6 +105,13 @@ class TrainRequest(Delivery):
     """Seconds."""
     requires: tuple[str, ...] = ()
     """Features that the client must know."""
+    masked: MaskedInput | None = None
+    """How the reply is masked, a float32 change; None: it is sent as it is."""
+
+    @property
+    def reply_dtype(self) -> Dtype:
+        """The type of the reply's adapter: what is masked is not rounded before."""
+        return "float32" if self.masked is not None else self.dtype
 
     def check_features(self) -> None:
         """Raise `UpdateRefused` for a feature that this version does not know."""

@@ -8,7 +8,7 @@ from prelort.config import Config, FederationConfig
 from prelort.errors import UpdateRefused
 from prelort.federation import wire
 from prelort.federation.encoding import with_change
-from prelort.federation.flower import Message
+from prelort.federation.flower import Message, RecordDict
 from prelort.federation.messages import AdapterSpec, EvaluateReply, TrainReply
 from prelort.methods.interface import Broadcast, Client, Update
 
@@ -26,12 +26,40 @@ def checked_update(
 
     A change in a reply is added to what was ``sent``, in the server's own precision.
 
-    Raises `UpdateRefused` with the reason: an error or no reply; another base, layers, scale, rank
-    (unless the client ``may_prune``), client, round or type than requested; an impossible number of
-    examples or next rank; a tensor that is missing, surplus, of a wrong shape or type, not finite
-    or above ``limits.max_abs_value``.
+    Raises `UpdateRefused` with the reason: what `checked_head` refuses; another type than
+    requested; a tensor that is missing, surplus, of a wrong shape or type, not finite or above
+    ``limits.max_abs_value``.
     """
     content = wire.reply_content(reply)
+    head = checked_head(content, client, round_index, spec, limits, sent, may_prune)
+    wire.check_dtype(head, limits.wire_dtype)
+    base = sent.trainable.prefix(head.rank)
+    untrained = wire.of_kinds(base, wire.not_sent_up(sent.trains, sent.personal))
+    adapter, frozen = wire.adapter(content, head, untrained)
+    if frozen is not None:
+        raise UpdateRefused("sends a frozen adapter, which was not requested")
+    wire.check_adapter(adapter, spec.schema, head.rank, limits.max_abs_value)
+    if head.change:  # checked before and after: the sum may hide a huge change
+        adapter = with_change(base, adapter, untrained)
+        wire.check_adapter(adapter, spec.schema, head.rank, limits.max_abs_value)
+    return Update(client, adapter, head.examples), head
+
+
+def checked_head(
+    content: RecordDict,
+    client: Client,
+    round_index: int,
+    spec: AdapterSpec,
+    limits: FederationConfig,
+    sent: Broadcast,
+    may_prune: bool = False,
+) -> TrainReply:
+    """The header of a reply.
+
+    Raises `UpdateRefused` with the reason: an error or no reply; another base, layers, scale, rank
+    (unless the client ``may_prune``), client or round than requested; a loss that is not finite; an
+    impossible number of examples or next rank.
+    """
     head = wire.header(content, TrainReply)
     rank = sent.trainable.rank
     spec.check(head, None if may_prune and head.rank < rank else rank)
@@ -46,17 +74,7 @@ def checked_update(
         raise UpdateRefused(
             f"offers rank {head.next_rank}, but the global adapter has {spec.schema.rank}"
         )
-    wire.check_dtype(head, limits.wire_dtype)
-    base = sent.trainable.prefix(head.rank)
-    untrained = wire.of_kinds(base, wire.not_sent_up(sent.trains, sent.personal))
-    adapter, frozen = wire.adapter(content, head, untrained)
-    if frozen is not None:
-        raise UpdateRefused("sends a frozen adapter, which was not requested")
-    wire.check_adapter(adapter, spec.schema, head.rank, limits.max_abs_value)
-    if head.change:  # checked before and after: the sum may hide a huge change
-        adapter = with_change(base, adapter, untrained)
-        wire.check_adapter(adapter, spec.schema, head.rank, limits.max_abs_value)
-    return Update(client, adapter, head.examples), head
+    return head
 
 
 def checked_metrics(

@@ -9,6 +9,7 @@ from prelort.federation import wire
 from prelort.federation.flower import RecordDict
 from prelort.federation.messages import AdapterSpec, Delivery, EvaluateRequest, TrainRequest
 from prelort.methods.interface import Broadcast, Client, Method, ServerState
+from prelort.secure.messages import FEATURE, MaskedInput
 from prelort.training.settings import LocalTraining
 
 
@@ -20,8 +21,12 @@ def train_request(
     client: Client,
     *,
     with_validation: bool,
+    masked: MaskedInput | None = None,
 ) -> RecordDict:
-    """A request to train what the method broadcasts to this client."""
+    """A request to train what the method broadcasts to this client.
+
+    ``masked``: how to mask the reply, if it is to be masked.
+    """
     objective = method.objective(state, client)
     broadcast = method.broadcast(state, client)
     request = TrainRequest(
@@ -36,6 +41,8 @@ def train_request(
         trains=broadcast.trains,
         with_validation=with_validation,
         timeout=config.federation.timeout,
+        requires=(FEATURE,) if masked is not None else (),
+        masked=masked,
     )
     without = wire.not_sent_down(request)
     return wire.pack(request, broadcast.trainable, broadcast.frozen, without=without)

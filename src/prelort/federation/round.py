@@ -18,7 +18,17 @@ from prelort.federation.reorder_buffer import ReorderBuffer
 from prelort.federation.replies import checked_update
 from prelort.federation.sampling import count_of
 from prelort.methods.calls import calling, expect
-from prelort.methods.interface import Aggregator, Client, Method, RoundObserver, ServerState, Update
+from prelort.methods.interface import (
+    Aggregator,
+    Broadcast,
+    Client,
+    Method,
+    RoundObserver,
+    ServerState,
+    Update,
+)
+from prelort.methods.objective import Objective
+from prelort.secure.messages import MaskedInput
 from prelort.training.batches import batches_per_round
 
 
@@ -67,24 +77,21 @@ class Round:
         """Count a request of ``size`` bytes."""
         self._bytes_down += size
 
+    def prepare(self) -> None:
+        """What comes before the requests to train: nothing, where replies are not masked."""
+
+    def masked(self, client: Client) -> MaskedInput | None:
+        """How the client is to mask its reply; None: not at all."""
+        return None
+
     def receive(self, client: Client, reply: Message) -> None:
         """Check one client's reply; aggregate it, or leave it out with the reason."""
         broadcast = self._method.broadcast(self._state, client)
         objective = self._method.objective(self._state, client)
         try:
-            update, head = checked_update(
-                reply,
-                client,
-                self._state.round,
-                self._spec,
-                self._config.federation,
-                broadcast,
-                may_prune=objective.tail is not None,
-            )
+            head, update = self._checked(client, reply, broadcast, objective)
         except UpdateRefused as error:
-            self.failures[client.name] = str(error)
-            self._log(ClientFailed(self.number, client.name, client.rank, str(error)))
-            self._buffer.skip(client.name)
+            self.fail(client, str(error))
             return
         size = wire.size(reply.content)
         self._bytes_up += size
@@ -104,9 +111,34 @@ class Round:
                 validation_loss=head.validation_loss,
             )
         )
-        if self._observer is not None:
-            self._observer.add(broadcast, update)
-        self._buffer.put(client.name, update)
+        if update is not None:
+            if self._observer is not None:
+                self._observer.add(broadcast, update)
+            self._buffer.put(client.name, update)
+
+    def fail(self, client: Client, reason: str) -> None:
+        """Leave a client out of the round."""
+        self.failures[client.name] = reason
+        self._log(ClientFailed(self.number, client.name, client.rank, reason))
+        self._buffer.skip(client.name)
+
+    def _checked(
+        self, client: Client, reply: Message, broadcast: Broadcast, objective: Objective
+    ) -> tuple[TrainReply, Update | None]:
+        """The reply's header and its update, None where single updates are hidden.
+
+        Raises `UpdateRefused` for a reply that cannot be used.
+        """
+        update, head = checked_update(
+            reply,
+            client,
+            self._state.round,
+            self._spec,
+            self._config.federation,
+            broadcast,
+            may_prune=objective.tail is not None,
+        )
+        return head, update
 
     def check_quorum(self) -> None:
         """Raise `QuorumError` if too few replies are usable."""

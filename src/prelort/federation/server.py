@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from typing import Protocol, TypeVar
 
 from prelort.adapters import LoraAdapter
@@ -38,6 +39,7 @@ from prelort.federation.replies import checked_metrics
 from prelort.federation.requests import evaluate_request, train_request
 from prelort.federation.round import Round
 from prelort.federation.sampling import check_numbers, count_of, min_connected, sample
+from prelort.federation.secure_round import SecureRound, check_clients
 from prelort.federation.site_keys import SiteKeys
 from prelort.federation.transport import Transport
 from prelort.methods.calls import calling, expect
@@ -48,6 +50,8 @@ from prelort.robustness.aggregator import RobustAggregator
 
 log = logging.getLogger(__name__)
 
+EXCHANGE_SECONDS = 120.0
+"""How long real sites may take for a query of secure aggregation, which needs no model."""
 GOODBYE_SECONDS = 15.0
 """How long the end of a run waits for sites to take note of it."""
 
@@ -249,6 +253,11 @@ class Server:
             with calling(method, "objective()"):
                 objective = method.objective(state, client)
             expect(method, "objective()", objective, Objective)
+        privacy = self._config.privacy
+        if privacy.secure_aggregation:
+            # At real sites others may join; until then each round leaves such dimensions out.
+            needed = 0 if self._transport.clients_change else privacy.min_holders
+            check_clients(needed, method, state, clients)
 
     def _check_robustness(self, method: Method, state: ServerState) -> None:
         """Refuse what the robust rule cannot protect, and report what it protects only in part."""
@@ -281,7 +290,10 @@ class Server:
         clients = {connected.node_id: _at_current_rank(connected, state) for connected in sampled}
         cohort = list(clients.values())
         self._log(RoundStarted(server_round, tuple(client.name for client in cohort)))
-        current = Round(
+        kind: Callable[..., Round] = Round
+        if self._config.privacy.secure_aggregation:
+            kind = partial(SecureRound, exchange=partial(self._exchange, clients))
+        current = kind(
             server_round,
             method,
             state,
@@ -292,12 +304,15 @@ class Server:
             aggregator=self._aggregator(method, state, cohort),
             observer=self._observe(method, state, cohort) if self._observe else None,
         )
-        for reply in self._transport.send_and_receive(
-            self._train_requests(current, method, state, clients)
-        ):
-            current.receive(clients[reply.metadata.src_node_id], reply)
-            del reply  # before the next one is pulled
-        self._failed = set(current.failures)
+        try:
+            current.prepare()
+            for reply in self._transport.send_and_receive(
+                self._train_requests(current, method, state, clients)
+            ):
+                current.receive(clients[reply.metadata.src_node_id], reply)
+                del reply  # before the next one is pulled
+        finally:
+            self._failed = set(current.failures)
         current.check_quorum()
         after, stats = current.finish(self._next_ranks(current, state))
         if self._private is not None:
@@ -318,11 +333,28 @@ class Server:
         clip = robustness.uncovered == "clip"
         return RobustAggregator(robustness.rule, method, state, attackers, clip)
 
+    def _exchange(
+        self, clients: Mapping[int, Client], action: str, contents: Mapping[str, RecordDict]
+    ) -> Iterator[tuple[Client, Message]]:
+        """Send a query of secure aggregation to clients, by name, and yield their replies."""
+        messages = (
+            self._message(node_id, contents[client.name], f"{MessageType.QUERY}.{action}")
+            for node_id, client in clients.items()
+            if client.name in contents
+        )
+        deadline = min(self._transport.deadline, EXCHANGE_SECONDS)
+        if not self._transport.clients_change:
+            deadline = self._transport.deadline
+        for reply in replace(self._transport, deadline=deadline).send_and_receive(messages):
+            yield clients[reply.metadata.src_node_id], reply
+
     def _train_requests(
         self, current: Round, method: Method, state: ServerState, clients: Mapping[int, Client]
     ) -> Iterator[Message]:
         """One message for each client of the round, built when it can be sent."""
         for node_id, client in clients.items():
+            if client.name in current.failures:
+                continue
             content = train_request(
                 self._config,
                 self._spec,
@@ -330,6 +362,7 @@ class Server:
                 state,
                 client,
                 with_validation=self._allocation.needs_all_clients(current.number),
+                masked=current.masked(client),
             )
             current.count_sent(wire.size(content))
             message = self._message(node_id, content, MessageType.TRAIN)

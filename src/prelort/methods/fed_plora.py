@@ -74,5 +74,5 @@ class FedPlora(PrefixMethod):
             state,
             weighting(self.config.weights),
             RankwiseMean.over_holders,
-            dimensions_of=lambda update: self.modules(state, update.client),
+            dimensions_of=lambda client: self.modules(state, client),
         )

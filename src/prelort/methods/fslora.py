@@ -56,5 +56,5 @@ class FsLora(PrefixMethod):
             state,
             weighting(self.config.weights),
             RankwiseMean.or_unchanged,
-            dimensions_of=lambda update: self.sketch(state, update.client),
+            dimensions_of=lambda client: self.sketch(state, client),
         )

@@ -18,17 +18,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from prelort.adapters import Factors, LoraAdapter
 from prelort.adapters.algebra import zeros
-from prelort.aggregation.rankwise_mean import RankwiseMean
 from prelort.errors import ConfigError
 from prelort.methods import trait
-from prelort.methods.averaging import Averaging, by_examples, uniformly
+from prelort.methods.averaging import needing_only_sums
 from prelort.methods.interface import Client, Method, ServerState, Update
 from prelort.privacy.noise import Normal
 
@@ -67,7 +65,7 @@ class PrivateMean:
     """The aggregator of a round under differential privacy, for methods that average factors.
 
     The method decides as ever what becomes of a dimension that only some clients hold
-    (`Averaging.finish`).
+    (`Averaging.result`).
 
     Args:
         method: one that `check_method` accepts.
@@ -85,9 +83,7 @@ class PrivateMean:
         mechanism: Mechanism,
         normal: Normal,
     ) -> None:
-        aggregator = method.aggregator(state)
-        assert isinstance(aggregator, Averaging)
-        self.finish = aggregator.finish
+        self.averaging = needing_only_sums(method.aggregator(state))
         self.method = method
         self.state = state
         self.clients = clients
@@ -119,17 +115,17 @@ class PrivateMean:
         for name, tensor in self.sum.tensors().items():
             if not name.endswith(untrained):
                 tensor += (self.normal(tensor.shape) * (noise * self.clip)).float()
-        old, holders = self.state.adapter, self._expected_holders()
-        mean = _moved(old, self.sum, holders, expected)
-        adapter = self.finish(RankwiseMean.of(mean, holders, expected), old)
-        memory = dict(self.state.memory)
+        assert self.averaging is not None
+        self.averaging.add_sums(self.sum, self._expected_holders(), expected)
+        after = self.averaging.result()
+        memory = dict(after.memory)
         if self.mechanism.adaptive:
             # One client changes the count by 1/2 at most.
             count = self.above_or_below + 0.5 * count_noise * float(self.normal(torch.Size([])))
             below = min(max(count / expected + 0.5, 0.0), 1.0)
             clip = self.clip * math.exp(-CLIP_STEP * (below - QUANTILE))
             memory[CLIP] = torch.tensor(clip, dtype=torch.float64)
-        return self.state.advanced(adapter, memory)
+        return replace(after, memory=memory)
 
     def _expected_holders(self) -> dict[str, Tensor]:
         """Layer -> the expected number of holders of each rank dimension, float64 [rank]."""
@@ -142,32 +138,13 @@ class PrivateMean:
 
 def check_method(method: Method, state: ServerState) -> None:
     """Raise `ConfigError` for a method whose server needs more than a sum of changes."""
-    aggregator = method.aggregator(state)
-    if (
-        type(aggregator) is not Averaging
-        or aggregator.dimensions_of is not None
-        or aggregator.weight not in (by_examples, uniformly)
-        or trait(method, "personal")
-    ):
+    averaging = needing_only_sums(method.aggregator(state))
+    selects = averaging is not None and averaging.dimensions_of is not None
+    if averaging is None or selects or trait(method, "personal"):
         raise ConfigError(
             f"[privacy] is not possible with method {method.name!r}, whose server needs more than "
             "the sum of the clients' changes: use prelort, zero-padding, fedit, ffa-lora or rolora"
         )
-
-
-def _moved(
-    old: LoraAdapter, change: LoraAdapter, holders: dict[str, Tensor], clients: float
-) -> LoraAdapter:
-    """``old`` plus each dimension's change over its expected holders; without any it stays."""
-    layers: dict[str, Factors] = {}
-    for name, factors in old.layers.items():
-        step, share = change.layers[name], (1 / holders[name]).nan_to_num(posinf=0.0).float()
-        layers[name] = Factors(factors.A + share[:, None] * step.A, factors.B + share * step.B)
-    modules = {
-        name: tensor + change.modules_to_save[name] / clients
-        for name, tensor in old.modules_to_save.items()
-    }
-    return LoraAdapter(layers, old.scale, modules)
 
 
 _UNTRAINED = {"AB": (), "A": (".lora_B.weight",), "B": (".lora_A.weight",)}

@@ -12,6 +12,7 @@ from prelort.events import (
     ClientLeft,
     ClientRefused,
     ClientsEvaluated,
+    DimensionsLeftOut,
     EvaluationFailed,
     Event,
     RankChanged,
@@ -95,6 +96,9 @@ def _described(event: Event) -> Iterator[tuple[str, str, str, bool]]:
         case BudgetSpent():
             reason = f"epsilon = {event.epsilon:.4g}: the run ends here"
             yield "privacy budget spent", "", reason, False
+        case DimensionsLeftOut():
+            which = f"{ranges(event.dimensions)} have fewer than {event.min_holders} holders"
+            yield "rank dimensions left out", "", which, True
         case RoundRepeated():
             yield "repeated", "", f"attempt {event.attempt}: {event.reason}", True
 

@@ -1,0 +1,133 @@
+"""The messages of secure aggregation, in the order in which they are sent.
+
+Participants have numbers from 1; bytes travel as base64. Imports no torch, so that the process that
+answers them starts quickly.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from prelort.errors import PrelortError
+
+FEATURE = "secure-aggregation"
+"""The feature's name in ``TrainRequest.requires``."""
+
+Number = Annotated[int, Field(ge=1)]
+Key = Annotated[bytes, Field(min_length=32, max_length=32)]
+Blocks = tuple[Annotated[int, Field(ge=0)], ...]
+
+
+class Part(BaseModel):
+    """Immutable; fields of a newer version are ignored."""
+
+    model_config = ConfigDict(
+        extra="ignore",
+        frozen=True,
+        allow_inf_nan=False,
+        ser_json_bytes="base64",
+        val_json_bytes="base64",
+    )
+
+
+class Step(Part):
+    """What all messages have: the session, which is one attempt at one round."""
+
+    session: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+
+
+class KeysRequest(Step):
+    """``query.keys``: a request for fresh public keys from a participant with these blocks."""
+
+    number: Number
+    blocks: Blocks
+
+
+class Keys(Part):
+    """A participant's public keys: of its masks, and of the shares that are sent to it.
+
+    ``seed``: the commitment to the seed of its own mask. ``signature``: by the key of its node over
+    session, number, blocks and keys, for sites that verify each other; empty without.
+    """
+
+    mask_key: Key
+    share_key: Key
+    seed: Key
+    signature: bytes = b""
+
+
+class KeysReply(Step, Keys):
+    """The keys of one participant."""
+
+
+class Peer(Keys):
+    """A neighbour: its keys, and the blocks that it sends."""
+
+    blocks: Blocks
+
+
+class SharesRequest(Step):
+    """``query.shares``: the neighbours, among whom the receiver's secrets are shared.
+
+    ``threshold``: shares that restore a secret; the participant and each neighbour have one.
+    ``min_holders``: of each block among the participant and its neighbours.
+    """
+
+    threshold: Annotated[int, Field(ge=2)]
+    min_holders: Annotated[int, Field(ge=2)]
+    peers: dict[Number, Peer]
+
+
+class SharesReply(Step):
+    """For each neighbour its shares, sealed so that only it can read them."""
+
+    sealed: dict[Number, bytes]
+
+
+class MaskedInput(Step):
+    """The part of a request to train that says how its reply is masked.
+
+    ``joined``: the neighbours that have shared their secrets. ``holds``: the block of each part of
+    the trained adapter. ``lengths``: of all blocks. ``weight``: of this client. ``fraction_bits``:
+    of the fixed-point numbers. ``bound``: the largest magnitude of a change.
+    """
+
+    joined: tuple[Number, ...]
+    holds: Blocks
+    lengths: tuple[Annotated[int, Field(ge=0)], ...]
+    weight: Annotated[float, Field(ge=0.0)]
+    fraction_bits: Annotated[int, Field(ge=0, le=1000)]
+    bound: Annotated[float, Field(gt=0.0)]
+
+
+class UnmaskRequest(Step):
+    """``query.unmask``: whose masked vectors have arrived, and what was sealed for the receiver.
+
+    For each of ``survivors`` the receiver reveals its share of the seed, for every other neighbour
+    that has joined its share of the mask key.
+    """
+
+    survivors: tuple[Number, ...]
+    sealed: dict[Number, bytes]
+
+
+class UnmaskReply(Step):
+    """Shares by the participant whose secret they restore: of seeds, or of mask keys."""
+
+    seeds: dict[Number, bytes]
+    keys: dict[Number, bytes]
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def read(text: str, kind: type[S]) -> S:
+    """The message in a JSON text. Raises `PrelortError` if it is not of this kind."""
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "message"
+        raise PrelortError(f"malformed {kind.__name__}: {where}: {first['msg']}") from None
