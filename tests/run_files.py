@@ -28,8 +28,12 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def adapters_of(run: Path) -> dict[str, bytes]:
-    """The bytes of every adapter's files, by their path inside the run."""
-    return {f"adapters/{name}": data for name, data in files_of(run / "adapters").items()}
+    """The bytes of every adapter's files, by their path inside the run.
+
+    Without the cards: they say what was measured, and sites measure on their own rows.
+    """
+    files = files_of(run / "adapters")
+    return {f"adapters/{n}": data for n, data in files.items() if not n.endswith("README.md")}
 
 
 def events_of(run: Path) -> list[Any]:

@@ -187,6 +187,15 @@ def test_methods_are_compared_on_own_rows_and_partition(
     assert prelort.read(tmp_path / "out").to_pandas().equals(results.to_pandas())
 
 
+def test_a_comparison_that_is_refused_leaves_nothing(
+    llama: Any, words: Any, sites: dict[str, Any], tmp_path: Path
+) -> None:
+    federation = Federation(llama, words, sites, ranks=RANKS, **SHORT)
+    with pytest.raises(ConfigError, match="fedit"):
+        federation.compare(["fedit"], 1, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_pefts_configuration_says_layers_scale_and_rank(llama: Any, words: Any, rows: Rows) -> None:
     lora = LoraConfig(r=4, lora_alpha=2, target_modules=["v_proj", "q_proj"], lora_dropout=0.1)
     dealt = PartitionConfig(by="iid", clients=3)

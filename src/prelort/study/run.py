@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -17,7 +18,7 @@ from prelort import config as configuration
 from prelort.config import Config
 from prelort.errors import ConfigError, PrelortError
 from prelort.events import Event
-from prelort.experiment.folder import RunFolder, is_taken
+from prelort.experiment.folder import BASE, TOKENIZER, RunFolder, is_taken
 from prelort.files import as_path, write_atomically
 from prelort.report.live import Display
 from prelort.report.results import Results
@@ -264,6 +265,8 @@ def _discard(out: Path, made: bool) -> None:
     """Delete the files of a study of which no cell was started."""
     for file in (STUDY_FILE, "failures.json", ".lock"):
         (out / file).unlink(missing_ok=True)
+    for name in (BASE, TOKENIZER):
+        shutil.rmtree(out / name, ignore_errors=True)
     for folder in sorted(out.rglob("*"), reverse=True):
         with suppress(OSError):  # the user may have put something there
             folder.rmdir()
