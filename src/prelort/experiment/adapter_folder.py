@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def write(
     folder: Path,
     adapter: LoraAdapter,
     template: LoraConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     names: Sequence[str],
     card: str,
 ) -> None:
@@ -37,7 +38,12 @@ def write(
     """
     peft_folder.save(adapter, folder, template)
     labels.write(folder, names)
-    tokenizer.save_pretrained(folder)
+    if tokenizer is not None:
+        clean = copy.deepcopy(tokenizer)
+        if clean.is_fast:  # it keeps the limits of its last call, which are no part of it
+            clean.backend_tokenizer.no_truncation()
+            clean.backend_tokenizer.no_padding()
+        clean.save_pretrained(folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 

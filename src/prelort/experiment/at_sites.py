@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
+from transformers import PreTrainedTokenizerBase
 
 from prelort import tasks
 from prelort.adapters import AdapterSchema, LoraAdapter, ScaleRule
@@ -80,13 +81,21 @@ def backend_at_sites(config: Config, grid: Grid) -> Backend:
         spec=server.spec,
         initial=initial,
         template=server.template,
-        tokenizer=base.load_tokenizer(config.model),
+        tokenizer=_tokenizer(config),
         transport=Transport(grid, deadline=federation.timeout, patience=federation.wait),
         allocation=Allocation({}, by_loss if config.ranks.allocation == "by-loss" else None),
         evaluate=server.evaluate,
         planned_ranks=planned,
         labels=labels,
     )
+
+
+def _tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
+    """The tokenizer to export; None where the server has none, which needs no more than weights."""
+    try:
+        return base.load_tokenizer(config.model)
+    except ConfigError:
+        return None
 
 
 def own_site(config: Config, name: str, rank: int, folder: Path | None = None) -> LocalClient:

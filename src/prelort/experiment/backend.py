@@ -52,7 +52,7 @@ class Backend:
     spec: AdapterSpec
     initial: LoraAdapter
     template: LoraConfig
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | None
     transport: Transport
     allocation: Allocation = field(default_factory=Allocation)
     evaluate: Evaluate | None = None
