@@ -123,6 +123,9 @@ class DataConfig(Section):
         description="chat task: list of role and content; default: messages, conversations, or "
         "prompt and completion",
     )
+    chat_template: str | None = Field(
+        None, description="chat task: a Jinja template in place of the tokenizer's"
+    )
     max_length: Annotated[int, Field(ge=8)] = Field(
         128, description="maximum number of tokens per example"
     )

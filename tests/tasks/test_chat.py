@@ -171,3 +171,21 @@ def test_formats_of_the_hub(chat_tokenizer: Any, row: dict[str, Any], prompt: st
     assert read(chat_tokenizer, example.input_ids) == f"{prompt}<assistant>hello<end>"
     assert learnt(chat_tokenizer, example) == "hello<end>"
     assert example.reference == "hello"
+
+
+def test_a_configured_template_replaces_the_tokenizers(chat_tokenizer: Any) -> None:
+    before = chat_tokenizer.chat_template
+    template = "{% for message in messages %}{{ message['content'] }}<end>{% endfor %}"
+    rows = Dataset.from_dict({"messages": [say("u: hi", "a: hello")]})
+    config = DataConfig(chat_template=template)
+    for tokenizer in (chat_tokenizer, make_tokenizer(template=None)):
+        (example,) = TASK.encode(rows, tokenizer, config, ())
+        assert read(tokenizer, example.input_ids) == "hi<end>hello<end>"
+        assert learnt(tokenizer, example) == "hello<end>"
+    assert chat_tokenizer.chat_template == before
+
+
+def test_a_configured_template_that_is_wrong_is_one_sentence(chat_tokenizer: Any) -> None:
+    rows = Dataset.from_dict({"messages": [say("u: hi", "a: hello")]})
+    with pytest.raises(ConfigError, match="the chat template refuses the conversation"):
+        TASK.encode(rows, chat_tokenizer, DataConfig(chat_template="{% for x %}"), ())
