@@ -78,6 +78,9 @@ class ModelConfig(Section):
     tokenizer: str | None = Field(
         None, description="another tokenizer: a local folder, or a hub name; default: the model's"
     )
+    chat_template: str | None = Field(
+        None, description="chat task: a Jinja template in place of the tokenizer's"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "float32", description="of the base's weights; auto: as the model was saved"
     )
@@ -122,9 +125,6 @@ class DataConfig(Section):
         None,
         description="chat task: list of role and content; default: messages, conversations, or "
         "prompt and completion",
-    )
-    chat_template: str | None = Field(
-        None, description="chat task: a Jinja template in place of the tokenizer's"
     )
     max_length: Annotated[int, Field(ge=8)] = Field(
         128, description="maximum number of tokens per example"

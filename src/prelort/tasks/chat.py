@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
@@ -61,13 +60,10 @@ class Chat(CausalTask):
         no example. Raises `ConfigError` if the tokenizer has no chat template, if the template
         refuses a conversation, or for what is not a list of messages.
         """
-        if config.chat_template is not None:
-            tokenizer = copy.copy(tokenizer)
-            tokenizer.chat_template = config.chat_template
         if not getattr(tokenizer, "chat_template", None):
             raise ConfigError(
                 "the tokenizer has no chat template, which the task 'chat' needs: use an "
-                "instruction-tuned model, set data.chat_template, or use the task 'instruction'"
+                "instruction-tuned model, set model.chat_template, or use the task 'instruction'"
             )
         conversations = []
         for conversation in self._conversations(rows, config, "data"):
