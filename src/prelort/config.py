@@ -78,6 +78,9 @@ class ModelConfig(Section):
     tokenizer: str | None = Field(
         None, description="another tokenizer: a local folder, or a hub name; default: the model's"
     )
+    chat_template: str | None = Field(
+        None, description="chat task: a Jinja template in place of the tokenizer's"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "float32", description="of the base's weights; auto: as the model was saved"
     )

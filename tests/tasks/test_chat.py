@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import random
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 from byte_tokens import TEMPLATE, learnt, make_tokenizer, read
 from datasets import Dataset
 
-from prelort.config import DataConfig
+from prelort.config import DataConfig, ModelConfig
 from prelort.errors import ConfigError
+from prelort.models.base import load_tokenizer
 from prelort.tasks import get
 from prelort.tasks.interface import Example
 
@@ -171,3 +174,16 @@ def test_formats_of_the_hub(chat_tokenizer: Any, row: dict[str, Any], prompt: st
     assert read(chat_tokenizer, example.input_ids) == f"{prompt}<assistant>hello<end>"
     assert learnt(chat_tokenizer, example) == "hello<end>"
     assert example.reference == "hello"
+
+
+def test_a_configured_template_replaces_the_tokenizers(tmp_path: Path, tiny_llama: Path) -> None:
+    base = shutil.copytree(tiny_llama, tmp_path / "base")
+    make_tokenizer(template=TEMPLATE).save_pretrained(base)
+    template = "{% for message in messages %}{{ message['content'] }}<end>{% endfor %}"
+    tokenizer = load_tokenizer(ModelConfig(name=str(base), chat_template=template))
+    (example,) = encode([say("u: hi", "a: hello")], tokenizer)
+    assert read(tokenizer, example.input_ids) == "hi<end>hello<end>"
+    assert learnt(tokenizer, example) == "hello<end>"
+    wrong = load_tokenizer(ModelConfig(name=str(base), chat_template="{% for x %}"))
+    with pytest.raises(ConfigError, match="the chat template refuses the conversation"):
+        encode([say("u: hi", "a: hello")], wrong)

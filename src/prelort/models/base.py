@@ -102,6 +102,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         else config.model_copy(update={"name": config.tokenizer, "revision": None})
     )
     tokenizer = _from_pretrained(AutoTokenizer, own, "tokenizer")
+    if config.chat_template is not None:
+        tokenizer.chat_template = config.chat_template
     model = load_configuration(config)
     text = model.get_text_config()
     rows = getattr(text, "vocab_size", None) or len(tokenizer)

@@ -63,7 +63,7 @@ class Chat(CausalTask):
         if not getattr(tokenizer, "chat_template", None):
             raise ConfigError(
                 "the tokenizer has no chat template, which the task 'chat' needs: use an "
-                "instruction-tuned model, or the task 'instruction'"
+                "instruction-tuned model, set model.chat_template, or use the task 'instruction'"
             )
         conversations = []
         for conversation in self._conversations(rows, config, "data"):
