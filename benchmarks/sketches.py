@@ -4,7 +4,7 @@ FlexLoRA's server needs M = sum_k p_k s B_k A_k of each layer, of which the clie
 sketches of their changes D_k instead: Y = D W1 [d_out, k] and Z = W2 D [l, d_in] with l = 2 k + 1
 and W1, W2 drawn from a common seed. Sums of sketches are sketches of the sum, from which D is
 restored as Q (W2 Q)^+ Z with Q the orthonormal basis of Y (Tropp, Yurtsever, Udell and Cevher 2017,
-SIAM J. Matrix Anal. Appl. 38, algorithm 4), and then M is cut to the rank R = 16 of the adapter.
+SIAM J. Matrix Anal. Appl. 38), and then M is cut to the rank R = 16 of the adapter.
 
 `error`: |M - restored M of rank R| over |M - M of rank R|, the least possible; median and largest
 over the layers of real rounds of the embedded model. `bytes`: of masked sketches (8 a value) over
