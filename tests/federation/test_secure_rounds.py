@@ -219,6 +219,19 @@ def test_clients_of_a_rank_that_nobody_can_hide_are_refused() -> None:
         run_of(masked_app(clients=few), make_config(**SECURE)).train()
 
 
+@pytest.mark.parametrize(
+    "values, reason",
+    [
+        ({"privacy": {**SECURE, "epsilon": 1.0}}, "the server clips single replies"),
+        ({"privacy": SECURE, "federation": {"clients_per_round": 2}}, "clients_per_round = 3 or"),
+        ({"privacy": {**SECURE, "threshold": 0.5}}, "privacy.threshold = 0.5"),
+    ],
+)
+def test_settings_that_give_no_protection_are_refused(values: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        check(values)
+
+
 # With a model
 
 

@@ -342,9 +342,9 @@ class Server:
             for node_id, client in clients.items()
             if client.name in contents
         )
-        deadline = min(self._transport.deadline, EXCHANGE_SECONDS)
-        if not self._transport.clients_change:
-            deadline = self._transport.deadline
+        deadline = self._transport.deadline
+        if self._transport.clients_change:
+            deadline = min(deadline, EXCHANGE_SECONDS)
         for reply in replace(self._transport, deadline=deadline).send_and_receive(messages):
             yield clients[reply.metadata.src_node_id], reply
 
