@@ -23,13 +23,13 @@ from typing import Any
 
 import torch
 from common import local_app, machine, report
+from prelort.federation.federation import Federation
 from torch import Tensor
 
 from prelort import methods
 from prelort.config import load
 from prelort.experiment.assemble import assemble
 from prelort.experiment.deterministic import deterministic
-from prelort.federation.federation import Federation
 from prelort.federation.in_process import InProcessGrid
 from prelort.federation.transport import Transport
 from prelort.methods.interface import Broadcast, ServerState, Update
