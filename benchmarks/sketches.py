@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from common import local_app, machine, report
-from prelort.federation.federation import Federation
 from torch import Tensor
 
 from prelort import methods
