@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from common import local_app, machine, report
-from prelort.federation.federation import Federation
 from torch import Tensor
 
 from prelort import methods
@@ -31,6 +30,7 @@ from prelort.config import load
 from prelort.experiment.assemble import assemble
 from prelort.experiment.deterministic import deterministic
 from prelort.federation.in_process import InProcessGrid
+from prelort.federation.server import Server
 from prelort.federation.transport import Transport
 from prelort.methods.interface import Broadcast, ServerState, Update
 
@@ -76,7 +76,7 @@ def real_rounds(count: int) -> list[Changes]:
         assembly = assemble(config, Path(folder))
         clients = assembly.clients
         grid = InProcessGrid(local_app(clients), [{"partition-id": i} for i in range(len(clients))])
-        federation = Federation(
+        server = Server(
             config,
             Transport(grid, 1),
             assembly.runtime.spec,
@@ -84,9 +84,9 @@ def real_rounds(count: int) -> list[Changes]:
             observe=lambda method, state, cohort: Kept(rounds, state),
         )
         method = methods.build(config.method, config.seed)
-        state = federation.connect(method, ServerState(assembly.initial))
+        state = server.connect(method, ServerState(assembly.initial))
         for number in range(1, count + 1):
-            state, _ = federation.train(method, state, number)
+            state, _ = server.train(method, state, number)
     return rounds
 
 

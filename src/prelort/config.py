@@ -457,11 +457,6 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _secure_aggregation(self) -> Config:
-        if self.privacy.secure_aggregation and self.privacy.epsilon is not None:
-            raise ValueError(
-                "privacy.epsilon is not possible with privacy.secure_aggregation: the server clips "
-                "single replies before it adds the noise, and would not see any"
-            )
         per_round, needed = self.federation.clients_per_round, self.privacy.min_holders
         if self.privacy.secure_aggregation and isinstance(per_round, int) and per_round < needed:
             raise ValueError(
