@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from prelort.config import Config
     from prelort.config import load as load_config
     from prelort.experiment.callbacks import EarlyStopping
-    from prelort.experiment.inspect import evaluate, export
+    from prelort.experiment.inspect import evaluate_run as evaluate
+    from prelort.experiment.inspect import export_run as export
     from prelort.experiment.result import RunResult
     from prelort.experiment.run import run
     from prelort.planning.plan import Plan, plan
@@ -58,8 +59,8 @@ _LAZY = {
     "RunResult": ("prelort.experiment.result", "RunResult"),
     "ScaleRule": ("prelort.adapters", "ScaleRule"),
     "compare": ("prelort.study.run", "compare"),
-    "evaluate": ("prelort.experiment.inspect", "evaluate"),
-    "export": ("prelort.experiment.inspect", "export"),
+    "evaluate": ("prelort.experiment.inspect", "evaluate_run"),
+    "export": ("prelort.experiment.inspect", "export_run"),
     "load_config": ("prelort.config", "load"),
     "plan": ("prelort.planning.plan", "plan"),
     "read": ("prelort.study.results", "read"),

@@ -17,8 +17,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prelort
+from prelort import export
 from prelort.config import Config
-from prelort.experiment.inspect import export
 
 ROOT = Path(__file__).parents[2]
 TASK = "heldout_perplexity"

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import prelort
+from prelort import export
 from prelort.adapters import peft_folder
 from prelort.config import Config
 from prelort.errors import AdapterError
-from prelort.experiment.inspect import export
 
 
 @pytest.mark.parametrize("merge", [False, True])

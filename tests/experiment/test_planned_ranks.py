@@ -11,6 +11,7 @@ import pytest
 from datasets import concatenate_datasets
 
 import prelort
+from prelort import evaluate
 from prelort.config import Config
 from prelort.data import federated
 from prelort.errors import ConfigError
@@ -18,7 +19,6 @@ from prelort.events import RankChanged
 from prelort.experiment import checkpoint
 from prelort.experiment.assemble import Assembly, assemble, planned_ranks
 from prelort.experiment.folder import RunFolder
-from prelort.experiment.inspect import evaluate
 from prelort.federation.allocation import Allocation
 from prelort.tasks.interface import Example
 from random_adapters import same_bits

@@ -13,8 +13,8 @@ import pytest
 from byte_tokens import TEMPLATE, make_tokenizer
 
 import prelort
+from prelort import evaluate, export
 from prelort.config import Config
-from prelort.experiment.inspect import evaluate, export
 
 PAGE = Path(__file__).parents[2] / "docs" / "use-an-adapter.md"
 Make = Callable[..., Config]

@@ -82,7 +82,7 @@ def evaluate(
     from rich.progress import Progress
 
     from prelort.events import encode
-    from prelort.experiment.inspect import evaluate
+    from prelort.experiment.inspect import evaluate_run
     from prelort.history import RunHistory
     from prelort.report import tables
     from prelort.report.results import CellResult, Results
@@ -90,7 +90,7 @@ def evaluate(
     console = wide_console()
     with Progress(console=console, transient=True, disable=quiet) as bar:
         task = bar.add_task("measuring", total=None)
-        evaluated = evaluate(
+        evaluated = evaluate_run(
             run, overrides or [], lambda done, total: bar.update(task, completed=done, total=total)
         )
     if out is not None:
@@ -132,11 +132,11 @@ def export(
     ] = None,
 ) -> None:
     """Write any prefix of a run's adapter as a PEFT folder, or merged into the base model."""
-    from prelort.experiment.inspect import export
+    from prelort.experiment.inspect import export_run
 
     if merge and base_name is not None:
         raise ConfigError("--base-name is for adapters: a merged model names no base")
     if dtype is not None and not merge:
         raise ConfigError("--dtype is for merged models: an adapter's tensors stay float32")
-    written = export(run, out, rank, merge=merge, base_name=base_name, dtype=dtype)
+    written = export_run(run, out, rank, merge=merge, base_name=base_name, dtype=dtype)
     Console().print(f"wrote {escaped(written)}", soft_wrap=True)

@@ -32,7 +32,7 @@ EVALUATION_SECTIONS = ("data", "evaluation", "model", "threads")
 
 
 @quiet()
-def evaluate(
+def evaluate_run(
     path: Path | str, overrides: Sequence[str] = (), progress: Progress | None = None
 ) -> Evaluated:
     """Measure a run's newest adapter and the untuned base again, with the run's threads.
@@ -73,7 +73,7 @@ def _evaluated(config: Config, folder: RunFolder, progress: Progress | None) -> 
 
 
 @quiet()
-def export(
+def export_run(
     path: Path | str,
     out: Path | str,
     rank: int | None = None,

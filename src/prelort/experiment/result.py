@@ -71,7 +71,7 @@ class RunResult:
         rank = self.global_adapter.rank if rank is None else rank
         folder = RunFolder(self.path).adapters / f"rank-{rank}"
         if not (folder / peft_folder.WEIGHTS).is_file():
-            inspect.export(self.path, folder, rank)
+            inspect.export_run(self.path, folder, rank)
         return folder
 
     @quiet()
@@ -123,7 +123,7 @@ class RunResult:
             folder = self.adapter(rank)
             if base_name is not None:
                 folder = Path(place) / "adapter"
-                inspect.export(self.path, folder, rank, base_name=base_name)
+                inspect.export_run(self.path, folder, rank, base_name=base_name)
             api = HfApi(token=token)
             address = api.create_repo(repo, private=private, exist_ok=True).repo_id
             commit = api.upload_folder(repo_id=address, folder_path=folder)
