@@ -51,7 +51,7 @@ def norm(change: dict[str, torch.Tensor]) -> float:
     return math.sqrt(sum(float(tensor.square().sum()) for tensor in change.values()))
 
 
-@pytest.mark.parametrize("name", SUMS)
+@pytest.mark.parametrize("name", [*SUMS, "homogeneous-min", "homogeneous-max"])
 def test_without_noise_and_clipping_it_is_the_methods_own_mean(name: str) -> None:
     ranks = [8] * 4 if name == "fedit" else RANKS
     method, clients = method_of(name), clients_of(ranks)

@@ -129,7 +129,9 @@ class PrivateMean:
 
     def _expected_holders(self) -> dict[str, Tensor]:
         """Layer -> the expected number of holders of each rank dimension, float64 [rank]."""
-        ranks = torch.tensor([client.rank for client in self.clients])
+        # What is broadcast, not the client's own rank: a reference trains all clients at another.
+        sent = [self.method.broadcast(self.state, client).trainable for client in self.clients]
+        ranks = torch.tensor([adapter.rank for adapter in sent])
         return {
             name: (ranks[:, None] > torch.arange(factors.rank)).sum(0) * self.mechanism.rate
             for name, factors in self.state.adapter.layers.items()
