@@ -359,7 +359,8 @@ class FederationConfig(Section):
 class PrivacyConfig(Section):
     """What the server, and who sees the adapter, may learn of single clients."""
 
-    epsilon: Annotated[float, Field(gt=0.0)] | None = Field(
+    # Above 100 nothing is protected, and accounting for it takes minutes or fails.
+    epsilon: Annotated[float, Field(gt=0.0, le=100.0)] | None = Field(
         None, description="client-level budget of the whole run; every client then counts the same"
     )
     delta: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(

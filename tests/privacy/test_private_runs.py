@@ -12,6 +12,9 @@ import prelort
 from prelort.config import Config
 from prelort.errors import CheckpointError, ConfigError, PrelortError
 from prelort.events import BudgetSpent, Event, RoundFinished
+from prelort.methods import build
+from prelort.privacy import PrivateRun
+from rounds import start
 from run_files import adapters_of, events_of
 
 Make = Callable[..., Config]
@@ -90,6 +93,23 @@ def test_without_its_ledger_a_run_is_not_resumed(tmp_path: Path, config: Config,
     ledger.unlink() if harm == "missing" else ledger.write_text('{"epsilon": 4.0')
     with pytest.raises(CheckpointError, match=f"privacy.json' is {harm}, so what has been spent"):
         prelort.run(config, out, resume=True)
+
+
+def test_attempts_at_a_round_have_one_sample(tmp_path: Path, config: Config) -> None:
+    """Over several samples a client would take part with more than the probability of one."""
+    private = PrivateRun(config, tmp_path)
+    private.start(build(config.method, config.seed), start(), 200)
+    clients = {f"site-{number}": number for number in range(200)}
+    first = private.sample(clients)
+    assert private.sample({**clients, "new": -1})[: len(first)] == first
+    private.count_release()
+    assert private.sample(clients) != first
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 101.0, float("inf")])
+def test_a_budget_that_means_nothing_is_refused(make_config: Make, epsilon: float) -> None:
+    with pytest.raises(ConfigError, match=r"privacy\.epsilon = .* is not allowed"):
+        make_config(privacy={"epsilon": epsilon})
 
 
 @pytest.mark.parametrize(

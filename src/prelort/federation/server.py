@@ -64,8 +64,8 @@ Pools = dict[int, PooledMetrics]
 class Private(Protocol):
     """Differential privacy of a run (`prelort.privacy`)."""
 
-    def sample(self, clients: Sequence[T]) -> list[T]:
-        """The clients of a round, in their order."""
+    def sample(self, clients: Mapping[str, T]) -> list[T]:
+        """The clients of a round, in their order; the same in each attempt at it."""
         ...
 
     def aggregator(
@@ -377,7 +377,7 @@ class Server:
         if self._allocation.needs_all_clients(server_round):
             return self.clients
         if self._private is not None:
-            return self._private.sample(self.clients)
+            return self._private.sample({one.client.name: one for one in self.clients})
         per_round, seed = self._config.federation.clients_per_round, self._config.seed
         return sample(self.clients, per_round, seed=seed, round_index=server_round - 1)
 

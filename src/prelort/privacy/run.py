@@ -8,7 +8,7 @@ so that neither noise nor budget is used twice unnoticed.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -70,6 +70,8 @@ class PrivateRun:
         self._config = config
         self._file = folder / FILE
         self._normal = normal
+        self._takes_part: dict[str, bool] = {}
+        """What was drawn for each client since the last release."""
         self._ledger: Ledger | None = self._read()
 
     @property
@@ -107,9 +109,16 @@ class PrivateRun:
                 )
             )
 
-    def sample(self, clients: Sequence[T]) -> list[T]:
-        """The clients of a round: each with the same probability, whatever the seed."""
-        return poisson_sample(clients, self.ledger.rate)
+    def sample(self, clients: Mapping[str, T]) -> list[T]:
+        """The clients of a round, by name: each with the same probability, whatever the seed.
+
+        A client is drawn for once before each release: over several attempts at a round it would
+        take part with a higher probability than is accounted for.
+        """
+        new = [name for name in clients if name not in self._takes_part]
+        sampled = set(poisson_sample(new, self.ledger.rate))
+        self._takes_part |= {name: name in sampled for name in new}
+        return [client for name, client in clients.items() if self._takes_part[name]]
 
     def aggregator(
         self, method: Method, state: ServerState, clients: Sequence[Client]
@@ -124,6 +133,7 @@ class PrivateRun:
     def count_release(self) -> None:
         """Note a release, durably."""
         self._write(replace(self.ledger, releases=self.ledger.releases + 1))
+        self._takes_part.clear()
 
     def _read(self) -> Ledger | None:
         if not self._file.exists():
