@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from huggingface_hub import HfApi
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import (
@@ -212,6 +212,8 @@ def test_pefts_configuration_says_layers_scale_and_rank(llama: Any, words: Any, 
     [
         ({"datasets": {}}, "datasets has no client"),
         ({"datasets": {"a": [{"text": "x"}], "b": [{"t": "x"}]}}, "must have the same columns"),
+        ({"datasets": {1: [{"text": "x"}], "1": [{"text": "y"}]}}, "two clients of one name"),
+        ({"datasets": DatasetDict(test=Dataset.from_list([{"text": "x"}]))}, "are no clients"),
         ({"datasets": 3}, "datasets must be a datasets.Dataset, .* not int"),
         ({"ranks": {"site-0": 2}}, "ranks names the clients site-0, and the data are those of"),
         ({"partition": {"a": [0, 1], "b": [1]}}, "'a' and 'b' have row 1"),
@@ -239,6 +241,11 @@ def test_what_cannot_work_is_refused_in_a_sentence(
     with pytest.raises(ConfigError, match=sentence):
         Federation(llama, words, **settings).run(1, tmp_path / "run", callbacks=callbacks)
     assert not (tmp_path / "run").exists()
+
+
+def test_clients_may_be_numbered(llama: Any, words: Any, rows: Rows) -> None:
+    federation = Federation(llama, words, {1: rows[:8], 2: rows[8:]}, ranks={2: 4, 1: 2})
+    assert federation.config.ranks.mix == "2, 4"
 
 
 def test_a_model_with_adapters_is_refused(llama: Any, words: Any, rows: Rows) -> None:

@@ -265,6 +265,7 @@ def _mix(
     if isinstance(ranks, Mapping):
         if clients is None:
             raise ConfigError("ranks by name need clients by name: in datasets or in partition")
+        ranks = {str(name): rank for name, rank in ranks.items()}
         if set(ranks) != set(clients):
             raise ConfigError(
                 f"ranks names the clients {', '.join(map(str, ranks))}, and the data are those of "

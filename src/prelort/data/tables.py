@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from datasets import Dataset, Value, concatenate_datasets
+from datasets import Dataset, DatasetDict, Value, concatenate_datasets
 
 from prelort.data.partition import Part
 from prelort.errors import ConfigError
@@ -52,7 +52,14 @@ def tables(
         return Tables(train, held_out, None if partition is None else _parts(partition, train))
     if partition is not None:
         raise ConfigError("partition is for one data set: here each client has its own")
+    if isinstance(rows, DatasetDict):
+        raise ConfigError(
+            f"datasets is a DatasetDict with the splits {', '.join(rows)}, which are no clients: "
+            "give one split, and another one as test"
+        )
     own = {str(name): _table(table, f"datasets[{name!r}]") for name, table in rows.items()}
+    if len(own) < len(rows):
+        raise ConfigError(f"datasets has two clients of one name: {', '.join(map(repr, rows))}")
     if not own:
         raise ConfigError("datasets has no client")
     first, *others = own
