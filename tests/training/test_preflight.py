@@ -209,8 +209,8 @@ def test_a_model_that_cannot_truncate_each_example_truncates_each_step(
     }
 
     def same(one: prelort.RunResult, other: prelort.RunResult) -> bool:
-        theirs = other.adapter.tensors()
-        return all(torch.equal(t, theirs[name]) for name, t in one.adapter.tensors().items())
+        theirs = other.global_adapter.tensors()
+        return all(torch.equal(t, theirs[name]) for name, t in one.global_adapter.tensors().items())
 
     with pytest.warns(UserWarning, match=r"under method\.objective = 'step'"):
         result = prelort.run(make_config(**changes), tmp_path / "run")
