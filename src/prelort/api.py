@@ -109,6 +109,10 @@ class Federation:
             task = "classification" if classifies else "causal-lm"
         values = _defaults(model, task)
         clients = None if given is None or given.parts is None else [p.name for p in given.parts]
+        if lora is not None and not isinstance(lora, LoraConfig | Mapping):
+            raise ConfigError(f"lora {lora!r} is neither a peft.LoraConfig nor a section's values")
+        if compute_metrics is not None and not callable(compute_metrics):
+            raise ConfigError(f"compute_metrics {compute_metrics!r} is not a function")
         if ranks is None:
             ranks = lora.r if isinstance(lora, LoraConfig) else 8
         sections: dict[str, Any] = {
@@ -206,6 +210,9 @@ class Federation:
             The results. A run that failed has its reason there.
         """
         folder = as_path(out)
+        for name, given in (("methods", methods), ("seeds", seeds)):
+            if isinstance(given, str) or not isinstance(given, Sequence):
+                raise ConfigError(f"{name} must be a list, not {given!r}")
         names = tuple(_method_values(method)["name"] for method in methods)
         values = {"methods": names, "seeds": tuple(seeds), "reference": reference}
         section = configuration.validated(Compare, values, "compare")
@@ -262,6 +269,8 @@ def _mix(
         return f"{ranks}*1"
     if isinstance(ranks, str):
         return ranks
+    if not isinstance(ranks, Mapping | Sequence):
+        raise ConfigError(f"ranks {ranks!r} are neither a rank, a mix, a list nor by client name")
     if isinstance(ranks, Mapping):
         if clients is None:
             raise ConfigError("ranks by name need clients by name: in datasets or in partition")
@@ -281,6 +290,8 @@ def _method_values(method: str | type[Method] | Mapping[str, Any]) -> dict[str, 
         return dict(method)
     if isinstance(method, str):
         return {"name": method}
+    if not isinstance(method, type):
+        raise ConfigError(f"method {method!r} is neither a name, a class nor a section's values")
     module, name = method.__module__, method.__qualname__
     if getattr(sys.modules.get(module), name, None) is not method:
         raise ConfigError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+import math
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -459,6 +460,9 @@ class Config(Section):
     @model_validator(mode="after")
     def _secure_aggregation(self) -> Config:
         per_round, needed = self.federation.clients_per_round, self.privacy.min_holders
+        clients = self.partition.clients
+        if isinstance(per_round, float) and clients is not None:
+            per_round = math.ceil(per_round * clients - 1e-9)
         if self.privacy.secure_aggregation and isinstance(per_round, int) and per_round < needed:
             raise ValueError(
                 f"privacy.secure_aggregation needs federation.clients_per_round = {needed} or more "

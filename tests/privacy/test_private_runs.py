@@ -102,6 +102,8 @@ def test_attempts_at_a_round_have_one_sample(tmp_path: Path, config: Config) -> 
     clients = {f"site-{number}": number for number in range(200)}
     first = private.sample(clients)
     assert private.sample({**clients, "new": -1})[: len(first)] == first
+    resumed = PrivateRun(config, tmp_path)
+    assert resumed.sample(clients) == first
     private.count_release()
     assert private.sample(clients) != first
 

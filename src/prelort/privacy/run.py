@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -37,6 +37,8 @@ class Ledger:
     rate: float
     noise_multiplier: float
     releases: int = 0
+    takes_part: Mapping[str, bool] = field(default_factory=dict)
+    """Who was drawn, and who not, for the next release."""
 
     @property
     def budget(self) -> Budget:
@@ -70,8 +72,6 @@ class PrivateRun:
         self._config = config
         self._file = folder / FILE
         self._normal = normal
-        self._takes_part: dict[str, bool] = {}
-        """What was drawn for each client since the last release."""
         self._ledger: Ledger | None = self._read()
 
     @property
@@ -112,13 +112,15 @@ class PrivateRun:
     def sample(self, clients: Mapping[str, T]) -> list[T]:
         """The clients of a round, by name: each with the same probability, whatever the seed.
 
-        A client is drawn for once before each release: over several attempts at a round it would
-        take part with a higher probability than is accounted for.
+        A client is drawn for once before each release: over several attempts at a round, also of
+        a resumed run, it would take part with a higher probability than is accounted for.
         """
-        new = [name for name in clients if name not in self._takes_part]
+        drawn = self.ledger.takes_part
+        new = [name for name in clients if name not in drawn]
         sampled = set(poisson_sample(new, self.ledger.rate))
-        self._takes_part |= {name: name in sampled for name in new}
-        return [client for name, client in clients.items() if self._takes_part[name]]
+        drawn = {**drawn, **{name: name in sampled for name in new}}
+        self._write(replace(self.ledger, takes_part=drawn))
+        return [client for name, client in clients.items() if drawn[name]]
 
     def aggregator(
         self, method: Method, state: ServerState, clients: Sequence[Client]
@@ -132,8 +134,7 @@ class PrivateRun:
 
     def count_release(self) -> None:
         """Note a release, durably."""
-        self._write(replace(self.ledger, releases=self.ledger.releases + 1))
-        self._takes_part.clear()
+        self._write(replace(self.ledger, releases=self.ledger.releases + 1, takes_part={}))
 
     def _read(self) -> Ledger | None:
         if not self._file.exists():
