@@ -193,6 +193,8 @@ def test_a_comparison_that_is_refused_leaves_nothing(
     federation = Federation(llama, words, sites, ranks=RANKS, **SHORT)
     with pytest.raises(ConfigError, match="fedit"):
         federation.compare(["fedit"], 1, tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"compare\.reference = 'flora' is not"):
+        federation.compare(["prelort"], 1, tmp_path / "out", reference="flora")
     assert not (tmp_path / "out").exists()
 
 
@@ -220,6 +222,7 @@ def test_pefts_configuration_says_layers_scale_and_rank(llama: Any, words: Any, 
         ({"lora": 4}, "lora 4 is neither"),
         ({"method": 3}, "method 3 is neither a name"),
         ({"compute_metrics": 3}, "compute_metrics 3 is not a function"),
+        ({"partition": {"a": [0.5]}}, "'a' has .0.5., allowed are row numbers"),
         ({"partition": {"a": [0, 1], "b": [1]}}, "'a' and 'b' have row 1"),
         ({"partition": {"a": [99]}}, "'a' has row 99, and the rows are 0 to 71"),
         ({"partition": {"a": [0]}}, "client 'a' has 1 rows, at least 2 are needed"),

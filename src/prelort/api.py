@@ -33,7 +33,14 @@ from prelort.methods.interface import Method
 from prelort.planning import starter
 from prelort.report.live import Display
 from prelort.report.results import Results
-from prelort.study.definition import Compare, Study, check_methods, folder_name, study_of
+from prelort.study.definition import (
+    Compare,
+    Study,
+    check_methods,
+    check_names,
+    folder_name,
+    study_of,
+)
 from prelort.study.run import run_study
 from prelort.tasks.columns import class_names
 
@@ -111,6 +118,8 @@ class Federation:
         clients = None if given is None or given.parts is None else [p.name for p in given.parts]
         if lora is not None and not isinstance(lora, LoraConfig | Mapping):
             raise ConfigError(f"lora {lora!r} is neither a peft.LoraConfig nor a section's values")
+        if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise ConfigError(f"tokenizer {tokenizer!r} is not a tokenizer of transformers")
         if compute_metrics is not None and not callable(compute_metrics):
             raise ConfigError(f"compute_metrics {compute_metrics!r} is not a function")
         if ranks is None:
@@ -216,6 +225,7 @@ class Federation:
         names = tuple(_method_values(method)["name"] for method in methods)
         values = {"methods": names, "seeds": tuple(seeds), "reference": reference}
         section = configuration.validated(Compare, values, "compare")
+        check_names(section)
         backend = InProcess(objects=self._objects)
         study = self._study(rounds, folder, section)
         return self._run(study, folder, partial(run, backend=backend), progress)

@@ -44,7 +44,7 @@ class TestNoise:
 class TestLedger:
     @pytest.mark.parametrize("per_round, rate", [(5, 0.25), (0.25, 0.25), (1.0, 1.0), (40, 1.0)])
     def test_clients_per_round_is_a_probability(self, per_round: int | float, rate: float) -> None:
-        assert ledger_of(PrivacyConfig(epsilon=8.0), 20, per_round, 3).rate == rate
+        assert ledger_of(PrivacyConfig(epsilon=8.0), 20, per_round, 3).budget.rate == rate
 
     def test_a_delta_that_would_give_one_client_away_is_refused(self) -> None:
         with pytest.raises(ConfigError, match=r"privacy\.delta = 0\.05 would allow .* 20 clients"):

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import prelort
 from prelort.config import Config
 from prelort.errors import CheckpointError, ConfigError, PrelortError
 from prelort.events import BudgetSpent, Event, RoundFinished
-from prelort.methods import build
+from prelort.methods import Client, build
 from prelort.privacy import PrivateRun
 from rounds import start
 from run_files import adapters_of, events_of
@@ -50,6 +51,8 @@ def test_a_run_spends_its_budget_and_not_more(tmp_path: Path, config: Config) ->
     assert spent == sorted(spent)
     assert 0.95 * 4.0 < spent[-1] <= 4.0
     assert releases(tmp_path / "run") == 3
+    card = (tmp_path / "run" / "adapters" / "rank-8" / "README.md").read_text()
+    assert f"epsilon = {spent[-1]:.3g}, delta = 0.001" in card
 
 
 def test_noise_and_cohorts_do_not_come_from_the_seed(tmp_path: Path, config: Config) -> None:
@@ -72,6 +75,17 @@ def test_a_round_that_a_crash_repeats_is_paid_twice_and_the_run_ends_earlier(
     assert spent.epsilon <= 4.0
     assert max(result.history.evaluations) == 2
     assert adapters_of(out)
+
+
+def test_a_release_is_paid_before_its_noise_is_drawn(tmp_path: Path, config: Config) -> None:
+    def crash(shape: torch.Size) -> torch.Tensor:
+        raise Stopped
+
+    private, method = PrivateRun(config, tmp_path, normal=crash), build(config.method, config.seed)
+    private.start(method, start(), 200)
+    with pytest.raises(Stopped):
+        private.aggregator(method, start(), [Client("a", 8, 1)]).result()
+    assert releases(tmp_path) == 1
 
 
 def test_more_rounds_than_were_paid_for_are_not_trained(tmp_path: Path, config: Config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -119,7 +120,12 @@ def _parts(partition: Partition, rows: Dataset) -> tuple[Part, ...]:
     holder: dict[int, str] = {}
     parts = []
     for client, numbers in indices.items():
-        name, own = str(client), tuple(sorted(int(number) for number in numbers))
+        try:
+            name, own = str(client), tuple(sorted(map(operator.index, numbers)))
+        except TypeError:
+            raise ConfigError(
+                f"partition: client {client!r} has {numbers!r}, allowed are row numbers"
+            ) from None
         for number in own:
             if not 0 <= number < len(rows):
                 raise ConfigError(

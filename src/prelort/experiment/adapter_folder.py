@@ -66,6 +66,10 @@ def model_card(config: Config, history: RunHistory, base: str, rank: int) -> str
     }
     if started is not None:
         facts["clients"] = f"{started.clients}, of ranks {', '.join(map(str, started.levels))}"
+    if history.epsilon is not None:
+        facts["differential privacy of the clients"] = (
+            f"epsilon = {history.epsilon:.3g}, delta = {config.privacy.delta:g}"
+        )
     measured: dict[str, Metrics] = {"untuned base": history.base} if history.base else {}
     if history.final is not None:
         measured |= {f"rank {rank}": values for rank, values in history.final.prefixes.items()}

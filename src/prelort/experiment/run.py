@@ -151,7 +151,7 @@ def train(
         for server_round in range(state.round + 1, rounds + 1):
             if private is not None and private.exhausted:
                 log(BudgetSpent(state.round, private.epsilon()))
-                log(evaluate(config, backend, server, method, state, log))
+                measure()
                 break
             state, stats = server.train(method, state, server_round)
             log(RoundFinished(server_round, stats))

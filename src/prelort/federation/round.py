@@ -140,7 +140,7 @@ class Round:
         )
         return head, update
 
-    def check_quorum(self) -> None:
+    def complete(self) -> None:
         """Raise `QuorumError` if too few replies are usable."""
         quorum, cohort = self._config.federation.quorum, len(self.clients)
         # A random cohort may be smaller than a quorum that is a number.

@@ -163,9 +163,9 @@ class SecureRound(Round):
             bound=self._config.federation.max_abs_value,
         )
 
-    def check_quorum(self) -> None:
+    def complete(self) -> None:
         """Also open the sum of the replies and aggregate it: too few clients cannot."""
-        super().check_quorum()
+        super().complete()
         sums = self._sum
         sums.check_survivors()
         self._query("unmask", self._replies, sums.unmask_request, UnmaskReply, sums.add_revealed)

@@ -313,7 +313,7 @@ class Server:
                 del reply  # before the next one is pulled
         finally:
             self._failed = set(current.failures)
-        current.check_quorum()
+        current.complete()
         after, stats = current.finish(self._next_ranks(current, state))
         if self._private is not None:
             stats = replace(stats, epsilon=self._private.epsilon())

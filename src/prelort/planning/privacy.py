@@ -5,7 +5,7 @@ from __future__ import annotations
 from prelort.config import Config
 from prelort.data.ranks import assign
 from prelort.errors import ConfigError
-from prelort.privacy.run import ledger_of
+from prelort.privacy.run import ledger_of, mechanism_of
 
 
 def sentences(config: Config) -> list[str]:
@@ -17,19 +17,19 @@ def sentences(config: Config) -> list[str]:
     if clients is None:
         raise ConfigError("privacy.epsilon needs partition.clients to be planned with")
     ledger = ledger_of(config.privacy, clients, federation.clients_per_round, federation.rounds)
-    expected = ledger.rate * clients
+    budget = ledger.budget
+    noise, _ = mechanism_of(config.privacy, ledger).multipliers()
     ranks = assign(config.ranks, [0] * clients, config.seed)
     lines = [
-        f"Privacy: epsilon = {ledger.epsilon:g} at delta = {ledger.delta:g} over "
-        f"{ledger.max_releases} rounds in which each of {clients} clients takes part with "
-        f"probability {ledger.rate:.3g} ({expected:.3g} are expected) needs noise of "
-        f"{ledger.noise_multiplier:.3g} clip norms on every number of the sum."
+        f"Privacy: epsilon = {budget.epsilon:g} at delta = {budget.delta:g} over "
+        f"{budget.releases} rounds in which each of {clients} clients takes part with probability "
+        f"{budget.rate:.3g} ({budget.rate * clients:.3g} are expected) needs noise of {noise:.3g} "
+        "clip norms on every number of the sum."
     ]
     for rank in sorted(set(ranks)):
         holders = sum(own >= rank for own in ranks)
-        noise = ledger.noise_multiplier / (ledger.rate * holders)
         lines.append(
-            f"Mean over the {holders} holders of rank dimension {rank}: noise of {noise:.2g} clip "
-            "norms on every number."
+            f"A mean over the {holders} holders of rank dimension {rank} has noise of "
+            f"{noise / (budget.rate * holders):.2g} clip norms on every number."
         )
     return lines

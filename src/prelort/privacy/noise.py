@@ -18,13 +18,14 @@ Normal = Callable[[torch.Size], Tensor]
 
 
 def system_normal(shape: torch.Size) -> Tensor:
-    """Standard normal numbers, float64, from `os.urandom`: 53 random bits each, inverted.
+    """Standard normal numbers, float64, from `os.urandom`: 52 random bits each, inverted.
 
     A seeded generator would let whoever knows the seed subtract the noise.
     """
     bits = torch.frombuffer(bytearray(os.urandom(8 * math.prod(shape)) or b"\0"), dtype=torch.int64)
     bits = bits[: math.prod(shape)]
-    uniform = ((bits >> 11) + 2**52).double().add(0.5).mul(2.0**-53)
+    # Half a step from 0 and from 1, which float64 has exactly at 52 bits: no number is infinite.
+    uniform = ((bits >> 12) + 2**51).double().add(0.5).mul(2.0**-52)
     normal: Tensor = torch.special.ndtri(uniform)
     return normal.reshape(shape)
 

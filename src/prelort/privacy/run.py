@@ -31,19 +31,12 @@ T = TypeVar("T")
 class Ledger:
     """What ``privacy.json`` holds. ``releases``: the number of noisy rounds that have been made."""
 
-    epsilon: float
-    delta: float
-    max_releases: int
-    rate: float
+    budget: Budget
+    """Of the whole run."""
     noise_multiplier: float
     releases: int = 0
     takes_part: Mapping[str, bool] = field(default_factory=dict)
     """Who was drawn, and who not, for the next release."""
-
-    @property
-    def budget(self) -> Budget:
-        """The budget of the whole run."""
-        return Budget(self.epsilon, self.delta, self.max_releases, self.rate)
 
 
 def ledger_of(privacy: PrivacyConfig, clients: int, per_round: int | float, rounds: int) -> Ledger:
@@ -59,7 +52,13 @@ def ledger_of(privacy: PrivacyConfig, clients: int, per_round: int | float, roun
         )
     rate = min(count_of(per_round, clients), clients) / clients
     budget = Budget(privacy.epsilon, privacy.delta, rounds, rate)
-    return Ledger(budget.epsilon, budget.delta, rounds, rate, budget.noise_multiplier())
+    return Ledger(budget, budget.noise_multiplier())
+
+
+def mechanism_of(privacy: PrivacyConfig, ledger: Ledger) -> Mechanism:
+    """The mechanism of every round."""
+    noise, rate = ledger.noise_multiplier, ledger.budget.rate
+    return Mechanism(privacy.clip, noise, rate, privacy.adaptive_clipping)
 
 
 class PrivateRun:
@@ -83,7 +82,7 @@ class PrivateRun:
     @property
     def exhausted(self) -> bool:
         """Whether another release would exceed the budget."""
-        return self.ledger.releases >= self.ledger.max_releases
+        return self.ledger.releases >= self.ledger.budget.releases
 
     def epsilon(self) -> float:
         """The epsilon that has been spent."""
@@ -117,7 +116,7 @@ class PrivateRun:
         """
         drawn = self.ledger.takes_part
         new = [name for name in clients if name not in drawn]
-        sampled = set(poisson_sample(new, self.ledger.rate))
+        sampled = set(poisson_sample(new, self.ledger.budget.rate))
         drawn = {**drawn, **{name: name in sampled for name in new}}
         self._write(replace(self.ledger, takes_part=drawn))
         return [client for name, client in clients.items() if drawn[name]]
@@ -126,10 +125,7 @@ class PrivateRun:
         self, method: Method, state: ServerState, clients: Sequence[Client]
     ) -> Aggregator:
         """The round's aggregator, which counts its release."""
-        privacy, ledger = self._config.privacy, self.ledger
-        mechanism = Mechanism(
-            privacy.clip, ledger.noise_multiplier, ledger.rate, privacy.adaptive_clipping
-        )
+        mechanism = mechanism_of(self._config.privacy, self.ledger)
         return _Counted(self, PrivateMean(method, state, clients, mechanism, self._normal))
 
     def count_release(self) -> None:
@@ -140,8 +136,9 @@ class PrivateRun:
         if not self._file.exists():
             return None
         try:
-            return Ledger(**json.loads(self._file.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+            values = json.loads(self._file.read_text(encoding="utf-8"))
+            return Ledger(**{**values, "budget": Budget(**values["budget"])})
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise CheckpointError(
                 f"{str(self._file)!r} is damaged, so what has been spent of the privacy budget is "
                 f"not known: {error}"

@@ -48,14 +48,12 @@ class KeysRequest(Step):
 class Keys(Part):
     """A participant's public keys: of its masks, and of the shares that are sent to it.
 
-    ``seed``: the commitment to the seed of its own mask. ``signature``: by the key of its node over
-    session, number, blocks and keys, for sites that verify each other; empty without.
+    ``seed``: the commitment to the seed of its own mask.
     """
 
     mask_key: Key
     share_key: Key
     seed: Key
-    signature: bytes = b""
 
 
 class KeysReply(Step, Keys):

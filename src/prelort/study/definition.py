@@ -155,7 +155,7 @@ def load(
     if reference is not None:
         fields["reference"] = reference
     compare = configuration.validated(Compare, fields, "compare")
-    _check_names(compare, in_file=_strings(section.get("methods")))
+    check_names(compare, in_file=_strings(section.get("methods")))
     own = {
         "overrides": _of_methods(compare.overrides, compare.methods),
         "tuned": {s: _of_methods(keys, compare.methods) for s, keys in compare.tuned.items()},
@@ -273,8 +273,11 @@ def _refuse(where: str, overrides: Iterable[str], keys: Sequence[str]) -> None:
             )
 
 
-def _check_names(compare: Compare, in_file: Sequence[str]) -> None:
-    """Raise `ConfigError` for unknown names, and for names that would share a folder."""
+def check_names(compare: Compare, in_file: Sequence[str] = ()) -> None:
+    """Raise `ConfigError` for unknown names, and for names that would share a folder.
+
+    ``in_file``: methods that are known though they are not compared this time.
+    """
     known = dict.fromkeys([*compare.methods, *in_file])
     for setting in compare.tuned:
         if setting not in (compare.settings or ("",)):
