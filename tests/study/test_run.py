@@ -285,7 +285,7 @@ def test_killed_it_continues_to_the_same_bits(
     for cell in study.cells:
         found, right = adapters_of(out / cell.folder), adapters_of(expected / cell.folder)
         assert found == right
-        assert len(right) == 6  # three ranks, tensors and configuration
+        assert sum(name.endswith("adapter_model.safetensors") for name in right) == 3  # ranks
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
