@@ -157,7 +157,7 @@ class SecureRound(Round):
         one = self._contributions[client.name]
         return MaskedInput(
             session=self._sum.session,
-            joined=self._sum.joined(self._numbers[client.name]),
+            sealed=self._sum.sealed_for(self._numbers[client.name]),
             holds=blocks.blocks_of(one.dimensions),
             lengths=self._lengths,
             weight=one.weight,
@@ -205,9 +205,7 @@ class SecureRound(Round):
         take: Callable[[int, Any], None],
     ) -> list[str]:
         """Send these clients a request each and take their replies; the names of who replied."""
-        contents = {
-            name: content_of(request(self._numbers[name]).model_dump_json()) for name in names
-        }
+        contents = {name: content_of(request(self._numbers[name]).text()) for name in names}
         for content in contents.values():
             self.count_sent(wire.size(content))
         answered: list[str] = []
