@@ -58,7 +58,7 @@ class Costs:
 
     def sent(self, direction: str, message: Part | bytes) -> None:
         """Count a message."""
-        data = message if isinstance(message, bytes) else message.model_dump_json().encode()
+        data = message if isinstance(message, bytes) else message.text().encode()
         self.bytes[direction] += len(data)
 
 
@@ -112,7 +112,7 @@ def masked(adapter: LoraAdapter, ranks: Sequence[int]) -> Costs:
     for i in survivors:
         how = MaskedInput(
             session=server.session,
-            joined=server.joined(i),
+            sealed=server.sealed_for(i),
             holds=held[i],
             lengths=lengths,
             weight=1.0,

@@ -35,7 +35,7 @@ ALLOWED = {
         *("models", "planning", "privacy", "report", "tasks", "training"),
     },
     "study": {"experiment", "methods", "metrics", "report", "tasks"},
-    "deployment": {"data", "experiment", "federation", "planning", "report", "study"},
+    "deployment": {"data", "experiment", "federation", "planning", "report", "secure", "study"},
     "cli": {"deployment", "experiment", "methods", "planning", "report", "study", "tasks"},
 }
 CORE = {

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import tomllib
 from pathlib import Path
@@ -30,6 +31,14 @@ def test_it_writes_an_app_scripts_and_sites(tmp_path: Path) -> None:
     assert all(texts)
     assert len(set.union(*texts)) == sum(map(len, texts))  # nobody has another's rows
     assert all("text" in json.loads(row) for row in texts[0])
+
+
+def test_what_a_sites_file_suggests_can_be_uncommented(tmp_path: Path) -> None:
+    create(tmp_path / "f", 1)
+    file = tmp_path / "f" / "sites" / "site-1" / "site.toml"
+    file.write_text(re.sub(r"^# (?=\w+ = |\[)", "", file.read_text(), flags=re.MULTILINE))
+    site = settings.read(file)
+    assert (site.memory, site.peers, site.trainer.memory) == ("8GiB", "peers.pub", "24GiB")
 
 
 def test_its_scripts_are_sound_and_can_be_run(tmp_path: Path) -> None:

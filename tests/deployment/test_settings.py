@@ -42,6 +42,7 @@ def test_a_site_needs_little(tmp_path: Path) -> None:
             "model: unknown key 'devise': did you mean 'device'",
         ),
         (WHOLE | {"name": "x" * 201}, "name = "),
+        (WHOLE | {"key": "key"}, "`key` and `peers` need each other"),
     ],
 )
 def test_a_wrong_value_is_one_sentence(

@@ -1,7 +1,9 @@
 """The site's trainer as a process, and what reaches the server when something is wrong there."""
 
 import os
+import shutil
 import signal
+import subprocess
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,14 +14,17 @@ import psutil
 import pytest
 import tomli_w
 
+from command_line import CommandLine
 from prelort.deployment import ipc, settings, trainer_client
 from prelort.deployment.client import site_app
 from prelort.deployment.ipc import Request, address_of
 from prelort.deployment.worker import Worker
 from prelort.errors import PrelortError
 from prelort.federation import messages, wire
-from prelort.federation.content import content_of
+from prelort.federation.content import content_of, text_in
 from prelort.federation.flower import Context, Message, RecordDict, identify_process
+from prelort.secure.messages import KeysReply, KeysRequest, read
+from prelort.secure.signatures import fingerprint
 
 FEDERATION = {
     "threads": 1,
@@ -222,3 +227,23 @@ def test_a_site_may_refuse_to_send_an_adapter_that_is_not_masked(
     reply = site_app(federation)(message, context)
     assert "sends masked replies only (masked_only in its site.toml)" in reply.error.reason
     assert not address_of(site).socket.exists()
+
+
+@pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="needs ssh-keygen")
+def test_a_site_signs_its_keys_with_the_key_of_its_node(
+    site: Path, federation: Path, command_line: CommandLine
+) -> None:
+    make = ["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", site.parent / "key"]
+    subprocess.run(make, check=True)
+    own = fingerprint((site.parent / "key.pub").read_bytes())
+    request = KeysRequest(session="0" * 32, number=1, blocks=(0, 1))
+    identify_process(1)
+    context = Context(1, 1, {"site": str(site)}, RecordDict(), {})
+    message = Message(content_of(request.model_dump_json()), 7, "query.keys")
+    for signing, signer in (({}, ""), ({"key": "key", "peers": "key.pub"}, own)):
+        site.write_text(tomli_w.dumps({"partition": 1, **signing}))
+        reply = site_app(federation)(message, context).content
+        assert read(text_in(reply) or "", KeysReply).signer == signer
+    assert f"signs with {own}" in command_line("site", "check", site, "-f", federation).out
+    site.write_text(tomli_w.dumps({"partition": 1, "key": "gone", "peers": "key.pub"}))
+    assert "its site file cannot be used" in site_app(federation)(message, context).error.reason

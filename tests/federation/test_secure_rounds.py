@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric import ec
 
 import prelort
 from backends import in_this_process
@@ -22,6 +23,7 @@ from prelort.federation.client_app import handler
 from prelort.federation.content import blob_in, content_of, text_in
 from prelort.federation.flower import Context, Message, MessageType, RecordDict
 from prelort.secure import graph
+from prelort.secure.signatures import Identity
 from random_adapters import same_bits
 from small_federation import App, SmallRun, clients_of, make_run, small_client_app
 
@@ -41,11 +43,14 @@ def lost(content: RecordDict) -> RecordDict:
 
 
 def masked_app(
-    sabotage: Mapping[tuple[int, str], Sabotage] | None = None, clients: list[Any] = CLIENTS
+    sabotage: Mapping[tuple[int, str], Sabotage] | None = None,
+    clients: list[Any] = CLIENTS,
+    identities: Sequence[Identity | None] = [None] * len(CLIENTS),
 ) -> App:
     """Clients that answer all messages of secure aggregation.
 
     ``sabotage``: index and action ("train" for the masked reply) -> what becomes of the reply.
+    ``identities``: what they sign with.
     """
     usual = small_client_app(clients)
 
@@ -55,8 +60,10 @@ def masked_app(
 
         def content(request: RecordDict, context: Context) -> RecordDict:
             if action in masking.STEPS:
-                step = masking.STEPS[action](text_in(request) or "", context.state)
-                found = content_of(step.model_dump_json())
+                step = masking.STEPS[action](
+                    text_in(request) or "", context.state, identities[index]
+                )
+                found = content_of(step.text())
             else:
                 trained = usual(message, context)
                 if kind != MessageType.TRAIN:
@@ -103,6 +110,30 @@ def test_the_round_is_the_plain_one(
     assert distance(run.train().adapter, plain.adapter) < 1e-6
     assert distance(plain.adapter, run_of(masked_app(), make_config()).state.adapter) > 0.1
     assert len(run.of(ClientFinished)) == 14
+
+
+def identities_of(keys: Sequence[ec.EllipticCurvePrivateKey]) -> list[Identity]:
+    """One client for each key, who all know the first seven."""
+    public = [key.public_key() for key in keys]
+    names = [Identity(key, {}).fingerprint for key in keys]
+    return [Identity(key, dict(zip(names[:7], public, strict=False))) for key in keys]
+
+
+def test_clients_that_sign_mask_their_replies_with_each_other_alone() -> None:
+    identities = identities_of([ec.generate_private_key(ec.SECP384R1()) for _ in range(8)])
+    plain = run_of(small_client_app(CLIENTS), make_config()).train()
+    run = run_of(masked_app(identities=identities), make_config(**SECURE))
+    assert distance(run.train().adapter, plain.adapter) < 1e-6
+    for stranger, reason in (
+        (identities[7], "which this site's peers lack"),
+        (None, "has not signed its keys"),
+    ):
+        others = [stranger, *identities[1:7]]
+        run = run_of(masked_app(identities=others), make_config(**SECURE))
+        with pytest.raises(QuorumError):
+            run.train()
+        reasons = {event.client: event.reason for event in run.of(ClientFailed)}
+        assert all(reason in reasons[client.name] for client in CLIENTS[1:])
 
 
 @pytest.mark.parametrize("action", ["keys", "shares", "train", "unmask"])

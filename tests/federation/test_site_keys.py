@@ -21,9 +21,10 @@ from prelort.errors import ConfigError
 from prelort.federation import wire
 from prelort.federation.client_manager import RETRY_SECONDS, ClientManager
 from prelort.federation.flower import Message
-from prelort.federation.site_keys import FILE, SiteKeys, fingerprint
+from prelort.federation.site_keys import FILE, SiteKeys
 from prelort.federation.transport import Transport
 from prelort.methods.interface import Client
+from prelort.secure.signatures import fingerprint
 from small_federation import SPEC, PlannedGrid, make_properties
 
 

@@ -68,10 +68,10 @@ def test_without_noise_and_clipping_it_is_the_methods_own_mean(name: str) -> Non
 def test_other_methods_are_refused_unless_their_server_only_averages(name: str) -> None:
     method = method_of(name)
     if name.startswith("homogeneous") or name == "local":
-        check_method(method, start())
+        check_method(method, start(), clients_of(RANKS))
         return
     with pytest.raises(ConfigError, match=f"not possible with method '{name}'"):
-        check_method(method, start())
+        check_method(method, start(), clients_of(RANKS))
 
 
 @settings(max_examples=30, deadline=None)

@@ -19,6 +19,7 @@ from rounds import start
 from run_files import adapters_of, events_of
 
 Make = Callable[..., Config]
+CLIENTS = [Client(f"site-{number}", 8, 1) for number in range(200)]
 PRIVACY = {"epsilon": 4.0, "delta": 1e-3, "clip": 0.1}
 
 
@@ -82,7 +83,7 @@ def test_a_release_is_paid_before_its_noise_is_drawn(tmp_path: Path, config: Con
         raise Stopped
 
     private, method = PrivateRun(config, tmp_path, normal=crash), build(config.method, config.seed)
-    private.start(method, start(), 200)
+    private.start(method, start(), CLIENTS)
     with pytest.raises(Stopped):
         private.aggregator(method, start(), [Client("a", 8, 1)]).result()
     assert releases(tmp_path) == 1
@@ -112,7 +113,7 @@ def test_without_its_ledger_a_run_is_not_resumed(tmp_path: Path, config: Config,
 def test_attempts_at_a_round_have_one_sample(tmp_path: Path, config: Config) -> None:
     """Over several samples a client would take part with more than the probability of one."""
     private = PrivateRun(config, tmp_path)
-    private.start(build(config.method, config.seed), start(), 200)
+    private.start(build(config.method, config.seed), start(), CLIENTS)
     clients = {f"site-{number}": number for number in range(200)}
     first = private.sample(clients)
     assert private.sample({**clients, "new": -1})[: len(first)] == first

@@ -22,6 +22,7 @@ from prelort.secure.messages import (
 )
 from prelort.secure.ring import Words
 from prelort.secure.server import MaskedSum
+from prelort.secure.signatures import Identity
 
 LENGTHS = (3, 5, 5, 5, 5, 4, 4, 4, 4)
 """Of the modules' block and of eight rank dimensions'."""
@@ -35,6 +36,7 @@ class Parties:
     threshold: float = 0.6
     min_holders: int = 2
     lengths: Sequence[int] = LENGTHS
+    identities: dict[int, Identity] = field(default_factory=dict)
     sessions: dict[int, Session] = field(default_factory=dict)
     vectors: dict[int, Words] = field(default_factory=dict)
 
@@ -52,26 +54,26 @@ class Parties:
 
     def keys(self, without: Sequence[int] = ()) -> Parties:
         for i in self.blocks.keys() - {*without}:
-            request = read(self.server.keys_request(i).model_dump_json(), KeysRequest)
-            self.sessions[i], reply = client.advertise(request)
-            self.server.add_keys(i, read(reply.model_dump_json(), KeysReply))
+            request = read(self.server.keys_request(i).text(), KeysRequest)
+            self.sessions[i], reply = client.advertise(request, self.identities.get(i))
+            self.server.add_keys(i, read(reply.text(), KeysReply))
         self.server.draw_graph()
         return self
 
     def shares(self, without: Sequence[int] = ()) -> Parties:
         for i in self.sessions.keys() - {*without}:
-            request = read(self.server.shares_request(i).model_dump_json(), SharesRequest)
-            session, reply = client.share(self.sessions[i], request)
+            request = read(self.server.shares_request(i).text(), SharesRequest)
+            session, reply = client.share(self.sessions[i], request, self.identities.get(i))
             # As between the processes of a real site.
-            self.sessions[i] = read(session.model_dump_json(), Session)
-            self.server.add_shares(i, read(reply.model_dump_json(), SharesReply))
+            self.sessions[i] = read(session.text(), Session)
+            self.server.add_shares(i, read(reply.text(), SharesReply))
         self.server.check_joined()
         return self
 
     def input_of(self, i: int, **changes: Any) -> MaskedInput:
         values = {
             "session": self.server.session,
-            "joined": self.server.joined(i),
+            "sealed": self.server.sealed_for(i),
             "holds": self.blocks[i],
             "lengths": tuple(self.lengths),
             "weight": self.weights[i],
@@ -91,9 +93,9 @@ class Parties:
 
     def revealed(self, without: Sequence[int] = ()) -> Parties:
         for i in self.vectors.keys() - {*without}:
-            request = read(self.server.unmask_request(i).model_dump_json(), UnmaskRequest)
+            request = read(self.server.unmask_request(i).text(), UnmaskRequest)
             reply = client.reveal(self.sessions[i], request)
-            self.server.add_revealed(i, read(reply.model_dump_json(), UnmaskReply))
+            self.server.add_revealed(i, read(reply.text(), UnmaskReply))
         return self
 
     def largest_error(self) -> float:

@@ -66,9 +66,11 @@ def test_a_rank_dimension_that_lost_its_holders_is_not_opened() -> None:
     parties = Parties([2, 2, 2, 2, 8, 8, 8], min_holders=3).keys().shares()
     with pytest.raises(QuorumError, match="rank dimension 3 has 2 clients left"):
         parties.masked(without=[7])
-    asked = parties.server.unmask_request(6)
-    with pytest.raises(PrelortError, match="block 3 would be the sum of 2 clients"):
-        client.reveal(parties.sessions[6], asked)
+    for holds, number in ((True, 6), (False, 1)):
+        assert (3 in parties.blocks[number]) == holds
+        asked = parties.server.unmask_request(number)
+        with pytest.raises(PrelortError, match="block 3 would be the sum of 2 clients"):
+            client.reveal(parties.sessions[number], asked)
 
 
 # What a masked vector shows
@@ -119,7 +121,7 @@ def shares_at(parties: Parties, holder: int) -> dict[int, bytes]:
     return {
         number: keys.unseal(
             client.share_key(private, peer.share_key, session.session, number, holder),
-            parties.server.unmask_request(holder).sealed[number],
+            parties.server.sealed_for(holder)[number],
         )
         for number, peer in session.peers.items()
     }
@@ -172,12 +174,12 @@ def masked_in_another_session(parties: Parties) -> None:
 
 
 def masked_with_strangers(parties: Parties) -> None:
-    joined = (2, 3, 4, 5, 6, 99)
-    client.mask(parties.sessions[1], parties.input_of(1, joined=joined), parties.values[1])
+    sealed = {**parties.server.sealed_for(1), 99: b""}
+    client.mask(parties.sessions[1], parties.input_of(1, sealed=sealed), parties.values[1])
 
 
 def masked_alone(parties: Parties) -> None:
-    client.mask(parties.sessions[1], parties.input_of(1, joined=()), parties.values[1])
+    client.mask(parties.sessions[1], parties.input_of(1, sealed={}), parties.values[1])
 
 
 def above_the_bound(parties: Parties) -> None:
@@ -211,18 +213,16 @@ def of_an_unknown_vector(parties: Parties) -> None:
 
 
 def with_a_changed_share(parties: Parties) -> None:
-    parties.masked()
-    request = parties.server.unmask_request(1)
-    sealed = {**request.sealed, 2: request.sealed[2][:-1] + b"\0"}
-    client.reveal(parties.sessions[1], request.model_copy(update={"sealed": sealed}))
+    sealed = parties.server.sealed_for(1)
+    sealed[2] = sealed[2][:-1] + b"\0"
+    client.mask(parties.sessions[1], parties.input_of(1, sealed=sealed), parties.values[1])
 
 
 def with_a_forged_share(parties: Parties) -> None:
     """Another client's sealed share in place of the one that was asked for."""
-    parties.masked()
-    request = parties.server.unmask_request(1)
-    sealed = {**request.sealed, 2: request.sealed[3]}
-    client.reveal(parties.sessions[1], request.model_copy(update={"sealed": sealed}))
+    sealed = parties.server.sealed_for(1)
+    sealed[2] = sealed[3]
+    client.mask(parties.sessions[1], parties.input_of(1, sealed=sealed), parties.values[1])
 
 
 def its_own_key(parties: Parties) -> None:

@@ -12,7 +12,8 @@ import pytest
 from loopback import BIN, free_port, missing, until
 
 from prelort.adapters import peft_folder
-from prelort.federation.site_keys import SiteKeys, fingerprint
+from prelort.federation.site_keys import SiteKeys
+from prelort.secure.signatures import fingerprint
 
 PAGE = Path(__file__).parents[2] / "docs" / "sites.md"
 STAYS = re.compile(r"scripts/(superlink|supernode)\.sh")

@@ -1,6 +1,7 @@
 """One configuration on three engines gives the same adapters, to the bit."""
 
 import importlib.util
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,26 @@ MASKED: dict[str, Any] = {
 """Sums of masked replies are exact, hence equal on every engine too."""
 
 
+def sign(federation: Federation) -> None:
+    """Let the sites sign their keys of secure aggregation, each other's in one file."""
+    sites = ["site-1", "site-2", "site-3"]
+    for number, site in enumerate(sites):
+        federation.script("key.sh", site)
+        federation.set_site(site, partition=number, key="key", peers="../peers.pub")
+    folder = federation.path / "sites"
+    keys = [(folder / site / "key.pub").read_text() for site in sites]
+    (folder / "peers.pub").write_text("".join(keys))
+
+
 @pytest.mark.chaos
-@pytest.mark.parametrize("changes", [PLAIN, MASKED], ids=["plain", "masked"])
+@pytest.mark.parametrize("changes", [PLAIN, MASKED], ids=["plain", "signed and masked"])
 def test_real_sites_give_the_adapters_of_a_run_in_one_process(
     changes: dict[str, Any], tmp_path: Path
 ) -> None:
-    with Federation(tmp_path, changes).start() as federation:
+    with Federation(tmp_path, changes) as federation:
+        federation.start()
+        if changes is MASKED and shutil.which("ssh-keygen"):
+            sign(federation)
         federation.run()
         found = adapters_of(federation.folder())
     expected = adapters_of(run_here(tmp_path / "here", changes))

@@ -48,7 +48,8 @@ def site_check(
     from prelort.deployment import settings
     from prelort.deployment.worker import make_client
 
-    site = make_client(configuration.load(federation), settings.read(file), file)
+    own = settings.read(file)
+    site, identity = make_client(configuration.load(federation), own, file), own.identity(file)
     spec = site.runtime.spec
     console = Console()
     console.print(f"{len(site.examples)} examples to train on, {len(site.test)} to test on")
@@ -57,6 +58,11 @@ def site_check(
     facts |= {"max_rank": max(site.max_rank, site.rank), "base": spec.base}
     for key, value in facts.items():
         console.print(f"  {key} = {value!r}", highlight=False)
+    if identity is not None:
+        console.print(f"it signs with {identity.fingerprint}", highlight=False, soft_wrap=True)
+        console.print("and shares masks with those who sign with one of")
+        for peer in identity.peers.keys() - {identity.fingerprint}:
+            console.print(f"  {peer}", highlight=False, soft_wrap=True)
 
 
 @site_app.command(

@@ -17,6 +17,7 @@ from prelort.federation import masking
 from prelort.federation.client_app import Kind, client_app
 from prelort.federation.content import blob_in, content_of, text_in
 from prelort.federation.flower import ClientApp, Context, Mod, RecordDict
+from prelort.secure.signatures import Identity
 
 
 def site_app(federation: Path, mods: Sequence[Mod] = ()) -> ClientApp:
@@ -36,7 +37,7 @@ def site_app(federation: Path, mods: Sequence[Mod] = ()) -> ClientApp:
             raise PrelortError("received a message without a header")
         request = Request(kind, str(federation), overrides, text, blob_in(content))
         site_file = _site_file(context)
-        site = settings.read_for_reply(site_file)
+        site, _ = settings.read_for_reply(site_file)
         if kind == "end":
             trainer_client.end(site_file)
             return content_of("{}")
@@ -55,7 +56,7 @@ def site_app(federation: Path, mods: Sequence[Mod] = ()) -> ClientApp:
             raise PrelortError(reply.refused)
         return content_of(reply.text, reply.blob)
 
-    return client_app(answer, mods)
+    return client_app(answer, mods, _identity)
 
 
 def _simulated(
@@ -72,6 +73,13 @@ def _simulated(
         )
     folder = Path(str(context.run_config["run"])).expanduser()
     return respond_simulated(config, folder, kind, content, context)
+
+
+def _identity(context: Context) -> Identity | None:
+    """What the site signs with; a node of Flower's simulation has nothing."""
+    if "site" not in context.node_config:
+        return None
+    return settings.read_for_reply(_site_file(context))[1]
 
 
 def _site_file(context: Context) -> Path:

@@ -66,12 +66,16 @@ def _data(sites: int) -> list[list[dict[str, str]]]:
 
 _HEAD = """\
 # The site's own settings. Only the name and the rank are sent to the server.
+#
+# With rank = "auto" it is the largest that fits the memory: see `prelort plan`.
+# memory = "8GiB"
+# masked_only = true           # refuse to train without secure aggregation
+# key = "key"                  # sign its keys of secure aggregation: its node's private key
+# peers = "peers.pub"          # with `key`: the sites' public keys, one a line
+
 """
 
 _MORE = """
-# rank = "auto" takes the largest rank that fits the memory: see `prelort plan`.
-# memory = "8GiB"
-#
 # [model]                      # keys of [model] that differ here
 # name = "/models/base"        # the site's own copy of the base model
 # device = "cuda:0"

@@ -20,6 +20,7 @@ from prelort.config import (
 )
 from prelort.errors import ConfigError, PrelortError
 from prelort.planning import sizes
+from prelort.secure.signatures import Identity, read_identity
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +74,13 @@ class SiteSettings(Section):
     masked_only: bool = Field(
         False, description="send no reply that is not masked (privacy.secure_aggregation)"
     )
+    key: str | None = Field(
+        None, description="private key that signs its part of secure aggregation: its node's"
+    )
+    peers: str | None = Field(
+        None,
+        description="with `key`: public keys of the sites that it shares masks with",
+    )
     state: str = Field("state", description="folder for logs and the site's own state")
     trainer: TrainerSettings = TrainerSettings()
 
@@ -86,6 +94,12 @@ class SiteSettings(Section):
         return values
 
     @model_validator(mode="after")
+    def _signs_and_verifies(self) -> SiteSettings:
+        if (self.key is None) != (self.peers is None):
+            raise ValueError("`key` and `peers` need each other: a site signs and verifies")
+        return self
+
+    @model_validator(mode="after")
     def _has_data(self) -> SiteSettings:
         if self.partition is None and not (self.name and self.rank and self.data.get("source")):
             raise ValueError(
@@ -96,6 +110,15 @@ class SiteSettings(Section):
     def state_folder(self, file: Path) -> Path:
         """The folder of the site's state; a relative path starts at its file."""
         return file.parent / Path(self.state).expanduser()
+
+    def identity(self, file: Path) -> Identity | None:
+        """What the site signs with; None where it does not. Raises `ConfigError`."""
+        if self.key is None or self.peers is None:
+            return None
+        folder = file.parent
+        return read_identity(
+            folder / Path(self.key).expanduser(), folder / Path(self.peers).expanduser()
+        )
 
     def applied_to(self, config: Config, file: Path) -> Config:
         """The federation's configuration with the site's own keys.
@@ -119,10 +142,14 @@ def read(file: Path) -> SiteSettings:
         raise ConfigError(f"site file {str(file)!r}: {error}") from None
 
 
-def read_for_reply(file: Path) -> SiteSettings:
-    """A site's file. An error goes to the site's log; the server is told only that there is one."""
+def read_for_reply(file: Path) -> tuple[SiteSettings, Identity | None]:
+    """A site's file, and what it signs with.
+
+    An error goes to the site's log; the server is told only that there is one.
+    """
     try:
-        return read(file)
+        site = read(file)
+        return site, site.identity(file)
     except ConfigError as error:
         log.error("%s", error)
         raise PrelortError("its site file cannot be used: its log says why") from None

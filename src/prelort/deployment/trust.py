@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from prelort.errors import ConfigError
-from prelort.federation.site_keys import SiteKeys, fingerprint
+from prelort.federation.site_keys import SiteKeys
+from prelort.secure.signatures import fingerprint
 
 
 def trust(run: Path, name: str, key: Path) -> str:

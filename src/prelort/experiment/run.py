@@ -134,7 +134,7 @@ def train(
         state = server.connect(method, state)
         check_ranks(config, backend.initial.rank)
         if private is not None:
-            private.start(method, state, len(server.clients))
+            private.start(method, state, [connected.client for connected in server.clients])
         if state.round == 0:
             if backend.rows is not None:
                 _describe(backend.rows, folder.path)

@@ -16,6 +16,7 @@ from prelort.errors import PrelortError
 from prelort.federation import masking
 from prelort.federation.content import content_of, text_in
 from prelort.federation.flower import ClientApp, Context, Error, Message, Mod, RecordDict
+from prelort.secure.signatures import Identity
 
 REFUSED = 100
 """The error code of a client's refusal, which has a reason (Flower's own codes are lower)."""
@@ -26,12 +27,16 @@ Answer = Callable[[Kind, RecordDict, Context], RecordDict]
 Handler = Callable[[Message, Context], Message]
 
 
-def client_app(answer: Answer, mods: Sequence[Mod] = ()) -> ClientApp:
+def client_app(
+    answer: Answer,
+    mods: Sequence[Mod] = (),
+    identity_of: Callable[[Context], Identity | None] = lambda context: None,
+) -> ClientApp:
     """A `ClientApp` that states its properties (query), trains and evaluates.
 
     query.end: a run over real sites has ended. query.keys, query.shares, query.unmask: secure
     aggregation. The message of a `PrelortError` that ``answer`` raises is sent to the server.
-    ``mods``: Flower's, around every message.
+    ``mods``: Flower's, around every message. ``identity_of``: what the client signs its keys with.
     """
     app = ClientApp(mods=list(mods))
 
@@ -46,7 +51,7 @@ def client_app(answer: Answer, mods: Sequence[Mod] = ()) -> ClientApp:
     app.train()(handler(train))
     app.evaluate()(of_kind("evaluate"))
     for action, step in masking.STEPS.items():
-        app.query(action)(handler(partial(_in_step, step)))
+        app.query(action)(handler(partial(_in_step, step, identity_of)))
     return app
 
 
@@ -62,5 +67,11 @@ def handler(reply: Callable[[RecordDict, Context], RecordDict]) -> Handler:
     return handle
 
 
-def _in_step(step: masking.Step, content: RecordDict, context: Context) -> RecordDict:
-    return content_of(step(text_in(content) or "", context.state).model_dump_json())
+def _in_step(
+    step: masking.Step,
+    identity_of: Callable[[Context], Identity | None],
+    content: RecordDict,
+    context: Context,
+) -> RecordDict:
+    reply = step(text_in(content) or "", context.state, identity_of(context))
+    return content_of(reply.text())

@@ -24,6 +24,7 @@ from prelort.secure.messages import (
     read,
 )
 from prelort.secure.ring import Words
+from prelort.secure.signatures import Identity
 
 MASKED = "masked"
 """The name of the masked vector among a reply's tensors, uint64 [n]."""
@@ -74,26 +75,26 @@ def vector_in(content: RecordDict) -> Words:
     return vector
 
 
-def _keys(text: str, state: RecordDict) -> Part:
-    session, reply = client.advertise(read(text, KeysRequest))
+def _keys(text: str, state: RecordDict, identity: Identity | None) -> Part:
+    session, reply = client.advertise(read(text, KeysRequest), identity)
     _save(state, session)
     return reply
 
 
-def _shares(text: str, state: RecordDict) -> Part:
-    session, reply = client.share(_load(state), read(text, SharesRequest))
+def _shares(text: str, state: RecordDict, identity: Identity | None) -> Part:
+    session, reply = client.share(_load(state), read(text, SharesRequest), identity)
     _save(state, session)
     return reply
 
 
-def _unmask(text: str, state: RecordDict) -> Part:
+def _unmask(text: str, state: RecordDict, identity: Identity | None) -> Part:
     reply = client.reveal(_load(state), read(text, UnmaskRequest))
     del state[_STATE]
     return reply
 
 
-Step = Callable[[str, RecordDict], Part]
-"""From a request's text and the context's state to the reply."""
+Step = Callable[[str, RecordDict, Identity | None], Part]
+"""From a request's text, the context's state and what the client signs with to the reply."""
 STEPS: Mapping[str, Step] = {
     "keys": _keys,
     "shares": _shares,

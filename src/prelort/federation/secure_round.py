@@ -31,6 +31,7 @@ from prelort.methods.averaging import Averaging, needing_only_sums
 from prelort.methods.calls import calling
 from prelort.methods.interface import Aggregator, Broadcast, Client, Method, ServerState
 from prelort.methods.objective import Objective
+from prelort.methods.parts import trained_part, without_zeros
 from prelort.secure import blocks, ring
 from prelort.secure.graph import is_complete
 from prelort.secure.messages import KeysReply, MaskedInput, Part, SharesReply, UnmaskReply, read
@@ -77,15 +78,15 @@ def contribution_of(
 
     Raises `ConfigError` for a method whose clients train something else than parts of the state.
     """
+    dimensions = trained_part(
+        method,
+        state,
+        client,
+        state.adapter,
+        "privacy.secure_aggregation",
+        aggregator.dimensions_of,
+    )
     broadcast = method.broadcast(state, client)
-    dimensions = _dimensions(aggregator, method, client, broadcast)
-    received, whole = broadcast.trainable.tensors(), state.adapter.tensors()
-    for name, tensor in received.items():
-        if not torch.equal(tensor, _cut(name, whole[name], dimensions)):
-            raise ConfigError(
-                f"privacy.secure_aggregation is not possible with method {method.name!r}, whose "
-                f"clients do not train parts of the global adapter (tensor {name!r} differs)"
-            )
     unsent = wire.not_sent_up(broadcast.trains, broadcast.personal)
     return Contribution(dimensions, aggregator.weight_of(client), unsent)
 
@@ -97,10 +98,11 @@ def check_clients(
 
     With fewer than ``min_holders`` of the highest rank its dimensions would never be aggregated.
     """
+    probe = without_zeros(state)
     with calling(method, "aggregator()"):
-        aggregator = summing(method.aggregator(state), method.name)
+        aggregator = summing(method.aggregator(probe), method.name)
     trained = [
-        len(contribution_of(aggregator, method, state, client).dimensions) for client in clients
+        len(contribution_of(aggregator, method, probe, client).dimensions) for client in clients
     ]
     highest = max(trained)
     if aggregator.dimensions_of is None and trained.count(highest) < min_holders:
@@ -155,7 +157,7 @@ class SecureRound(Round):
         one = self._contributions[client.name]
         return MaskedInput(
             session=self._sum.session,
-            joined=self._sum.joined(self._numbers[client.name]),
+            sealed=self._sum.sealed_for(self._numbers[client.name]),
             holds=blocks.blocks_of(one.dimensions),
             lengths=self._lengths,
             weight=one.weight,
@@ -203,9 +205,7 @@ class SecureRound(Round):
         take: Callable[[int, Any], None],
     ) -> list[str]:
         """Send these clients a request each and take their replies; the names of who replied."""
-        contents = {
-            name: content_of(request(self._numbers[name]).model_dump_json()) for name in names
-        }
+        contents = {name: content_of(request(self._numbers[name]).text()) for name in names}
         for content in contents.values():
             self.count_sent(wire.size(content))
         answered: list[str] = []
@@ -264,27 +264,3 @@ class SecureRound(Round):
                 f"the opened sum of round {self.number} holds {largest:.3g}, above what the "
                 f"replies may add up to ({limit:.3g}): a client has sent a wrong masked vector"
             )
-
-
-def _dimensions(
-    aggregator: Averaging, method: Method, client: Client, broadcast: Broadcast
-) -> tuple[int, ...]:
-    """The rank dimensions that a client trains, one for each of its adapter's."""
-    if aggregator.dimensions_of is None:
-        return tuple(range(broadcast.trainable.rank))
-    each = {tuple(chosen.tolist()) for chosen in aggregator.dimensions_of(client).values()}
-    if len(each) > 1:
-        raise ConfigError(
-            f"privacy.secure_aggregation with method {method.name!r} needs layers of one rank: "
-            "leave lora.rank_pattern out"
-        )
-    return each.pop()
-
-
-def _cut(name: str, tensor: Tensor, dimensions: Sequence[int]) -> Tensor:
-    """These rank dimensions of a tensor of the global adapter."""
-    if name.endswith(".lora_A.weight"):
-        return tensor[[j for j in dimensions if j < tensor.shape[0]]]
-    if name.endswith(".lora_B.weight"):
-        return tensor[:, [j for j in dimensions if j < tensor.shape[1]]]
-    return tensor

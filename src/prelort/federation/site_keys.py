@@ -7,38 +7,14 @@ counts, so the operator can give a name to a new key while the run goes on.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 from pathlib import Path
 
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    PublicFormat,
-    load_pem_public_key,
-    load_ssh_public_key,
-)
-
 from prelort.errors import ConfigError, UpdateRefused
+from prelort.secure.signatures import fingerprint
 
 FILE = "site_keys.jsonl"
 """In the run's folder."""
-
-
-def fingerprint(public_key: bytes) -> str:
-    """The key's fingerprint as `ssh-keygen -l` shows it, from a PEM or an OpenSSH public key.
-
-    Raises `ValueError` for other bytes.
-    """
-    pem = public_key.startswith(b"-----")
-    try:
-        key = load_pem_public_key(public_key) if pem else load_ssh_public_key(public_key)
-    except UnsupportedAlgorithm as error:
-        raise ValueError(str(error)) from None
-    _, blob = key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).split(b" ")
-    digest = hashlib.sha256(base64.b64decode(blob)).digest()
-    return f"SHA256:{base64.b64encode(digest).decode().rstrip('=')}"
 
 
 class SiteKeys:

@@ -28,6 +28,7 @@ from prelort.errors import ConfigError
 from prelort.methods import trait
 from prelort.methods.averaging import needing_only_sums
 from prelort.methods.interface import Client, Method, ServerState, Update
+from prelort.methods.parts import trained_part, without_zeros
 from prelort.privacy.noise import Normal
 
 QUANTILE = 0.5
@@ -138,15 +139,24 @@ class PrivateMean:
         }
 
 
-def check_method(method: Method, state: ServerState) -> None:
-    """Raise `ConfigError` for a method whose server needs more than a sum of changes."""
-    averaging = needing_only_sums(method.aggregator(state))
+def check_method(method: Method, state: ServerState, clients: Sequence[Client]) -> None:
+    """Raise `ConfigError` unless the server needs only the sum of changes of one adapter's parts.
+
+    Args:
+        method: of the run.
+        state: before a round.
+        clients: whose changes are summed.
+    """
+    probe = without_zeros(state)
+    averaging = needing_only_sums(method.aggregator(probe))
     selects = averaging is not None and averaging.dimensions_of is not None
     if averaging is None or selects or trait(method, "personal"):
         raise ConfigError(
             f"[privacy] is not possible with method {method.name!r}, whose server needs more than "
             "the sum of the clients' changes: use prelort, zero-padding, fedit, ffa-lora or rolora"
         )
+    for client in clients:
+        trained_part(method, probe, client, probe.adapter, "privacy.epsilon")
 
 
 _UNTRAINED = {"AB": (), "A": (".lora_B.weight",), "B": (".lora_A.weight",)}

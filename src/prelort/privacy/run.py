@@ -88,13 +88,13 @@ class PrivateRun:
         """The epsilon that has been spent."""
         return self.ledger.budget.spent(self.ledger.noise_multiplier, self.ledger.releases)
 
-    def start(self, method: Method, state: ServerState, clients: int) -> None:
+    def start(self, method: Method, state: ServerState, clients: Sequence[Client]) -> None:
         """Calibrate the noise, unless the run is resumed.
 
         Raises `ConfigError` for an unsuitable method or delta, `CheckpointError` where a resumed
         run has lost its ledger.
         """
-        check_method(method, state)
+        check_method(method, state, clients)
         if self._ledger is None and state.round > 0:
             raise CheckpointError(
                 f"{str(self._file)!r} is missing, so what has been spent of the privacy budget is "
@@ -104,7 +104,10 @@ class PrivateRun:
             federation = self._config.federation
             self._write(
                 ledger_of(
-                    self._config.privacy, clients, federation.clients_per_round, federation.rounds
+                    self._config.privacy,
+                    len(clients),
+                    federation.clients_per_round,
+                    federation.rounds,
                 )
             )
 

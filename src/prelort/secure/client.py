@@ -8,6 +8,7 @@ holders nobody can restore both, which together would unmask the neighbour's vec
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Literal
@@ -32,6 +33,7 @@ from prelort.secure.messages import (
     UnmaskRequest,
 )
 from prelort.secure.ring import Values, Words, quantise
+from prelort.secure.signatures import Identity
 
 
 class Session(Part):
@@ -46,14 +48,15 @@ class Session(Part):
     seed: bytes = Field(repr=False)
     own_share: bytes = Field(b"", repr=False)
     """Of its seed; nobody is asked for the mask key of who is still there."""
+    shares: dict[int, bytes] = Field(default_factory=dict, repr=False)
+    """Of the mask key and the seed of each neighbour that has joined."""
     threshold: int = 0
     min_holders: int = 0
     peers: dict[int, Peer] = Field(default_factory=dict)
-    joined: tuple[int, ...] = ()
 
 
-def advertise(request: KeysRequest) -> tuple[Session, KeysReply]:
-    """Draw new secrets and state their public keys."""
+def advertise(request: KeysRequest, identity: Identity | None = None) -> tuple[Session, KeysReply]:
+    """Draw new secrets and state their public keys, signed if the client has an identity."""
     session = Session(
         session=request.session,
         number=request.number,
@@ -63,22 +66,29 @@ def advertise(request: KeysRequest) -> tuple[Session, KeysReply]:
         share_key=keys.new_secret(),
         seed=keys.new_secret(),
     )
-    reply = KeysReply(
-        session=request.session,
+    own = Peer(
         mask_key=keys.public_key(session.mask_key),
         share_key=keys.public_key(session.share_key),
         seed=keys.commitment(session.seed),
+        blocks=request.blocks,
     )
-    return session, reply
+    if identity is not None:
+        own = identity.signed(request.session, request.number, own)
+    return session, KeysReply(session=request.session, **own.model_dump(exclude={"blocks"}))
 
 
-def share(session: Session, request: SharesRequest) -> tuple[Session, SharesReply]:
+def share(
+    session: Session, request: SharesRequest, identity: Identity | None = None
+) -> tuple[Session, SharesReply]:
     """Share the mask key and the seed among the neighbours.
 
     Raises `PrelortError` for a message out of turn, for a threshold at which the server could learn
-    both secrets, and for a block that too few hold.
+    both secrets, for a block that too few hold, and, if the client has an identity, for keys that
+    no known client has signed.
     """
     _check_step(session, request, "keys")
+    if identity is not None:
+        identity.check(session.session, request.peers)
     holders = [session.number, *request.peers]
     if len(set(holders)) < len(holders) or not len(holders) < 2 * request.threshold:
         raise PrelortError(
@@ -116,16 +126,20 @@ def mask(session: Session, request: MaskedInput, blocks: Sequence[Values]) -> tu
         request: how to mask.
         blocks: what the client contributes, each float64 [n]: the blocks that it holds.
 
-    Raises `PrelortError` for a message out of turn, too few neighbours, or a value above the bound.
+    Raises `PrelortError` for a message out of turn, too few neighbours, a share that was changed,
+    or a value above the bound.
     """
     _check_step(session, request, "shares")
-    if len(request.joined) + 1 < session.threshold or not {*request.joined} <= {*session.peers}:
+    joined = request.sealed.keys()
+    if len(joined) + 1 < session.threshold or not joined <= session.peers.keys():
         raise PrelortError(
-            f"{len(request.joined)} neighbours have shared their secrets, "
+            f"{len(joined)} neighbours have shared their secrets, "
             f"{session.threshold - 1} of the {len(session.peers)} are needed"
         )
-    _check_holders(session, request.joined)
-    session = session.model_copy(update={"step": "masked", "joined": request.joined})
+    _check_holders(session, joined)
+    # Before masking: only who knows the keys of this session, its neighbours', can seal for it.
+    shares = {number: _unsealed(session, number, request.sealed[number]) for number in joined}
+    session = session.model_copy(update={"step": "masked", "shares": shares})
     held = dict(zip(request.holds, blocks, strict=False))
     for block in session.blocks:
         values = held.get(block)
@@ -146,7 +160,7 @@ def mask(session: Session, request: MaskedInput, blocks: Sequence[Values]) -> tu
             vector[place] = quantise(held[block], request.weight, request.fraction_bits)
     add_mask(vector, places, session.seed, session.blocks, negative=False)
     private = keys.private_key(session.mask_key)
-    for number in request.joined:
+    for number in joined:
         peer = session.peers[number]
         add_mask(
             vector,
@@ -161,11 +175,11 @@ def mask(session: Session, request: MaskedInput, blocks: Sequence[Values]) -> tu
 def reveal(session: Session, request: UnmaskRequest) -> UnmaskReply:
     """Shares of the seeds of those who are still there, and of the mask keys of those who are not.
 
-    Raises `PrelortError` for a message out of turn, for too few survivors, and for a share that was
-    changed. Afterwards the session is to be deleted.
+    Raises `PrelortError` for a message out of turn and for too few survivors. Afterwards the
+    session is to be deleted.
     """
     _check_step(session, request, "masked")
-    joined, survivors = {*session.joined, session.number}, {*request.survivors}
+    joined, survivors = {*session.shares, session.number}, {*request.survivors}
     if session.number not in survivors or not survivors <= joined:
         raise PrelortError("the survivors are not those that have joined")
     if len(survivors) < session.threshold:
@@ -175,14 +189,7 @@ def reveal(session: Session, request: UnmaskRequest) -> UnmaskReply:
     _check_holders(session, survivors - {session.number})
     seeds = {session.number: session.own_share}
     of_keys: dict[int, bytes] = {}
-    private = keys.private_key(session.share_key)
-    for number in session.joined:
-        sealed = request.sealed.get(number)
-        if sealed is None:
-            raise PrelortError(f"the share of participant {number} is missing")
-        public = session.peers[number].share_key
-        key = share_key(private, public, session.session, number, session.number)
-        both = keys.unseal(key, sealed)
+    for number, both in session.shares.items():
         if number in survivors:
             seeds[number] = both[shamir.SHARE_BYTES :]
         else:
@@ -203,6 +210,12 @@ def share_key(
     return keys.agree(private, public, f"prelort share {session} {sender} {receiver}")
 
 
+def _unsealed(session: Session, number: int, sealed: bytes) -> bytes:
+    """The shares of a neighbour's mask key and seed, one after the other."""
+    private, public = keys.private_key(session.share_key), session.peers[number].share_key
+    return keys.unseal(share_key(private, public, session.session, number, session.number), sealed)
+
+
 def _check_step(session: Session, request: Step, expected: str) -> None:
     if request.session != session.session or session.step != expected:
         raise PrelortError(
@@ -212,11 +225,14 @@ def _check_step(session: Session, request: Step, expected: str) -> None:
 
 
 def _check_holders(session: Session, others: Iterable[int]) -> None:
-    """Raise `PrelortError` for a block that too few of these and the client itself send."""
-    counts = Counter(block for number in others for block in session.peers[number].blocks)
-    for block in session.blocks:
-        if counts[block] + 1 < session.min_holders:
+    """Raise `PrelortError` for a block that too few of these and the client itself send.
+
+    Also for one that it does not send: it would help to open it.
+    """
+    senders = [session.blocks, *(session.peers[number].blocks for number in others)]
+    for block, count in sorted(Counter(itertools.chain(*senders)).items()):
+        if count < session.min_holders:
             raise PrelortError(
-                f"block {block} would be the sum of {counts[block] + 1} clients, "
+                f"block {block} would be the sum of {count} clients, "
                 f"privacy.min_holders = {session.min_holders} are needed"
             )

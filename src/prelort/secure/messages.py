@@ -31,6 +31,10 @@ class Part(BaseModel):
         val_json_bytes="base64",
     )
 
+    def text(self) -> str:
+        """As it travels: fields that have their default, such as an absent signature, do not."""
+        return self.model_dump_json(exclude_defaults=True)
+
 
 class Step(Part):
     """What all messages have: the session, which is one attempt at one round."""
@@ -48,12 +52,15 @@ class KeysRequest(Step):
 class Keys(Part):
     """A participant's public keys: of its masks, and of the shares that are sent to it.
 
-    ``seed``: the commitment to the seed of its own mask.
+    ``seed``: the commitment to the seed of its own mask. ``signer``: the fingerprint of the key
+    that signed all this; empty where the participant does not sign.
     """
 
     mask_key: Key
     share_key: Key
     seed: Key
+    signer: str = ""
+    signature: bytes = b""
 
 
 class KeysReply(Step, Keys):
@@ -87,12 +94,13 @@ class SharesReply(Step):
 class MaskedInput(Step):
     """The part of a request to train that says how its reply is masked.
 
-    ``joined``: the neighbours that have shared their secrets. ``holds``: the block of each part of
-    the trained adapter. ``lengths``: of all blocks. ``weight``: of this client. ``fraction_bits``:
-    of the fixed-point numbers. ``bound``: the largest magnitude of a change.
+    ``sealed``: what each neighbour that has shared its secrets has sealed for this client.
+    ``holds``: the block of each part of the trained adapter. ``lengths``: of all blocks.
+    ``weight``: of this client. ``fraction_bits``: of the fixed-point numbers. ``bound``: the
+    largest magnitude of a change.
     """
 
-    joined: tuple[Number, ...]
+    sealed: dict[Number, bytes]
     holds: Blocks
     lengths: tuple[Annotated[int, Field(ge=0)], ...]
     weight: Annotated[float, Field(ge=0.0)]
@@ -101,14 +109,13 @@ class MaskedInput(Step):
 
 
 class UnmaskRequest(Step):
-    """``query.unmask``: whose masked vectors have arrived, and what was sealed for the receiver.
+    """``query.unmask``: whose masked vectors have arrived.
 
     For each of ``survivors`` the receiver reveals its share of the seed, for every other neighbour
     that has joined its share of the mask key.
     """
 
     survivors: tuple[Number, ...]
-    sealed: dict[Number, bytes]
 
 
 class UnmaskReply(Step):

@@ -91,9 +91,10 @@ class MaskedSum:
             raise UpdateRefused("has sealed shares for others than its neighbours")
         self._sealed[number] = reply.sealed
 
-    def joined(self, number: int) -> tuple[int, ...]:
-        """The neighbours of a participant that have shared their secrets."""
-        return tuple(sorted(self._neighbours[number] & self._sealed.keys()))
+    def sealed_for(self, number: int) -> dict[int, bytes]:
+        """What each neighbour of a participant that has shared its secrets has sealed for it."""
+        joined = sorted(self._neighbours[number] & self._sealed.keys())
+        return {other: self._sealed[other][number] for other in joined}
 
     def check_joined(self) -> None:
         """Raise `QuorumError` if too few have shared their secrets for the sum to be opened."""
@@ -119,19 +120,15 @@ class MaskedSum:
 
     def unmask_request(self, number: int) -> UnmaskRequest:
         """The last message to a participant whose vector is here."""
-        joined = self.joined(number)
-        return UnmaskRequest(
-            session=self.session,
-            survivors=tuple(sorted({number, *joined} & {*self._survivors})),
-            sealed={other: self._sealed[other][number] for other in joined},
-        )
+        neighbours = self._neighbours[number] & {*self._survivors}
+        return UnmaskRequest(session=self.session, survivors=tuple(sorted({number, *neighbours})))
 
     def add_revealed(self, number: int, reply: UnmaskReply) -> None:
         """Take the revealed shares. Raises `UpdateRefused` for others than were requested."""
         self._check(reply)
-        request = self.unmask_request(number)
-        others = request.sealed.keys() - {*request.survivors}
-        if reply.seeds.keys() != {*request.survivors} or reply.keys.keys() != others:
+        survivors = {*self.unmask_request(number).survivors}
+        others = self.sealed_for(number).keys() - survivors
+        if reply.seeds.keys() != survivors or reply.keys.keys() != others:
             raise UpdateRefused("reveals shares of others than was requested")
         self._revealed[number] = reply
 
