@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from prelort.config import Config, check, load
 from prelort.planning.memory import Planner
+from prelort.tasks import token_losses
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -60,6 +61,17 @@ def test_objectives_and_optimisers(
     settings: Callable[..., Config], changes: dict[str, dict]
 ) -> None:
     assert_close(settings(**changes), 8)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "lm_head")])
+def test_logits_in_parts(
+    settings: Callable[..., Config], targets: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(data={"max_length": 512}, lora={"target_modules": targets})
+    whole = Planner(config).exact(8).total
+    monkeypatch.setattr(token_losses, "LIMIT", 16_000)
+    assert_close(config, 8)
+    assert Planner(config).exact(8).total < whole
 
 
 @pytest.mark.parametrize("method", ["fed-plora", "ffa-lora"])

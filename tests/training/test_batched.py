@@ -14,7 +14,7 @@ from prelort.adapters import ScaleRule
 from prelort.errors import PrelortError
 from prelort.methods.objective import Objective, TailPenalty, nested, plain
 from prelort.models.lora import extract, install
-from prelort.tasks import get
+from prelort.tasks import get, token_losses
 from prelort.training.adapter_stack import stackable
 from prelort.training.batched import BatchedClient, TrainedClient, train_batched
 from prelort.training.local import train
@@ -77,6 +77,14 @@ class Clients(Bench):
             for name, tensor in mine.adapter.tensors().items():
                 assert (tensor - expected[name]).norm() <= tolerance * changes[name] + 1e-7, name
         return found
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ("down_proj", "lm_head")])
+def test_logits_in_parts(tiny_llama, targets, monkeypatch):
+    """The output layer sees each client's rows, or no rows if it does not learn."""
+    monkeypatch.setattr(token_losses, "LIMIT", 2000)
+    clients = Clients(tiny_llama, RULES[0], target_modules=targets)
+    clients.assert_same(clients.clients("example"))
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2", "bert"])

@@ -27,7 +27,7 @@ from prelort.adapters import ScaleRule
 from prelort.config import Config
 from prelort.errors import ConfigError
 from prelort.models.lora import initial_adapter, lora_layers
-from prelort.tasks import get
+from prelort.tasks import get, token_losses
 from prelort.training.preflight import positions, rehearse
 from prelort.training.runtime import ModelRuntime
 from prelort.training.truncation import Truncation
@@ -145,6 +145,22 @@ def test_a_base_that_looks_ahead_is_refused_whatever_it_is_called(
         layer.register_forward_hook(lambda module, inputs, output: output + output.mean(1, True))
     with pytest.raises(ConfigError, match="is no causal language model"):
         rehearsed(make_config, runtime, tiny_llama)
+
+
+def test_a_head_that_mixes_tokens_is_said_and_computes_all_logits_at_once(
+    make_config: Callable[..., Config], tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = runtime_of(tiny_llama)
+    head = runtime.model.get_base_model().lm_head
+    head.register_forward_pre_hook(lambda module, inputs: (inputs[0].cumsum(1),))
+    expected = runtime.task.losses(
+        runtime.model, runtime.task.collate(ragged_examples(tiny_llama), 0)
+    )
+    with pytest.warns(UserWarning, match="does not compute its logits token by token"):
+        rehearsed(make_config, runtime, tiny_llama)
+    monkeypatch.setattr(token_losses, "LIMIT", 1)
+    found = runtime.task.losses(runtime.model, runtime.task.collate(ragged_examples(tiny_llama), 0))
+    assert torch.equal(found, expected)
 
 
 WIDTHS = {

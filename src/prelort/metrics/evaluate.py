@@ -82,7 +82,6 @@ def evaluate(
     batches = _batches([len(e.input_ids) for e in examples], settings.batch_size)
     generated = _batches([e.prompt_length for e in prompts], settings.batch_size)
     count = _Counter(progress, (len(batches) + len(generated)) * len(ranks))
-    classifies = runtime.task.kind == "classification"
     compute_metrics = runtime.compute_metrics
     predict = compute_metrics is not None or any(
         metric in FROM_LOGITS for metric in settings.metrics
@@ -94,11 +93,10 @@ def evaluate(
             weight = int(runtime.task.weight(batch))
             labels = batch["labels"].numpy()
             for group, scored in groups.map(partial(_score, runtime, at_ranks, batch, predict)):
-                for rank, (losses, logits) in zip(group, scored, strict=True):
+                for rank, (losses, made) in zip(group, scored, strict=True):
                     outputs[rank].nll += float(losses.sum())
                     outputs[rank].weight += weight
                     if predict:
-                        made = logits.float() if classifies else logits.argmax(dim=-1)
                         outputs[rank].made.update(zip(indices, made.cpu().numpy(), strict=True))
                         outputs[rank].labels.update(zip(indices, labels, strict=True))
                     count()
@@ -184,23 +182,19 @@ class _Counter:
 def _score(
     runtime: ModelRuntime, at_ranks: AtRanks, batch: Batch, predict: bool, group: Sequence[int]
 ) -> list[tuple[Tensor, Tensor]]:
-    """For each rank the losses (float64) [rows] and, with ``predict``, the logits [rows, ...]."""
+    """For each rank the losses (float64) [rows] and, with ``predict``, what was predicted."""
     rows, length = batch["input_ids"].shape
     repeated = {
         name: tensor.to(runtime.device).repeat(len(group), *[1] * (tensor.ndim - 1))
         for name, tensor in batch.items()
     }
-    logits: list[Tensor] = []
-    # Recorded while the task computes its loss, which saves a second forward pass.
-    record = runtime.model.register_forward_hook(lambda *call: logits.append(call[-1].logits))
-    try:
-        with at_ranks(group, rows, length):
-            losses = runtime.task.losses(runtime.model, repeated).double()
-    finally:
-        record.remove()
-    predicted = logits[0] if predict else losses
-    by_rank = predicted.reshape(len(group), rows, *predicted.shape[1:])
-    return list(zip(losses.view(-1, rows), by_rank, strict=True))
+    with at_ranks(group, rows, length):
+        if predict:
+            losses, made = runtime.task.scores(runtime.model, repeated)
+        else:
+            losses = made = runtime.task.losses(runtime.model, repeated)
+    by_rank = made.reshape(len(group), rows, *made.shape[1:])
+    return list(zip(losses.double().view(-1, rows), by_rank, strict=True))
 
 
 def _generate(

@@ -38,7 +38,7 @@ from prelort.methods.interface import Broadcast, Client, ServerState
 from prelort.methods.objective import Objective
 from prelort.models.lora import extract, install, trainable
 from prelort.planning.live import LiveBytes
-from prelort.planning.skeleton import GroupedProducts, for_gpu, materialise, skeleton
+from prelort.planning.skeleton import OnFakeTensors, for_gpu, materialise, skeleton
 from prelort.tasks.interface import Example
 from prelort.training.local import train
 from prelort.training.preflight import check_model
@@ -126,7 +126,7 @@ class Rehearser:
         """One round at this rank. Raises `ConfigError` for a method that cannot train it."""
         broadcast, objective = self._broadcast(rank)
         down, up = self._traffic(broadcast)
-        with self._mode, GroupedProducts(), _without_gc():
+        with self._mode, OnFakeTensors(), _without_gc():
             install(
                 self._model,
                 _on_cpu(broadcast.trainable),

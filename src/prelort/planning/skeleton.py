@@ -133,12 +133,17 @@ class _Dequantising(torch.autograd.Function):
         return gradients[0].to(ctx.dtype) @ weight, None, None
 
 
-class GroupedProducts(TorchFunctionMode):
-    """The allocations of a mixture's experts, whose products fake tensors have in bfloat16 only."""
+class OnFakeTensors(TorchFunctionMode):
+    """What fake tensors lack: a mixture's products in other types than bfloat16, and `nonzero`.
+
+    All elements are nonzero: every token has a label.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is getattr(torch, "_grouped_mm", None):
             return _Grouped.apply(args[0], args[1])  # type: ignore[no-untyped-call]
+        if func is Tensor.nonzero:
+            return args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.int64)
         return func(*args, **(kwargs or {}))
 
 

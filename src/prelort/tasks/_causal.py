@@ -14,6 +14,7 @@ from prelort.errors import ConfigError
 from prelort.tasks._batches import attention_mask, pad_right
 from prelort.tasks.columns import require_texts
 from prelort.tasks.interface import IGNORED, Batch, Example
+from prelort.tasks.token_losses import cross_entropy, token_losses
 
 
 class CausalTask:
@@ -44,20 +45,20 @@ class CausalTask:
 
     def losses(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """Each example's summed negative log likelihood in nats (float32 [batch])."""
-        logits = model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            use_cache=False,
-        ).logits
-        # What comes next is moved to where it is predicted: the logits need not be copied.
-        following = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
-        by_token = F.cross_entropy(
-            logits.flatten(0, 1).float(),
-            following.flatten(),
-            ignore_index=IGNORED,
-            reduction="none",
-        )
-        return by_token.view(following.shape).sum(dim=1)
+        return token_losses(model, *_inputs_and_labels(batch)).sum(dim=1)
+
+    def scores(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same, and the most likely token after each place (int64 [batch, length])."""
+        inputs, following = _inputs_and_labels(batch)
+        logits = model(**inputs, use_cache=False).logits
+        return cross_entropy(logits, following).sum(dim=1), logits.argmax(dim=-1)
+
+
+def _inputs_and_labels(batch: Batch) -> tuple[Batch, torch.Tensor]:
+    """What the model is given, and the label that follows each token."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    # What comes next is moved to where it is predicted: the logits need not be copied.
+    return inputs, F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
 
 
 def opening(tokenizer: Any) -> list[int]:

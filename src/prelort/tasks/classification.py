@@ -92,5 +92,10 @@ class Classification:
 
     def losses(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """Each example's cross entropy of the classes in nats (float32 [batch])."""
+        return self.scores(model, batch)[0]
+
+    def scores(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same, and the logits (float32 [batch, classes])."""
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        return F.cross_entropy(logits.float(), batch["labels"], reduction="none")
+        logits = logits.float()
+        return F.cross_entropy(logits, batch["labels"], reduction="none"), logits

@@ -67,3 +67,11 @@ class Task(Protocol):
     def losses(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """Each example's loss, summed over what `weight` counts of it (float32 [batch])."""
         ...
+
+    def scores(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The losses with what was predicted.
+
+        That is the classes' logits (float32 [batch, classes]), or the token that is most likely
+        after each place (int64 [batch, length]).
+        """
+        ...

@@ -25,6 +25,7 @@ from prelort.models import base
 from prelort.models.lora import ADAPTER, install, lora_layers, saved_module_places
 from prelort.models.targets import last_parts, stacked
 from prelort.tasks.interface import Example
+from prelort.tasks.token_losses import check_parts
 from prelort.training.runtime import ModelRuntime, evaluation_mode
 
 ROWS = 4
@@ -107,6 +108,7 @@ def rehearse(
                 _check_finite(name, inner, untuned)
                 if runtime.task.kind == "causal":
                     _check_causal(name, runtime, some[0])
+                    _check_parts(name, runtime, some[0])
             objective = getattr(find(config.method.name), "default_objective", "plain")
             if (config.method.objective or objective) == "example" and not runtime.by_example():
                 _cannot_truncate_examples(config)
@@ -205,6 +207,19 @@ def _check_causal(name: str, runtime: ModelRuntime, example: Example) -> None:
     rounding = 1e-3 if _exact(runtime.model) else 0.1
     if float((first - second).norm()) > rounding * float((first - first.mean()).norm()):
         raise _not_causal(name)
+
+
+def _check_parts(name: str, runtime: ModelRuntime, example: Example) -> None:
+    """Logits of a part of the tokens must be those of all, else all are computed at once."""
+    ids = torch.tensor([example.input_ids[:8]], device=runtime.device)
+    with runtime.truncation.at(0, (1, ids.shape[1])):
+        if check_parts(runtime.model, ids, tolerance=1e-3 if _exact(runtime.model) else 0.1):
+            return
+    warnings.warn(
+        f"model.name = {name!r} does not compute its logits token by token: those of a whole batch "
+        "are in memory at once",
+        stacklevel=3,
+    )
 
 
 def _check_gradients(config: Config, model: nn.Module, called: Iterable[str]) -> tuple[str, ...]:
