@@ -35,6 +35,10 @@ def test_a_site_needs_little(tmp_path: Path) -> None:
         (WHOLE | {"memory": "8"}, "memory: .*'8' is not a size"),
         (WHOLE | {"trainer": {"memory": "much"}}, "trainer.memory: .*'much' is not a size"),
         (WHOLE | {"trainer": {"idle_minutes": 0}}, "trainer.idle_minutes = 0"),
+        (
+            WHOLE | {"trainer": {"warm": False, "accelerate": "gpus.yaml"}},
+            "trainer: .*warm = false does not work with accelerate",
+        ),
         (WHOLE | {"epochs": 3}, "unknown key 'epochs'"),
         (WHOLE | {"data": {"sauce": "b"}}, "data: unknown key 'sauce': did you mean 'source'"),
         (

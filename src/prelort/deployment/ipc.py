@@ -12,15 +12,24 @@ import os
 import stat
 import tempfile
 from dataclasses import asdict, dataclass, field
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from prelort.errors import PrelortError
 
 HEADER_BYTES = 1 << 20
 BLOB_BYTES = 1 << 34
 """Limits of what is read."""
+
+
+class Channel(Protocol):
+    """What messages go through: a `Connection`, or the processes of a trainer."""
+
+    def send_bytes(self, data: bytes, /) -> None:
+        """Send these bytes."""
+
+    def recv_bytes(self, most: int, /) -> bytes:
+        """The next bytes. Raises `OSError` if they are more than ``most``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +44,10 @@ class Request:
     overrides: tuple[str, ...]
     text: str = field(repr=False)
     blob: bytes | None = field(default=None, repr=False)
+
+
+END = Request("end", "", (), "")
+"""The message after which a trainer ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,31 +75,31 @@ def address_of(site_file: Path) -> Address:
     return Address(*(folder / f"{name}.{suffix}" for suffix in ("sock", "lock", "pid")))
 
 
-def send(connection: Connection, message: Request | Reply) -> None:
+def send(channel: Channel, message: Request | Reply) -> None:
     """Send one message."""
     values = asdict(message)
     blob = values.pop("blob")
-    connection.send_bytes(json.dumps({**values, "with_blob": blob is not None}).encode())
+    channel.send_bytes(json.dumps({**values, "with_blob": blob is not None}).encode())
     if blob is not None:
-        connection.send_bytes(blob)
+        channel.send_bytes(blob)
 
 
-def receive_request(connection: Connection) -> Request:
+def receive_request(channel: Channel) -> Request:
     """The next request. Raises `EOFError` or `OSError` when the other side is gone."""
-    values, blob = _receive(connection)
+    values, blob = _receive(channel)
     overrides = tuple(values.pop("overrides"))
     return Request(**values, overrides=overrides, blob=blob)
 
 
-def receive_reply(connection: Connection) -> Reply:
+def receive_reply(channel: Channel) -> Reply:
     """The reply. Raises `EOFError` or `OSError` when the other side is gone."""
-    values, blob = _receive(connection)
+    values, blob = _receive(channel)
     return Reply(**values, blob=blob)
 
 
-def _receive(connection: Connection) -> tuple[dict[str, Any], bytes | None]:
-    values: dict[str, Any] = json.loads(connection.recv_bytes(HEADER_BYTES))
-    blob = connection.recv_bytes(BLOB_BYTES) if values.pop("with_blob") else None
+def _receive(channel: Channel) -> tuple[dict[str, Any], bytes | None]:
+    values: dict[str, Any] = json.loads(channel.recv_bytes(HEADER_BYTES))
+    blob = channel.recv_bytes(BLOB_BYTES) if values.pop("with_blob") else None
     return values, blob
 
 

@@ -85,4 +85,5 @@ _MORE = """
 # warm = true                  # keep the base model loaded between rounds
 # idle_minutes = 30            # the trainer ends after this time without work
 # memory = "24GiB"             # it is restarted if it takes more
+# accelerate = "gpus.yaml"     # for several GPUs: what `accelerate config` wrote
 """

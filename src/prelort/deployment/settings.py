@@ -47,6 +47,15 @@ class TrainerSettings(Section):
     memory: Size | None = Field(
         None, description="e.g. '24GiB': the trainer is restarted if it takes more"
     )
+    accelerate: str | None = Field(
+        None, description="for several GPUs: the file that `accelerate config` writes"
+    )
+
+    @model_validator(mode="after")
+    def _stays_warm(self) -> TrainerSettings:
+        if self.accelerate is not None and not self.warm:
+            raise ValueError("warm = false does not work with accelerate, whose processes stay")
+        return self
 
 
 class SiteSettings(Section):

@@ -22,7 +22,10 @@ import psutil
 from filelock import FileLock, Timeout
 
 from prelort.deployment import settings
-from prelort.deployment.ipc import Address, Reply, address_of, receive_request, send
+from prelort.deployment.ipc import END, Address, Reply, address_of, receive_request, send
+from prelort.deployment.settings import SiteSettings
+from prelort.errors import PrelortError
+from prelort.experiment.parent_watchdog import end_with_parent
 from prelort.library_logging import quiet_libraries
 from prelort.planning import sizes
 
@@ -39,35 +42,45 @@ def main(site_file: Path) -> None:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     site = settings.read(site_file)
     address = address_of(site_file)
+    several = site.trainer.accelerate is not None
+    if several:
+        end_with_parent()  # accelerate's launcher, which ends all processes when one dies
     if site.trainer.memory is not None:
         _watch_memory(sizes.parse(site.trainer.memory))
+    if several and os.environ["RANK"] != "0":
+        _follow(site_file)
+        return
     lock = FileLock(address.lock)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        log.info("another trainer serves this site already")
-        return
+        sys.exit("another trainer serves this site already")
     with lock, _listening(address) as listener:
         log.info("process %d serves %s", os.getpid(), site_file)
-        _serve(listener, site_file, site.trainer.idle_minutes * 60.0)
+        _serve(listener, site_file, site)
 
 
-def _serve(listener: socket.socket, site_file: Path, idle: float) -> None:
-    """Answer messages one after the other."""
+def _serve(listener: socket.socket, site_file: Path, site: SiteSettings) -> None:
+    """Answer messages one after the other, together with the trainer's other processes."""
     from prelort.deployment.worker import Worker  # after listening: this takes seconds
+    from prelort.training.processes import ALONE, join
 
-    worker = Worker(site_file)
+    processes = ALONE if site.trainer.accelerate is None else join()
+    worker = Worker(site_file, processes)
+    idle = site.trainer.idle_minutes * 60.0
     listener.settimeout(idle)
     while True:
         try:
             accepted, _ = listener.accept()
         except TimeoutError:
             log.info("idle for %g s: ended", idle)
+            send(processes, END)
             return
         accepted.setblocking(True)
         with contextlib.suppress(EOFError, OSError), Connection(accepted.detach()) as connection:
             request = receive_request(connection)
-            if request.kind == "end":
+            send(processes, request)
+            if request.kind == END.kind:
                 log.info("the run is over: ended")
                 send(connection, Reply())
                 return
@@ -78,6 +91,17 @@ def _serve(listener: socket.socket, site_file: Path, idle: float) -> None:
             seconds = time.monotonic() - started
             log.info("%s: %s after %.1f s", request.kind, reply.refused or "done", seconds)
             send(connection, reply)
+
+
+def _follow(site_file: Path) -> None:
+    """Do the work of each message as process 0 does, which alone replies."""
+    from prelort.deployment.worker import Worker
+    from prelort.training.processes import join
+
+    processes = join()
+    worker = Worker(site_file, processes)
+    while (request := receive_request(processes)).kind != END.kind:
+        worker.answer(request)
 
 
 @contextlib.contextmanager
@@ -131,4 +155,7 @@ def _watch_memory(limit: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    try:
+        main(Path(sys.argv[1]))
+    except PrelortError as error:
+        sys.exit(str(error))

@@ -54,7 +54,7 @@ def end(site_file: Path) -> None:
     """End the site's trainer if it has one; a busy one ends after its work."""
     address = address_of(site_file)
     with contextlib.suppress(OSError, EOFError), _connect(address) as connection:
-        ipc.send(connection, Request("end", "", (), ""))
+        ipc.send(connection, ipc.END)
         if connection.poll(5.0):
             ipc.receive_reply(connection)
 
@@ -111,9 +111,14 @@ def _start(site_file: Path, site: SiteSettings) -> subprocess.Popen[bytes]:
     log = folder / "trainer.log"
     if log.exists() and log.stat().st_size > LOG_BYTES:
         log.replace(log.with_suffix(".log.1"))
+    command = [sys.executable, "-m"]
+    if site.trainer.accelerate is not None:
+        config = site_file.parent / Path(site.trainer.accelerate).expanduser()
+        command += ["accelerate.commands.launch", "--config_file", str(config)]
+        command += ["--main_process_port", "0", "--module"]
     with log.open("ab") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "prelort.deployment.trainer", str(site_file)],
+            [*command, "prelort.deployment.trainer", str(site_file)],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

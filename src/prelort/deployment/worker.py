@@ -13,12 +13,13 @@ from prelort.data import ranks
 from prelort.deployment import settings
 from prelort.deployment.ipc import Reply, Request
 from prelort.deployment.settings import SiteSettings
-from prelort.errors import AdapterError, PrelortError, UpdateRefused
+from prelort.errors import AdapterError, ConfigError, PrelortError, UpdateRefused
 from prelort.experiment.at_sites import dealt_site, own_site
 from prelort.experiment.deterministic import deterministic
 from prelort.federation.client import LocalClient, respond
 from prelort.federation.client_app import Kind
 from prelort.federation.content import blob_in, content_of, text_in
+from prelort.training.processes import ALONE, Processes
 
 log = logging.getLogger("prelort.trainer")
 
@@ -35,8 +36,10 @@ class Worker:
     It is loaded again when the federation's configuration or the site's file has changed.
     """
 
-    def __init__(self, site_file: Path) -> None:
+    def __init__(self, site_file: Path, processes: Processes = ALONE) -> None:
+        """``processes``: those that answer together; each has a worker for the same file."""
         self._file = site_file
+        self._processes = processes
         self._loaded_from: tuple[Config, SiteSettings] | None = None
         self._client: LocalClient
 
@@ -48,7 +51,7 @@ class Worker:
         try:
             config = configuration.load(request.federation, request.overrides)
             with deterministic(config.threads):
-                client = replace(self._loaded(config), stopped=cancelled)
+                client = replace(self._loaded_everywhere(config), stopped=cancelled)
                 kind: Kind = request.kind  # type: ignore[assignment]
                 content = respond(client, kind, content_of(request.text, request.blob))
             return Reply(text_in(content) or "", blob_in(content))
@@ -59,29 +62,50 @@ class Worker:
             return Reply(refused=f"cannot take part ({type(error).__name__}): its log says why")
         except Exception as error:  # the server learns that it failed, not why
             log.exception("failed")
+            if self._processes.count > 1:
+                raise  # the others may wait for this one: all end, and start again
             return Reply(refused=f"failed ({type(error).__name__}): its log says why")
+
+    def _loaded_everywhere(self, config: Config) -> LocalClient:
+        """The site's client, of the largest rank that all processes have memory for."""
+        try:
+            client = self._loaded(config)
+        except PrelortError:
+            self._processes.least(0)
+            raise
+        max_rank = self._processes.least(max(client.max_rank, client.rank))
+        if max_rank == 0:
+            raise ConfigError("another of the trainer's processes cannot load the site")
+        return replace(client, rank=min(client.rank, max_rank), max_rank=max_rank)
 
     def _loaded(self, config: Config) -> LocalClient:
         site = settings.read(self._file)
         if self._loaded_from != (config, site):
             self._loaded_from = None
-            self._client = make_client(config, site, self._file)
+            self._client = make_client(config, site, self._file, self._processes)
             self._loaded_from = (config, site)
         return self._client
 
 
-def make_client(config: Config, site: SiteSettings, file: Path) -> LocalClient:
+def make_client(
+    config: Config, site: SiteSettings, file: Path, processes: Processes = ALONE
+) -> LocalClient:
     """The client that a site's file describes. Raises `ConfigError`."""
     config = site.applied_to(config, file)
+    if processes.device:
+        model = config.model.model_copy(update={"device": processes.device})
+        config = config.model_copy(update={"model": model})
     rank = site.rank
     if rank == "auto":
+        if processes.split is not None:
+            raise ConfigError("rank = 'auto' does not know what FSDP saves: set the site's rank")
         rank = _largest_rank(config, site)
     folder = site.state_folder(file)
     if site.partition is not None:
-        return dealt_site(config, site.partition, rank, folder)
+        return dealt_site(config, site.partition, rank, folder, processes)
     if site.name is None or rank is None:
         raise AssertionError("settings without a partition have a name and a rank")
-    return own_site(config, site.name, rank, folder)
+    return own_site(config, site.name, rank, folder, processes)
 
 
 def _largest_rank(config: Config, site: SiteSettings) -> int:

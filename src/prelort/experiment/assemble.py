@@ -35,6 +35,7 @@ from prelort.models.lora import ADAPTER, attach, initial_adapter
 from prelort.seeds import derive, numpy_generator
 from prelort.tasks.interface import Example
 from prelort.training.preflight import Preflight, check_model, rehearse
+from prelort.training.processes import ALONE, Processes, call_through
 from prelort.training.truncation import Truncation
 
 log = logging.getLogger(__name__)
@@ -94,6 +95,7 @@ def assemble(
     folder: Path | None = None,
     cache: DataCache | None = None,
     objects: Objects = NONE,
+    processes: Processes = ALONE,
 ) -> Assembly:
     """Load everything that a run needs.
 
@@ -102,6 +104,7 @@ def assemble(
         folder: where clients keep personal factors, if the method has any.
         cache: rows and examples of earlier runs.
         objects: what is not loaded but given.
+        processes: those in which clients train.
 
     Raises:
         ConfigError: for whatever is wrong in configuration or data.
@@ -132,7 +135,12 @@ def assemble(
     }
     rows = _without_empty_clients(rows, train, config)
     runtime, initial = prepare_model(
-        config, tokenizer, rank=max(max_rank), labels=rows.labels, loaded=objects.model
+        config,
+        tokenizer,
+        rank=max(max_rank),
+        labels=rows.labels,
+        loaded=objects.model,
+        processes=processes,
     )
     runtime = replace(runtime, compute_metrics=objects.compute_metrics)
     initial = start_adapter(config, initial)
@@ -250,10 +258,13 @@ def prepare_model(
     rank: int,
     labels: Sequence[str],
     loaded: PreTrainedModel | None = None,
+    processes: Processes = ALONE,
 ) -> tuple[ClientRuntime, LoraAdapter]:
     """The base model with LoRA layers of ``rank``, and the federation's initial adapter.
 
     ``loaded``: the base model if it need not be loaded; its weights are shared.
+    ``processes``: those in which clients train. Raises `ConfigError`, also for modules to save
+    where FSDP splits the base.
     """
     task = tasks.get(config.task)
     fingerprint = base.fingerprint(config.model)
@@ -267,7 +278,16 @@ def prepare_model(
         else:
             model = base.load_model(config.model, task.kind, labels, pad_id=pad_id)
         check_model(config, model, task.kind)
+        if processes.split is not None:
+            if new or config.lora.modules_to_save:
+                raise ConfigError(
+                    "FSDP does not work with modules that are trained in full "
+                    f"({', '.join((*new, *(config.lora.modules_to_save or ())))}): use a "
+                    "distributed_type without FSDP, where each GPU holds the base"
+                )
+            processes.split(model)
         wrapped = attach(model, config.lora, rank, task.kind, new)
+        call_through(wrapped)
     scale = ScaleRule(config.lora.scale_rule, config.lora.scale)
     initial = initial_adapter(wrapped, scale, config.seed)
     _warn_of_large_ranks(initial)
@@ -279,6 +299,7 @@ def prepare_model(
         spec=AdapterSpec(fingerprint, AdapterSchema.of(initial), scale),
         tokenizer=tokenizer,
         modules_to_save=initial.modules_to_save,
+        processes=processes,
     )
     return runtime, initial
 

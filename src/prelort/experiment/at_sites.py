@@ -39,6 +39,7 @@ from prelort.models.lora import ADAPTER, shapes
 from prelort.planning.skeleton import skeleton
 from prelort.tasks.interface import Example
 from prelort.training.preflight import rehearse
+from prelort.training.processes import ALONE, Processes
 
 
 def at_sites(grid: Grid) -> Connect:
@@ -98,10 +99,17 @@ def _tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
         return None
 
 
-def own_site(config: Config, name: str, rank: int, folder: Path | None = None) -> LocalClient:
+def own_site(
+    config: Config,
+    name: str,
+    rank: int,
+    folder: Path | None = None,
+    processes: Processes = ALONE,
+) -> LocalClient:
     """The client of the site ``name`` with this rank, on all rows of its own ``data.source``.
 
-    In ``folder`` it keeps personal factors, if the method has any. Raises `ConfigError`.
+    In ``folder`` it keeps personal factors, if the method has any. ``processes``: those in which it
+    trains. Raises `ConfigError`.
     """
     planned = ranks.levels(config.ranks.mix)
     if not 1 <= rank <= max(planned):
@@ -112,7 +120,9 @@ def own_site(config: Config, name: str, rank: int, folder: Path | None = None) -
     rows = federated.load_own(config, name)
     tokenizer = base.load_tokenizer(config.model)
     labels = config.data.labels or ()
-    runtime, initial = prepare_model(config, tokenizer, rank=max(planned), labels=labels)
+    runtime, initial = prepare_model(
+        config, tokenizer, rank=max(planned), labels=labels, processes=processes
+    )
 
     def encode(table: Any) -> list[Example]:
         if table is None:
@@ -137,13 +147,18 @@ def own_site(config: Config, name: str, rank: int, folder: Path | None = None) -
 
 
 def dealt_site(
-    config: Config, index: int, rank: int | None = None, folder: Path | None = None
+    config: Config,
+    index: int,
+    rank: int | None = None,
+    folder: Path | None = None,
+    processes: Processes = ALONE,
 ) -> LocalClient:
     """Client ``index`` of the configured data as a site, for demonstrations.
 
-    ``rank``: instead of the one that it was assigned. Raises `ConfigError`.
+    ``rank``: instead of the one that it was assigned. ``processes``: those in which it trains.
+    Raises `ConfigError`.
     """
-    assembly = assemble(config, folder)
+    assembly = assemble(config, folder, processes=processes)
     preflight(assembly)
     clients = assembly.clients
     if not 0 <= index < len(clients):

@@ -126,7 +126,8 @@ def train_reply(
     Saves the client's personal factors, and prunes the adapter if its tail has become smaller.
     """
     adapter, tail, rank = trained.adapter, request.tail, request.rank
-    if request.personal and client.personal is not None:
+    first = client.runtime.processes.index == 0
+    if request.personal and client.personal is not None and first:
         own = wire.of_kinds(adapter, wire.not_sent_down(request))
         client.personal.save(client.name, request.round, own)
     if tail is not None:

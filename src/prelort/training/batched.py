@@ -99,7 +99,8 @@ def train_batched(
             for index, loss in zip(active, losses[list(active)].tolist(), strict=True):
                 try:
                     active[index].record(loss)
-                    active[index].check_time()
+                    if active[index].over:
+                        active[index].give_up()
                 except PrelortError as error:
                     errors[index] = error
             stack.hand_out_gradients()

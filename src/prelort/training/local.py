@@ -51,21 +51,27 @@ def train(
     if assignment.objective.kind == "example" and not runtime.by_example():
         assignment = replace(assignment, objective=replace(assignment.objective, kind="step"))
     steps = LocalSteps(examples, settings, assignment)
-    optimizer = LocalOptimizer(*trainable(model), settings)
+    factors, modules_to_save = trainable(model)
+    optimizer = LocalOptimizer(factors, modules_to_save, settings)
+    processes = runtime.processes
     objective = assignment.objective
     seed = derive(assignment.seed, "dropout", assignment.client, assignment.round_index)
+    if processes.index > 0:  # other rows, other masks
+        seed = derive(seed, processes.index)
     layers = runtime.truncation.fused(model) if fused else nullcontext()
     with layers, training_mode(model, settings, seed):
         for _ in range(steps.count):
             loss = torch.zeros((), device=runtime.device)
             for part in chain.from_iterable(steps.next(runtime.task, runtime.pad_id)):
-                loss += _backward(runtime, part, settings)
+                loss += _backward(runtime, processes.rows(part), settings)
+            loss, over = processes.add_up([*factors, *modules_to_save], loss, steps.over)
             if objective.tail is not None:
                 penalty = tail_penalty(pairs(model), objective.tail, objective.levels[-1])
                 (penalty * objective.tail.weight).backward()  # type: ignore[no-untyped-call]
             steps.record(float(loss))
             optimizer.step(steps.rate_multiplier())
-            steps.check_time()
+            if over:
+                steps.give_up()
     return steps.result()
 
 

@@ -13,6 +13,7 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from prelort.errors import ConfigError
 from prelort.tasks.interface import Example, Task
+from prelort.training.processes import ALONE, Processes
 from prelort.training.truncation import Truncation
 
 ComputeMetrics = Callable[[EvalPrediction], Mapping[str, float]]
@@ -24,7 +25,8 @@ class ModelRuntime:
     """The base model with LoRA layers, their truncation, and how the task sees its batches.
 
     ``tokenizer`` is needed only where text is generated. ``compute_metrics``: own metrics, as in
-    transformers' Trainer (`prelort.metrics.evaluate`). One thread may use it at a time.
+    transformers' Trainer (`prelort.metrics.evaluate`). ``processes``: those that train a client
+    together, each with such a model. One thread may use it at a time.
     """
 
     model: PeftModel
@@ -33,6 +35,7 @@ class ModelRuntime:
     pad_id: int
     tokenizer: PreTrainedTokenizerBase | None = None
     compute_metrics: ComputeMetrics | None = None
+    processes: Processes = ALONE
 
     @property
     def device(self) -> torch.device:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -129,12 +130,16 @@ class LocalSteps:
                 f"learning rate {self.settings.learning_rate:g}: lower training.learning_rate"
             )
 
-    def check_time(self) -> None:
-        """Raise `PrelortError` if the client has taken too long or was cancelled."""
+    @property
+    def over(self) -> bool:
+        """Whether the client has taken too long or was cancelled."""
+        return self.seconds > self.assignment.timeout or self.assignment.stopped()
+
+    def give_up(self) -> NoReturn:
+        """Raise the `PrelortError` of a client whose time is over."""
         if self.seconds > self.assignment.timeout:
             raise PrelortError(f"timed out after {self.assignment.timeout:g} s {self._place()}")
-        if self.assignment.stopped():
-            raise PrelortError(f"was cancelled {self._place()}")
+        raise PrelortError(f"was cancelled {self._place()}")
 
     def result(self) -> TrainResult:
         """The result of all steps."""

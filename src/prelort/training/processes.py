@@ -1,0 +1,152 @@
+"""The processes in which one client trains: one, or as many as a site has GPUs.
+
+All of them get every message and do the same work, but for the rows of a pass, of which each has a
+share. Before a step the gradients are summed, so that every process takes the same one: that of a
+single process with whole batches, up to rounding. The adapter is whole everywhere; so is the base,
+unless FSDP splits its weights.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from prelort.errors import ConfigError
+from prelort.training.steps import ForwardPass
+
+IDLE = timedelta(days=365)
+"""How long a process waits for the next message; the launcher ends it with the others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Processes:
+    """This process among the ``count`` that train one client; the one with ``index`` 0 replies.
+
+    ``device``: where it loads the base, "": where the model's settings say. ``messages``: the group
+    in which messages are shared, on the CPU. ``split``: moves a loaded base to the devices of all
+    processes, a part of its weights to each; None: each process holds all of them.
+    """
+
+    index: int = 0
+    count: int = 1
+    device: str = ""
+    messages: Any = None
+    split: Callable[[PreTrainedModel], None] | None = None
+
+    def rows(self, part: ForwardPass) -> ForwardPass:
+        """This process's rows of a pass, or one row without weight if there are too few."""
+        if self.count == 1:
+            return part
+        rows = [*range(self.index, len(part.examples), self.count)]
+        weight = part.weight if rows else 0.0
+        rows = rows or [0]
+        return ForwardPass(
+            [part.examples[row] for row in rows],
+            {name: tensor[rows] for name, tensor in part.batch.items()},
+            part.ranks[rows] if isinstance(part.ranks, Tensor) else part.ranks,
+            weight[rows] if isinstance(weight, Tensor) else weight,
+        )
+
+    def add_up(
+        self, parameters: Sequence[nn.Parameter], loss: Tensor, over: bool
+    ) -> tuple[Tensor, bool]:
+        """Sum the gradients over the processes, in place; the summed loss, whether one is over.
+
+        A parameter without a gradient in any process still has none.
+        """
+        if self.count == 1:
+            return loss, over
+        has_gradient = [parameter.grad is not None for parameter in parameters]
+        numbers = loss.new_tensor([over, *has_gradient])
+        numbers = torch.cat([loss[None], numbers])
+        dist.all_reduce(numbers)
+        stop, *anywhere = numbers[1:].tolist()
+        for parameter, processes in zip(parameters, anywhere, strict=True):
+            if processes:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                dist.all_reduce(parameter.grad)
+        return numbers[0], stop > 0
+
+    def least(self, number: int) -> int:
+        """The smallest of the processes' numbers."""
+        least = torch.tensor(number)
+        if self.count > 1:
+            dist.all_reduce(least, dist.ReduceOp.MIN, self.messages)
+        return int(least)
+
+    def send_bytes(self, data: bytes) -> None:
+        """Give ``data`` to the other processes, if there are any."""
+        if self.count > 1:
+            dist.broadcast(torch.tensor(len(data)), 0, self.messages)
+            dist.broadcast(_bytes(bytearray(data)), 0, self.messages)
+
+    def recv_bytes(self, most: int) -> bytes:
+        """What process 0 sends next. Raises `OSError` for more than ``most`` bytes."""
+        size = torch.tensor(0)
+        dist.broadcast(size, 0, self.messages)
+        if size > most:
+            raise OSError(f"a message of {int(size)} bytes: at most {most} are allowed")
+        data = bytearray(int(size))
+        dist.broadcast(_bytes(data), 0, self.messages)
+        return bytes(data)
+
+
+ALONE = Processes()
+"""A client in a process of its own."""
+
+
+def join() -> Processes:
+    """This process among those that ``accelerate launch`` has started with it.
+
+    Raises `ConfigError` for a kind of FSDP that cannot be used.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import FullyShardedDataParallelPlugin, fsdp2_prepare_model
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+
+    def split(model: PreTrainedModel) -> None:
+        if not all(weight.is_floating_point() for weight in model.parameters()):
+            raise ConfigError(
+                "model.quantization does not work with FSDP: use 'none', or a distributed_type "
+                "without FSDP, where each GPU holds the base"
+            )
+        fsdp2_prepare_model(accelerator, model)
+
+    if fsdp:
+        plugin = accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        for key, value, allowed in (
+            ("fsdp_version", plugin.fsdp_version, 2),
+            ("fsdp_offload_params", isinstance(plugin.cpu_offload, CPUOffloadPolicy), False),
+        ):
+            if value != allowed:
+                raise ConfigError(f"{key} = {value} of accelerate is not supported: use {allowed}")
+    return Processes(
+        index=accelerator.process_index,
+        count=accelerator.num_processes,
+        device="cpu" if fsdp or accelerator.device.type == "cpu" else str(accelerator.device),
+        messages=dist.new_group(backend="gloo", timeout=IDLE),
+        split=split if fsdp else None,
+    )
+
+
+def call_through(model: PeftModel) -> None:
+    """Let PEFT call its base model as a module: it calls ``forward``, without FSDP's hooks."""
+    tuner = model.base_model
+    tuner.forward = lambda *arguments, **named: tuner.model(*arguments, **named)
+
+
+def _bytes(data: bytearray) -> Tensor:
+    return torch.frombuffer(data, dtype=torch.uint8)
