@@ -44,12 +44,16 @@ def train(
     The optimiser starts fresh and its state is discarded. Without ``fused`` the LoRA layers compute
     as PEFT does: slower, and equal up to rounding. A model that cannot truncate each example by
     itself trains under the objective ``step`` in place of ``example``, as the check before training
-    has said. Raises `PrelortError` for a client without examples, and if the loss is no longer
-    finite, the time is up or the client was cancelled.
+    has said, and never with all truncations of a batch in one pass. Raises `PrelortError` for a
+    client without examples, and if the loss is no longer finite, the time is up or the client was
+    cancelled.
     """
     model = runtime.model
-    if assignment.objective.kind == "example" and not runtime.by_example():
-        assignment = replace(assignment, objective=replace(assignment.objective, kind="step"))
+    by_example = assignment.objective.kind == "example"
+    if (by_example or settings.batch_truncations) and not runtime.by_example():
+        settings = replace(settings, batch_truncations=False)
+        if by_example:
+            assignment = replace(assignment, objective=replace(assignment.objective, kind="step"))
     steps = LocalSteps(examples, settings, assignment)
     optimizer = LocalOptimizer(*trainable(model), settings)
     objective = assignment.objective
