@@ -205,8 +205,14 @@ def test_pefts_configuration_says_layers_scale_and_rank(llama: Any, words: Any, 
     assert config.lora.target_modules == ("q_proj", "v_proj")
     assert (config.lora.scale, config.lora.dropout, config.ranks.mix) == (0.5, 0.1, "4*1")
     assert config.partition == dealt
-    with pytest.raises(ConfigError, match="lora: use_dora = True is not supported"):
-        Federation(llama, words, rows, lora=LoraConfig(use_dora=True))
+    for name, value in (("use_dora", True), ("init_lora_weights", "pissa")):
+        with pytest.raises(ConfigError, match=f"{name} = {value!r} is not supported: .* base"):
+            Federation(llama, words, rows, lora=LoraConfig(**{name: value}))
+    with pytest.raises(ConfigError, match="init_lora_weights = 'gaussian' is not supported"):
+        Federation(llama, words, rows, lora=LoraConfig(init_lora_weights="gaussian"))
+    stacks = LoraConfig(target_parameters=["experts.up", "experts.down"])
+    lora = Federation(llama, words, rows, lora=stacks).config.lora
+    assert (lora.target_modules, lora.target_parameters) == ((), ("experts.down", "experts.up"))
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prelort import config as configuration
 from prelort import tasks
+from prelort.adapters.peft_folder import without_prefixes
 from prelort.config import PYTHON, Config, DataConfig, ModelConfig, PartitionConfig
 from prelort.data.tables import Partition, Table, Tables, tables
 from prelort.errors import ConfigError
@@ -47,7 +48,7 @@ from prelort.tasks.columns import class_names
 LORA = (
     *("r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "modules_to_save"),
     *("rank_pattern", "fan_in_fan_out", "task_type", "inference_mode", "base_model_name_or_path"),
-    *("peft_type", "peft_version", "revision", "init_lora_weights"),
+    *("peft_type", "peft_version", "revision", "target_parameters"),
 )
 """The fields of PEFT's configuration that are used, or do not change what is trained."""
 
@@ -312,14 +313,17 @@ def _method_values(method: str | type[Method] | Mapping[str, Any]) -> dict[str, 
 
 def _lora_values(lora: LoraConfig) -> dict[str, Any]:
     """The section ``[lora]``. Raises `ConfigError` for what it does not have."""
-    default = LoraConfig()
+    default, reason = LoraConfig(), without_prefixes(vars(lora))
+    if reason:
+        raise ConfigError(f"lora: {reason}")
     for field in fields(lora):
         value = getattr(lora, field.name)
         if field.name not in LORA and value != getattr(default, field.name):
             raise ConfigError(f"lora: {field.name} = {value!r} is not supported")
-    targets = lora.target_modules or "all-linear"
+    targets = lora.target_modules or ([] if lora.target_parameters else "all-linear")
     values = {
         "target_modules": targets if isinstance(targets, str) else sorted(targets),
+        "target_parameters": sorted(lora.target_parameters or ()),
         "scale_rule": "rslora" if lora.use_rslora else "constant",
         "scale": float(lora.lora_alpha if lora.use_rslora else lora.lora_alpha / lora.r),
         "dropout": lora.lora_dropout,

@@ -170,6 +170,11 @@ class LoraSettings(Section):
     target_modules: str | tuple[str, ...] = Field(
         "all-linear", description="'all-linear' or (the last parts of) module names"
     )
+    target_parameters: tuple[str, ...] = Field(
+        (),
+        description="stacks of experts to adapt: (the ends of) names of parameters, such as "
+        "'experts.gate_up_proj' and 'experts.down_proj'",
+    )
     scale_rule: Literal["constant", "rslora"] = Field(
         "constant", description="constant: s for every rank; rslora: alpha / sqrt(rank in use)"
     )
@@ -247,6 +252,9 @@ class TrainingConfig(Section):
         None,
         description="a client of rank r trains at learning_rate * (highest rank / r) ** "
         "rank_exponent; default: the method's own, mostly 0",
+    )
+    b_rate_ratio: Annotated[float, Field(gt=0.0)] = Field(
+        1.0, description="LoRA+: the learning rate of B over that of A, such as 16"
     )
     head_learning_rate: Annotated[float, Field(gt=0.0)] | None = Field(
         None, description="for modules trained in full; default: learning_rate"

@@ -139,7 +139,7 @@ def test_truncated_weights_are_named(folder, keep):
         ("use_dora", True, "DoRA"),
         ("lora_bias", True, "biases"),
         ("bias", "all", "bias = 'all'"),
-        ("target_parameters", ["experts"], "target_parameters"),
+        ("target_parameters", ["mlp.experts.up"], r"'mlp\.experts\.lora_A\.weight' is missing"),
         ("use_qalora", True, "use_qalora"),
         ("alora_invocation_tokens", [1, 2], "alora_invocation_tokens"),
         ("kasa_config", {"beta": 0.1}, "kasa_config"),

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from prelort.errors import UpdateRefused
+from prelort.config import check
+from prelort.errors import QuorumError, UpdateRefused
 from prelort.events import ClientFailed, ClientRefused, RoundFinished
 from prelort.federation import wire
 from prelort.federation.flower import Context, Error, Message, MessageType
@@ -86,6 +87,17 @@ def test_a_feature_that_a_site_does_not_know_is_refused_with_a_sentence() -> Non
         "does not know 'ring-attention', which this run uses: update prelort at the site"
     )
     assert run.of(RoundFinished)[0].stats.replies == 3
+
+
+def test_a_site_that_does_not_know_the_rate_of_b_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prelort.federation.messages.FEATURES", frozenset())
+    training = {"training": {"b_rate_ratio": 4.0}, "federation": {"clients_per_round": 4}}
+    run = make_run(older_site({}, {}), check(training))
+    with pytest.raises(QuorumError):
+        run.train()
+    assert {one.reason.split(",")[0] for one in run.of(ClientFailed)} == {
+        "does not know 'b-rate-ratio'"
+    }
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *KINDS.values()])

@@ -19,6 +19,7 @@ from prelort.adapters.initial import fresh
 from prelort.config import LoraSettings, check
 from prelort.models import base
 from prelort.models.lora import ADAPTER, attach, extract, install
+from prelort.models.targets import stacked
 from prelort.tasks import get
 from prelort.training.preflight import check_model, rehearse
 from prelort.training.runtime import ModelRuntime
@@ -88,6 +89,8 @@ GEMMA3N = {
 }
 VISION = {**WIDTHS, "num_hidden_layers": 1, "image_size": 16, "patch_size": 8}
 
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+
 Case = tuple[str, dict[str, Any]]
 CAUSAL: dict[str, Case] = {
     "mixtral": ("MixtralConfig", {**KV, "num_local_experts": 4}),
@@ -116,6 +119,7 @@ CAUSAL: dict[str, Case] = {
         "Qwen2MoeConfig",
         {**MOE, "num_experts": 4, "shared_expert_intermediate_size": 16},
     ),
+    "olmoe": ("OlmoeConfig", {**KV, "num_experts": 4, "num_experts_per_tok": 2}),
     "gpt_oss": ("GptOssConfig", {**HEADS, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "deepseek_v3": ("DeepseekV3Config", DEEPSEEK),
     "falcon_mamba": ("FalconMambaConfig", SSM),
@@ -164,7 +168,10 @@ def cases() -> list[Any]:
 def test_plain_peft_computes_each_prefix_of_what_learns_here(
     kind: str, config: str, values: dict[str, Any], dtype: str, tmp_path: Path, tokenizer: Any
 ) -> None:
-    """On a base that a user loads anew: what the checkpoint lacks is drawn otherwise there."""
+    """On a base that a user loads anew: what the checkpoint lacks is drawn otherwise there.
+
+    A mixture's experts are adapted too.
+    """
     causal = kind == "causal"
     torch.manual_seed(0)
     built = getattr(transformers, config)(**{"vocab_size": len(tokenizer), **values})
@@ -183,7 +190,8 @@ def test_plain_peft_computes_each_prefix_of_what_learns_here(
     new = base.new_modules(settings.model, kind, labels)
     loaded = base.load_model(settings.model, kind, labels, pad_id=0)
     check_model(settings, loaded, kind)
-    model = attach(loaded, LoraSettings(), 4, kind, new).eval()
+    experts = [e for e in EXPERTS if any(name.endswith(f".{e}") for name in stacked(loaded))]
+    model = attach(loaded, LoraSettings(target_parameters=experts), 4, kind, new).eval()
     rule = ScaleRule("constant", 0.5)
     runtime = ModelRuntime(model, Truncation(model, rule), get(settings.task), 0, tokenizer)
     # An encoder-decoder classifies by its end token (1).

@@ -144,10 +144,10 @@ def test_the_fold_is_neither_extracted_nor_trained(folder, rank):
     install(model, adapter, frozen=fold_of(model, rank, RULES[0]))
 
     assert same_bits(extract(model, adapter.scale), adapter)
-    factors, modules_to_save = trainable(model)
-    assert len(factors) == 2 * len(adapter.layers)
+    a, b, modules_to_save = trainable(model)
+    assert len(a) == len(b) == len(adapter.layers)
     assert len(modules_to_save) == len(adapter.modules_to_save)
-    learning = {id(p) for p in [*factors, *modules_to_save]}
+    learning = {id(p) for p in [*a, *b, *modules_to_save]}
     assert learning == {id(p) for p in model.parameters() if p.requires_grad}
 
 
@@ -177,7 +177,8 @@ def test_what_does_not_learn_has_no_gradient_and_the_rest_that_of_the_folded_bas
             for parameter in own[FROZEN].parameters():
                 assert not parameter.requires_grad
                 assert parameter.grad is None
-    learning = {id(p) for p in trainable(model)[0]}
+    a, b, _ = trainable(model)
+    learning = {id(p) for p in [*a, *b]}
     assert len(learning) == len(trains) * len(adapter.layers)
 
 

@@ -66,8 +66,7 @@ def passes(model, truncation, ranks, *, fast):
     with context, truncation.at(ranks, tuple(batch["input_ids"].shape)):
         logits = model(**batch).logits
         logits.float().square().sum().backward()
-    factors, modules_to_save = trainable(model)
-    gradients = [p.grad for p in (*factors, *modules_to_save)]
+    gradients = [p.grad for parameters in trainable(model) for p in parameters]
     model.zero_grad(set_to_none=True)
     return logits.detach(), gradients
 

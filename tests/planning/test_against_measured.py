@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from measured_peak import measured_peak
 
 CHECKPOINTED = {"training": {"gradient_checkpointing": True}}
+EXPERTS = {"lora": {"target_parameters": ("experts.gate_up_proj", "experts.down_proj")}}
 BF16 = {"training": {"precision": "bfloat16"}}
 
 
@@ -43,6 +44,8 @@ def assert_close(config: Config, rank: int, above: float = 0.02) -> None:
         ("gpt2", BF16),
         ("bert", {}),
         ("bert", CHECKPOINTED),
+        ("moe", EXPERTS),
+        ("moe", EXPERTS | CHECKPOINTED),
     ],
 )
 def test_tiny_models(settings: Callable[..., Config], model: str, changes: dict[str, dict]) -> None:

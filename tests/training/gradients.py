@@ -39,7 +39,7 @@ def gradients(model: PeftModel) -> Gradients:
     for name, layer in lora_layers(model).items():
         named[f"{name}.A"] = layer.lora_A[ADAPTER].weight
         named[f"{name}.B"] = layer.lora_B[ADAPTER].weight
-    named |= {f"saved {i}": p for i, p in enumerate(trainable(model)[1])}
+    named |= {f"saved {i}": p for i, p in enumerate(trainable(model)[-1])}
     taken = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in named.items()}
     model.zero_grad(set_to_none=True)
     return taken

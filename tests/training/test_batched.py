@@ -115,6 +115,7 @@ SETTINGS = {
         "batch_size": 2,
         "gradient_accumulation": 3,
     },
+    "LoRA+": {"b_rate_ratio": 4.0},
     "warm-up": {"schedule": "linear", "warmup": 0.5},
     "gradient checkpointing": {"gradient_checkpointing": True},
     "rates and scales": {"rates": (4.0, 2.0, 1.0, 0.5), "scales": (3.0, 1.0, 0.5, 1.0)},

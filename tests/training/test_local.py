@@ -9,6 +9,7 @@ import pytest
 import torch
 from bench import RULE, Bench, assert_close, distance, without_dropout
 from peft import PeftModel
+from peft.optimizers import create_loraplus_optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from prelort.adapters import peft_folder
@@ -218,7 +219,7 @@ def test_the_rates_are_those_of_the_schedules(llama):
         with recorded_rates() as found:
             for index in range(2):
                 llama.train(local_steps=5, round_index=index, rounds=2, **settings)
-        return [rate / 0.05 for (rate,) in found]
+        return [rate / 0.05 for rate, _ in found]
 
     steps = range(10)
     assert rates(schedule="constant") == pytest.approx([1.0] * 10)
@@ -234,7 +235,7 @@ def test_the_head_has_a_rate_of_its_own(bert, optimizer):
     settings = {"optimizer": optimizer, "schedule": "linear", "rounds": 2, "round_index": 1}
     with recorded_rates() as rates:
         _, adapter = bert.train(head_learning_rate=1e-9, **settings)
-    assert rates[0] == pytest.approx([0.05 / 2, 1e-9 / 2])
+    assert rates[0] == pytest.approx([0.05 / 2, 0.05 / 2, 1e-9 / 2])
     _, common = bert.train(**settings)
     for name, head in adapter.modules_to_save.items():
         assert float((head - bert.start.modules_to_save[name]).abs().max()) < 1e-7
@@ -244,6 +245,30 @@ def test_the_head_has_a_rate_of_its_own(bert, optimizer):
         )
     for name, factors in adapter.layers.items():
         assert not torch.equal(factors.B, bert.start.layers[name].B)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_b_learns_at_the_rate_of_pefts_lora_plus(llama, optimizer):
+    """Three steps on the same batch, with decay."""
+    examples, settings = llama.examples[:4], {"schedule": "constant", "max_grad_norm": 0.0}
+    settings |= {"learning_rate": 0.01, "b_rate_ratio": 4.0, "weight_decay": 0.1}
+    _, found = llama.train(
+        examples=examples, optimizer=optimizer.__name__.lower(), shuffle=False, **settings
+    )
+    install(llama.model, llama.start)
+    theirs = create_loraplus_optimizer(
+        llama.model, optimizer, lr=0.01, loraplus_lr_ratio=4.0, loraplus_weight_decay=0.1
+    )
+    batch = llama.runtime.task.collate(examples, 0)
+    llama.model.train()
+    for _ in range(3):
+        losses = llama.runtime.task.losses(llama.model, batch)
+        (losses.sum() / llama.runtime.task.weight(batch)).backward()
+        theirs.step()
+        theirs.zero_grad()
+    expected = extract(llama.model, RULE)
+    assert distance(found, llama.start) > 1e-3
+    assert_close(found, expected, 1e-4)
 
 
 # Ways to compute

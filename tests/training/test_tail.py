@@ -79,7 +79,7 @@ def test_its_gradient_is_finite_where_b_is_zero(folder):
     penalty = tail_penalty(pairs(model), TAIL, 8)
     assert float(penalty.detach()) == 0.0
     penalty.backward()
-    for parameter in trainable(model)[0]:
+    for parameter in [*trainable(model)[0], *trainable(model)[1]]:
         assert bool(parameter.grad.isfinite().all())
 
 

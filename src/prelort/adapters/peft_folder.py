@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from prelort.adapters.adapter import LoraAdapter
+from prelort.adapters import experts
+from prelort.adapters.adapter import Factors, LoraAdapter
 from prelort.adapters.scale import ScaleRule
 from prelort.errors import AdapterError
 
@@ -29,11 +30,9 @@ PREFIX = "base_model.model."
 """PEFT's prefix of the base model's own names."""
 
 _UNSUPPORTED = {
-    "use_dora": "DoRA",
     "use_qalora": "QALoRA layers",
     "use_bdlora": "block-diagonal factors",
     "lora_bias": "LoRA biases",
-    "target_parameters": "parameters",
     "alora_invocation_tokens": "activated LoRA layers",
     "arrow_config": "routed adapters",
     "kasa_config": "KaSA layers",
@@ -60,9 +59,14 @@ def save(adapter: LoraAdapter, folder: Path, template: LoraConfig) -> None:
     has only what differs from PEFT's defaults: older releases refuse keys that they do not know.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        PREFIX + name: t.detach().cpu().contiguous() for name, t in adapter.tensors().items()
+    parameters = template.target_parameters or ()
+    stacks = experts.of_parameters(adapter.layers, parameters)
+    layers = {
+        experts.peft_layer(name, parameters): Factors(*experts.join(own, adapter.scale))
+        for name, own in stacks.items()
     }
+    whole = dataclasses.replace(adapter, layers=layers)
+    tensors = {PREFIX + name: t.detach().cpu().contiguous() for name, t in whole.tensors().items()}
     rule = {"scale_rule": adapter.scale.kind, "scale": adapter.scale.value}
     # save_file reports a full disk by an error of its own instead of an OSError.
     data = to_bytes(tensors, metadata={"format": "pt", "prelort": json.dumps(rule)})
@@ -73,7 +77,8 @@ def save(adapter: LoraAdapter, folder: Path, template: LoraConfig) -> None:
 
 def config_for(adapter: LoraAdapter, template: LoraConfig) -> LoraConfig:
     """The PEFT configuration under which plain PEFT computes the same function."""
-    ranks = {name: factors.rank for name, factors in adapter.layers.items()}
+    stacks = experts.of_parameters(adapter.layers, template.target_parameters or ())
+    ranks = {name: max(factors.rank for factors in own) for name, own in stacks.items()}
     different = {name: rank for name, rank in ranks.items() if rank != adapter.rank}
     rule = adapter.scale
     return dataclasses.replace(
@@ -106,12 +111,30 @@ def load(folder: Path) -> tuple[LoraAdapter, LoraConfig]:
             )
         bare[name.removeprefix(PREFIX)] = tensor
     try:
-        adapter = LoraAdapter.from_tensors(bare, ScaleRule())
+        adapter = _with_experts(LoraAdapter.from_tensors(bare, ScaleRule()), config, recorded)
         _check_modules(adapter, config)
         rule = _scale_rule(adapter, config, recorded)
     except AdapterError as error:
         raise AdapterError(f"{folder}: {error}") from None
     return dataclasses.replace(adapter, scale=rule), config
+
+
+def without_prefixes(values: Mapping[str, Any]) -> str:
+    """Why the prefixes of adapters with this PEFT configuration are none; empty if they are."""
+    if values.get("use_dora"):
+        return (
+            "use_dora = True is not supported: DoRA scales W0 + s B A to a learnt norm, in which "
+            "all rank dimensions take part: cutting some off scales the base anew, and the product "
+            "B A, which methods average and fold, is not what it adds"
+        )
+    initial = values.get("init_lora_weights")
+    if isinstance(initial, str) and initial.lower().startswith(_CHANGES_BASE):
+        return (
+            f"init_lora_weights = {initial!r} is not supported: it takes the initial B A out of "
+            "the base's weights, and a prefix, such as a client of a lower rank has, puts only a "
+            "part of it back"
+        )
+    return ""
 
 
 def _load_config(folder: Path) -> LoraConfig:
@@ -131,12 +154,9 @@ def _load_config(folder: Path) -> LoraConfig:
             raise AdapterError(f"{str(path)!r}: {key} = {values[key]!r}: {what} are not supported")
     if values.get("bias", "none") != "none":
         raise AdapterError(f"{str(path)!r}: bias = {values['bias']!r} is not supported: use 'none'")
-    initial = values.get("init_lora_weights")
-    if isinstance(initial, str) and initial.lower().startswith(_CHANGES_BASE):
-        raise AdapterError(
-            f"{str(path)!r}: init_lora_weights = {initial!r} is not supported: it changes the "
-            "base model (PEFT can convert such an adapter when it saves it)"
-        )
+    reason = without_prefixes(values)
+    if reason:
+        raise AdapterError(f"{str(path)!r}: {reason}")
     _check_numbers(path, values)
     return LoraConfig.from_pretrained(str(folder))
 
@@ -177,6 +197,39 @@ def _header_rule(path: Path, text: str | None) -> ScaleRule | None:
         raise AdapterError(f"{str(path)!r}: its header is damaged: {text!r} ({error})") from None
 
 
+def _with_experts(
+    adapter: LoraAdapter, config: LoraConfig, recorded: ScaleRule | None
+) -> LoraAdapter:
+    """The adapter with each expert of PEFT's stacks as a layer.
+
+    Only a folder with our header has the parameters in the model's order, by which PEFT names them.
+    """
+    parameters = config.target_parameters or ()
+    if parameters and recorded is None:
+        raise AdapterError(
+            f"target_parameters = {sorted(parameters)!r} is not supported in a folder of another "
+            "tool, which does not say which tensors belong to which parameter"
+        )
+    of_layer = {experts.peft_layer(name, parameters): name for name in parameters}
+    for name in sorted(of_layer.keys() - adapter.layers.keys()):
+        raise AdapterError(f"tensor {name + '.lora_A.weight'!r} is missing")
+    layers: dict[str, Factors] = {}
+    for name, factors in adapter.layers.items():
+        if name not in of_layer:
+            layers[name] = factors
+            continue
+        rank = _by_pattern(config.rank_pattern, of_layer[name], config.r)
+        count, rest = divmod(factors.rank, rank)
+        if rest or count == 0:
+            raise AdapterError(
+                f"tensor {name + '.lora_A.weight'!r} has {factors.rank} rows, which are not those "
+                f"of experts of rank {rank}"
+            )
+        for index, own in enumerate(experts.split(factors.A, factors.B, count)):
+            layers[f"{of_layer[name]}.{index}"] = own
+    return dataclasses.replace(adapter, layers=layers)
+
+
 def _check_modules(adapter: LoraAdapter, config: LoraConfig) -> None:
     """Every tensor that is no factor must belong to a module that PEFT trains in full.
 
@@ -197,7 +250,8 @@ def _scale_rule(adapter: LoraAdapter, config: LoraConfig, recorded: ScaleRule | 
     if not adapter.layers:
         raise AdapterError(f"{WEIGHTS} holds no LoRA layer")
     rules: list[ScaleRule] = []
-    for name, factors in adapter.layers.items():
+    for layer, factors in adapter.layers.items():
+        name = experts.parameter_of(layer, config.target_parameters or ())
         rank = _by_pattern(config.rank_pattern, name, config.r)
         if rank != factors.rank:
             raise AdapterError(

@@ -24,7 +24,8 @@ from prelort.training.settings import LocalTraining
 PROTOCOL = 4
 MAX_NAME = 200
 """Characters of a client's name."""
-FEATURES = frozenset({FEATURE})
+B_RATE_RATIO = "b-rate-ratio"
+FEATURES = frozenset({FEATURE, B_RATE_RATIO})
 """What this version knows of the names in ``TrainRequest.requires``."""
 
 Seconds = Annotated[float, PlainSerializer(lambda value: f"{value:.6e}", when_used="json")]

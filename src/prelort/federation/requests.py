@@ -7,7 +7,13 @@ from collections.abc import Sequence
 from prelort.config import Config
 from prelort.federation import wire
 from prelort.federation.flower import RecordDict
-from prelort.federation.messages import AdapterSpec, Delivery, EvaluateRequest, TrainRequest
+from prelort.federation.messages import (
+    B_RATE_RATIO,
+    AdapterSpec,
+    Delivery,
+    EvaluateRequest,
+    TrainRequest,
+)
 from prelort.methods.interface import Broadcast, Client, Method, ServerState
 from prelort.secure.messages import FEATURE, MaskedInput
 from prelort.training.settings import LocalTraining
@@ -29,6 +35,7 @@ def train_request(
     """
     objective = method.objective(state, client)
     broadcast = method.broadcast(state, client)
+    features = {FEATURE: masked is not None, B_RATE_RATIO: config.training.b_rate_ratio != 1}
     request = TrainRequest(
         **dict(_delivery(config, spec, broadcast, state.round)),
         rounds=config.federation.rounds,
@@ -41,7 +48,7 @@ def train_request(
         trains=broadcast.trains,
         with_validation=with_validation,
         timeout=config.federation.timeout,
-        requires=(FEATURE,) if masked is not None else (),
+        requires=tuple(name for name, used in features.items() if used),
         masked=masked,
     )
     without = wire.not_sent_down(request)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -83,12 +84,12 @@ class LoraProduct(torch.autograd.Function):
 
 @contextmanager
 def fused(model: nn.Module, factors_of: FactorsOf) -> Iterator[None]:
-    """Let the model's LoRA layers compute by `LoraProduct`.
+    """Let the model's LoRA layers compute by `LoraProduct`, except stacks of experts.
 
     Quantised, transposed and other base layers keep their own forward pass; dropout before the
     adapter, autocast and a frozen path beside it work as in PEFT.
     """
-    layers = lora_layers(model)
+    layers = {n: m for n, m in lora_layers(model).items() if not isinstance(m, ParamWrapper)}
     for name, layer in layers.items():
         layer.forward = _forward(name, layer, factors_of)
     try:

@@ -2,7 +2,8 @@
 
 PEFT gives the layers, this module gives the exchange: `install` puts an adapter's tensors into the
 layers as new parameters and sets the scale of its rank, `extract` reads them back. Both are
-strict: what is missing, surplus or mis-shaped is an error.
+strict: what is missing, surplus or mis-shaped is an error. Where PEFT has one layer for a stack of
+experts, the adapter has a layer for each (`prelort.adapters.experts`).
 """
 
 from __future__ import annotations
@@ -14,17 +15,18 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from prelort.adapters import AdapterSchema, Factors, LoraAdapter, ScaleRule, Trained
+from prelort.adapters import AdapterSchema, Factors, LoraAdapter, ScaleRule, Trained, experts
 from prelort.adapters.initial import fresh
 from prelort.config import LoraSettings
 from prelort.errors import AdapterError, ConfigError
-from prelort.models.targets import all_linear, check_targets, last_parts
+from prelort.models.targets import all_linear, check_targets, last_parts, stacked_targets
 
 ADAPTER = "default"
 """The name of the adapter inside the PEFT model."""
@@ -53,8 +55,14 @@ def attach(
     for name in settings.modules_to_save or ():
         if not any(own.endswith(name) for own, _ in model.named_modules()):
             raise ConfigError(f"lora.modules_to_save: {name!r} matches no module of this model")
+    parameters = stacked_targets(model, settings.target_parameters)
+    if parameters and settings.dropout > 0:
+        raise ConfigError(
+            f"lora.dropout = {settings.dropout:g} does not work with lora.target_parameters: PEFT "
+            "adds the adapter to the experts' weights, so there is no input of its own to drop"
+        )
     if names == ["all-linear"]:
-        names = all_linear(model, saved, kind)
+        names = all_linear(model, saved, kind, parameters)
     else:
         check_targets(model, names)
     config = LoraConfig(
@@ -64,6 +72,7 @@ def attach(
         use_rslora=rule.kind == "rslora",
         lora_dropout=settings.dropout,
         target_modules=names,
+        target_parameters=parameters or None,
         modules_to_save=saved or None,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         rank_pattern={key: min(largest, rank) for key, largest in settings.rank_pattern.items()},
@@ -74,12 +83,13 @@ def attach(
         raise ConfigError(
             f"lora.target_modules or lora.modules_to_save do not suit this model: {error}"
         ) from error
-    if config.target_parameters:
+    by_peft = sorted({*(config.target_parameters or ())} - {*parameters})
+    if by_peft:
         raise ConfigError(
             f"lora.target_modules = {names!r}: PEFT adapts stacked experts for them "
-            f"({', '.join(sorted(config.target_parameters))}), which is not supported here: "
-            "name other layers, or use 'all-linear', which leaves the experts out"
+            f"({', '.join(by_peft)}): name these in lora.target_parameters, and other layers here"
         )
+    config.target_parameters = parameters or None  # PEFT may have made it a set, without order
     for wrapper in wrapped.modules():
         if isinstance(wrapper, ModulesToSaveWrapper):
             _train_in_float32(wrapper)
@@ -93,8 +103,18 @@ def attach(
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    """The adapted layers by the base model's own names."""
-    return {_own_name(n): m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+    """PEFT's layers by the base model's own names; a stack of experts by its parameter's."""
+    return {_layer_name(n, m): m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+
+
+def factors_of(model: nn.Module) -> dict[str, Factors]:
+    """The factors in the model by the adapter's layers, as views of the parameters."""
+    found: dict[str, Factors] = {}
+    for name, layer in lora_layers(model).items():
+        names = _adapter_layers(name, layer)
+        a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        found |= zip(names, experts.split(a, b, len(names)), strict=True)
+    return found
 
 
 def schema(model: nn.Module) -> AdapterSchema:
@@ -113,10 +133,7 @@ def initial_adapter(model: nn.Module, scale: ScaleRule, seed: int) -> LoraAdapte
 
 def shapes(model: nn.Module, scale: ScaleRule) -> LoraAdapter:
     """An adapter of the model's shapes that holds no numbers: they may be on the meta device."""
-    layers = {
-        name: Factors(layer.lora_A[ADAPTER].weight.detach(), layer.lora_B[ADAPTER].weight.detach())
-        for name, layer in lora_layers(model).items()
-    }
+    layers = {n: Factors(f.A.detach(), f.B.detach()) for n, f in factors_of(model).items()}
     return LoraAdapter(layers, scale)
 
 
@@ -138,14 +155,15 @@ def install(
     then left as it was.
     """
     layers, modules_to_save = lora_layers(model), saved_module_places(model)
-    _check_names(layers.keys(), adapter.layers.keys(), "layer")
+    owners = {own: layer for n, layer in layers.items() for own in _adapter_layers(n, layer)}
+    _check_names(owners.keys(), adapter.layers.keys(), "layer")
     _check_names(modules_to_save.keys(), adapter.modules_to_save.keys(), "tensor")
-    for name, layer in layers.items():
+    for name, layer in owners.items():
         _check_fit(name, layer, adapter.layers[name])
         if frozen is not None and name in frozen.layers:
             _check_fit(name, layer, frozen.layers[name])
     if frozen is not None:
-        _check_names(layers.keys(), layers.keys() | frozen.layers.keys(), "frozen layer")
+        _check_names(owners.keys(), owners.keys() | frozen.layers.keys(), "frozen layer")
     for name, (module, attribute) in modules_to_save.items():
         old, new = getattr(module, attribute), adapter.modules_to_save[name]
         if old.shape != new.shape:
@@ -153,9 +171,10 @@ def install(
                 f"tensor {name!r} has shape {list(new.shape)}, expected {list(old.shape)}"
             )
     for name, layer in layers.items():
-        _install_layer(layer, adapter.layers[name], adapter.scale, trains, scale_multiplier)
-        second = frozen.layers.get(name) if frozen is not None else None
-        _fold(layer, second, frozen.scale if frozen is not None else adapter.scale)
+        names = _adapter_layers(name, layer)
+        own = [adapter.layers[one] for one in names]
+        _install_layer(layer, own, adapter.scale, trains, scale_multiplier)
+        _fold(layer, names, frozen)
     for name, (module, attribute) in modules_to_save.items():
         device = getattr(module, attribute).device
         setattr(module, attribute, _parameter(adapter.modules_to_save[name], device))
@@ -163,25 +182,39 @@ def install(
 
 def extract(model: nn.Module, scale: ScaleRule) -> LoraAdapter:
     """The adapter that is in the model, as float32 copies on the CPU."""
-    layers = {
-        name: Factors(_copy(layer.lora_A[ADAPTER].weight), _copy(layer.lora_B[ADAPTER].weight))
-        for name, layer in lora_layers(model).items()
-    }
+    layers = {n: Factors(_copy(f.A), _copy(f.B)) for n, f in factors_of(model).items()}
     modules_to_save = {
         name: _copy(getattr(module, attr)) for name, (module, attr) in _modules_to_save(model)
     }
     return LoraAdapter(layers, scale, modules_to_save)
 
 
-def trainable(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The parameters of the factors that learn, and those of the modules trained in full."""
-    factors: list[nn.Parameter] = []
-    for layer in lora_layers(model).values():
-        both = (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)
-        factors += [weight for weight in both if weight.requires_grad]
-    return factors, [
-        getattr(module, attribute) for _, (module, attribute) in _modules_to_save(model)
-    ]
+def trainable(
+    model: nn.Module,
+) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+    """The parameters that learn: of A, of B, and of the modules trained in full."""
+    layers = lora_layers(model).values()
+    a, b = (
+        [weight for one in factors if (weight := one[ADAPTER].weight).requires_grad]
+        for factors in ([own.lora_A for own in layers], [own.lora_B for own in layers])
+    )
+    return a, b, [getattr(module, name) for _, (module, name) in _modules_to_save(model)]
+
+
+def _layer_name(name: str, layer: LoraLayer) -> str:
+    own = _own_name(name)
+    if not isinstance(layer, ParamWrapper):
+        return own
+    while own.endswith(".base_layer"):  # inside the wrapper of another parameter of the module
+        own = own.removesuffix(".base_layer")
+    return f"{own}.{layer.parameter_name}"
+
+
+def _adapter_layers(name: str, layer: LoraLayer) -> list[str]:
+    """The names of the adapter's layers that are in PEFT's ``layer``."""
+    if not isinstance(layer, ParamWrapper):
+        return [name]
+    return [f"{name}.{index}" for index in range(layer.num_experts)]
 
 
 def _check_fit(name: str, layer: LoraLayer, factors: Factors) -> None:
@@ -194,20 +227,25 @@ def _check_fit(name: str, layer: LoraLayer, factors: Factors) -> None:
 
 
 def _install_layer(
-    layer: LoraLayer, factors: Factors, scale: ScaleRule, trains: Trained, scale_multiplier: float
+    layer: LoraLayer,
+    factors: Sequence[Factors],
+    scale: ScaleRule,
+    trains: Trained,
+    scale_multiplier: float,
 ) -> None:
     a, b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
-    rank = factors.rank
+    rank = max(own.rank for own in factors)
     device = a.weight.device
-    a.weight = _parameter(factors.A, device).requires_grad_("A" in trains)
-    b.weight = _parameter(factors.B, device).requires_grad_("B" in trains)
-    a.out_features = b.in_features = rank
+    new_a, new_b = experts.join(factors, scale)
+    a.weight = _parameter(new_a, device).requires_grad_("A" in trains)
+    b.weight = _parameter(new_b, device).requires_grad_("B" in trains)
+    a.out_features = b.in_features = len(new_a)
     layer.r[ADAPTER] = rank
     layer.lora_alpha[ADAPTER] = scale.lora_alpha(rank) * scale_multiplier
     layer.scaling[ADAPTER] = scale(rank) * scale_multiplier
 
 
-def _fold(layer: LoraLayer, factors: Factors | None, scale: ScaleRule) -> None:
+def _fold(layer: LoraLayer, names: Sequence[str], frozen: LoraAdapter | None) -> None:
     """Put a frozen second path beside the layer's adapter, or take it out.
 
     PEFT adds up the paths of all active adapters. Where two narrow products would cost more than
@@ -218,17 +256,23 @@ def _fold(layer: LoraLayer, factors: Factors | None, scale: ScaleRule) -> None:
             del part[FROZEN]
     layer.scaling.pop(FROZEN, None)
     layer._active_adapter = [ADAPTER]
-    if factors is None or factors.rank == 0:
+    if frozen is None:
         return
-    own = layer.lora_A[ADAPTER].weight
-    d_in, d_out = factors.A.shape[1], factors.B.shape[0]
-    a, b = factors.A.to(own.device, own.dtype), factors.B.to(own.device, own.dtype)
-    if factors.rank * (d_in + d_out) > d_in * d_out:
+    own_a, own_b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+    d_in, d_out = own_a.in_features, own_b.out_features
+    nothing = Factors(torch.zeros(0, d_in), torch.zeros(d_out, 0))
+    factors = [frozen.layers.get(name, nothing) for name in names]
+    rank = max(own.rank for own in factors)
+    if rank == 0:
+        return
+    weight = own_a.weight
+    a, b = (t.to(weight.device, weight.dtype) for t in experts.join(factors, frozen.scale))
+    if len(names) == 1 and rank * (d_in + d_out) > d_in * d_out:
         layer.lora_A[FROZEN], layer.lora_B[FROZEN] = _frozen_linear(b @ a), nn.Identity()
     else:
         layer.lora_A[FROZEN], layer.lora_B[FROZEN] = _frozen_linear(a), _frozen_linear(b)
     layer.lora_dropout[FROZEN] = nn.Identity()
-    layer.scaling[FROZEN] = scale(factors.rank)
+    layer.scaling[FROZEN] = frozen.scale(rank)
     layer._active_adapter = [ADAPTER, FROZEN]
 
 

@@ -25,12 +25,14 @@ WORTH_SAYING = 0.01
 """The share of the weights from which on it is said that they stay frozen."""
 
 
-def all_linear(model: PreTrainedModel, saved: Sequence[str], kind: str) -> list[str]:
+def all_linear(
+    model: PreTrainedModel, saved: Sequence[str], kind: str, parameters: Sequence[str] = ()
+) -> list[str]:
     """The linear layers that text goes through and plain PEFT can adapt, by their full names.
 
     Left out are the output layer, ``saved`` modules and what is in them, the towers of other
     inputs than text, and layers whose names PEFT takes for a mixture's experts or refuses (Mamba's
-    fused projections).
+    fused projections). ``parameters``: the stacks of experts that are adapted besides.
     """
     heads = SEQ_CLS_HEAD_NAMES if kind == "classification" else []  # PEFT trains them in full
     ends = (*saved, *heads)
@@ -45,12 +47,14 @@ def all_linear(model: PreTrainedModel, saved: Sequence[str], kind: str) -> list[
     ]
     usable = {part: _usable(model, part) for part in last_parts(names)}
     chosen = [name for name in names if usable[name.split(".")[-1]]]
-    frozen = {n: model.get_submodule(n).weight for n in {*names} - {*chosen}} | stacked(model)
+    stacks = {n: p for n, p in stacked(model).items() if n not in parameters}
+    frozen = {n: model.get_submodule(n).weight for n in {*names} - {*chosen}} | stacks
     share = sum(w.numel() for w in frozen.values()) / sum(p.numel() for p in model.parameters())
     if share > WORTH_SAYING:
+        remedy = "; lora.target_parameters adapts stacked experts" if stacks else ""
         warnings.warn(
             f"lora.target_modules = 'all-linear' leaves {share:.0%} of the weights frozen, which "
-            f"are no linear layers to PEFT: {', '.join(last_parts(frozen))}",
+            f"are no linear layers to PEFT: {', '.join(last_parts(frozen))}{remedy}",
             stacklevel=2,
         )
     return chosen
@@ -63,11 +67,29 @@ def check_targets(model: nn.Module, names: list[str]) -> None:
         strange = [m for m in matches if not is_linear(m)]
         if not matches or strange:
             what = f"a {type(strange[0]).__name__}, no linear layer" if strange else "no layer"
+            if any(f".{own}".endswith(f".{name}") for own in stacked(model)):
+                what = "stacked experts, which are for lora.target_parameters"
             linear = {n for n, m in model.named_modules() if is_linear(m)}
             raise ConfigError(
                 f"lora.target_modules = {names!r}: {name!r} matches {what}: this model has "
                 f"{', '.join(last_parts(linear))}"
             )
+
+
+def stacked_targets(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """The full names of the stacks of experts that ``names`` match at their ends.
+
+    In the model's order, by which PEFT nests its wrappers. Raises `ConfigError`.
+    """
+    stacks = {n: p for n, p in stacked(model).items() if p.ndim == 3 and len(p) > 1}
+    for name in names:
+        if not any(f".{own}".endswith(f".{name}") for own in stacks):
+            ends = sorted({".".join(own.split(".")[-2:]) for own in stacks})
+            raise ConfigError(
+                f"lora.target_parameters = {list(names)!r}: {name!r} matches no stack of experts "
+                f"[experts, ., .]: this model has {', '.join(ends) or 'none'}"
+            )
+    return [own for own in stacks if any(f".{own}".endswith(f".{name}") for name in names)]
 
 
 @torch.no_grad()

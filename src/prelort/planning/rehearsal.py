@@ -100,8 +100,7 @@ class Rehearser:
             materialise(self._model)
             self._truncation = Truncation(self._model, self.scale)
             self._like = extract(self._model, self.scale)
-            factors, modules_to_save = trainable(self._model)
-            learning = {id(p) for p in (*factors, *modules_to_save)}
+            learning = {id(p) for parameters in trainable(self._model) for p in parameters}
             self._weights = storage_bytes(
                 t for t in tensors_of(self._model) if id(t) not in learning
             )
@@ -160,8 +159,7 @@ class Rehearser:
         assignment = Assignment("plan", 0, 1, 0, objective)
         runtime = ModelRuntime(self._model, self._truncation, self.task, pad_id=0)
         present = tensors_of(self._model)
-        factors, modules_to_save = trainable(self._model)
-        learning = [*factors, *modules_to_save]
+        learning = [p for parameters in trainable(self._model) for p in parameters]
         watch = LiveBytes(present)
         begin = len(watch.live)
         starts: list[int] = []

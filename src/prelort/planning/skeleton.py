@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
@@ -133,29 +133,27 @@ class _Dequantising(torch.autograd.Function):
         return gradients[0].to(ctx.dtype) @ weight, None, None
 
 
-class OnFakeTensors(TorchFunctionMode):
+class OnFakeTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """What fake tensors lack: a mixture's products in other types than bfloat16, and `nonzero`.
 
     All elements are nonzero: every token has a label.
     """
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is getattr(torch, "_grouped_mm", None):
-            return _Grouped.apply(args[0], args[1])  # type: ignore[no-untyped-call]
-        if func is Tensor.nonzero:
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator, or allocate what it returns."""
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.nonzero.default:
             return args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.int64)
-        return func(*args, **(kwargs or {}))
-
-
-class _Grouped(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.shape = x.shape
-        return x.new_empty(x.shape[0], weight.shape[-1])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0].new_empty(ctx.shape), None
+        if func is not torch.ops.aten._grouped_mm.default:
+            return func(*args, **kwargs)
+        # [rows, k] and [groups, k, n]; for a weight's gradient [k, rows] and [rows, n].
+        left, right = args[:2]
+        ends = kwargs["offs"] if "offs" in kwargs else args[2]
+        groups = [len(ends)] if right.ndim == 2 else []
+        return left.new_empty(*groups, left.shape[-2], right.shape[-1])
 
 
 def _quantise_linear_layers(

@@ -42,7 +42,7 @@ def stackable(runtime: ModelRuntime) -> bool:
 class AdapterStack:
     """The tensors of several adapters that learn, and a `stackable` model that uses them.
 
-    They are two matrices with a row for each adapter: the factors (those that ``trains`` names) and
+    They are three matrices with a row for each adapter: A and B (those that ``trains`` names) and
     the modules to save. One backward pass gives the gradients of all rows, and each row is a
     parameter of its client's own optimiser. ``scale_multipliers`` multiply the scales of the
     adapters, whose ``ranks`` may differ.
@@ -75,21 +75,26 @@ class AdapterStack:
             (name, ""): _padded([a.modules_to_save[name] for a in adapters])
             for name in adapters[0].modules_to_save
         }
-        learning = {key: tensor for key, tensor in factors.items() if key[1] in trains}
-        self._matrices = [_Matrix(learning, self), _Matrix(saved, self)]
+        learning = [
+            {key: tensor for key, tensor in factors.items() if key[1] == factor in trains}
+            for factor in "AB"
+        ]
+        self._matrices = [_Matrix(tensors, self) for tensors in (*learning, saved)]
         self._rows = [
             [nn.Parameter(matrix.values.detach()[index]) for matrix in self._matrices]
             for index in range(len(adapters))
         ]
         self._fixed = {
-            key: tensor.to(self.device) for key, tensor in factors.items() if key not in learning
+            key: tensor.to(self.device) for key, tensor in factors.items() if key[1] not in trains
         }
         self._tensors = self._views()
 
-    def trainable(self, index: int) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    def trainable(
+        self, index: int
+    ) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
         """One adapter's parameters, as `models.lora.trainable` has them: a row of each matrix."""
-        factors, saved = self._rows[index]
-        return [factors], [saved] if saved.numel() else []
+        a, b, saved = ([row] if row.numel() else [] for row in self._rows[index])
+        return a, b, saved
 
     def hand_out_gradients(self) -> None:
         """Give each parameter of `trainable` its gradient, and begin a new step."""
@@ -138,8 +143,8 @@ class AdapterStack:
 
     def _views(self) -> dict[Key, Tensor]:
         """The stacked tensors [adapters, ...] as parts of the matrices, for one backward pass."""
-        factors, saved = (matrix.views() for matrix in self._matrices)
-        return self._fixed | factors | saved
+        a, b, saved = (matrix.views() for matrix in self._matrices)
+        return self._fixed | a | b | saved
 
     def _factors_of(
         self, name: str, layer: LoraLayer, shape: torch.Size

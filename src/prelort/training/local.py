@@ -44,15 +44,19 @@ def train(
     The optimiser starts fresh and its state is discarded. Without ``fused`` the LoRA layers compute
     as PEFT does: slower, and equal up to rounding. A model that cannot truncate each example by
     itself trains under the objective ``step`` in place of ``example``, as the check before training
-    has said. Raises `PrelortError` for a client without examples, and if the loss is no longer
-    finite, the time is up or the client was cancelled.
+    has said, and never with all truncations of a batch in one pass. Raises `PrelortError` for a
+    client without examples, and if the loss is no longer finite, the time is up or the client was
+    cancelled.
     """
     model = runtime.model
-    if assignment.objective.kind == "example" and not runtime.by_example():
-        assignment = replace(assignment, objective=replace(assignment.objective, kind="step"))
+    by_example = assignment.objective.kind == "example"
+    if (by_example or settings.batch_truncations) and not runtime.by_example():
+        settings = replace(settings, batch_truncations=False)
+        if by_example:
+            assignment = replace(assignment, objective=replace(assignment.objective, kind="step"))
     steps = LocalSteps(examples, settings, assignment)
-    factors, modules_to_save = trainable(model)
-    optimizer = LocalOptimizer(factors, modules_to_save, settings)
+    learning = trainable(model)
+    optimizer = LocalOptimizer(*learning, settings)
     processes = runtime.processes
     objective = assignment.objective
     seed = derive(assignment.seed, "dropout", assignment.client, assignment.round_index)
@@ -64,7 +68,7 @@ def train(
             loss = torch.zeros((), device=runtime.device)
             for part in chain.from_iterable(steps.next(runtime.task, runtime.pad_id)):
                 loss += _backward(runtime, processes.rows(part), settings)
-            loss, over = processes.add_up([*factors, *modules_to_save], loss, steps.over)
+            loss, over = processes.add_up([*chain(*learning)], loss, steps.over)
             if objective.tail is not None:
                 penalty = tail_penalty(pairs(model), objective.tail, objective.levels[-1])
                 (penalty * objective.tail.weight).backward()  # type: ignore[no-untyped-call]

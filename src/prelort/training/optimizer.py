@@ -29,16 +29,22 @@ def rate_multiplier(settings: LocalTraining, step: int, total: int) -> float:
 
 
 class LocalOptimizer:
-    """A fresh optimiser of the factors that learn and of the modules trained in full."""
+    """A fresh optimiser of the factors that learn and of the modules trained in full.
+
+    B learns at ``b_rate_ratio`` times the rate of A (LoRA+, Hayou et al., arXiv 2402.12354, whose
+    ratio is lambda = eta_B / eta_A).
+    """
 
     def __init__(
         self,
-        factors: Iterable[nn.Parameter],
+        a: Iterable[nn.Parameter],
+        b: Iterable[nn.Parameter],
         modules_to_save: Iterable[nn.Parameter],
         settings: LocalTraining,
     ) -> None:
-        kinds = [list(factors), list(modules_to_save)]
-        rates = [settings.learning_rate, settings.head_learning_rate]
+        kinds = [list(a), list(b), list(modules_to_save)]
+        rate = settings.learning_rate
+        rates = [rate, rate * settings.b_rate_ratio, settings.head_learning_rate]
         groups = [
             {"params": parameters, "base_rate": rate}
             for parameters, rate in zip(kinds, rates, strict=True)

@@ -10,10 +10,11 @@ from prelort.config import TrainingConfig
 
 @dataclass(frozen=True, slots=True)
 class LocalTraining:
-    """A client's resolved training settings, without defaults (docs/configuration.md).
+    """A client's resolved training settings (docs/configuration.md).
 
-    ``learning_rate`` is the client's own, and ``head_learning_rate`` that of the modules trained
-    in full. With ``local_steps`` 0 the number of steps follows from ``local_epochs``.
+    ``learning_rate`` is the client's own, ``b_rate_ratio`` times it is that of B, and
+    ``head_learning_rate`` that of the modules trained in full. With ``local_steps`` 0 the number of
+    steps follows from ``local_epochs``.
     """
 
     local_steps: int
@@ -32,6 +33,7 @@ class LocalTraining:
     gradient_checkpointing: bool
     batch_truncations: bool
     shuffle: bool
+    b_rate_ratio: float = 1.0
 
     @classmethod
     def of(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from prelort.methods.objective import TailPenalty
-from prelort.models.lora import ADAPTER, lora_layers
+from prelort.models.lora import factors_of
 
 Pairs = Iterable[tuple[Tensor, Tensor]]
 """A [r, d_in] and B [d_out, r] of each layer."""
@@ -16,10 +16,7 @@ Pairs = Iterable[tuple[Tensor, Tensor]]
 
 def pairs(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """A and B of each layer of the installed adapter."""
-    return [
-        (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)
-        for layer in lora_layers(model).values()
-    ]
+    return [(factors.A, factors.B) for factors in factors_of(model).values()]
 
 
 def tail_penalty(factors: Pairs, tail: TailPenalty, rank: int) -> Tensor:

@@ -3,21 +3,25 @@
 A hook between A and B of every LoRA layer multiplies the r-dimension by a row of a small table:
 dimension j of a truncation rho is kept if j < rho, at the scale s(rho) / s(rank of the layer). The
 base layer is not touched, so quantised bases, mixed precision and gradient checkpointing keep
-working, and an untruncated pass costs nothing.
+working, and an untruncated pass costs nothing. The product of stacked experts is added to their
+weights, which all rows share: there one row of the table holds for the whole batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from prelort.adapters import ScaleRule
 from prelort.errors import ConfigError
+from prelort.models import expert_lora
 from prelort.models.fused_lora import fused
 from prelort.models.lora import ADAPTER, lora_layers
 
@@ -36,10 +40,15 @@ class Truncation:
         self._tokens: tuple[int, int] | None = None
         self._tables: dict[tuple[int, torch.device], Tensor] = {}
         self._masks: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+        layers = lora_layers(model).values()
+        self._stacks = [layer for layer in layers if isinstance(layer, ParamWrapper)]
         self._handles = [
             layer.lora_A[ADAPTER].register_forward_hook(self._hook)
-            for layer in lora_layers(model).values()
+            for layer in layers
+            if not isinstance(layer, ParamWrapper)
         ]
+        for layer in self._stacks:
+            layer.forward = partial(self._through_experts, layer)
 
     @contextmanager
     def fused(self, model: nn.Module) -> Iterator[None]:
@@ -80,6 +89,8 @@ class Truncation:
         """Remove the hooks from the model."""
         for handle in self._handles:
             handle.remove()
+        for layer in self._stacks:
+            del layer.forward
 
     def mask(self, rows: torch.Size, rank: int, like: Tensor) -> Tensor | None:
         """The factors of ``A x`` [*rows, rank], None where nothing is cut.
@@ -107,6 +118,17 @@ class Truncation:
     def _hook(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
         mask = self.mask(output.shape[:-1], output.shape[-1], output)
         return None if mask is None else output * mask
+
+    def _through_experts(self, layer: ParamWrapper, *arguments: Any, **named: Any) -> Tensor:
+        mask = None
+        if self._ranks is not None:
+            mask = self._row(layer.r[ADAPTER], layer.lora_A[ADAPTER].weight)
+            if mask.ndim > 1:
+                raise ConfigError(
+                    "method.objective = 'example' does not work with lora.target_parameters: all "
+                    "examples of a batch share an expert's weights; use 'step' or 'mean'"
+                )
+        return expert_lora.forward(layer, mask, *arguments, **named)
 
     def _row(self, rank: int, like: Tensor) -> Tensor:
         """The factors of the ranks in use: [rank], or [batch, rank]; made once a pass."""
