@@ -37,7 +37,7 @@ from prelort.federation.messages import (
     TrainReply,
     TrainRequest,
 )
-from prelort.federation.server import Observe, Server
+from prelort.federation.server import Observe, Private, Server
 from prelort.federation.transport import Transport
 from prelort.methods.interface import Client, Method, ServerState
 
@@ -267,13 +267,15 @@ def make_run(
     transport: Transport | None = None,
     allocation: Allocation | None = None,
     observe: Observe | None = None,
+    private: Private | None = None,
 ) -> SmallRun:
     """A run over so many clients of ``app`` in this process, or over a ``transport``."""
     config, state, events = config or make_config(), state or make_state(), []
     spec = AdapterSpec(SPEC.base, AdapterSchema.of(state.adapter), SCALE)
     transport = transport or Transport(in_process(app, clients), 1)
     found = methods.build(MethodConfig(name=method), 0) if isinstance(method, str) else method
-    server = Server(config, transport, spec, events.append, allocation=allocation, observe=observe)
+    named = {"allocation": allocation, "observe": observe, "private": private}
+    server = Server(config, transport, spec, events.append, **named)
     return SmallRun(server, found, config, state, events)
 
 

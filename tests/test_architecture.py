@@ -25,7 +25,7 @@ ALLOWED = {
         *("adapters", "aggregation", "methods", "metrics", "models", "robustness", "secure"),
         *("tasks", "training"),
     },
-    "privacy": {"adapters", "aggregation", "federation", "methods"},
+    "privacy": {"adapters", "aggregation", "federation", "methods", "secure"},
     "data": {"tasks"},
     "diagnostics": {"adapters", "aggregation", "methods"},
     "report": {"data", "metrics", "tasks"},

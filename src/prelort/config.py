@@ -500,8 +500,10 @@ class Config(Section):
             "tell the clients' losses; use 'fixed'": privacy.epsilon is not None and by_loss,
             "privacy.epsilon is not possible with robustness.rule: the noise is calibrated to a "
             "sum of clipped changes, which a rule is not": privacy.epsilon is not None and rule,
-            "privacy.epsilon is not possible with privacy.secure_aggregation: the server clips "
-            "each change, which it would not see": privacy.epsilon is not None and hidden,
+            "privacy.adaptive_clipping is not possible with privacy.secure_aggregation: the server "
+            "does not see whose changes were clipped; set it to false": privacy.epsilon is not None
+            and hidden
+            and privacy.adaptive_clipping,
             "robustness.rule is not possible with privacy.secure_aggregation: a rule compares "
             "single changes, which the server would not see": rule and hidden,
         }

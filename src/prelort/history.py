@@ -59,13 +59,14 @@ class RoundRecord:
 
     @property
     def loss(self) -> float | None:
-        """The mean training loss of the replies so far, weighted by examples."""
+        """The mean training loss of the replies so far, weighted by examples; None: not known."""
         if self.stats is not None:
-            return self.stats.loss
-        examples = sum(reply.examples for reply in self.replies.values())
-        if not examples:
-            return None
-        return sum(reply.loss * reply.examples for reply in self.replies.values()) / examples
+            loss = self.stats.loss
+        else:
+            examples = sum(reply.examples for reply in self.replies.values())
+            total = sum(reply.loss * reply.examples for reply in self.replies.values())
+            loss = total / examples if examples else math.nan
+        return None if math.isnan(loss) else loss
 
 
 @dataclass(slots=True)

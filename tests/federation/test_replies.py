@@ -85,6 +85,7 @@ def test_a_good_reply_becomes_an_update() -> None:
             for count in (0, -1, -(10**12), 10_000_001, 10**30)
         ],
         ({"loss": math.nan}, "loss"),
+        ({"loss": None}, "reports a loss of None"),
         ({"loss": math.inf}, "loss"),
         ({"next_rank": 9}, "offers rank 9, but the global adapter has 8"),
         ({"dtype": "int8", "change": True}, "answers in int8, expected float32"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from prelort.federation.client_app import handler
 from prelort.federation.content import blob_in, content_of, text_in
 from prelort.federation.flower import Context, Message, MessageType, RecordDict
 from prelort.secure import graph
+from prelort.secure.messages import Noise
 from prelort.secure.signatures import Identity
 from random_adapters import same_bits
 from small_federation import App, SmallRun, clients_of, make_run, small_client_app
@@ -77,10 +80,14 @@ def masked_app(
 
 
 def run_of(
-    app: App, config: Config, method: str = "prelort", options: dict[str, Any] | None = None
+    app: App,
+    config: Config,
+    method: str = "prelort",
+    options: dict[str, Any] | None = None,
+    private: Any = None,
 ) -> SmallRun:
     built = methods.build(MethodConfig(name=method, options={method: options or {}}), 0)
-    return make_run(app, config, clients=len(CLIENTS), method=built)
+    return make_run(app, config, clients=len(CLIENTS), method=built, private=private)
 
 
 def distance(x: LoraAdapter, y: LoraAdapter) -> float:
@@ -160,6 +167,52 @@ def test_too_few_survivors_end_the_round_with_the_state_as_it_was(action: str) -
     with pytest.raises(QuorumError, match=r"privacy\.(threshold|min_holders)|usable replies"):
         run.train()
     assert same_bits(run.state.adapter, before)
+
+
+@dataclass
+class Noisy:
+    """Differential privacy with so little noise that sums stay what they are."""
+
+    terms: Noise = field(default_factory=lambda: Noise(clip=1e3, deviation=1e-9))
+    releases: int = 0
+
+    def noise(self) -> Noise:
+        return self.terms
+
+    def count_release(self) -> None:
+        self.releases += 1
+
+    def epsilon(self) -> float:
+        return 1.0
+
+
+@pytest.mark.parametrize("action", ["nobody", "keys", "shares", "train", "unmask"])
+def test_with_noise_at_the_clients_the_round_is_that_of_equal_weights(action: str) -> None:
+    gone, private = {(1, action): lost, (5, action): lost}, Noisy()
+    run = run_of(masked_app(gone), make_config(**SECURE), private=private)
+    left_out = {} if action in ("unmask", "nobody") else dict.fromkeys((1, 5), broken)
+    equal = [replace(client, examples=9) for client in CLIENTS]
+    plain = run_of(small_client_app(equal, instead=left_out), make_config())
+    assert distance(run.train().adapter, plain.train().adapter) < 1e-5
+    assert private.releases == 1
+    assert all(math.isnan(event.loss) for event in run.of(ClientFinished))
+
+
+def test_noise_at_the_clients_is_paid_for_before_a_sum_can_be_opened() -> None:
+    for action, releases in (("train", 0), ("unmask", 1)):
+        private = Noisy()
+        app = masked_app({(i, action): lost for i in range(1, 7)})
+        with pytest.raises(QuorumError):
+            run_of(app, make_config(**SECURE), private=private).train()
+        assert private.releases == releases
+
+
+def test_more_clients_than_know_each_other_cannot_add_noise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(graph, "ALL", 4)
+    with pytest.raises(ConfigError, match="with up to 5 clients in a round, and not with 7"):
+        run_of(masked_app(), make_config(**SECURE), private=Noisy()).train()
 
 
 def replayed() -> Sabotage:

@@ -46,6 +46,10 @@ class TestLedger:
     def test_clients_per_round_is_a_probability(self, per_round: int | float, rate: float) -> None:
         assert ledger_of(PrivacyConfig(epsilon=8.0), 20, per_round, 3).budget.rate == rate
 
+    def test_noise_at_the_clients_counts_on_no_secret_sample(self) -> None:
+        privacy = PrivacyConfig(epsilon=8.0, secure_aggregation=True)
+        assert ledger_of(privacy, 20, 5, 3).budget.rate == 1.0
+
     def test_a_delta_that_would_give_one_client_away_is_refused(self) -> None:
         with pytest.raises(ConfigError, match=r"privacy\.delta = 0\.05 would allow .* 20 clients"):
             ledger_of(PrivacyConfig(epsilon=8.0, delta=0.05), 20, 5, 3)

@@ -28,6 +28,18 @@ def config(make_config: Make) -> Config:
     return make_config(privacy=PRIVACY)
 
 
+@pytest.fixture(params=["at the server", "at the clients"])
+def either(request: pytest.FixtureRequest, make_config: Make, config: Config) -> Config:
+    """Noise that the server adds, or the clients."""
+    if request.param == "at the server":
+        return config
+    return make_config(
+        privacy={**PRIVACY, "secure_aggregation": True, "adaptive_clipping": False},
+        ranks={"mix": "8*1"},
+        federation={"rounds": 3, "clients_per_round": 6},
+    )
+
+
 def releases(run: Path) -> int:
     return int(json.loads((run / "privacy.json").read_text())["releases"])
 
@@ -46,8 +58,8 @@ def stop_after_round(number: int) -> Callable[[Event], None]:
     return listener
 
 
-def test_a_run_spends_its_budget_and_not_more(tmp_path: Path, config: Config) -> None:
-    result = prelort.run(config, tmp_path / "run")
+def test_a_run_spends_its_budget_and_not_more(tmp_path: Path, either: Config) -> None:
+    result = prelort.run(either, tmp_path / "run")
     spent = [record.stats.epsilon for record in result.history.rounds.values()]
     assert spent == sorted(spent)
     assert 0.95 * 4.0 < spent[-1] <= 4.0
@@ -56,20 +68,20 @@ def test_a_run_spends_its_budget_and_not_more(tmp_path: Path, config: Config) ->
     assert f"epsilon = {spent[-1]:.3g}, delta = 0.001" in card
 
 
-def test_noise_and_cohorts_do_not_come_from_the_seed(tmp_path: Path, config: Config) -> None:
+def test_noise_and_cohorts_do_not_come_from_the_seed(tmp_path: Path, either: Config) -> None:
     for name in ("one", "two"):
-        prelort.run(config, tmp_path / name)
+        prelort.run(either, tmp_path / name)
     assert adapters_of(tmp_path / "one") != adapters_of(tmp_path / "two")
 
 
 def test_a_round_that_a_crash_repeats_is_paid_twice_and_the_run_ends_earlier(
-    tmp_path: Path, config: Config
+    tmp_path: Path, either: Config
 ) -> None:
     out = tmp_path / "run"
     with pytest.raises(Stopped):
-        prelort.run(config, out, listeners=[stop_after_round(2)])
+        prelort.run(either, out, listeners=[stop_after_round(2)])
     assert releases(out) == 2
-    result = prelort.run(config, out, resume=True)
+    result = prelort.run(either, out, resume=True)
     assert releases(out) == 3
     assert result.history.done == 2
     (spent,) = [event for event in events_of(out) if isinstance(event, BudgetSpent)]
@@ -87,6 +99,16 @@ def test_a_release_is_paid_before_its_noise_is_drawn(tmp_path: Path, config: Con
     with pytest.raises(Stopped):
         private.aggregator(method, start(), [Client("a", 8, 1)]).result()
     assert releases(tmp_path) == 1
+
+
+def test_a_sum_that_the_budget_does_not_cover_is_not_opened(tmp_path: Path, config: Config) -> None:
+    private = PrivateRun(config, tmp_path)
+    private.start(build(config.method, config.seed), start(), CLIENTS)
+    for _ in range(3):
+        private.count_release()
+    with pytest.raises(PrelortError, match=r"privacy\.epsilon = 4 is spent"):
+        private.count_release()
+    assert releases(tmp_path) == 3
 
 
 def test_more_rounds_than_were_paid_for_are_not_trained(tmp_path: Path, config: Config) -> None:

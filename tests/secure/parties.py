@@ -14,6 +14,7 @@ from prelort.secure.messages import (
     KeysReply,
     KeysRequest,
     MaskedInput,
+    Noise,
     SharesReply,
     SharesRequest,
     UnmaskReply,
@@ -36,6 +37,7 @@ class Parties:
     threshold: float = 0.6
     min_holders: int = 2
     lengths: Sequence[int] = LENGTHS
+    noise: Noise | None = None
     identities: dict[int, Identity] = field(default_factory=dict)
     sessions: dict[int, Session] = field(default_factory=dict)
     vectors: dict[int, Words] = field(default_factory=dict)
@@ -43,7 +45,9 @@ class Parties:
     def __post_init__(self) -> None:
         generator = np.random.default_rng(0)
         self.blocks = {i: tuple(range(rank + 1)) for i, rank in enumerate(self.ranks, start=1)}
-        self.server = MaskedSum(self.blocks, self.lengths, self.threshold, self.min_holders)
+        self.server = MaskedSum(
+            self.blocks, self.lengths, self.threshold, self.min_holders, self.noise
+        )
         self.weights = {i: float(generator.integers(1, 90)) for i in self.blocks}
         # With a large bound, so that the step is above float64's rounding of what is compared.
         self.bits = ring.fraction_bits(sum(self.weights.values()), 1e6)

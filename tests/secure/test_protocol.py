@@ -13,7 +13,7 @@ from scipy.stats import chisquare
 from prelort.errors import PrelortError, QuorumError
 from prelort.secure import client, graph, keys, ring, shamir
 from prelort.secure.masks import add_mask, positions, shared
-from prelort.secure.messages import KeysReply, UnmaskReply, read
+from prelort.secure.messages import KeysReply, Noise, UnmaskReply, read
 from prelort.secure.ring import Words
 
 RANKS = (2, 2, 4, 4, 8, 8, 8)
@@ -208,6 +208,13 @@ def useless_key(parties: Parties) -> None:
     client.share(fresh, request.model_copy(update={"peers": {**request.peers, 2: peer}}))
 
 
+def other_noise(parties: Parties) -> None:
+    fresh, _ = client.advertise(parties.server.keys_request(1))
+    request = parties.server.shares_request(1)
+    peer = request.peers[2].model_copy(update={"noise": Noise(clip=1.0, deviation=1e-9)})
+    client.share(fresh, request.model_copy(update={"peers": {**request.peers, 2: peer}}))
+
+
 def of_an_unknown_vector(parties: Parties) -> None:
     parties.server.add(1, np.zeros(3, dtype=np.uint64))
 
@@ -261,6 +268,7 @@ def of_everyone(parties: Parties) -> None:
         (revealed_before, "out of turn"),
         (low_threshold, "threshold 3 of 7 holders is not allowed"),
         (useless_key, "a public key cannot be used"),
+        (other_noise, "participant 2 is to add other noise than this client"),
         (of_an_unknown_vector, "sends 3 masked values, expected 13"),
         (with_a_changed_share, "was changed on its way"),
         (with_a_forged_share, "was changed on its way"),

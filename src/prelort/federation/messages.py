@@ -163,7 +163,8 @@ class TrainReply(Header):
     round: int
     examples: int
     steps: Annotated[int, Field(ge=0)]
-    loss: float
+    loss: float | None
+    """None: not stated, where noise protects clients from the server too."""
     seconds: Annotated[Seconds, Field(ge=0.0, allow_inf_nan=False)]
     next_rank: Annotated[int, Field(ge=1)] | None = None
     """The rank that the client offers from the next round on; None: no change."""

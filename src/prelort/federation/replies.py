@@ -53,12 +53,13 @@ def checked_head(
     limits: FederationConfig,
     sent: Broadcast,
     may_prune: bool = False,
+    states_loss: bool = True,
 ) -> TrainReply:
     """The header of a reply.
 
     Raises `UpdateRefused` with the reason: an error or no reply; another base, layers, scale, rank
-    (unless the client ``may_prune``), client or round than requested; a loss that is not finite; an
-    impossible number of examples or next rank.
+    (unless the client ``may_prune``), client or round than requested; a loss that is not finite, or
+    that is missing while the client ``states_loss``; an impossible number of examples or next rank.
     """
     head = wire.header(content, TrainReply)
     rank = sent.trainable.rank
@@ -68,7 +69,7 @@ def checked_head(
     if head.round != round_index:
         raise UpdateRefused(f"answers for round {head.round + 1}, expected {round_index + 1}")
     check_examples(head.examples, limits.max_client_examples)
-    if not math.isfinite(head.loss):
+    if (head.loss is None) == states_loss or not math.isfinite(head.loss or 0.0):
         raise UpdateRefused(f"reports a loss of {head.loss}")
     if head.next_rank is not None and head.next_rank > spec.schema.rank:
         raise UpdateRefused(

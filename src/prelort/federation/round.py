@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import torch
@@ -102,7 +103,7 @@ class Round:
                 self.number,
                 client=client.name,
                 rank=client.rank,
-                loss=head.loss,
+                loss=math.nan if head.loss is None else head.loss,
                 examples=head.examples,
                 steps=head.steps,
                 passes=batches * objective.passes_per_batch,
@@ -171,11 +172,10 @@ class Round:
         diagnosing = self._observer.seconds if self._observer is not None else 0.0
         total = time.monotonic() - self._started
         heads = self._replies.values()
-        examples = sum(head.examples for head in heads)
         stats = RoundStats(
             replies=len(heads),
             failures=len(self.failures),
-            loss=sum(head.loss * head.examples for head in heads) / max(examples, 1),
+            loss=_mean_loss(heads),
             bytes_up=self._bytes_up,
             bytes_down=self._bytes_down,
             seconds=RoundSeconds(
@@ -202,3 +202,9 @@ class Round:
         with calling(self._method, "its aggregator's add()"):
             self._aggregator.add(update)
         self._aggregating += time.monotonic() - started
+
+
+def _mean_loss(heads: Collection[TrainReply]) -> float:
+    """The training loss over all examples; not a number where clients do not state theirs."""
+    losses = [math.nan if head.loss is None else head.loss * head.examples for head in heads]
+    return sum(losses) / max(sum(head.examples for head in heads), 1)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -32,15 +32,36 @@ from prelort.methods.calls import calling
 from prelort.methods.interface import Aggregator, Broadcast, Client, Method, ServerState
 from prelort.methods.objective import Objective
 from prelort.methods.parts import trained_part, without_zeros
-from prelort.secure import blocks, ring
+from prelort.secure import blocks, graph, ring
 from prelort.secure.graph import is_complete
-from prelort.secure.messages import KeysReply, MaskedInput, Part, SharesReply, UnmaskReply, read
+from prelort.secure.messages import (
+    KeysReply,
+    MaskedInput,
+    Noise,
+    Part,
+    SharesReply,
+    UnmaskReply,
+    read,
+)
+from prelort.secure.noise import fraction_bits, largest_sum
 from prelort.secure.server import MaskedSum
 
 log = logging.getLogger(__name__)
 
 Exchange = Callable[[str, Mapping[str, RecordDict]], Iterator[tuple[Client, Message]]]
 """Sends a query with this action to clients, by name, and yields their replies."""
+
+
+class NoiseAtClients(Protocol):
+    """Differential privacy whose noise the clients add (`prelort.privacy`)."""
+
+    def noise(self) -> Noise:
+        """Clip norm and noise of a round."""
+        ...
+
+    def count_release(self) -> None:
+        """Note that a sum will be opened. Raises `PrelortError` if the budget is spent."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,16 +135,37 @@ def check_clients(
 
 
 class SecureRound(Round):
-    """A `Round` whose replies are masked; ``exchange`` is how clients are queried."""
+    """A `Round` whose replies are masked.
 
-    def __init__(self, *arguments: Any, exchange: Exchange, **named: Any) -> None:
+    ``exchange``: how clients are queried. ``private``: has the noise that clients add.
+    """
+
+    def __init__(
+        self,
+        *arguments: Any,
+        exchange: Exchange,
+        private: NoiseAtClients | None = None,
+        **named: Any,
+    ) -> None:
         super().__init__(*arguments, **named)
         self._exchange = exchange
+        self._private = private
+        noise = None if private is None else private.noise()
+        if noise is not None and not is_complete(len(self.clients)):
+            raise ConfigError(
+                "privacy.epsilon with privacy.secure_aggregation is possible with up to "
+                f"{graph.ALL + 1} clients in a round, and not with {len(self.clients)}: lower "
+                "federation.clients_per_round"
+            )
         self._summing = summing(self._aggregator, self._method.name)
         self._contributions = {
             client.name: contribution_of(self._summing, self._method, self._state, client)
             for client in self.clients
         }
+        if noise is not None:
+            self._contributions = {
+                name: replace(one, weight=1.0) for name, one in self._contributions.items()
+            }
         self._numbers = {client.name: i for i, client in enumerate(self.clients, start=1)}
         privacy = self._config.privacy
         holders = Counter(j for one in self._contributions.values() for j in one.dimensions)
@@ -133,15 +175,17 @@ class SecureRound(Round):
             self._log(DimensionsLeftOut(self.number, left_out, privacy.min_holders))
         self._shapes = self._sent_shapes()
         self._lengths = blocks.lengths(self._shapes, self._spec.schema.rank)
-        self._bits = ring.fraction_bits(
-            sum(one.weight for one in self._contributions.values()),
-            self._config.federation.max_abs_value,
-        )
+        if noise is None:
+            weight = sum(one.weight for one in self._contributions.values())
+            self._bits = ring.fraction_bits(weight, self._config.federation.max_abs_value)
+        else:
+            self._bits = fraction_bits(noise, len(self.clients))
         self._sum = MaskedSum(
             {self._numbers[name]: self._blocks(name) for name in self._numbers},
             self._lengths,
             privacy.threshold,
             privacy.min_holders,
+            noise,
         )
 
     def prepare(self) -> None:
@@ -170,6 +214,8 @@ class SecureRound(Round):
         super().complete()
         sums = self._sum
         sums.check_survivors()
+        if self._private is not None:
+            self._private.count_release()
         self._query("unmask", self._replies, sums.unmask_request, UnmaskReply, sums.add_revealed)
         values = [ring.dequantise(words, self._bits) for words in sums.open()]
         self._check_values(values)
@@ -189,7 +235,15 @@ class SecureRound(Round):
     ) -> tuple[TrainReply, None]:
         content = wire.reply_content(reply)
         limits, round_index = self._config.federation, self._state.round
-        head = checked_head(content, client, round_index, self._spec, limits, broadcast)
+        head = checked_head(
+            content,
+            client,
+            round_index,
+            self._spec,
+            limits,
+            broadcast,
+            states_loss=self._private is None,
+        )
         try:
             self._sum.add(self._numbers[client.name], vector_in(content))
         except PrelortError as error:
@@ -256,8 +310,11 @@ class SecureRound(Round):
 
     def _check_values(self, values: Sequence[ring.Values]) -> None:
         """Raise `QuorumError` for a sum that no replies within the bounds can have."""
-        total = sum(self._contributions[name].weight for name in self._replies)
-        limit = total * self._config.federation.max_abs_value
+        if self._private is None:
+            total = sum(self._contributions[name].weight for name in self._replies)
+            limit = total * self._config.federation.max_abs_value
+        else:
+            limit = largest_sum(self._private.noise(), len(self.clients))
         largest = max(float(np.abs(block).max(initial=0.0)) for block in values)
         if largest > limit + 1.0:
             raise QuorumError(

@@ -39,7 +39,7 @@ from prelort.federation.replies import checked_metrics
 from prelort.federation.requests import evaluate_request, train_request
 from prelort.federation.round import Round
 from prelort.federation.sampling import check_numbers, count_of, min_connected, sample
-from prelort.federation.secure_round import SecureRound, check_clients
+from prelort.federation.secure_round import NoiseAtClients, SecureRound, check_clients
 from prelort.federation.site_keys import SiteKeys
 from prelort.federation.transport import Transport
 from prelort.methods.calls import calling, expect
@@ -61,8 +61,11 @@ Pools = dict[int, PooledMetrics]
 """Rank (0: the base) -> its metrics over the clients."""
 
 
-class Private(Protocol):
-    """Differential privacy of a run (`prelort.privacy`)."""
+class Private(NoiseAtClients, Protocol):
+    """Differential privacy of a run (`prelort.privacy`).
+
+    With secure aggregation the clients add the noise; else the server samples and adds it.
+    """
 
     def sample(self, clients: Mapping[str, T]) -> list[T]:
         """The clients of a round, in their order; the same in each attempt at it."""
@@ -292,7 +295,8 @@ class Server:
         self._log(RoundStarted(server_round, tuple(client.name for client in cohort)))
         kind: Callable[..., Round] = Round
         if self._config.privacy.secure_aggregation:
-            kind = partial(SecureRound, exchange=partial(self._exchange, clients))
+            exchange = partial(self._exchange, clients)
+            kind = partial(SecureRound, exchange=exchange, private=self._private)
         current = kind(
             server_round,
             method,
@@ -324,7 +328,7 @@ class Server:
     ) -> Aggregator | None:
         """The round's aggregator where it is not the method's own."""
         robustness = self._config.robustness
-        if self._private is not None:
+        if self._private is not None and not self._config.privacy.secure_aggregation:
             clients = [_at_current_rank(connected, state) for connected in self.clients]
             return self._private.aggregator(method, state, clients)
         if robustness.rule == "none":
@@ -376,7 +380,7 @@ class Server:
     def _sample(self, server_round: int) -> list[ConnectedClient]:
         if self._allocation.needs_all_clients(server_round):
             return self.clients
-        if self._private is not None:
+        if self._private is not None and not self._config.privacy.secure_aggregation:
             return self._private.sample({one.client.name: one for one in self.clients})
         per_round, seed = self._config.federation.clients_per_round, self._config.seed
         return sample(self.clients, per_round, seed=seed, round_index=server_round - 1)

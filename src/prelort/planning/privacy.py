@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 from prelort.config import Config
 from prelort.data.ranks import assign
 from prelort.errors import ConfigError
-from prelort.privacy.run import ledger_of, mechanism_of
+from prelort.privacy.run import clients_of_a_round, ledger_of, mechanism_of
 
 
 def sentences(config: Config) -> list[str]:
@@ -20,16 +22,30 @@ def sentences(config: Config) -> list[str]:
     budget = ledger.budget
     noise, _ = mechanism_of(config.privacy, ledger).multipliers()
     ranks = assign(config.ranks, [0] * clients, config.seed)
+    sampled = clients_of_a_round(clients, federation.clients_per_round)
+    at_clients = config.privacy.secure_aggregation
+    may_drop_out = sampled - math.ceil(config.privacy.threshold * sampled - 1e-9)
+    who = (
+        f"{sampled} of {clients} clients take part and add the noise (who does is no secret from "
+        "the server, so it is calibrated to clients that always do)"
+        if at_clients
+        else f"each of {clients} clients takes part with probability {budget.rate:.3g} "
+        f"({sampled} are expected)"
+    )
     lines = [
         f"Privacy: epsilon = {budget.epsilon:g} at delta = {budget.delta:g} over "
-        f"{budget.releases} rounds in which each of {clients} clients takes part with probability "
-        f"{budget.rate:.3g} ({budget.rate * clients:.3g} are expected) needs noise of {noise:.3g} "
-        "clip norms on every number of the sum."
+        f"{budget.releases} rounds in which {who} needs noise of {noise:.3g} clip norms on every "
+        "number of the sum."
     ]
     for rank in sorted(set(ranks)):
         holders = sum(own >= rank for own in ranks)
+        expected = sampled / clients * holders
+        total = noise
+        if at_clients:  # those who stay have enough without those who may drop out
+            fewest = max(expected - may_drop_out, config.privacy.min_holders)
+            total *= math.sqrt(max(expected / fewest, 1.0))
         lines.append(
             f"A mean over the {holders} holders of rank dimension {rank} has noise of "
-            f"{noise / (budget.rate * holders):.2g} clip norms on every number."
+            f"{total / expected:.2g} clip norms on every number."
         )
     return lines

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from prelort.config import Config, PrivacyConfig
-from prelort.errors import CheckpointError, ConfigError
+from prelort.errors import CheckpointError, ConfigError, PrelortError
 from prelort.federation.sampling import count_of
 from prelort.files import write_atomically
 from prelort.methods.interface import Aggregator, Client, Method, ServerState, Update
 from prelort.privacy.accounting import Budget
 from prelort.privacy.mean import Mechanism, PrivateMean, check_method
 from prelort.privacy.noise import Normal, poisson_sample, system_normal
+from prelort.secure.messages import Noise
 
 FILE = "privacy.json"
 
@@ -50,9 +51,16 @@ def ledger_of(privacy: PrivacyConfig, clients: int, per_round: int | float, roun
             f"privacy.delta = {privacy.delta:g} would allow to publish one of the {clients} "
             f"clients: use much less than {1 / clients:g}"
         )
-    rate = min(count_of(per_round, clients), clients) / clients
+    # With noise at the clients the server is not trusted, and it knows who takes part.
+    sampled = clients_of_a_round(clients, per_round) / clients
+    rate = 1.0 if privacy.secure_aggregation else sampled
     budget = Budget(privacy.epsilon, privacy.delta, rounds, rate)
     return Ledger(budget, budget.noise_multiplier())
+
+
+def clients_of_a_round(clients: int, per_round: int | float) -> int:
+    """How many of the clients take part in a round; with Poisson sampling, on average."""
+    return min(count_of(per_round, clients), clients)
 
 
 def mechanism_of(privacy: PrivacyConfig, ledger: Ledger) -> Mechanism:
@@ -131,8 +139,18 @@ class PrivateRun:
         mechanism = mechanism_of(self._config.privacy, self.ledger)
         return _Counted(self, PrivateMean(method, state, clients, mechanism, self._normal))
 
+    def noise(self) -> Noise:
+        """What clients clip to, and the noise that they add together."""
+        clip = self._config.privacy.clip
+        return Noise(clip=clip, deviation=self.ledger.noise_multiplier * clip)
+
     def count_release(self) -> None:
-        """Note a release, durably."""
+        """Note a release, durably. Raises `PrelortError` if it would exceed the budget."""
+        if self.exhausted:
+            raise PrelortError(
+                f"privacy.epsilon = {self.ledger.budget.epsilon:g} is spent: repeated rounds were "
+                "paid for too"
+            )
         self._write(replace(self.ledger, releases=self.ledger.releases + 1, takes_part={}))
 
     def _read(self) -> Ledger | None:

@@ -183,7 +183,7 @@ def client_losses(results: Results) -> alt.LayerChart | None:
     Clients are sorted by rank. Many rounds are joined: the mean of their values.
     """
     frame = results.replies
-    frame = frame[frame["failed"].astype(bool) | frame["steps"].notna()]
+    frame = frame[frame["failed"].astype(bool) | frame["loss"].notna()]
     if not len(frame):
         return None
     names = list(frame.sort_values(["rank", "client"])["client"].unique())

@@ -154,7 +154,7 @@ def _facts_of(cell: CellResult) -> dict[str, Any]:
     if history.epsilon is not None:
         facts["privacy"] = (
             f"epsilon = {history.epsilon:.3g} for each client: adapters and what was measured of "
-            "them; not the losses of single clients below"
+            "them; not what single clients state below"
         )
     return facts
 

@@ -9,6 +9,7 @@ holders nobody can restore both, which together would unmask the neighbour's vec
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Literal
@@ -18,12 +19,13 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from pydantic import Field
 
 from prelort.errors import PrelortError
-from prelort.secure import keys, shamir
+from prelort.secure import keys, noise, shamir
 from prelort.secure.masks import add_mask, positions, shared
 from prelort.secure.messages import (
     KeysReply,
     KeysRequest,
     MaskedInput,
+    Noise,
     Part,
     Peer,
     SharesReply,
@@ -42,6 +44,7 @@ class Session(Part):
     session: str
     number: int
     blocks: tuple[int, ...]
+    noise: Noise | None = None
     step: Literal["keys", "shares", "masked"]
     mask_key: bytes = Field(repr=False)
     share_key: bytes = Field(repr=False)
@@ -61,6 +64,7 @@ def advertise(request: KeysRequest, identity: Identity | None = None) -> tuple[S
         session=request.session,
         number=request.number,
         blocks=request.blocks,
+        noise=request.noise,
         step="keys",
         mask_key=keys.new_secret(),
         share_key=keys.new_secret(),
@@ -71,10 +75,13 @@ def advertise(request: KeysRequest, identity: Identity | None = None) -> tuple[S
         share_key=keys.public_key(session.share_key),
         seed=keys.commitment(session.seed),
         blocks=request.blocks,
+        noise=request.noise,
     )
     if identity is not None:
         own = identity.signed(request.session, request.number, own)
-    return session, KeysReply(session=request.session, **own.model_dump(exclude={"blocks"}))
+    return session, KeysReply(
+        session=request.session, **own.model_dump(exclude={"blocks", "noise"})
+    )
 
 
 def share(
@@ -83,12 +90,15 @@ def share(
     """Share the mask key and the seed among the neighbours.
 
     Raises `PrelortError` for a message out of turn, for a threshold at which the server could learn
-    both secrets, for a block that too few hold, and, if the client has an identity, for keys that
-    no known client has signed.
+    both secrets, for a block that too few hold, for a neighbour that is to add other noise, and,
+    if the client has an identity, for keys that no known client has signed.
     """
     _check_step(session, request, "keys")
     if identity is not None:
         identity.check(session.session, request.peers)
+    for number, peer in request.peers.items():
+        if peer.noise != session.noise:
+            raise PrelortError(f"participant {number} is to add other noise than this client")
     holders = [session.number, *request.peers]
     if len(set(holders)) < len(holders) or not len(holders) < 2 * request.threshold:
         raise PrelortError(
@@ -141,23 +151,32 @@ def mask(session: Session, request: MaskedInput, blocks: Sequence[Values]) -> tu
     shares = {number: _unsealed(session, number, request.sealed[number]) for number in joined}
     session = session.model_copy(update={"step": "masked", "shares": shares})
     held = dict(zip(request.holds, blocks, strict=False))
-    for block in session.blocks:
-        values = held.get(block)
-        if values is not None and values.size != request.lengths[block]:
+    sent = {block: held[block] for block in session.blocks if block in held}
+    for block, values in sent.items():
+        if values.size != request.lengths[block]:
             raise PrelortError(
                 f"block {block} has {values.size} values, expected {request.lengths[block]}"
             )
+        largest = float(np.abs(values).max(initial=0.0))
+        if not largest <= request.bound:
+            raise PrelortError(
+                f"its change holds {largest:.3g}, above federation.max_abs_value = "
+                f"{request.bound:g}"
+            )
+    weight, bits = request.weight, request.fraction_bits
+    if session.noise is not None:
+        weight *= noise.clipping(session.noise, sent.values(), weight, bits)
     places = positions(session.blocks, request.lengths)
     vector: Words = np.zeros(sum(p.stop - p.start for p in places.values()), dtype=np.uint64)
-    for block, place in places.items():
-        if block in held:
-            largest = float(np.abs(held[block]).max(initial=0.0))
-            if not largest <= request.bound:
-                raise PrelortError(
-                    f"its change holds {largest:.3g}, above federation.max_abs_value = "
-                    f"{request.bound:g}"
-                )
-            vector[place] = quantise(held[block], request.weight, request.fraction_bits)
+    for block, values in sent.items():
+        vector[places[block]] = quantise(values, weight, bits)
+    if session.noise is not None:
+        senders = [session.blocks, *(session.peers[number].blocks for number in joined)]
+        lost = len(senders) - session.threshold
+        fewest = noise.fewest(senders, lost, session.min_holders)
+        for block, place in places.items():
+            part = math.ldexp(session.noise.deviation, bits) / math.sqrt(fewest[block])
+            vector[place] += noise.gaussian(part, place.stop - place.start)
     add_mask(vector, places, session.seed, session.blocks, negative=False)
     private = keys.private_key(session.mask_key)
     for number in joined:

@@ -42,11 +42,26 @@ class Step(Part):
     session: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
 
 
+class Noise(Part):
+    """Differential privacy, where clients add the noise.
+
+    ``clip``: the largest norm of a client's weighted change. ``deviation``: the standard deviation
+    of the noise on every number of the sum, at least.
+    """
+
+    clip: Annotated[float, Field(gt=0.0)]
+    deviation: Annotated[float, Field(gt=0.0)]
+
+
 class KeysRequest(Step):
-    """``query.keys``: a request for fresh public keys from a participant with these blocks."""
+    """``query.keys``: a request for fresh public keys from a participant with these blocks.
+
+    ``noise``: what it will have to add its share of.
+    """
 
     number: Number
     blocks: Blocks
+    noise: Noise | None = None
 
 
 class Keys(Part):
@@ -68,9 +83,10 @@ class KeysReply(Step, Keys):
 
 
 class Peer(Keys):
-    """A neighbour: its keys, and the blocks that it sends."""
+    """A neighbour: its keys, the blocks that it sends, and the noise of which it adds a share."""
 
     blocks: Blocks
+    noise: Noise | None = None
 
 
 class SharesRequest(Step):

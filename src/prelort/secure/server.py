@@ -16,6 +16,7 @@ from prelort.secure.masks import add_mask, positions, shared
 from prelort.secure.messages import (
     KeysReply,
     KeysRequest,
+    Noise,
     Peer,
     SharesReply,
     SharesRequest,
@@ -38,6 +39,7 @@ class MaskedSum:
         lengths: of all blocks.
         threshold: the share of the holders of a secret that restore it, above one half.
         min_holders: the participants whose sum may be opened.
+        noise: of which each participant adds a share.
     """
 
     def __init__(
@@ -46,12 +48,14 @@ class MaskedSum:
         lengths: Sequence[int],
         threshold: float,
         min_holders: int,
+        noise: Noise | None = None,
     ) -> None:
         self.session = secrets.token_hex(16)
         self._blocks = dict(blocks)
         self._lengths = tuple(lengths)
         self._share = threshold
         self._min_holders = min_holders
+        self._noise = noise
         self._peers: dict[int, Peer] = {}
         self._neighbours: dict[int, frozenset[int]] = {}
         self._sealed: dict[int, Mapping[int, bytes]] = {}
@@ -62,13 +66,14 @@ class MaskedSum:
 
     def keys_request(self, number: int) -> KeysRequest:
         """The first message to a participant."""
-        return KeysRequest(session=self.session, number=number, blocks=self._blocks[number])
+        blocks, noise = self._blocks[number], self._noise
+        return KeysRequest(session=self.session, number=number, blocks=blocks, noise=noise)
 
     def add_keys(self, number: int, reply: KeysReply) -> None:
         """Take the keys of a participant. Raises `UpdateRefused` for those of another session."""
         self._check(reply)
         values = reply.model_dump(exclude={"session"})
-        self._peers[number] = Peer(**values, blocks=self._blocks[number])
+        self._peers[number] = Peer(**values, blocks=self._blocks[number], noise=self._noise)
 
     def draw_graph(self) -> None:
         """Make those whose keys are here neighbours. Raises `QuorumError` if they are too few."""
