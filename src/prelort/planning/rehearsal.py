@@ -99,6 +99,7 @@ class Rehearser:
         with self._mode:
             materialise(self._model)
             self._truncation = Truncation(self._model, self.scale)
+            self._truncation.separates = True
             self._like = extract(self._model, self.scale)
             factors, modules_to_save = trainable(self._model)
             learning = {id(p) for p in (*factors, *modules_to_save)}

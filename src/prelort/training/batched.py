@@ -115,7 +115,7 @@ def _shared_passes(
     runtime: ModelRuntime, active: dict[int, LocalSteps]
 ) -> Iterator[dict[int, ForwardPass]]:
     """The passes of one step: the clients' first ones together, then their second ones, ..."""
-    passes = {index: steps.next(runtime.task, runtime.pad_id) for index, steps in active.items()}
+    passes = {index: steps.next(runtime) for index, steps in active.items()}
     for micro_batches in zip_longest(*passes.values(), fillvalue=[]):
         for parts in zip_longest(*micro_batches):
             yield {i: part for i, part in zip(passes, parts, strict=True) if part is not None}

@@ -50,6 +50,8 @@ def train(
     model = runtime.model
     if assignment.objective.kind == "example" and not runtime.by_example():
         assignment = replace(assignment, objective=replace(assignment.objective, kind="step"))
+    if settings.packing:
+        runtime.check_packing()
     steps = LocalSteps(examples, settings, assignment)
     optimizer = LocalOptimizer(*trainable(model), settings)
     objective = assignment.objective
@@ -58,7 +60,7 @@ def train(
     with layers, training_mode(model, settings, seed):
         for _ in range(steps.count):
             loss = torch.zeros((), device=runtime.device)
-            for part in chain.from_iterable(steps.next(runtime.task, runtime.pad_id)):
+            for part in chain.from_iterable(steps.next(runtime)):
                 loss += _backward(runtime, part, settings)
             if objective.tail is not None:
                 penalty = tail_penalty(pairs(model), objective.tail, objective.levels[-1])
@@ -74,7 +76,10 @@ def _backward(runtime: ModelRuntime, part: ForwardPass, settings: LocalTraining)
     device = runtime.device
     batch = {name: tensor.to(device) for name, tensor in part.batch.items()}
     rows, length = batch["input_ids"].shape
-    with runtime.truncation.at(part.ranks, (rows, length)), precision(settings, device):
+    ranks = part.ranks
+    if isinstance(ranks, Tensor) and settings.packing:
+        ranks = ranks.to(device)[batch["example"]]
+    with runtime.truncation.at(ranks, (rows, length)), precision(settings, device):
         losses = runtime.task.losses(runtime.model, batch)
         if isinstance(part.weight, Tensor):
             loss = (losses * part.weight.to(device)).sum()

@@ -10,7 +10,7 @@ from prelort.config import TrainingConfig
 
 @dataclass(frozen=True, slots=True)
 class LocalTraining:
-    """A client's resolved training settings, without defaults (docs/configuration.md).
+    """A client's resolved training settings (docs/configuration.md).
 
     ``learning_rate`` is the client's own, and ``head_learning_rate`` that of the modules trained
     in full. With ``local_steps`` 0 the number of steps follows from ``local_epochs``.
@@ -32,6 +32,7 @@ class LocalTraining:
     gradient_checkpointing: bool
     batch_truncations: bool
     shuffle: bool
+    packing: bool = False  # what came after protocol 4 has a default: a server may be older
 
     @classmethod
     def of(
