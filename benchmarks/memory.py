@@ -1,9 +1,11 @@
 """Peak memory and time of a training step, with and without what saves memory.
 
 ``logits at once`` and ``in parts``: the loss over a vocabulary of 150,000, of all tokens and (``of
-answers``) of a quarter of them, as in instruction tuning. Both sides take the same steps from the
-same adapter, in turns; the peak is without the model itself. On the CPU a Llama of 2 layers of
-width 64; with ``--device cuda`` one of 16 layers of width 2048 in bfloat16, with random weights.
+answers``) of a quarter of them, as in instruction tuning. ``padded`` and ``packed``: examples of 16
+to 256 tokens, each in a row of its own or several in one, with a vocabulary of 4,096. Both sides
+take the same steps from the same adapter, in turns; the peak is without the model itself. On the
+CPU a Llama of 2 layers of width 64 (packing: 4 layers of width 256); with ``--device cuda`` one of
+16 layers of width 2048 in bfloat16; with random weights.
 
     python benchmarks/memory.py [--device cuda] [--repeats 3]
 """
@@ -34,19 +36,19 @@ from prelort.training.steps import Assignment
 from prelort.training.truncation import Truncation
 
 VOCABULARY, RANK, STEPS, LENGTH = 150_000, 16, 2, 256
-SMALL = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2}
+NARROW = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2}
+SMALL = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4}
 LARGE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 16}
-AT_ONCE = 2**62
+LIMIT, AT_ONCE = token_losses.LIMIT, 2**62
 
 
 class Bench:
     """A model with LoRA layers, and the ways to take steps with it."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, vocabulary: int, shape: dict[str, int]) -> None:
         gpu = device != "cpu"
-        shape = LARGE if gpu else SMALL
         config = LlamaConfig(
-            vocab_size=VOCABULARY, num_attention_heads=shape["hidden_size"] // 32, **shape
+            vocab_size=vocabulary, num_attention_heads=shape["hidden_size"] // 32, **shape
         )
         with torch.device(device):
             base = LlamaForCausalLM(config).to(torch.bfloat16 if gpu else torch.float32)
@@ -57,7 +59,7 @@ class Bench:
         self.runtime = ModelRuntime(self.model, truncation, tasks.get("causal-lm"), pad_id=0)
         self.gpu = gpu
 
-    def steps(self, examples: list[Example], limit: int, **settings: Any) -> None:
+    def steps(self, examples: list[Example], limit: int = LIMIT, **settings: Any) -> None:
         """Take `STEPS` steps from the initial adapter, with at most ``limit`` logits at once."""
         token_losses.LIMIT = limit
         install(self.model, self.adapter)
@@ -83,11 +85,15 @@ class Bench:
         return torch.cuda.max_memory_allocated() - before
 
 
-def examples(rows: int, learnt: float) -> list[Example]:
+def examples(lengths: list[int], learnt: float = 1.0) -> list[Example]:
     """Sequences of which the last share is learnt."""
-    ids = torch.randint(3, VOCABULARY, (rows, LENGTH), generator=torch.Generator().manual_seed(0))
-    prompt = round(LENGTH * (1 - learnt))
-    return [Example(row, [IGNORED] * prompt + row[prompt:]) for row in ids.tolist()]
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for length in lengths:
+        ids = torch.randint(3, 4096, (length,), generator=generator).tolist()
+        prompt = round(length * (1 - learnt))
+        made.append(Example(ids, [IGNORED] * prompt + ids[prompt:]))
+    return made
 
 
 def main() -> None:
@@ -100,16 +106,29 @@ def main() -> None:
         arguments.repeats = 1
     if arguments.device == "cpu":
         torch.set_num_threads(1)
-    bench = Bench(arguments.device)
-    batch = 4 if arguments.device == "cpu" else 8
-    limit = token_losses.LIMIT
-    work = {"of all tokens": examples(batch, 1.0), "of answers": examples(batch, 0.25)}
+    on_cpu = arguments.device == "cpu"
+    bench = Bench(arguments.device, VOCABULARY, NARROW if on_cpu else LARGE)
+    layers = Bench(arguments.device, 4096, SMALL if on_cpu else LARGE)
+    batch = 4 if on_cpu else 8
+    all_tokens = examples([LENGTH] * batch)
+    answers = examples([LENGTH] * batch, learnt=0.25)
+    uneven = examples([LENGTH >> (i % 5) for i in range(3 * batch)])
+    work: list[dict[str, Callable[[], None]]] = [
+        {
+            "logits at once, of all tokens": lambda: bench.steps(all_tokens, AT_ONCE),
+            "logits in parts, of all tokens": lambda: bench.steps(all_tokens),
+        },
+        {
+            "logits at once, of answers": lambda: bench.steps(answers, AT_ONCE),
+            "logits in parts, of answers": lambda: bench.steps(answers),
+        },
+        {
+            "padded, 16 to 256 tokens": lambda: layers.steps(uneven),
+            "packed, 16 to 256 tokens": lambda: layers.steps(uneven, packing=True),
+        },
+    ]
     rows = []
-    for name, some in work.items():
-        sides = {
-            "logits at once": lambda some=some: bench.steps(some, AT_ONCE),
-            "logits in parts": lambda some=some: bench.steps(some, limit),
-        }
+    for sides in work:
         taken = paired(
             {k: lambda v=v: bench.seconds(v) for k, v in sides.items()}, arguments.repeats
         )
@@ -118,7 +137,7 @@ def main() -> None:
         for side in sides:
             rows.append(
                 {
-                    "loss": f"{side}, {name}",
+                    "step": side,
                     "ms a step": round(1000 * sorted(taken[side])[len(taken[side]) // 2]),
                     "x time": ratio(taken, side, reference)["median"],
                     "peak MiB": round(peaks[side] / 2**20),

@@ -283,6 +283,11 @@ class TrainingConfig(Section):
         description="all truncations of a batch (mean, full+one) in one forward pass: faster on "
         "a GPU that one batch does not fill, at a multiple of the memory",
     )
+    packing: bool = Field(
+        False,
+        description="examples of a batch share rows, as long as its longest, in place of padding; "
+        "equal up to rounding, faster where lengths differ (not for classification)",
+    )
     shuffle: bool = Field(
         True, description="shuffle batches by the seed; false: keep the order of the data"
     )
@@ -489,6 +494,20 @@ class Config(Section):
                 raise ValueError(
                     f"{key} needs validation rows: set data.validation_fraction to 0.1"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _packing(self) -> Config:
+        excluded = {
+            "task = 'classification'": self.task == "classification",
+            "training.batch_truncations = true": self.training.batch_truncations,
+            f"federation.clients_per_batch = {self.federation.clients_per_batch}": (
+                self.federation.clients_per_batch not in ("auto", 1)
+            ),
+        }
+        for setting, is_set in excluded.items():
+            if self.training.packing and is_set:
+                raise ValueError(f"training.packing = true is not possible with {setting}")
         return self
 
     @model_validator(mode="after")

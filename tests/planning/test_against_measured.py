@@ -57,8 +57,9 @@ def test_tiny_models(settings: Callable[..., Config], model: str, changes: dict[
     [
         {"method": {"objective": "full+one"}},
         {"training": {"gradient_accumulation": 3, "optimizer": "sgd", "momentum": 0.9}},
+        {"training": {"packing": True}},
     ],
-    ids=["full+one", "accumulated"],
+    ids=["full+one", "accumulated", "packed"],
 )
 def test_objectives_and_optimisers(
     settings: Callable[..., Config], changes: dict[str, dict]

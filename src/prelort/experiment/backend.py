@@ -129,11 +129,11 @@ class InProcess:
 def clients_per_batch(config: Config, device: torch.device, clients: int) -> int:
     """The number of clients to train in one batch: "auto" is one on a CPU, all on a GPU.
 
-    Where a GPU's memory does not suffice they are trained in halves.
+    Where a GPU's memory does not suffice they are trained in halves. With packing they train alone.
     """
     if config.federation.clients_per_batch != "auto":
         return config.federation.clients_per_batch
-    return 1 if device.type == "cpu" else clients
+    return 1 if device.type == "cpu" or config.training.packing else clients
 
 
 def with_all_data(

@@ -99,6 +99,7 @@ class Rehearser:
         with self._mode:
             materialise(self._model)
             self._truncation = Truncation(self._model, self.scale)
+            self._truncation.separates = True
             self._like = extract(self._model, self.scale)
             learning = {id(p) for parameters in trainable(self._model) for p in parameters}
             self._weights = storage_bytes(

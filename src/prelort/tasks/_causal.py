@@ -44,8 +44,15 @@ class CausalTask:
         return int((batch["labels"][:, 1:] != IGNORED).sum())
 
     def losses(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        """Each example's summed negative log likelihood in nats (float32 [batch])."""
-        return token_losses(model, *_inputs_and_labels(batch)).sum(dim=1)
+        """Each example's summed negative log likelihood in nats (float32 [examples]).
+
+        The batch is one of `collate`, or of `prelort.tasks.packing.pack`.
+        """
+        losses = token_losses(model, *_inputs_and_labels(batch))
+        if "example" not in batch:
+            return losses.sum(dim=1)
+        each = losses.new_zeros(len(batch["lengths"]))
+        return each.index_add(0, batch["example"].flatten(), losses.flatten())
 
     def scores(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The same, and the most likely token after each place (int64 [batch, length])."""
@@ -56,7 +63,8 @@ class CausalTask:
 
 def _inputs_and_labels(batch: Batch) -> tuple[Batch, torch.Tensor]:
     """What the model is given, and the label that follows each token."""
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    names = {"input_ids", "attention_mask", "position_ids"} & batch.keys()
+    inputs = {name: batch[name] for name in names}
     # What comes next is moved to where it is predicted: the logits need not be copied.
     return inputs, F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
 

@@ -20,12 +20,12 @@ from prelort.errors import PrelortError
 from prelort.seeds import derive
 from prelort.tasks.interface import Example
 from prelort.training.adapter_stack import AdapterStack
+from prelort.training.batches import ForwardPass
 from prelort.training.optimizer import LocalOptimizer
 from prelort.training.runtime import ModelRuntime
 from prelort.training.settings import LocalTraining
 from prelort.training.steps import (
     Assignment,
-    ForwardPass,
     LocalSteps,
     TrainResult,
     precision,
@@ -116,7 +116,7 @@ def _shared_passes(
     runtime: ModelRuntime, active: dict[int, LocalSteps]
 ) -> Iterator[dict[int, ForwardPass]]:
     """The passes of one step: the clients' first ones together, then their second ones, ..."""
-    passes = {index: steps.next(runtime.task, runtime.pad_id) for index, steps in active.items()}
+    passes = {index: steps.next(runtime) for index, steps in active.items()}
     for micro_batches in zip_longest(*passes.values(), fillvalue=[]):
         for parts in zip_longest(*micro_batches):
             yield {i: part for i, part in zip(passes, parts, strict=True) if part is not None}

@@ -1,15 +1,32 @@
-"""The examples of each of a client's batches, as a function of the seed alone."""
+"""A client's batches: which examples, as a function of the seed alone, and their passes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from prelort.config import TrainingConfig
 from prelort.seeds import torch_generator
+from prelort.tasks.interface import Batch, Example
 from prelort.training.settings import LocalTraining
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardPass:
+    """One forward and backward pass of one client.
+
+    ``ranks``: the truncation, as in `methods.objective.Pass`. ``weight``: of the sum of the losses,
+    or float32 [rows] of each row's loss.
+    """
+
+    examples: Sequence[Example]
+    batch: Batch
+    ranks: int | Tensor | None
+    weight: float | Tensor
 
 
 def micro_batches_per_epoch(examples: int, settings: LocalTraining | TrainingConfig) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 
 import torch
@@ -17,12 +18,12 @@ from torch import Tensor
 from prelort.models.lora import trainable
 from prelort.seeds import derive
 from prelort.tasks.interface import Example
+from prelort.training.batches import ForwardPass
 from prelort.training.optimizer import LocalOptimizer
 from prelort.training.runtime import ModelRuntime
 from prelort.training.settings import LocalTraining
 from prelort.training.steps import (
     Assignment,
-    ForwardPass,
     LocalSteps,
     TrainResult,
     precision,
@@ -54,10 +55,13 @@ def train(
         settings = replace(settings, batch_truncations=False)
         if by_example:
             assignment = replace(assignment, objective=replace(assignment.objective, kind="step"))
+    if settings.packing:
+        runtime.check_packing()
     steps = LocalSteps(examples, settings, assignment)
     learning = trainable(model)
     optimizer = LocalOptimizer(*learning, settings)
     processes = runtime.processes
+    collate = partial(runtime.collate, packing=settings.packing)
     objective = assignment.objective
     seed = derive(assignment.seed, "dropout", assignment.client, assignment.round_index)
     if processes.index > 0:  # other rows, other masks
@@ -66,8 +70,8 @@ def train(
     with layers, training_mode(model, settings, seed):
         for _ in range(steps.count):
             loss = torch.zeros((), device=runtime.device)
-            for part in chain.from_iterable(steps.next(runtime.task, runtime.pad_id)):
-                loss += _backward(runtime, processes.rows(part), settings)
+            for part in chain.from_iterable(steps.next(runtime)):
+                loss += _backward(runtime, processes.rows(part, collate), settings)
             loss, over = processes.add_up([*chain(*learning)], loss, steps.over)
             if objective.tail is not None:
                 penalty = tail_penalty(pairs(model), objective.tail, objective.levels[-1])
@@ -84,7 +88,10 @@ def _backward(runtime: ModelRuntime, part: ForwardPass, settings: LocalTraining)
     device = runtime.device
     batch = {name: tensor.to(device) for name, tensor in part.batch.items()}
     rows, length = batch["input_ids"].shape
-    with runtime.truncation.at(part.ranks, (rows, length)), precision(settings, device):
+    ranks = part.ranks
+    if isinstance(ranks, Tensor) and settings.packing:
+        ranks = ranks.to(device)[batch["example"]]
+    with runtime.truncation.at(ranks, (rows, length)), precision(settings, device):
         losses = runtime.task.losses(runtime.model, batch)
         if isinstance(part.weight, Tensor):
             loss = (losses * part.weight.to(device)).sum()

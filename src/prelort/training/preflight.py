@@ -26,7 +26,7 @@ from prelort.models.lora import ADAPTER, install, lora_layers, saved_module_plac
 from prelort.models.targets import last_parts, stacked
 from prelort.tasks.interface import Example
 from prelort.tasks.token_losses import check_parts
-from prelort.training.runtime import ModelRuntime, evaluation_mode
+from prelort.training.runtime import ModelRuntime, evaluation_mode, low_precision
 
 ROWS = 4
 """Examples of the trial batch, at most the batch size of training."""
@@ -110,11 +110,15 @@ def rehearse(
                     _check_causal(name, runtime, some[0])
                     _check_parts(name, runtime, some[0])
             objective = getattr(find(config.method.name), "default_objective", "plain")
+            if config.training.packing:
+                runtime.check_packing()
             if (config.method.objective or objective) == "example" and not runtime.by_example():
                 _cannot_truncate_examples(config)
             loss().backward()  # type: ignore[no-untyped-call]
             idle = _check_gradients(config, model, called.names)
-            if _exact(inner) and not stacked(inner):  # experts switch with the smallest change
+            if not low_precision(inner) and not stacked(
+                inner
+            ):  # experts switch with the smallest change
                 _check_agreement(name, model, lambda: float(loss()))
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
             if isinstance(error, torch.OutOfMemoryError):
@@ -204,7 +208,7 @@ def _check_causal(name: str, runtime: ModelRuntime, example: Example) -> None:
             for row in both
         ]
     first, second = (out.logits[0, :-1].float() for out in each)
-    rounding = 1e-3 if _exact(runtime.model) else 0.1
+    rounding = 0.1 if low_precision(runtime.model) else 1e-3
     if float((first - second).norm()) > rounding * float((first - first.mean()).norm()):
         raise _not_causal(name)
 
@@ -213,7 +217,7 @@ def _check_parts(name: str, runtime: ModelRuntime, example: Example) -> None:
     """Logits of a part of the tokens must be those of all, else all are computed at once."""
     ids = torch.tensor([example.input_ids[:8]], device=runtime.device)
     with runtime.truncation.at(0, (1, ids.shape[1])):
-        if check_parts(runtime.model, ids, tolerance=1e-3 if _exact(runtime.model) else 0.1):
+        if check_parts(runtime.model, ids, tolerance=0.1 if low_precision(runtime.model) else 1e-3):
             return
     warnings.warn(
         f"model.name = {name!r} does not compute its logits token by token: those of a whole batch "
@@ -299,12 +303,6 @@ def _probe(initial: LoraAdapter) -> LoraAdapter:
         for name, f in initial.prefix(min(2, initial.rank)).layers.items()
     }
     return replace(initial, layers=layers)
-
-
-def _exact(model: nn.Module) -> bool:
-    """Whether the model computes in more than half precision."""
-    low = (torch.float16, torch.bfloat16, torch.int8)
-    return not any(parameter.dtype in low for parameter in model.parameters())
 
 
 class _Called:

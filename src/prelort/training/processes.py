@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prelort.errors import ConfigError
-from prelort.training.steps import ForwardPass
+from prelort.tasks.interface import Batch, Example
+from prelort.training.batches import ForwardPass
 
 IDLE = timedelta(days=365)
 """How long a process waits for the next message; the launcher ends it with the others."""
@@ -42,16 +43,17 @@ class Processes:
     messages: Any = None
     split: Callable[[PreTrainedModel], None] | None = None
 
-    def rows(self, part: ForwardPass) -> ForwardPass:
-        """This process's rows of a pass, or one row without weight if there are too few."""
+    def rows(self, part: ForwardPass, collate: Callable[[Sequence[Example]], Batch]) -> ForwardPass:
+        """This process's examples of a pass, or one without weight if there are too few."""
         if self.count == 1:
             return part
         rows = [*range(self.index, len(part.examples), self.count)]
         weight = part.weight if rows else 0.0
         rows = rows or [0]
+        own = [part.examples[row] for row in rows]
         return ForwardPass(
-            [part.examples[row] for row in rows],
-            {name: tensor[rows] for name, tensor in part.batch.items()},
+            own,
+            collate(own),
             part.ranks[rows] if isinstance(part.ranks, Tensor) else part.ranks,
             weight[rows] if isinstance(weight, Tensor) else weight,
         )

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from prelort.errors import ConfigError
-from prelort.tasks.interface import Example, Task
+from prelort.tasks.interface import Batch, Example, Task
+from prelort.tasks.packing import pack
 from prelort.training.processes import ALONE, Processes
 from prelort.training.truncation import Truncation
 
@@ -63,6 +64,47 @@ class ModelRuntime:
                 except ConfigError:
                     self.truncation.by_example = False
         return self.truncation.by_example
+
+    def collate(self, examples: Sequence[Example], *, packing: bool = False) -> Batch:
+        """A batch of examples, each in a row of its own or with ``packing`` in fewer rows."""
+        if not packing:
+            return self.task.collate(examples, self.pad_id)
+        attention = getattr(self.model.config, "_attn_implementation", None) or ""
+        return pack(examples, self.pad_id, one_row="flash" in attention)
+
+    def check_packing(self) -> None:
+        """Raise `ConfigError` if examples that share a row are not independent of each other.
+
+        Tried once: in any order in their row, three examples must have the same losses. They do not
+        in recurrent layers, or if a model does not use the positions that it is given.
+        """
+        if self.truncation.separates is None:
+            rows = self.model.get_input_embeddings().num_embeddings
+            ids = [[(7 * i + 31 * n) % rows for i in range(5)] for n in range(3)]
+            longest, *short = [Example(own, own) for own in ([*ids[0], *ids[1], *ids[2]], *ids)]
+            found: list[Tensor] = []
+            with torch.no_grad(), evaluation_mode(self.model), self.truncation.at(0):
+                for some in (short, short[::-1]):
+                    packed = self.collate([longest, *some], packing=True)
+                    batch = {key: value.to(self.device) for key, value in packed.items()}
+                    try:
+                        found.append(self.task.losses(self.model, batch)[1:])
+                    except (TypeError, ValueError, RuntimeError, IndexError):
+                        break
+            self.truncation.separates = len(found) == 2 and torch.allclose(
+                found[0], found[1].flip(0), rtol=1e-3 if low_precision(self.model) else 1e-5
+            )
+        if not self.truncation.separates:
+            raise ConfigError(
+                "training.packing = true does not work with this model, in which an example "
+                "depends on the others of its row: use false"
+            )
+
+
+def low_precision(model: nn.Module) -> bool:
+    """Whether the model computes in half precision or less."""
+    low = (torch.float16, torch.bfloat16, torch.int8)
+    return any(parameter.dtype in low for parameter in model.parameters())
 
 
 @contextmanager

@@ -33,7 +33,9 @@ class LocalTraining:
     gradient_checkpointing: bool
     batch_truncations: bool
     shuffle: bool
+    # What came after protocol 4 has a default: a server may be older.
     b_rate_ratio: float = 1.0
+    packing: bool = False
 
     @classmethod
     def of(

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from prelort.errors import PrelortError
 from prelort.methods.objective import Objective, Pass
 from prelort.seeds import torch_generator
-from prelort.tasks.interface import Batch, Example, Task
-from prelort.training.batches import batches, steps_per_round
+from prelort.tasks.interface import Batch, Example
+from prelort.training.batches import ForwardPass, batches, steps_per_round
 from prelort.training.dropout import ClientDropout, draws
 from prelort.training.optimizer import rate_multiplier
+from prelort.training.runtime import ModelRuntime
 from prelort.training.settings import LocalTraining
 
 
@@ -48,20 +49,6 @@ class TrainResult:
     loss: float
     steps: int
     seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class ForwardPass:
-    """One forward and backward pass of one client.
-
-    ``ranks``: the truncation, as in `methods.objective.Pass`. ``weight``: of the sum of the losses,
-    or float32 [rows] of each row's loss.
-    """
-
-    examples: Sequence[Example]
-    batch: Batch
-    ranks: int | Tensor | None
-    weight: float | Tensor
 
 
 class LocalSteps:
@@ -96,15 +83,16 @@ class LocalSteps:
         """The client's own time so far."""
         return (time.monotonic() - self._started) / self._clients
 
-    def next(self, task: Task, pad_id: int) -> list[list[ForwardPass]]:
+    def next(self, runtime: ModelRuntime) -> list[list[ForwardPass]]:
         """The passes of the next step, for each of its (at most) ``gradient_accumulation`` batches.
 
         Their weights make the sum of the losses the objective per token (or per example).
         """
         chosen = islice(self._order, self.settings.gradient_accumulation)
         micro = [[self._examples[i] for i in batch] for batch in chosen]
-        collated = [task.collate(examples, pad_id) for examples in micro]
-        total = max(1, sum(task.weight(batch) for batch in collated))
+        packing = self.settings.packing
+        collated = [runtime.collate(examples, packing=packing) for examples in micro]
+        total = max(1, sum(runtime.task.weight(batch) for batch in collated))
         objective, passes = self.assignment.objective, []
         for examples, batch in zip(micro, collated, strict=True):
             parts = objective.passes(len(examples), self._truncations)

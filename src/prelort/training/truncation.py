@@ -35,6 +35,8 @@ class Truncation:
     def __init__(self, model: nn.Module, scale: ScaleRule) -> None:
         self.by_example: bool | None = None
         """`ModelRuntime.by_example`, once that was tried."""
+        self.separates: bool | None = None
+        """Whether `ModelRuntime.check_packing` found examples of a row independent, once tried."""
         self._scale = scale
         self._ranks: int | Tensor | None = None
         self._tokens: tuple[int, int] | None = None
@@ -75,8 +77,9 @@ class Truncation:
         """Truncate every forward pass inside; keep the backward pass inside too.
 
         ``ranks``: None (the whole adapter), one rank for the batch (0: the base model), or an
-        int64 tensor [batch]. ``tokens``: batch and length of the batch (0: any), needed where a
-        model flattens them to one dimension before its linear layers.
+        int64 tensor [batch], or [rows, length] for each token. ``tokens``: batch and length of the
+        batch (0: any), needed where a model flattens them to one dimension before its linear
+        layers.
         """
         before = self._ranks, self._tokens, self._masks
         self._ranks, self._tokens, self._masks = ranks, tokens, {}
@@ -103,7 +106,10 @@ class Truncation:
         mask = self._row(rank, like)
         if mask.ndim == 1:
             return mask
-        if rows[0] == mask.shape[0]:
+        if mask.ndim == 3:
+            if rows.numel() == mask.shape[:2].numel():
+                return mask.view(*rows, mask.shape[2])
+        elif rows[0] == mask.shape[0]:
             return mask.view(mask.shape[0], *[1] * (len(rows) - 1), mask.shape[1])
         if self._tokens is not None and len(rows) == 1:
             batch, length = self._tokens
@@ -131,7 +137,7 @@ class Truncation:
         return expert_lora.forward(layer, mask, *arguments, **named)
 
     def _row(self, rank: int, like: Tensor) -> Tensor:
-        """The factors of the ranks in use: [rank], or [batch, rank]; made once a pass."""
+        """The factors of the ranks in use: [rank], or [*ranks, rank]; made once a pass."""
         key = (rank, like.device, like.dtype)
         if key not in self._masks:
             ranks = self._ranks
