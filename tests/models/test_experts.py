@@ -14,14 +14,15 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, GptOssConfig
 
 import prelort
-from prelort.adapters import Factors, LoraAdapter, ScaleRule, peft_folder
+from prelort.adapters import AdapterSchema, Factors, LoraAdapter, ScaleRule, peft_folder
 from prelort.config import Config, LoraSettings
 from prelort.errors import AdapterError, ConfigError
-from prelort.experiment.backend import InProcess
-from prelort.models.lora import ADAPTER, attach, extract, install, trainable
+from prelort.models.lora import ADAPTER, attach, extract, install, schema, shapes, trainable
+from prelort.planning.skeleton import skeleton
 from prelort.training.truncation import Truncation
 from tiny_models import adapted, logits, trained_adapter
 
@@ -85,9 +86,11 @@ def test_a_fold_whose_experts_have_different_ranks_is_added(mixture: PeftModel) 
     Truncation(mixture, rule)
     adapter, other = trained_adapter(mixture, rule), trained_adapter(mixture, rule, seed=1)
     ranks = {name: index % 4 for index, name in enumerate(other.layers)}
-    fold = replace(other, layers={n: f.prefix(ranks[n]) for n, f in other.layers.items()})
+    layers = {n: f.prefix(ranks[n]) for n, f in other.layers.items()}
+    fold = replace(other, layers=layers, scale=RULES[1])
+    ratios = {n: RULES[1](rank) / rule(1) for n, rank in ranks.items()}
     both = {
-        n: Factors(torch.cat([f.A, fold.layers[n].A]), torch.cat([f.B, fold.layers[n].B], 1))
+        n: Factors(torch.cat([f.A, layers[n].A]), torch.cat([f.B, ratios[n] * layers[n].B], 1))
         for n, f in adapter.layers.items()
     }
     install(mixture, adapter, frozen=fold)
@@ -95,6 +98,19 @@ def test_a_fold_whose_experts_have_different_ranks_is_added(mixture: PeftModel) 
     assert {f.rank for f in extract(mixture, rule).layers.values()} == {4}
     install(mixture, replace(adapter, layers=both))
     torch.testing.assert_close(folded, logits(mixture), rtol=1e-4, atol=1e-5)
+
+
+def test_no_thread_keeps_the_weights_of_another_one(mixture: PeftModel) -> None:
+    """While any thread is in PEFT's own forward pass, parametrizations are cached for all."""
+    Truncation(mixture, RULES[0])
+    one, two = (trained_adapter(mixture, RULES[0], seed) for seed in (0, 1))
+    seen = []
+    with parametrize.cached():
+        for adapter in (one, two):
+            install(mixture, adapter)
+            seen.append(logits(mixture))
+    torch.testing.assert_close(seen[1], logits(mixture))
+    assert not torch.allclose(*seen)
 
 
 def of_moe(make_config: Make, tiny_moe: Path, **changes: Any) -> Config:
@@ -115,17 +131,18 @@ METHODS = ["prelort", "zero-padding", "florist", "fedex-lora", "ffa-lora", "hetl
 def test_each_kind_of_method_trains_and_exports_experts(
     name: str, make_config: Make, tiny_moe: Path, tmp_path: Path
 ) -> None:
-    """Exported adapters are loaded by PEFT and compared. Threads do not change a bit."""
+    """What is exported is loaded and compared, adapters by PEFT."""
     config = of_moe(make_config, tiny_moe, method={"name": name})
-    one, two = (
-        prelort.run(config, tmp_path / str(threads), backend=InProcess(threads))
-        for threads in (1, 2)
-    )
-    learnt = one.global_adapter
+    learnt = prelort.run(config, tmp_path / "run").global_adapter
     moved = [n for n, f in learnt.layers.items() if ".experts." in n and f.B.any()]
     assert len(moved) > 8, "most of the 16 experts' matrices"
-    for name, tensor in two.global_adapter.tensors().items():
-        assert torch.equal(tensor, learnt.tensors()[name])
+    prelort.export(tmp_path / "run", tmp_path / "merged", None, merge=True)
+
+
+def test_a_server_without_weights_knows_the_experts(make_config: Make, tiny_moe: Path) -> None:
+    config = of_moe(make_config, tiny_moe)
+    bare = shapes(skeleton(config.model, config.lora, 4, "causal", labels=0), RULES[0])
+    assert AdapterSchema.of(bare) == schema(adapted(tiny_moe, 4, target_parameters=STACKS))
 
 
 def test_a_folder_is_read_as_it_was_written(mixture: PeftModel, tmp_path: Path) -> None:
