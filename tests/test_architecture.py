@@ -35,7 +35,9 @@ ALLOWED = {
         *("models", "planning", "privacy", "report", "tasks", "training"),
     },
     "study": {"experiment", "methods", "metrics", "report", "tasks"},
-    "deployment": {"data", "experiment", "federation", "planning", "report", "secure", "study"},
+    "deployment": {
+        *("data", "experiment", "federation", "planning", "report", "secure", "study", "training"),
+    },
     "cli": {"deployment", "experiment", "methods", "planning", "report", "study", "tasks"},
 }
 CORE = {

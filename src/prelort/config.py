@@ -85,7 +85,10 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "float32", description="of the base's weights; auto: as the model was saved"
     )
-    device: str = Field("auto", description="'auto', 'cpu', 'cuda' or 'cuda:N'")
+    device: str = Field(
+        "auto",
+        description="'auto', 'cpu', 'cuda', 'cuda:N', or 'balanced': layer by layer over all GPUs",
+    )
     quantization: Literal["none", "8bit", "4bit"] = Field(
         "none", description="load the base in 8 or 4 bits (needs bitsandbytes)"
     )

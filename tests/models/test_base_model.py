@@ -7,10 +7,11 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from prelort.config import ModelConfig
 from prelort.errors import ConfigError
+from prelort.models import base
 from prelort.models.base import device_of, fingerprint, load_model, load_tokenizer
 from tiny_models import LABELS, base_model, logits, token_batch
 
@@ -136,8 +137,18 @@ def test_cuda_asked_for_and_absent_is_an_error(tiny_llama, monkeypatch):
     assert device_of("auto") == torch.device("cpu")
 
 
+def test_a_base_over_several_devices_must_fit_them(tiny_llama, monkeypatch):
+    config = ModelConfig(name=str(tiny_llama), device="balanced")
+    assert load_model(config, "causal", pad_id=0).device.type == "cpu"  # all that there is
+    monkeypatch.setattr(base, "device_of", lambda name: torch.device("cuda"))
+    places = {"model.layers.0": 0, "model.layers.1": "cpu"}
+    monkeypatch.setattr(LlamaForCausalLM, "hf_device_map", places, raising=False)
+    with pytest.raises(ConfigError, match=r"no room for .model\.layers\.1"):
+        load_model(config, "causal", pad_id=0)
+
+
 def test_an_unknown_device_is_an_error():
-    with pytest.raises(ConfigError, match=r"'gpu' is unknown: use auto, cpu or cuda"):
+    with pytest.raises(ConfigError, match=r"'gpu' is unknown: use auto, cpu, cuda or balanced"):
         device_of("gpu")
 
 

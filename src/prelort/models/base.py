@@ -8,7 +8,7 @@ import importlib.resources
 import importlib.util
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,9 @@ from prelort import hub
 from prelort.config import EMBEDDED, ModelConfig
 from prelort.errors import ConfigError
 
+BALANCED = "balanced"
+"""The ``model.device`` of a base whose layers are on several GPUs: a device map of accelerate."""
+
 _BLOCK = 4096
 _BLOCKS = 64
 
@@ -55,13 +58,18 @@ def location(name: str) -> str:
 
 
 def device_of(name: str) -> torch.device:
-    """The device that ``model.device`` names. Raises `ConfigError` for CUDA where there is none."""
-    if name == "auto":
+    """The device that ``model.device`` names, the first one of several.
+
+    Raises `ConfigError` for CUDA where there is none.
+    """
+    if name in ("auto", BALANCED):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"model.device = {name!r} is unknown: use auto, cpu or cuda") from None
+        raise ConfigError(
+            f"model.device = {name!r} is unknown: use auto, cpu, cuda or balanced"
+        ) from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"model.device = {name!r}, but no CUDA device is available: use 'cpu'")
     return device
@@ -141,12 +149,23 @@ def load_model(
     if config.quantization != "none":
         new = new_modules(config, kind, labels)
         options = {"quantization_config": _quantized(config, device, new)}
-    if options or _is_quantised(config):
-        options |= {"device_map": str(device)}
+    if options or config.device == BALANCED or _is_quantised(config):
+        options |= {"device_map": BALANCED if config.device == BALANCED else str(device)}
     model, loading = _load(config, kind, labels, **options)
+    _check_places(config, device, getattr(model, "hf_device_map", {}))
     _new_modules(config, model, loading, kind)
     _freeze(model, pad_id)
     return model if options else model.to(device)
+
+
+def _check_places(config: ModelConfig, device: torch.device, places: Mapping[str, object]) -> None:
+    """Raise `ConfigError` for a base of which the GPUs hold only a part."""
+    outside = [name for name, place in places.items() if place in ("cpu", "disk")]
+    if outside and device.type != "cpu":
+        raise ConfigError(
+            f"model.device = {config.device!r}: the GPUs have no room for {outside[0]!r} "
+            f"({len(outside)} such modules): use model.quantization, or a smaller model"
+        )
 
 
 def shared_copy(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import psutil
 import torch
 
-from prelort.models.base import device_of
+from prelort.models.base import BALANCED, device_of
 
 
 def free_memory(device: str = "auto") -> tuple[int, str]:
@@ -15,6 +15,9 @@ def free_memory(device: str = "auto") -> tuple[int, str]:
     available without swapping. Raises `ConfigError` if CUDA is not available.
     """
     place = device_of(device)
+    if place.type == "cuda" and device == BALANCED:
+        each = [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
+        return sum(each), f"free on {len(each)} GPUs now"
     if place.type == "cuda":
         free, _ = torch.cuda.mem_get_info(place)
         return int(free), f"free on {torch.cuda.get_device_name(place)} now"

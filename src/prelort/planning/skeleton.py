@@ -15,7 +15,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from prelort.config import LoraSettings, ModelConfig
 from prelort.errors import ConfigError
-from prelort.models.base import head_modules, load_configuration
+from prelort.models.base import BALANCED, head_modules, load_configuration
 from prelort.models.lora import ADAPTER, attach
 
 BLOCK = 64
@@ -61,7 +61,7 @@ def skeleton(
 def for_gpu(config: ModelConfig) -> bool:
     """Whether the model is meant for a GPU, which may be in another machine."""
     return config.device.startswith("cuda") or (
-        config.device == "auto" and torch.cuda.is_available()
+        config.device in ("auto", BALANCED) and torch.cuda.is_available()
     )
 
 

@@ -28,14 +28,18 @@ Key = tuple[str, str]
 def stackable(runtime: ModelRuntime) -> bool:
     """Whether several adapters can share the model.
 
-    Nothing must be folded into its base, modules trained in full must be linear layers, and each
-    layer must see the rows of the batch.
+    Nothing must be folded into its base, modules trained in full must be linear layers, all layers
+    on one device, and each must see the rows of the batch.
     """
     model = runtime.model
+    devices = {parameter.device for parameter in model.parameters()}
     folded = any(FROZEN in layer.lora_A for layer in lora_layers(model).values())
     modules = [module for module, _ in saved_module_places(model).values()]
     return (
-        not folded and all(type(module) is nn.Linear for module in modules) and runtime.by_example()
+        not folded
+        and len(devices) == 1
+        and all(type(module) is nn.Linear for module in modules)
+        and runtime.by_example()
     )
 
 

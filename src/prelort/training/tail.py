@@ -25,7 +25,7 @@ def tail_penalty(factors: Pairs, tail: TailPenalty, rank: int) -> Tensor:
     norms = [
         torch.linalg.vector_norm(a[cut:]) * torch.linalg.vector_norm(b[:, cut:]) for a, b in factors
     ]
-    return torch.stack(norms).sum()
+    return torch.stack([norm.to(norms[0].device) for norm in norms]).sum()
 
 
 def tail_norm(factors: Pairs, tail: TailPenalty, rank: int) -> float:
