@@ -46,6 +46,8 @@ PATHS = (
 )
 """Section and key of what may be a path."""
 
+TASKS = ("causal-lm", "instruction", "chat", "classification")
+
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
@@ -455,8 +457,10 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0)] = Field(
         0, description="decides everything random: partition, ranks, cohorts, batches, factors"
     )
-    task: Literal["causal-lm", "instruction", "chat", "classification"] = Field(
-        "causal-lm", description="what is learnt, and which columns are read"
+    task: str = Field(
+        "causal-lm",
+        description="what is learnt, and which columns are read: 'causal-lm', 'instruction', "
+        "'chat', 'classification', or 'package.module:Class'",
     )
     threads: Annotated[int, Field(ge=1)] | None = Field(
         None, description="CPU threads per process; default: all cores"
@@ -472,6 +476,13 @@ class Config(Section):
     robustness: RobustnessConfig = RobustnessConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     privacy: PrivacyConfig = PrivacyConfig()
+
+    @field_validator("task")
+    @classmethod
+    def _task(cls, task: str) -> str:
+        if task not in TASKS and ":" not in task:
+            raise ValueError(unknown_name("task", task, TASKS))
+        return task
 
     @model_validator(mode="after")
     def _secure_aggregation(self) -> Config:
@@ -660,6 +671,13 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
+
+
+def unknown_name(what: str, name: str, known: Sequence[str]) -> str:
+    """A sentence about the ``name`` of a method or task that is not ``known``."""
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
+    return f"unknown {what} {name!r}: {hint}"
 
 
 def unknown_key(key: str, allowed: Sequence[str]) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from transformers import EvalPrediction
 
 from prelort.config import DataConfig
 from prelort.errors import ConfigError
@@ -26,17 +27,20 @@ class CausalTask:
         """The columns read; each causal task says which."""
         raise NotImplementedError
 
+    def labels(self, rows: Dataset, config: DataConfig) -> tuple[str, ...]:
+        """None: a causal model predicts tokens."""
+        return ()
+
     def check(self, rows: Dataset, config: DataConfig, where: str) -> None:
         """Raise `ConfigError` naming the first row of ``where`` whose cells are no text."""
         require_texts(rows, self.columns(config, rows.column_names), where)
 
     def collate(self, examples: Sequence[Example], pad_id: int) -> Batch:
         """``input_ids``, ``attention_mask`` and ``labels``, each [batch, longest], int64."""
-        labels = [e.labels for e in examples if not isinstance(e.labels, int)]
         return {
             "input_ids": pad_right([e.input_ids for e in examples], pad_id),
             "attention_mask": attention_mask([len(e.input_ids) for e in examples]),
-            "labels": pad_right(labels, IGNORED),
+            "labels": pad_right([e.labels for e in examples], IGNORED),
         }
 
     def weight(self, batch: Batch) -> int:
@@ -67,6 +71,10 @@ def _inputs_and_labels(batch: Batch) -> tuple[Batch, torch.Tensor]:
     inputs = {name: batch[name] for name in names}
     # What comes next is moved to where it is predicted: the logits need not be copied.
     return inputs, F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+
+    def compute_metrics(self, prediction: EvalPrediction) -> Mapping[str, float]:
+        """None of its own."""
+        return {}
 
 
 def opening(tokenizer: Any) -> list[int]:
