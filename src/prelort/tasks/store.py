@@ -54,7 +54,7 @@ class ExampleStore:
     def __init__(self) -> None:
         """Raises `ConfigError` if there is no folder for it."""
         with _writing():
-            self._file = tempfile.TemporaryFile(prefix="prelort-")
+            self._file = tempfile.TemporaryFile(prefix="prelort-")  # noqa: SIM115
         self._end = 0
 
     def encode(
