@@ -27,6 +27,7 @@ from pydantic import (
 )
 
 from prelort.errors import ConfigError
+from prelort.extensions import TASKS, unknown_name
 
 EMBEDDED = "embedded"
 """The name of the base model and of the text that need no download."""
@@ -45,8 +46,6 @@ PATHS = (
     *(("data", "source"), ("data", "test"), ("lora", "start_from")),
 )
 """Section and key of what may be a path."""
-
-TASKS = ("causal-lm", "instruction", "chat", "classification")
 
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 
@@ -671,13 +670,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def unknown_name(what: str, name: str, known: Sequence[str]) -> str:
-    """A sentence about the ``name`` of a method or task that is not ``known``."""
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
-    return f"unknown {what} {name!r}: {hint}"
 
 
 def unknown_key(key: str, allowed: Sequence[str]) -> str:

@@ -1,7 +1,8 @@
-"""Classes of a user's own: methods and tasks named ``package.module:Class``."""
+"""Methods and tasks by name: those of the package, and ``package.module:Class`` of a user."""
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
 import os
@@ -12,6 +13,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from prelort.errors import ConfigError, PrelortError
+
+TASKS = ("causal-lm", "instruction", "chat", "classification")
+
+
+def unknown_name(what: str, name: str, known: Sequence[str]) -> str:
+    """A sentence about the ``name`` of a method or task that is not ``known``."""
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
+    return f"unknown {what} {name!r}: {hint}"
 
 
 def imported(name: str, what: str, interface: type, attributes: Sequence[str]) -> type:

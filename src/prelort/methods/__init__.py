@@ -5,9 +5,9 @@ A class outside the package is named ``package.module:Class`` in ``method.name``
 
 from __future__ import annotations
 
-from prelort.config import MethodConfig, unknown_name
+from prelort.config import MethodConfig
 from prelort.errors import ConfigError
-from prelort.extensions import imported
+from prelort.extensions import imported, unknown_name
 from prelort.methods.fed_plora import FedPlora
 from prelort.methods.fedex_lora import FedExLora
 from prelort.methods.fedhl import FedHL

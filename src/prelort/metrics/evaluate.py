@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import EvalPrediction
 
 from prelort.errors import ConfigError
+from prelort.extensions import calling
 from prelort.metrics import scores
 from prelort.metrics.generate import continuations, fit_prompt
 from prelort.metrics.scores import HIGHER_IS_BETTER
@@ -258,10 +259,12 @@ def _summary(
     values = {metric: score_of[metric]() for metric in metrics if metric in score_of}
     if own:
         made, labels = _in_order(outputs.made), _in_order(outputs.labels)
-        for name, compute in own.items():
-            values |= _numbers(name, compute(EvalPrediction(predictions=made, label_ids=labels)))
+        for owner, compute in own.items():
+            with calling(owner, "compute_metrics"):
+                found = compute(EvalPrediction(predictions=made, label_ids=labels))
+            values |= _numbers(owner, found)
     if missing := [metric for metric in metrics if metric not in values]:
-        raise ConfigError(f"the task's compute_metrics did not return its metric {missing[0]!r}")
+        raise ConfigError(f"task: compute_metrics did not return its metric {missing[0]!r}")
     return values | {"loss": outputs.nll / outputs.weight}
 
 
@@ -269,19 +272,19 @@ def _own_metrics(runtime: ModelRuntime, metrics: Sequence[str]) -> dict[str, Com
     """What computes further metrics: the user's function, and the task's if it has any."""
     own: dict[str, ComputeMetrics] = {}
     if any(metric not in HIGHER_IS_BETTER for metric in metrics):
-        own[f"compute_metrics of task {type(runtime.task).__name__}"] = runtime.task.compute_metrics
+        own[f"task {type(runtime.task).__name__}"] = runtime.task.compute_metrics
     if runtime.compute_metrics is not None:
-        own["compute_metrics"] = runtime.compute_metrics
+        own["prelort.Federation"] = runtime.compute_metrics
     return own
 
 
-def _numbers(name: str, values: Any) -> dict[str, float]:
-    """What ``name`` returned. Raises `ConfigError` unless these are numbers by name."""
+def _numbers(owner: str, values: Any) -> dict[str, float]:
+    """What ``compute_metrics`` returned. Raises `ConfigError` unless these are numbers by name."""
     try:
         return {str(metric): float(value) for metric, value in dict(values).items()}
     except (TypeError, ValueError):
         raise ConfigError(
-            f"{name} must return numbers by name, such as {{'f1': 0.5}}, not {values!r}"
+            f"{owner}: compute_metrics must return numbers by name, such as {{'f1': 0.5}}, not {values!r}"
         ) from None
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from prelort.config import TASKS, unknown_name
 from prelort.errors import ConfigError
-from prelort.extensions import imported
+from prelort.extensions import TASKS, imported, unknown_name
 
 if TYPE_CHECKING:
     from prelort.tasks.interface import Task

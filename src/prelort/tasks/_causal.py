@@ -64,6 +64,10 @@ class CausalTask:
         logits = model(**inputs, use_cache=False).logits
         return cross_entropy(logits, following).sum(dim=1), logits.argmax(dim=-1)
 
+    def compute_metrics(self, prediction: EvalPrediction) -> Mapping[str, float]:
+        """None of its own."""
+        return {}
+
 
 def _inputs_and_labels(batch: Batch) -> tuple[Batch, torch.Tensor]:
     """What the model is given, and the label that follows each token."""
@@ -71,10 +75,6 @@ def _inputs_and_labels(batch: Batch) -> tuple[Batch, torch.Tensor]:
     inputs = {name: batch[name] for name in names}
     # What comes next is moved to where it is predicted: the logits need not be copied.
     return inputs, F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
-
-    def compute_metrics(self, prediction: EvalPrediction) -> Mapping[str, float]:
-        """None of its own."""
-        return {}
 
 
 def opening(tokenizer: Any) -> list[int]:

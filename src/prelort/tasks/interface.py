@@ -98,7 +98,8 @@ class Task(Protocol):
     def compute_metrics(self, prediction: EvalPrediction) -> Mapping[str, float]:
         """The task's own ``metrics``, as in transformers' Trainer; called if it names some.
 
-        ``predictions`` are those of `scores`. A name that ends in ``loss`` or ``error`` is better when lower.
+        ``predictions`` are those of `scores`. A name that ends in ``loss`` or ``error`` is better
+        when lower.
         """
         ...
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prelort.adapters import Factors, LoraAdapter
-from prelort.config import TASKS, Config
+from prelort.config import Config
 from prelort.errors import ConfigError
-from prelort.extensions import calling
+from prelort.extensions import TASKS, calling
 from prelort.methods import find
 from prelort.models import base
 from prelort.models.lora import ADAPTER, install, lora_layers, saved_module_places

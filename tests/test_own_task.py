@@ -16,7 +16,7 @@ from prelort.config import Config
 from prelort.methods import Client, build
 from rounds import start
 
-PAGE = (Path(__file__).parents[2] / "docs" / "own-task.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[1] / "docs" / "own-task.md").read_text(encoding="utf-8")
 REGRESSION, HALVES = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 WRONG = """
 import numpy as np
@@ -27,6 +27,23 @@ from prelort.tasks.interface import Example
 class Mean(CausalLM):
     def losses(self, model, batch):
         return super().losses(model, batch).mean()
+
+
+class Trained(CausalLM):
+    def losses(self, model, batch):
+        return 2 * super().losses(model, batch)
+
+
+class Measured(CausalLM):
+    metrics = ("own",)
+
+    def compute_metrics(self, prediction):
+        return {"own": prediction.typo}
+
+
+class Broken(CausalLM):
+    def losses(self, model, batch):
+        return batch["typo"]
 
 
 class Tensors(CausalLM):
@@ -135,15 +152,21 @@ def test_the_pages_objective_is_a_method(own: Path) -> None:
     "name, sentence",
     [
         ("Mean", r"Mean: losses\(\) must return one loss for each of the 4 .* shape \(\)"),
+        ("Trained", r"Trained: scores\(\) must return the losses of losses\(\), whose sum is"),
+        (
+            "Measured",
+            r"Measured: compute_metrics raised AttributeError: .*'typo' \(wrong_task.py, line 21\)",
+        ),
+        ("Broken", r"Broken: losses\(\) raised KeyError: 'typo' \(wrong_task.py, line 26\)"),
         ("Tensors", r"Tensors: encode\(\) must return Examples .* but returned Example\(input_ids"),
         ("Texts", r"Texts: encode\(\) must return Examples .* but returned 'text'"),
-        ("Failing", r"Failing: columns\(\), .* raised IndexError: .* \(wrong_task.py, line 24\)"),
+        ("Failing", r"Failing: columns\(\), .* raised IndexError: .* \(wrong_task.py, line 41\)"),
         ("Nothing", "compute_metrics did not return its metric 'bleu'"),
         ("Headless", r"Headless: labels\(\) must name the model's outputs"),
         ("Poetry", "kind = 'poetry' is not allowed: 'causal' or 'classification'"),
         ("Listed", r"metrics must be a tuple of names, not \['perplexity'\]"),
         ("Built", r"its constructor raised TypeError: .*'name'"),
-        ("Half", "lacks check, collate, compute_metrics, encode, labels, losses, weight"),
+        ("Half", "lacks check, collate, compute_metrics, encode, labels, losses, scores, weight"),
         ("Nameless", "is no task: it lacks name"),
         ("function", "is not a class"),
         ("Absent", "cannot be imported"),
