@@ -52,6 +52,7 @@ UNDER_ALL = {
     "config_reference",
     "errors",
     "events",
+    "extensions",
     "files",
     "history",
     "hub",

@@ -134,7 +134,7 @@ class TestConfig:
     @pytest.mark.parametrize(
         "options, words",
         [
-            (["--task", "regression"], "task = 'regression' is not allowed: the tasks are causal-"),
+            (["--task", "regression"], "unknown task 'regression': known are causal-lm, instruct"),
             (["--model", "x"], "--model x needs --task: causal-lm"),
             (["--all", "--task", "chat"], "give --all alone"),
         ],

@@ -181,7 +181,7 @@ class TestSentences:
             ({"training": {"batch_size": 0}}, "training.batch_size = 0 is not allowed"),
             ({"federation": {"rounds": True}}, "federation.rounds: true is not allowed"),
             ({"federation": {"clients_per_batch": "all"}}, "integer, or input should be 'auto'"),
-            ({"task": "poetry"}, "task = \"poetry\" is not allowed: input should be 'causal-lm'"),
+            ({"task": "poetry"}, "unknown task 'poetry': known are causal-lm, instruction"),
             ({"lora": {"rank_pattern": {"q_proj": 0}}}, "lora.rank_pattern = 0 is not allowed"),
             ({"federation": {"quorum": -1}}, "federation.quorum = -1 is not allowed"),
             ({"model": 3}, "model = 3 is not allowed"),

@@ -5,7 +5,6 @@ The same code runs as for the command line, on the same configuration, and write
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -28,6 +27,7 @@ from prelort.experiment.callbacks import Callback
 from prelort.experiment.objects import Objects
 from prelort.experiment.result import RunResult
 from prelort.experiment.run import run
+from prelort.extensions import reference
 from prelort.files import as_path
 from prelort.library_logging import quiet
 from prelort.methods.interface import Method
@@ -43,7 +43,9 @@ from prelort.study.definition import (
     study_of,
 )
 from prelort.study.run import run_study
+from prelort.tasks.classification import Classification
 from prelort.tasks.columns import class_names
+from prelort.tasks.interface import Task
 
 LORA = (
     *("r", "lora_alpha", "use_rslora", "lora_dropout", "target_modules", "modules_to_save"),
@@ -65,8 +67,8 @@ class Federation:
             order, or a mix such as ``"4*0.5, 16*0.5"``; default: ``lora.r``, or 8.
         method: a name (`prelort methods`), a class of one's own at the top of a module, or the
             values of the section ``[method]``.
-        task: ``causal-lm``, ``instruction``, ``chat`` or ``classification``; default: what the
-            model's head is for.
+        task: ``causal-lm``, ``instruction``, ``chat``, ``classification``, or a class of one's own
+            (`prelort.tasks.interface`); default: what the model's head is for.
         test: test rows; default: each client holds out a share of its rows.
         partition: of one data set: the numbers of each client's rows by its name, a function from
             the rows to that, or a `PartitionConfig`.
@@ -95,7 +97,7 @@ class Federation:
         *,
         ranks: int | str | Sequence[int] | Mapping[str, int] | None = None,
         method: str | type[Method] | Mapping[str, Any] = "prelort",
-        task: str | None = None,
+        task: str | type[Task] | None = None,
         test: Table | None = None,
         partition: Partition | PartitionConfig | None = None,
         lora: LoraConfig | Mapping[str, Any] | None = None,
@@ -115,6 +117,8 @@ class Federation:
         if task is None:
             classifies = type(model).__name__.endswith("ForSequenceClassification")
             task = "classification" if classifies else "causal-lm"
+        if not isinstance(task, str):
+            task = reference(task, "task")
         values = _defaults(model, task)
         clients = None if given is None or given.parts is None else [p.name for p in given.parts]
         if lora is not None and not isinstance(lora, LoraConfig | Mapping):
@@ -146,8 +150,9 @@ class Federation:
                 else:
                     values[key] = value
         self.config = configuration.check(configuration.applied(values, []))
-        if task == "classification" and given is not None and self.config.data.labels is None:
-            names = _class_names(model, given, self.config.data)
+        kind = tasks.get(task)
+        if isinstance(kind, Classification) and given is not None and not self.config.data.labels:
+            names = _class_names(kind, model, given, self.config.data)
             data = self.config.data.model_copy(update={"labels": names})
             self.config = self.config.model_copy(update={"data": data})
 
@@ -262,12 +267,12 @@ def _defaults(model: PreTrainedModel | str, task: str) -> dict[str, Any]:
 
 
 def _class_names(
-    model: PreTrainedModel | str, given: Tables, config: DataConfig
+    task: Classification, model: PreTrainedModel | str, given: Tables, config: DataConfig
 ) -> tuple[str, ...] | None:
     """The class names of a loaded classifier in the order of its head, if the rows have them."""
     names = getattr(getattr(model, "config", None), "id2label", None) or {}
     in_order = tuple(str(names[number]) for number in sorted(names))
-    column = tasks.get("classification").columns(config, given.train.column_names)[1]
+    column = task.columns(config, given.train.column_names)[1]
     known = set(class_names(given.train, column, "datasets")) <= set(in_order)
     return in_order if known else None
 
@@ -301,14 +306,7 @@ def _method_values(method: str | type[Method] | Mapping[str, Any]) -> dict[str, 
         return dict(method)
     if isinstance(method, str):
         return {"name": method}
-    if not isinstance(method, type):
-        raise ConfigError(f"method {method!r} is neither a name, a class nor a section's values")
-    module, name = method.__module__, method.__qualname__
-    if getattr(sys.modules.get(module), name, None) is not method:
-        raise ConfigError(
-            f"method {name!r} must be a class at the top of a module, so that a run can name it"
-        )
-    return {"name": f"{module}:{name}"}
+    return {"name": reference(method, "method")}
 
 
 def _lora_values(lora: LoraConfig) -> dict[str, Any]:

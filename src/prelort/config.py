@@ -27,6 +27,7 @@ from pydantic import (
 )
 
 from prelort.errors import ConfigError
+from prelort.extensions import TASKS, unknown_name
 
 EMBEDDED = "embedded"
 """The name of the base model and of the text that need no download."""
@@ -464,8 +465,10 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0)] = Field(
         0, description="decides everything random: partition, ranks, cohorts, batches, factors"
     )
-    task: Literal["causal-lm", "instruction", "chat", "classification"] = Field(
-        "causal-lm", description="what is learnt, and which columns are read"
+    task: str = Field(
+        "causal-lm",
+        description="what is learnt, and which columns are read: 'causal-lm', 'instruction', "
+        "'chat', 'classification', or 'package.module:Class'",
     )
     threads: Annotated[int, Field(ge=1)] | None = Field(
         None, description="CPU threads per process; default: all cores"
@@ -481,6 +484,13 @@ class Config(Section):
     robustness: RobustnessConfig = RobustnessConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     privacy: PrivacyConfig = PrivacyConfig()
+
+    @field_validator("task")
+    @classmethod
+    def _task(cls, task: str) -> str:
+        if task not in TASKS and ":" not in task:
+            raise ValueError(unknown_name("task", task, TASKS))
+        return task
 
     @model_validator(mode="after")
     def _secure_aggregation(self) -> Config:

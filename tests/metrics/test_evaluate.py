@@ -39,7 +39,7 @@ class Tokenizer:
 
 
 class Causal(CausalLM):
-    allowed_metrics = ("perplexity", "rouge_l", "accuracy")
+    metrics = ("perplexity", "rouge_l", "accuracy")
 
     def losses(self, model, batch):
         assert not torch.is_grad_enabled()

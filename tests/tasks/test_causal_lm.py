@@ -20,7 +20,7 @@ TASK = get("causal-lm")
 
 def encode(texts: list[str | None], tokenizer: Any, max_length: int = 16) -> list[Example]:
     rows = Dataset.from_dict({"text": texts})
-    return TASK.encode(rows, tokenizer, DataConfig(max_length=max_length), ())
+    return list(TASK.encode(rows, tokenizer, DataConfig(max_length=max_length), ()))
 
 
 @settings(max_examples=50, deadline=None)

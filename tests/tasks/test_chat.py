@@ -29,7 +29,7 @@ def encode(
 ) -> list[Example]:
     rows = Dataset.from_dict({column: conversations})
     config = DataConfig(max_length=max_length, messages_column=column)
-    return TASK.encode(rows, tokenizer, config, ())
+    return list(TASK.encode(rows, tokenizer, config, ()))
 
 
 def test_the_assistants_turns_are_learnt(chat_tokenizer: Any) -> None:

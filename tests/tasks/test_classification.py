@@ -18,7 +18,7 @@ LABELS = ("no", "yes", "maybe")
 
 
 def encode(rows: Dataset, tokenizer: Any, max_length: int = 16) -> list[Example]:
-    return TASK.encode(rows, tokenizer, DataConfig(max_length=max_length), LABELS)
+    return list(TASK.encode(rows, tokenizer, DataConfig(max_length=max_length), LABELS))
 
 
 @pytest.fixture

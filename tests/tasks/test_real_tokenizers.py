@@ -25,7 +25,7 @@ def test_instructions_end_in_their_responses(shared: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(shared / "weights" / "tokenizers" / "gpt2")
     rows = read(shared, "dolly15k/dolly15k.jsonl", 400)
     config = DataConfig(max_length=96)
-    examples = get("instruction").encode(rows, tokenizer, config, ())
+    examples = list(get("instruction").encode(rows, tokenizer, config, ()))
     assert len(examples) == 400
     for example, response in zip(examples, rows["response"][:], strict=True):
         assert isinstance(example.labels, list)
@@ -42,7 +42,7 @@ def test_classes_have_the_encoders_special_tokens(shared: Path) -> None:
     tokenizer = BertTokenizerFast.from_pretrained(folder)
     rows = read(shared, "sst2/dev.tsv", 100)
     config = DataConfig(max_length=16)
-    examples = get("classification").encode(rows, tokenizer, config, ("0", "1"))
+    examples = list(get("classification").encode(rows, tokenizer, config, ("0", "1")))
     assert [str(e.labels) for e in examples] == rows["label"][:]
     for example in examples:
         assert len(example.input_ids) <= 16
@@ -59,7 +59,7 @@ def test_a_pretrained_model_finds_stories_likelier_than_code(shared: Path, tmp_p
 
     def loss(texts: list[str]) -> float:
         rows = Dataset.from_dict({"text": texts})
-        examples = task.encode(rows, tokenizer, DataConfig(max_length=64), ())
+        examples = list(task.encode(rows, tokenizer, DataConfig(max_length=64), ()))
         batch: Any = task.collate(examples, pad_id=2)
         with torch.no_grad():
             return task.losses(model, batch).sum().item() / task.weight(batch)

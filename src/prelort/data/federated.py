@@ -17,8 +17,10 @@ from prelort.data.partition import Part, client_column, partition, resolved
 from prelort.data.shares import apportion
 from prelort.data.tables import Tables
 from prelort.errors import ConfigError
+from prelort.extensions import calling
 from prelort.seeds import numpy_generator
-from prelort.tasks.columns import class_names, class_order, listed
+from prelort.tasks.classification import Classification
+from prelort.tasks.columns import class_names, listed
 from prelort.tasks.columns import names as column_names
 
 
@@ -47,7 +49,7 @@ class FederatedRows:
     """The rows of a whole run.
 
     ``test``: the given test set, or else all clients' test rows one after another. ``labels``: the
-    class names in the order of their numbers (empty unless the task is classification).
+    names of a classifier's outputs in the order of their numbers, mostly classes.
     ``label_column``: the column that holds them, or by which the rows were partitioned.
     """
 
@@ -65,12 +67,7 @@ def load(config: Config, given: Tables | None = None) -> FederatedRows:
     ``data.test_fraction`` of its rows, at least one, and trains on at least one. Raises
     `ConfigError` with one sentence.
     """
-    train, test, columns = _read(config, config.data, given)
-    labels: tuple[str, ...] = ()
-    if config.task == "classification":
-        # The classes belong to the data set, not to the rows that were drawn from it.
-        labels = _check_labels(train, test, columns[1], config.data.labels)
-    label_column = columns[1] if labels else config.data.label_column
+    train, test, labels, label_column = _read(config, config.data, given)
     scheme, needed = config.partition, _min_rows(config, holds_out_tests=test is None)
     if given is not None and given.parts is not None:
         parts = list(given.parts)
@@ -98,14 +95,12 @@ def load_own(config: Config, name: str) -> ClientRows:
     It holds out the rows that it would hold out as a client of this name among others. Raises
     `ConfigError` with one sentence.
     """
-    train, test, columns = _read(config, config.data.model_copy(update={"test": None}))
-    if config.task == "classification":
-        if not config.data.labels:
-            raise ConfigError(
-                "data.labels is not set: real sites, which see only their own rows, need the names "
-                "of all classes in one order"
-            )
-        _check_labels(train, test, columns[1], config.data.labels)
+    if tasks.get(config.task).kind == "classification" and not config.data.labels:
+        raise ConfigError(
+            "data.labels is not set: real sites, which see only their own rows, need the names of "
+            "all classes in one order"
+        )
+    train, *_ = _read(config, config.data.model_copy(update={"test": None}))
     train = _draw(train, config.data.max_train_examples, config.seed, "train")
     holds_out_tests = config.data.test is None  # else the server has the test set
     needed = _min_rows(config, holds_out_tests)
@@ -122,7 +117,7 @@ def load_own(config: Config, name: str) -> ClientRows:
 def load_test(config: Config) -> Dataset:
     """The rows of ``data.test``, for a server without other data. Raises `ConfigError`."""
     alone = config.data.model_copy(update={"source": config.data.test, "test": None})
-    rows, _, _ = _read(config, alone)
+    rows, *_ = _read(config, alone)
     return _draw(rows, config.data.max_test_examples, config.seed, "test")
 
 
@@ -171,42 +166,28 @@ def _with_validation(
 
 def _read(
     config: Config, data: DataConfig, given: Tables | None = None
-) -> tuple[Dataset, Dataset | None, tuple[str, ...]]:
-    """Training rows, test rows, and the task's columns, which both sets have and can be read."""
+) -> tuple[Dataset, Dataset | None, tuple[str, ...], str | None]:
+    """Training rows and test rows, which can be read; the classes, and the column they are in."""
     train, test = sources.read(data) if given is None else (given.train, given.test)
     task = tasks.get(config.task)
-    columns = task.columns(data, train.column_names)
-    task.check(train, data, "data.source")
-    if test is not None:
-        for column in columns:
-            if column not in test.column_names:
-                raise ConfigError(
-                    f"data.test has no column {column!r}: {listed(test.column_names)}"
-                )
-        # A further column could be taken for one that the training rows do not have.
-        test = test.select_columns([c for c in test.column_names if c in train.column_names])
-        task.check(test, data, "data.test")
-    return train, test, columns
-
-
-def _check_labels(
-    train: Dataset, test: Dataset | None, column: str, given: tuple[str, ...] | None
-) -> tuple[str, ...]:
-    """The ``given`` classes, or else those that occur; every row has one of them."""
-    labels = given or class_order(train, column, "data.source")
-    if len(labels) < 2:
-        raise ConfigError(
-            f"data.source has one class only, {labels[0]!r} in column {column!r}: "
-            "classification needs two or more"
-        )
-    unknown = "is not in data.labels" if given else "no training row has"
-    for key, rows in (("data.source", train if given else None), ("data.test", test)):
-        if rows is None:
-            continue
-        for number, name in enumerate(class_names(rows, column, key), start=1):
-            if name not in labels:
-                raise ConfigError(f"{key}: row {number} has the label {name!r}, which {unknown}")
-    return labels
+    with calling(f"task {type(task).__name__}", "columns(), check() or labels()"):
+        columns = task.columns(data, train.column_names)
+        task.check(train, data, "data.source")
+        # The classes belong to the data set, not to the rows that are drawn from it.
+        labels = task.labels(train, data)
+        if test is not None:
+            for column in columns:
+                if column not in test.column_names:
+                    raise ConfigError(
+                        f"data.test has no column {column!r}: {listed(test.column_names)}"
+                    )
+            # A further column could be taken for one that the training rows do not have.
+            test = test.select_columns([c for c in test.column_names if c in train.column_names])
+            task.check(test, data.model_copy(update={"labels": labels or None}), "data.test")
+    if task.kind == "classification" and not labels:
+        raise ConfigError(f"task {type(task).__name__}: labels() must name the model's outputs")
+    classes = isinstance(task, Classification) and len(labels) > 1
+    return train, test, labels, columns[1] if classes else data.label_column
 
 
 def _dropped(train: Dataset, scheme: PartitionConfig, parts: Sequence[Part]) -> tuple[Dropped, ...]:

@@ -34,6 +34,7 @@ from prelort.models import base
 from prelort.models.lora import ADAPTER, attach, initial_adapter
 from prelort.seeds import derive, numpy_generator
 from prelort.tasks.interface import Example
+from prelort.tasks.store import ExampleStore, StoredExamples
 from prelort.training.preflight import Preflight, check_model, rehearse
 from prelort.training.processes import ALONE, Processes, call_through
 from prelort.training.truncation import Truncation
@@ -72,7 +73,9 @@ class DataCache:
     def __init__(self) -> None:
         self._key: tuple[object, ...] | None = None
         self._rows: FederatedRows
-        self._examples: dict[tuple[str, str], Examples] = {}
+        self.store: ExampleStore
+        """Where examples of the rows are kept."""
+        self._examples: dict[tuple[str, str], StoredExamples] = {}
 
     def rows(self, config: Config, tables: Tables | None = None) -> FederatedRows:
         """The rows, read again only if the configuration has other data."""
@@ -80,10 +83,13 @@ class DataCache:
         key = (config.seed, config.task, config.model, *data)
         if key != self._key:
             self._rows, self._examples = federated.load(config, tables), {}
+            self.store = ExampleStore()
             self._key = key
         return self._rows
 
-    def examples(self, kind: str, client: str, encode: Callable[[], Examples]) -> Examples:
+    def examples(
+        self, kind: str, client: str, encode: Callable[[], StoredExamples]
+    ) -> StoredExamples:
         """A client's examples of this kind; ``client`` is empty for those of no client."""
         if (kind, client) not in self._examples:
             self._examples[kind, client] = encode()
@@ -126,8 +132,8 @@ def assemble(
     base.check_kind(config.model, task.kind)
     tokenizer = base.load_tokenizer(config.model)
 
-    def encode(table: Any) -> list[Example]:
-        return task.encode(table, tokenizer, config.data, rows.labels)
+    def encode(table: Any) -> StoredExamples:
+        return cache.store.encode(task, table, tokenizer, config.data, rows.labels)
 
     train = {
         client.name: cache.examples("train", client.name, partial(encode, client.train))
@@ -326,10 +332,10 @@ def start_adapter(config: Config, initial: LoraAdapter) -> LoraAdapter:
     return filled(adapter, initial, config.seed)
 
 
-def _at_most(config: Config, examples: list[Example]) -> list[Example]:
+def _at_most(config: Config, examples: StoredExamples) -> StoredExamples:
     """The test examples, in an order drawn by the seed, at most ``data.max_test_examples``."""
     order = numpy_generator(config.seed, "test examples").permutation(len(examples))
-    return [examples[index] for index in order[: config.data.max_test_examples]]
+    return examples.select(order[: config.data.max_test_examples])
 
 
 def _warn_of_large_ranks(adapter: LoraAdapter) -> None:

@@ -38,6 +38,7 @@ from prelort.models import base
 from prelort.models.lora import ADAPTER, shapes
 from prelort.planning.skeleton import skeleton
 from prelort.tasks.interface import Example
+from prelort.tasks.store import ExampleStore
 from prelort.training.preflight import rehearse
 from prelort.training.processes import ALONE, Processes
 
@@ -124,10 +125,12 @@ def own_site(
         config, tokenizer, rank=max(planned), labels=labels, processes=processes
     )
 
-    def encode(table: Any) -> list[Example]:
+    store = ExampleStore()
+
+    def encode(table: Any) -> Sequence[Example]:
         if table is None:
-            return []
-        return runtime.task.encode(table, tokenizer, config.data, labels)
+            return ()
+        return store.encode(runtime.task, table, tokenizer, config.data, labels)
 
     examples = encode(rows.train)
     if not examples:
@@ -183,7 +186,7 @@ class _ServerModel:
 def _without_rows(config: Config, rank: int) -> _ServerModel:
     """The model with weights if the server has test rows or a head, else its shapes alone."""
     labels = config.data.labels or ()
-    classes = config.task == "classification"
+    classes = tasks.get(config.task).kind == "classification"
     if classes and not labels:
         raise ConfigError(
             "data.labels is not set: with data at real sites nobody sees all classes, so their "
@@ -193,10 +196,10 @@ def _without_rows(config: Config, rank: int) -> _ServerModel:
         return _without_weights(config, rank)
     tokenizer = base.load_tokenizer(config.model)
     runtime, initial = prepare_model(config, tokenizer, rank=rank, labels=labels)
-    examples: list[Example] = []
+    examples: Sequence[Example] = ()
     if config.data.test is not None:
         rows = federated.load_test(config)
-        examples = runtime.task.encode(rows, tokenizer, config.data, labels)
+        examples = ExampleStore().encode(runtime.task, rows, tokenizer, config.data, labels)
     return _with_weights(config, runtime, initial, examples)
 
 

@@ -5,14 +5,9 @@ A class outside the package is named ``package.module:Class`` in ``method.name``
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import inspect
-import os
-import sys
-
 from prelort.config import MethodConfig
 from prelort.errors import ConfigError
+from prelort.extensions import imported, unknown_name
 from prelort.methods.fed_plora import FedPlora
 from prelort.methods.fedex_lora import FedExLora
 from prelort.methods.fedhl import FedHL
@@ -96,10 +91,8 @@ def find(name: str) -> type[Method]:
     if name in REGISTRY:
         return REGISTRY[name]
     if ":" in name:
-        return _imported(name)
-    close = difflib.get_close_matches(name, REGISTRY, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(REGISTRY)}"
-    raise ConfigError(f"unknown method {name!r}: {hint}")
+        return imported(name, "method", Method, ("name",))
+    raise ConfigError(unknown_name("method", name, list(REGISTRY)))
 
 
 def build(config: MethodConfig, seed: int) -> Method:
@@ -116,34 +109,3 @@ def build(config: MethodConfig, seed: int) -> Method:
 def trait(method: Method | type[Method], name: str) -> bool:
     """A trait of `PrefixMethod` (``personal``, ``ignores_ranks``); False where it has none."""
     return bool(getattr(method, name, False))
-
-
-def _imported(name: str) -> type[Method]:
-    module, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:  # an installed command does not search it by itself
-        sys.path.append(os.getcwd())
-    try:
-        method = getattr(importlib.import_module(module), attribute)
-    except (Exception, SystemExit) as error:  # the user's own code may raise anything
-        raise ConfigError(
-            f"method {name!r} cannot be imported: {type(error).__name__}: {error}"
-        ) from error
-    if not isinstance(method, type):
-        raise ConfigError(f"method {name!r} is not a class")
-    parts = {n: f for n, f in inspect.getmembers(Method, inspect.isfunction) if n[0] != "_"}
-    lacking = [part for part in parts if not callable(getattr(method, part, None))]
-    lacking += [] if isinstance(getattr(method, "name", None), str) else ["name"]
-    if lacking:
-        raise ConfigError(f"method {name!r} is no method: it lacks {', '.join(lacking)}")
-    for part, definition in parts.items():
-        parameters = inspect.signature(definition).parameters.values()
-        required = [p.name for p in parameters if p.default is p.empty]
-        optional = {p.name: p.default for p in parameters if p.default is not p.empty}
-        try:
-            inspect.signature(getattr(method, part)).bind(*required, **optional)
-        except TypeError as error:
-            call = ", ".join([*required, *(f"{n}={value}" for n, value in optional.items())])
-            raise ConfigError(
-                f"method {name!r} is no method: it must allow {part}({call}), but {error}"
-            ) from None
-    return method

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import AbstractContextManager
 from typing import TypeVar
 
+from prelort import extensions
 from prelort.adapters import LoraAdapter
 from prelort.errors import PrelortError
 from prelort.methods.interface import Method, ServerState
@@ -15,22 +13,12 @@ from prelort.methods.interface import Method, ServerState
 T = TypeVar("T")
 
 
-@contextmanager
-def calling(method: Method, part: str) -> Iterator[None]:
+def calling(method: Method, part: str) -> AbstractContextManager[None]:
     """Raise `PrelortError` for whatever ``part`` of the method raises, with the line of its code.
 
     A `PrelortError` passes unchanged.
     """
-    try:
-        yield
-    except PrelortError:
-        raise
-    except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        raise PrelortError(
-            f"method {type(method).__name__}: {part} raised {type(error).__name__}: {error} "
-            f"({Path(place.filename).name}, line {place.lineno})"
-        ) from error
+    return extensions.calling(f"method {type(method).__name__}", part)
 
 
 def expect(method: Method, part: str, value: object, kind: type[T]) -> T:

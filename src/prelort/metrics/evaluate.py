@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,8 +16,10 @@ from torch import Tensor
 from transformers import EvalPrediction
 
 from prelort.errors import ConfigError
+from prelort.extensions import calling
 from prelort.metrics import scores
 from prelort.metrics.generate import continuations, fit_prompt
+from prelort.metrics.scores import HIGHER_IS_BETTER
 from prelort.tasks.interface import IGNORED, Batch, Example, Task
 from prelort.training.runtime import ComputeMetrics, ModelRuntime, evaluation_mode
 
@@ -63,17 +66,18 @@ def evaluate(
     macro_f1 in 0..1, rouge_l in 0..100. ``progress`` is called with the number of steps done and of
     all steps. The modules' training modes are restored.
 
-    The runtime's ``compute_metrics`` adds values of its own. It gets numpy arrays in the order of
-    the examples: a classification's logits [examples, classes], or the token that a causal model
-    finds most likely after each place [examples, length], padded with `IGNORED` as the labels are.
+    The task's ``compute_metrics`` and the runtime's add values of their own. They get numpy arrays
+    in the order of the examples: a classification's logits [examples, classes], or the token that a
+    causal model finds most likely after each place [examples, length], padded with `IGNORED` as the
+    labels are.
 
     Raises `ConfigError` for a metric that the task does not allow and where nothing can be
     measured: no examples, no labels, no references for ``rouge_l``.
     """
     prompts: list[Example] = []
     if "rouge_l" in settings.metrics:
-        prompts = [e for e in examples if e.reference and e.prompt_length > 0]
-        prompts = prompts[: settings.max_generated]
+        usable = (e for e in examples if e.reference and e.prompt_length > 0)
+        prompts = list(islice(usable, settings.max_generated))
     _check(runtime.task, examples, prompts, settings.metrics)
     if not ranks:
         return {}
@@ -82,10 +86,8 @@ def evaluate(
     batches = _batches([len(e.input_ids) for e in examples], settings.batch_size)
     generated = _batches([e.prompt_length for e in prompts], settings.batch_size)
     count = _Counter(progress, (len(batches) + len(generated)) * len(ranks))
-    compute_metrics = runtime.compute_metrics
-    predict = compute_metrics is not None or any(
-        metric in FROM_LOGITS for metric in settings.metrics
-    )
+    own = _own_metrics(runtime, settings.metrics)
+    predict = bool(own) or any(metric in FROM_LOGITS for metric in settings.metrics)
     # Not inference_mode: tensors made there (rotary caches) must not meet autograd later.
     with evaluation_mode(runtime.model), torch.no_grad():
         for indices in batches:
@@ -103,14 +105,11 @@ def evaluate(
         for indices in generated:
             some = [prompts[i] for i in indices]
             for group, texts in groups.map(partial(_generate, runtime, at_ranks, some, settings)):
-                for rank, own in zip(group, texts, strict=True):
-                    outputs[rank].texts.update(zip(indices, own, strict=True))
+                for rank, continued in zip(group, texts, strict=True):
+                    outputs[rank].texts.update(zip(indices, continued, strict=True))
                     count()
     references = [example.reference for example in prompts]
-    return {
-        rank: _summary(outputs[rank], settings.metrics, references, compute_metrics)
-        for rank in ranks
-    }
+    return {rank: _summary(outputs[rank], settings.metrics, references, own) for rank in ranks}
 
 
 def ranks_at_once(device: torch.device) -> int:
@@ -223,8 +222,8 @@ def _check(
     task: Task, examples: Sequence[Example], prompts: Sequence[Example], metrics: Sequence[str]
 ) -> None:
     for metric in metrics:
-        if metric not in task.allowed_metrics:
-            allowed = ", ".join(task.allowed_metrics)
+        if metric not in task.metrics:
+            allowed = ", ".join(task.metrics)
             raise ConfigError(
                 f"metric {metric!r} is not defined for task {task.name!r}: allowed are {allowed}"
             )
@@ -246,7 +245,7 @@ def _summary(
     outputs: _Outputs,
     metrics: Sequence[str],
     references: Sequence[str],
-    compute_metrics: ComputeMetrics | None,
+    own: Mapping[str, ComputeMetrics],
 ) -> dict[str, float]:
     if outputs.weight < 1:
         raise ConfigError("no test example has anything to learn: every label is ignored")
@@ -257,21 +256,35 @@ def _summary(
         "macro_f1": lambda: scores.macro_f1(outputs.predicted(), outputs.truth()),
         "rouge_l": lambda: scores.rouge_l(texts, references),
     }
-    values = {metric: score_of[metric]() for metric in metrics}
-    if compute_metrics is not None:
-        values |= _own_metrics(compute_metrics, outputs)
+    values = {metric: score_of[metric]() for metric in metrics if metric in score_of}
+    if own:
+        made, labels = _in_order(outputs.made), _in_order(outputs.labels)
+        for owner, compute in own.items():
+            with calling(owner, "compute_metrics"):
+                found = compute(EvalPrediction(predictions=made, label_ids=labels))
+            values |= _numbers(owner, found)
+    if missing := [metric for metric in metrics if metric not in values]:
+        raise ConfigError(f"task: compute_metrics did not return its metric {missing[0]!r}")
     return values | {"loss": outputs.nll / outputs.weight}
 
 
-def _own_metrics(compute_metrics: ComputeMetrics, outputs: _Outputs) -> dict[str, float]:
-    """What ``compute_metrics`` returns. Raises `ConfigError` unless these are numbers by name."""
-    made, labels = _in_order(outputs.made), _in_order(outputs.labels)
-    values = compute_metrics(EvalPrediction(predictions=made, label_ids=labels))
+def _own_metrics(runtime: ModelRuntime, metrics: Sequence[str]) -> dict[str, ComputeMetrics]:
+    """What computes further metrics: the user's function, and the task's if it has any."""
+    own: dict[str, ComputeMetrics] = {}
+    if any(metric not in HIGHER_IS_BETTER for metric in metrics):
+        own[f"task {type(runtime.task).__name__}"] = runtime.task.compute_metrics
+    if runtime.compute_metrics is not None:
+        own["prelort.Federation"] = runtime.compute_metrics
+    return own
+
+
+def _numbers(owner: str, values: Any) -> dict[str, float]:
+    """What ``compute_metrics`` returned. Raises `ConfigError` unless these are numbers by name."""
     try:
-        return {str(name): float(value) for name, value in dict(values).items()}
+        return {str(metric): float(value) for metric, value in dict(values).items()}
     except (TypeError, ValueError):
         raise ConfigError(
-            f"compute_metrics must return numbers by name, such as {{'f1': 0.5}}, not {values!r}"
+            f"{owner}: compute_metrics must return numbers by name, such as {{'f1': 0.5}}, not {values!r}"
         ) from None
 
 

@@ -17,7 +17,12 @@ HIGHER_IS_BETTER: dict[str, bool] = {
     "rouge_l": True,
     "loss": False,
 }
-"""The direction of every metric that `prelort.metrics.evaluate` can return."""
+"""The direction of every metric that is not a user's own."""
+
+
+def higher_is_better(metric: str) -> bool:
+    """The direction of a metric. Of a user's own, as scikit-learn's, an error or loss is low."""
+    return HIGHER_IS_BETTER.get(metric, not metric.endswith(("loss", "error")))
 
 
 def accuracy(predictions: Sequence[int], truth: Sequence[int]) -> float:

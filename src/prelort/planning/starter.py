@@ -13,7 +13,7 @@ from prelort.planning.skeleton import skeleton
 
 MODELS = {"classification": "FacebookAI/roberta-base"}
 ANY_MODEL = "Qwen/Qwen3-0.6B"
-"""The model in a starter without ``--model``, for tasks that are not in `MODELS`."""
+"""The model in a starter without ``--model``, for tasks of a kind that is not in `MODELS`."""
 
 COLUMNS = {
     "causal-lm": "column `text`",
@@ -90,8 +90,8 @@ SIZES = (
 def starter(task: str, model: str | None = None) -> str:
     """The text of a starter. Raises `ConfigError` for an unknown task or model."""
     kind = tasks.get(task).kind
-    name = model or MODELS.get(task, ANY_MODEL)
-    parameters, positions = 1e8 if task in MODELS else 6e8, None
+    name = model or MODELS.get(kind, ANY_MODEL)
+    parameters, positions = 1e8 if kind in MODELS else 6e8, None
     if model is not None:
         parameters, positions = measures(ModelConfig(name=model), kind)
     values = values_for(task, parameters, positions)
@@ -100,7 +100,7 @@ def starter(task: str, model: str | None = None) -> str:
         task=task,
         name=json.dumps(name),
         dtype=values["model"]["dtype"],
-        columns=COLUMNS[task],
+        columns=COLUMNS.get(task, "the columns that this task reads"),
         tokens=values["data"]["max_length"],
         batch_size=training["batch_size"],
         accumulation=training["gradient_accumulation"],
@@ -112,7 +112,7 @@ def starter(task: str, model: str | None = None) -> str:
 
 def values_for(task: str, parameters: float, positions: int | None) -> dict[str, dict[str, Any]]:
     """The starter's values as sections, for a model of so many parameters and positions."""
-    size = size_for(parameters)
+    size, tokens = size_for(parameters), TOKENS.get(task, 512)
     training = {
         "batch_size": size.batch_size,
         "gradient_accumulation": 16 // size.batch_size,
@@ -123,7 +123,7 @@ def values_for(task: str, parameters: float, positions: int | None) -> dict[str,
     }
     return {
         "model": {"dtype": "bfloat16" if size.large else "float32"},
-        "data": {"max_length": min(TOKENS[task], positions or TOKENS[task])},
+        "data": {"max_length": min(tokens, positions or tokens)},
         "training": training,
     }
 

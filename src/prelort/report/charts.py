@@ -101,6 +101,8 @@ def training_loss(results: Results, setting: str) -> alt.LayerChart | None:
     """The training loss by round: of one run for each rank, of several the clients' mean."""
     tasks = {cell.history.started.task for cell in results.cells if cell.history.started}
     unit = f"nats per {'example' if tasks == {'classification'} else 'token'}"
+    if any(":" in task for task in tasks):  # whose losses may be anything
+        unit = ""
     form = replace(metric_format("loss"), unit=unit)
     if len(results.cells) > 1:
         frame = results.select(results.rounds, setting)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from prelort.metrics.scores import HIGHER_IS_BETTER
+from prelort.metrics.scores import higher_is_better
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +64,10 @@ _FORMATS = {
 
 
 def metric_format(metric: str) -> MetricFormat:
-    """The format of a metric; an unknown one keeps its own name, and higher is better."""
+    """The format of a metric; an unknown one keeps its own name."""
     unknown = (plain(metric), plain(metric), 1.0, "", None)
     name, short, factor, unit, log_ratio = _FORMATS.get(metric, unknown)
-    higher = HIGHER_IS_BETTER.get(metric, True)
-    return MetricFormat(metric, name, short, higher, factor, unit, log_ratio)
+    return MetricFormat(metric, name, short, higher_is_better(metric), factor, unit, log_ratio)
 
 
 def human_bytes(count: float | None) -> str:

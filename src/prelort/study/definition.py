@@ -198,10 +198,12 @@ def of_folder(out: Path) -> Study:
 
 
 def check_methods(study: Study) -> None:
-    """Raise `ConfigError` for a method that does not exist."""
+    """Raise `ConfigError` for a method or a task that does not exist."""
     from prelort import methods
 
     for cell in study.cells:
+        if cell.config.task not in tasks.TASKS:
+            tasks.get(cell.config.task)
         try:
             methods.find(cell.config.method.name)
         except ConfigError as error:

@@ -38,7 +38,7 @@ from prelort.experiment.folder import RunFolder, is_taken
 from prelort.experiment.run import run
 from prelort.files import write_atomically
 from prelort.methods import build, find, trait
-from prelort.metrics.scores import HIGHER_IS_BETTER, aurac
+from prelort.metrics.scores import aurac, higher_is_better
 from prelort.seeds import derive
 from prelort.study import definition
 from prelort.study.definition import Compare, Study
@@ -232,7 +232,7 @@ def loss_of(method: str, metric: str, prefixes: Mapping[int, Metrics]) -> float:
 
     For the homogeneous references: the value at their own rank.
     """
-    sign = -1.0 if HIGHER_IS_BETTER[metric] else 1.0
+    sign = -1.0 if higher_is_better(metric) else 1.0
     curve = {
         rank: sign * (math.log(values[metric]) if metric == "perplexity" else values[metric])
         for rank, values in prefixes.items()

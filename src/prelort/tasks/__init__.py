@@ -1,4 +1,4 @@
-"""Tasks: one file each, found by name."""
+"""Tasks by name: one file each, or a class of one's own, named ``package.module:Class``."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from prelort.errors import ConfigError
+from prelort.extensions import TASKS, imported, unknown_name
 
 if TYPE_CHECKING:
     from prelort.tasks.interface import Task
 
+__all__ = ["CLASSES", "TASKS", "get"]
+
 # Where each task is; imported when asked for, so that reading a name costs no torch.
-TASKS = {
+CLASSES = {
     "causal-lm": ("causal_lm", "CausalLM"),
     "instruction": ("instruction", "Instruction"),
     "chat": ("chat", "Chat"),
@@ -20,9 +23,17 @@ TASKS = {
 
 
 def get(name: str) -> Task:
-    """The task of that name; raises `ConfigError` listing the names if there is none."""
-    if name not in TASKS:
-        raise ConfigError(f"task = {name!r} is not allowed: the tasks are {', '.join(TASKS)}")
-    module, attribute = TASKS[name]
-    task: Task = getattr(import_module(f"{__name__}.{module}"), attribute)()
-    return task
+    """The task of that name, or of ``package.module:Class``.
+
+    Raises `ConfigError` with the nearest known name, or with what the class lacks to be a `Task`.
+    """
+    if name in CLASSES:
+        module, attribute = CLASSES[name]
+        task: Task = getattr(import_module(f"{__name__}.{module}"), attribute)()
+        return task
+    if ":" not in name:
+        raise ConfigError(unknown_name("task", name, TASKS))
+    from prelort.tasks.interface import Task, built
+
+    own = imported(name, "task", Task, ("name", "kind"))
+    return built(own, name)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from transformers import EvalPrediction
 
 from prelort.config import DataConfig
 from prelort.errors import ConfigError
@@ -26,17 +27,20 @@ class CausalTask:
         """The columns read; each causal task says which."""
         raise NotImplementedError
 
+    def labels(self, rows: Dataset, config: DataConfig) -> tuple[str, ...]:
+        """None: a causal model predicts tokens."""
+        return ()
+
     def check(self, rows: Dataset, config: DataConfig, where: str) -> None:
         """Raise `ConfigError` naming the first row of ``where`` whose cells are no text."""
         require_texts(rows, self.columns(config, rows.column_names), where)
 
     def collate(self, examples: Sequence[Example], pad_id: int) -> Batch:
         """``input_ids``, ``attention_mask`` and ``labels``, each [batch, longest], int64."""
-        labels = [e.labels for e in examples if not isinstance(e.labels, int)]
         return {
             "input_ids": pad_right([e.input_ids for e in examples], pad_id),
             "attention_mask": attention_mask([len(e.input_ids) for e in examples]),
-            "labels": pad_right(labels, IGNORED),
+            "labels": pad_right([e.labels for e in examples], IGNORED),
         }
 
     def weight(self, batch: Batch) -> int:
@@ -59,6 +63,10 @@ class CausalTask:
         inputs, following = _inputs_and_labels(batch)
         logits = model(**inputs, use_cache=False).logits
         return cross_entropy(logits, following).sum(dim=1), logits.argmax(dim=-1)
+
+    def compute_metrics(self, prediction: EvalPrediction) -> Mapping[str, float]:
+        """None of its own."""
+        return {}
 
 
 def _inputs_and_labels(batch: Batch) -> tuple[Batch, torch.Tensor]:

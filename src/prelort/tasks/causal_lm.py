@@ -24,7 +24,6 @@ class CausalLM(CausalTask):
 
     name = "causal-lm"
     metrics: tuple[str, ...] = ("perplexity",)
-    allowed_metrics: tuple[str, ...] = ("perplexity",)
 
     def columns(self, config: DataConfig, available: Sequence[str]) -> tuple[str, ...]:
         """The text column; raises `ConfigError` if there is none."""

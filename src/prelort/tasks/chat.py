@@ -35,7 +35,6 @@ class Chat(CausalTask):
 
     name = "chat"
     metrics: tuple[str, ...] = ("perplexity", "rouge_l")
-    allowed_metrics: tuple[str, ...] = ("perplexity", "rouge_l")
 
     def columns(self, config: DataConfig, available: Sequence[str]) -> tuple[str, ...]:
         """The column of messages, or those of prompt and completion; raises `ConfigError`."""

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from transformers import EvalPrediction
 
 from prelort.config import DataConfig
 from prelort.errors import ConfigError
 from prelort.tasks._batches import attention_mask, pad_right
-from prelort.tasks.columns import class_names, find, require_texts, texts
+from prelort.tasks.columns import class_names, class_order, find, require_texts, texts
 from prelort.tasks.interface import Batch, Example
 
 TEXT_COLUMNS = (
@@ -35,7 +36,6 @@ class Classification:
     name = "classification"
     kind: Literal["causal", "classification"] = "classification"
     metrics: tuple[str, ...] = ("accuracy", "macro_f1")
-    allowed_metrics: tuple[str, ...] = ("accuracy", "macro_f1")
 
     def columns(self, config: DataConfig, available: Sequence[str]) -> tuple[str, ...]:
         """The text column and the label column; raises `ConfigError` if one is missing."""
@@ -43,9 +43,27 @@ class Classification:
         label = find("data.label_column", config.label_column, LABEL_COLUMNS, available)
         return text, label
 
+    def labels(self, rows: Dataset, config: DataConfig) -> tuple[str, ...]:
+        """``data.labels``, or else the classes that occur; two or more."""
+        column = self.columns(config, rows.column_names)[1]
+        labels = config.labels or class_order(rows, column, "data.source")
+        if len(labels) < 2:
+            raise ConfigError(
+                f"data.source has one class only, {labels[0]!r} in column {column!r}: "
+                "classification needs two or more"
+            )
+        return labels
+
     def check(self, rows: Dataset, config: DataConfig, where: str) -> None:
-        """Raise `ConfigError` naming the first row of ``where`` whose cells are no text."""
-        require_texts(rows, self.columns(config, rows.column_names), where)
+        """Raise `ConfigError` naming the first row of ``where`` without a text or a known class."""
+        columns = self.columns(config, rows.column_names)
+        require_texts(rows, columns, where)
+        for number, name in enumerate(class_names(rows, columns[1], where), start=1):
+            if config.labels and name not in config.labels:
+                raise ConfigError(
+                    f"{where}: row {number} has the label {name!r}, which is none of the classes "
+                    "(those of data.labels, else of the training rows)"
+                )
 
     def encode(
         self, rows: Dataset, tokenizer: Any, config: DataConfig, labels: Sequence[str]
@@ -99,3 +117,7 @@ class Classification:
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         logits = logits.float()
         return F.cross_entropy(logits, batch["labels"], reduction="none"), logits
+
+    def compute_metrics(self, prediction: EvalPrediction) -> Mapping[str, float]:
+        """None of its own."""
+        return {}

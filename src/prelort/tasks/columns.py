@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from prelort.errors import ConfigError
@@ -46,9 +46,10 @@ def listed(available: Sequence[str]) -> str:
     return "the columns are " + ", ".join(repr(name) for name in available)
 
 
-def cells(rows: Dataset, column: str) -> list[Any]:
-    """All cells of a column, as they are."""
-    return list(rows[column][:])
+def cells(rows: Dataset, column: str) -> Iterator[Any]:
+    """The cells of a column, as they are; a part of them in memory at a time."""
+    for start in range(0, len(rows), 1000):
+        yield from rows[column][start : start + 1000]
 
 
 def require_texts(rows: Dataset, columns: Sequence[str], where: str) -> None:
@@ -57,7 +58,8 @@ def require_texts(rows: Dataset, columns: Sequence[str], where: str) -> None:
     The first of the columns must have a value in every row.
     """
     for column in columns:
-        texts(rows, column, where)
+        for _ in iter_texts(rows, column, where):
+            pass
     for number, cell in enumerate(cells(rows, columns[0]), start=1):
         if cell is None:
             raise ConfigError(f"{where}: row {number} has no value in column {columns[0]!r}")
@@ -68,7 +70,11 @@ def texts(rows: Dataset, column: str, where: str = "data") -> list[str]:
 
     Raises `ConfigError` naming the first row of ``where`` with a list, an object or the like.
     """
-    written: list[str] = []
+    return list(iter_texts(rows, column, where))
+
+
+def iter_texts(rows: Dataset, column: str, where: str) -> Iterator[str]:
+    """`texts` one by one."""
     for number, cell in enumerate(cells(rows, column), start=1):
         text = _text(cell)
         if text is None:
@@ -76,8 +82,7 @@ def texts(rows: Dataset, column: str, where: str = "data") -> list[str]:
                 f"{where}: row {number} has {type(cell).__name__} {str(cell)[:40]} in column "
                 f"{column!r}, where text or a number is needed"
             )
-        written.append(text)
-    return written
+        yield text
 
 
 def names(rows: Dataset, column: str, where: str = "data") -> list[str | None]:
@@ -91,7 +96,8 @@ def names(rows: Dataset, column: str, where: str = "data") -> list[str | None]:
         # The hub marks the classes of unlabelled rows by -1.
         values = cells(rows, column)
         return [None if v is None or v < 0 else str(feature.int2str(v)) for v in values]
-    return [text or None for text in texts(rows, column, where)]
+    seen: dict[str, str] = {}  # one object for each name: there are few, and may be many rows
+    return [seen.setdefault(text, text) or None for text in iter_texts(rows, column, where)]
 
 
 def class_names(rows: Dataset, column: str, where: str) -> list[str]:
@@ -119,7 +125,7 @@ def class_order(rows: Dataset, column: str, where: str) -> tuple[str, ...]:
         if _is_fraction(name):
             raise ConfigError(
                 f"{where}: row {number} has {name} in column {column!r}, which is a measurement "
-                f"and no class: regression is not supported; {OTHER_LABELS}"
+                f"and no class: regression needs a task of your own; {OTHER_LABELS}"
             )
     if len(seen) > max(MANY_CLASSES, len(names) / 2):
         raise ConfigError(

@@ -24,7 +24,6 @@ class Instruction(CausalTask):
 
     name = "instruction"
     metrics: tuple[str, ...] = ("perplexity", "rouge_l")
-    allowed_metrics: tuple[str, ...] = ("perplexity", "rouge_l")
 
     def columns(self, config: DataConfig, available: Sequence[str]) -> tuple[str, ...]:
         """The completion column, then those of the template.

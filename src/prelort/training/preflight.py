@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from heapq import nlargest
 from typing import Any
 
 import torch
@@ -20,11 +22,12 @@ from transformers import PreTrainedModel
 from prelort.adapters import Factors, LoraAdapter
 from prelort.config import Config
 from prelort.errors import ConfigError
+from prelort.extensions import TASKS, calling
 from prelort.methods import find
 from prelort.models import base
 from prelort.models.lora import ADAPTER, install, lora_layers, saved_module_places
 from prelort.models.targets import last_parts, stacked
-from prelort.tasks.interface import Example
+from prelort.tasks.interface import Batch, Example
 from prelort.tasks.token_losses import check_parts
 from prelort.training.runtime import ModelRuntime, evaluation_mode, low_precision
 
@@ -85,18 +88,26 @@ def rehearse(
     model, name = runtime.model, config.model.name
     inner: PreTrainedModel = model.get_base_model()
     _check_tokens(name, inner, runtime, examples)
-    some = sorted(examples, key=lambda e: -len(e.input_ids))[
-        : min(ROWS, config.training.batch_size)
-    ]
-    batch = runtime.task.collate(some, runtime.pad_id)
-    batch = {key: value.to(runtime.device) for key, value in batch.items()}
-    weight = max(1, runtime.task.weight(batch))
+    longest_first = nlargest(ROWS, examples, key=lambda example: len(example.input_ids))
+    some = longest_first[: config.training.batch_size]
+    task = runtime.task
+    is_own = config.task not in TASKS
+    with calling(f"task {type(task).__name__}", "collate() or weight()"):
+        batch = task.collate(some, runtime.pad_id)
+        batch = {key: value.to(runtime.device) for key, value in batch.items()}
+        weight = max(1, task.weight(batch))
     tokens = (batch["input_ids"].shape[0], batch["input_ids"].shape[1])
 
     def loss(rank: int | Tensor | None = None) -> Tensor:
         with runtime.truncation.at(rank, tokens):
-            mean: Tensor = runtime.task.losses(model, batch).double().sum() / weight
-            return mean
+            with calling(f"task {type(task).__name__}", "losses()") if is_own else nullcontext():
+                losses = task.losses(model, batch)
+            if losses.shape != tokens[:1]:
+                raise ConfigError(
+                    f"task {type(task).__name__}: losses() must return one loss for each "
+                    f"of the {tokens[0]} examples, but returned shape {tuple(losses.shape)}"
+                )
+            return losses.double().sum() / weight
 
     probe = _probe(initial)
     with torch.random.fork_rng(), evaluation_mode(model), runtime.truncation.fused(model):
@@ -106,7 +117,9 @@ def rehearse(
             with torch.no_grad(), called:
                 untuned = float(loss(0))
                 _check_finite(name, inner, untuned)
-                if runtime.task.kind == "causal":
+                if is_own:
+                    _check_scores(runtime, batch, tokens, untuned * weight)
+                if task.kind == "causal":
                     _check_causal(name, runtime, some[0])
                     _check_parts(name, runtime, some[0])
             objective = getattr(find(config.method.name), "default_objective", "plain")
@@ -131,6 +144,21 @@ def rehearse(
         finally:
             install(model, initial)
     return Preflight(untuned, idle)
+
+
+def _check_scores(
+    runtime: ModelRuntime, batch: Batch, tokens: tuple[int, int], expected: float
+) -> None:
+    """What is measured must be what is trained: a user may have written one of them only."""
+    name = f"task {type(runtime.task).__name__}"
+    with calling(name, "scores()"), runtime.truncation.at(0, tokens):
+        losses, made = runtime.task.scores(runtime.model, batch)
+        found, rows = float(losses.double().sum()), len(made)
+    if rows != tokens[0] or not math.isclose(found, expected, rel_tol=0.01, abs_tol=1e-3):
+        raise ConfigError(
+            f"{name}: scores() must return the losses of losses(), whose sum is {expected:.4g} and "
+            f"not {found:.4g}, and what was predicted for each example"
+        )
 
 
 def _cannot_truncate_examples(config: Config) -> None:

@@ -53,13 +53,11 @@ class ModelRuntime:
         if self.truncation.by_example is None:
             end = self.model.config.eos_token_id
             ids = [end if isinstance(end, int) else 0] * 5  # an encoder-decoder reads its end token
-            labels = 0 if self.task.kind == "classification" else ids
-            batch = self.task.collate([Example(ids, labels)] * 3, self.pad_id)
-            batch = {key: value.to(self.device) for key, value in batch.items()}
+            rows = torch.tensor([ids] * 3, device=self.device)
             ranks = torch.ones(3, dtype=torch.int64, device=self.device)
             with torch.no_grad(), evaluation_mode(self.model), self.truncation.at(ranks, (3, 5)):
                 try:
-                    self.task.losses(self.model, batch)
+                    self.model(input_ids=rows, attention_mask=torch.ones_like(rows))
                     self.truncation.by_example = True
                 except ConfigError:
                     self.truncation.by_example = False
