@@ -284,7 +284,8 @@ def _numbers(owner: str, values: Any) -> dict[str, float]:
         return {str(metric): float(value) for metric, value in dict(values).items()}
     except (TypeError, ValueError):
         raise ConfigError(
-            f"{owner}: compute_metrics must return numbers by name, such as {{'f1': 0.5}}, not {values!r}"
+            f"{owner}: compute_metrics must return numbers by name, such as {{'f1': 0.5}}, "
+            f"not {values!r}"
         ) from None
 
 
