@@ -12,7 +12,7 @@ import pytest
 from transformers import LlamaConfig
 
 import prelort
-from prelort.config import Config, check
+from prelort.config import Config, PrivacyConfig, check
 from prelort.errors import ConfigError
 from prelort.methods import REGISTRY
 from prelort.models.base import load_model
@@ -60,6 +60,9 @@ def test_the_parts_are_those_of_the_shapes(settings: Callable[..., Config]) -> N
     numbers = 2 * 4 * ((32 + 32) + (32 + 16))
     assert found.adapter == 4 * numbers
     assert found.down == found.up == 4 * numbers
+    secure = config.model_copy(update={"privacy": PrivacyConfig(secure_aggregation=True)})
+    masked = Planner(secure).exact(4)
+    assert (masked.down, masked.up) == (4 * numbers, 8 * numbers)
     assert 2 * 4 * numbers <= found.optimiser <= 2 * 4 * numbers + 4 * 8  # and steps counted
     base = load_model(config.model, "causal", pad_id=0)
     assert found.weights == sum(t.nbytes for t in [*base.parameters(), *base.buffers()])

@@ -64,5 +64,13 @@ def check_callbacks(callbacks: Sequence[Callback], config: Config) -> None:
     """Raise `ConfigError` for callbacks that are none or could never do their work."""
     if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
         raise ConfigError("callbacks must be a list of functions")
-    if config.evaluation.every == 0 and any(isinstance(c, EarlyStopping) for c in callbacks):
+    if not any(isinstance(callback, EarlyStopping) for callback in callbacks):
+        return
+    if config.evaluation.every == 0:
         raise ConfigError("EarlyStopping needs evaluations in the rounds: set evaluation.every = 1")
+    on_clients_rows = config.data.test is None or config.evaluation.on == "validation"
+    if config.privacy.epsilon is not None and on_clients_rows:
+        raise ConfigError(
+            "EarlyStopping with privacy.epsilon would end the run by what is measured on clients' "
+            "rows, without noise: set data.test, and evaluation.on = 'test'"
+        )

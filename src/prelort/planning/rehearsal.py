@@ -50,7 +50,8 @@ from prelort.training.truncation import Truncation
 UNLIMITED = 2**20
 """The rank of layers without a rank pattern; the model takes no memory."""
 
-WIRE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+WIRE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "masked": 8}
+"""Of a number. Masked: with up to 101 clients in a round; with more, all send the full rank."""
 LEAST_IN_8_BITS = 4096
 """Numbers in the smallest tensor of which bitsandbytes' optimisers keep 8 bits."""
 
@@ -237,17 +238,16 @@ class Rehearser:
     def _traffic(self, broadcast: Broadcast) -> tuple[int, int]:
         """Bytes of the tensors sent to and from a client, as `federation.wire` packs them."""
         dtype = self.config.federation.wire_dtype
-        kinds = {"A": 0, "B": 0, "extra": 0}
-        for name, tensor in broadcast.trainable.tensors().items():
-            kind = {".lora_A.weight": "A", ".lora_B.weight": "B"}.get(name[-14:], "extra")
-            kinds[kind] += _wire_bytes(kind, tensor, dtype)
+        sent = _bytes_of_kinds(broadcast.trainable, dtype)
+        masked = self.config.privacy.secure_aggregation
+        replied = _bytes_of_kinds(broadcast.trainable, "masked") if masked else sent
         second = broadcast.frozen.layers.values() if broadcast.frozen is not None else ()
         frozen = sum(_wire_bytes("A", f.A, dtype) + _wire_bytes("B", f.B, dtype) for f in second)
         stays = {"B", "extra"} if broadcast.personal else set()
         seeded = set(broadcast.seeded_factors.split(" and "))
         untrained = {letter for letter in "AB" if letter not in broadcast.trains}
-        down = sum(size for kind, size in kinds.items() if kind not in stays | seeded)
-        up = sum(size for kind, size in kinds.items() if kind not in stays | untrained)
+        down = sum(size for kind, size in sent.items() if kind not in stays | seeded)
+        up = sum(size for kind, size in replied.items() if kind not in stays | untrained)
         return down + frozen, up
 
 
@@ -255,6 +255,15 @@ def _in_8_bits(parameter: Tensor) -> int:
     """The bytes of bitsandbytes' two moments of a parameter, 0 if it does not learn."""
     count = parameter.numel() if parameter.requires_grad else 0
     return 2 * (4 * count if count < LEAST_IN_8_BITS else count + 4 * -(-count // 256))
+
+
+def _bytes_of_kinds(adapter: LoraAdapter, dtype: str) -> dict[str, int]:
+    """The bytes of all A, of all B, and of the modules to save."""
+    kinds = {"A": 0, "B": 0, "extra": 0}
+    for name, tensor in adapter.tensors().items():
+        kind = {".lora_A.weight": "A", ".lora_B.weight": "B"}.get(name[-14:], "extra")
+        kinds[kind] += _wire_bytes(kind, tensor, dtype)
+    return kinds
 
 
 def _wire_bytes(kind: str, tensor: Tensor, dtype: str) -> int:
