@@ -92,6 +92,11 @@ class ModelConfig(Section):
     quantization: Literal["none", "8bit", "4bit"] = Field(
         "none", description="load the base in 8 or 4 bits (needs bitsandbytes)"
     )
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
+        "auto",
+        description="attention implementation; auto: transformers' choice for the model; "
+        "flash_attention_2 needs flash-attn, a CUDA device and bfloat16 or float16",
+    )
     trust_remote_code: bool = Field(False, description="run the model's own code from the hub")
 
 
@@ -247,7 +252,11 @@ class TrainingConfig(Section):
     gradient_accumulation: Annotated[int, Field(ge=1)] = Field(
         1, description="batches of an optimiser step"
     )
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="starts fresh each round")
+    optimizer: Literal["adamw", "sgd", "adamw-8bit", "paged-adamw-8bit"] = Field(
+        "adamw",
+        description="starts fresh each round; 8bit: a quarter of AdamW's state; paged: moved to "
+        "main memory when a GPU's is full (both need bitsandbytes)",
+    )
     learning_rate: Annotated[float, Field(gt=0.0)] = Field(
         8e-3, description="made for the embedded model; `prelort config --task TASK` says others"
     )

@@ -211,3 +211,11 @@ def test_an_encoder_of_other_shapes_is_refused_even_where_a_head_may_be_new(tiny
         load_model(config_of(folder), "classification", LABELS, pad_id=0)
     change_config(folder, intermediate_size=48)
     assert load_model(config_of(folder), "classification", LABELS, pad_id=0) is not None
+
+
+def test_the_attention_is_the_one_that_is_configured(tiny_llama):
+    for given, used in {"auto": "sdpa", "sdpa": "sdpa", "eager": "eager"}.items():
+        model = load_model(config_of(tiny_llama, attention=given), "causal", pad_id=0)
+        assert model.config._attn_implementation == used
+    with pytest.raises(ConfigError, match="'flash_attention_2' needs the package flash-attn"):
+        load_model(config_of(tiny_llama, attention="flash_attention_2"), "causal", pad_id=0)

@@ -58,8 +58,10 @@ def test_tiny_models(settings: Callable[..., Config], model: str, changes: dict[
         {"method": {"objective": "full+one"}},
         {"training": {"gradient_accumulation": 3, "optimizer": "sgd", "momentum": 0.9}},
         {"training": {"packing": True}},
+        {"training": {"optimizer": "adamw-8bit"}},
+        {"model": {"attention": "eager"}, "training": {"gradient_checkpointing": True}},
     ],
-    ids=["full+one", "accumulated", "packed"],
+    ids=["full+one", "accumulated", "packed", "8bit", "eager"],
 )
 def test_objectives_and_optimisers(
     settings: Callable[..., Config], changes: dict[str, dict]

@@ -16,6 +16,7 @@ from prelort.config import Config, check
 from prelort.errors import ConfigError
 from prelort.methods import REGISTRY
 from prelort.models.base import load_model
+from prelort.planning import rehearsal
 from prelort.planning.memory import Planner, largest_rank
 
 
@@ -32,6 +33,17 @@ def test_a_rank_in_between_is_what_a_rehearsal_of_it_gives(
     settings: Callable[..., Config], name: str
 ) -> None:
     assert_between_is_exact(settings(method={"name": name}, data={"max_length": 8}), 13)
+
+
+def test_an_optimiser_in_8_bits_has_a_quarter_of_the_state_of_large_tensors(
+    settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rehearsal, "LEAST_IN_8_BITS", 256)
+    config = settings(training={"optimizer": "paged-adamw-8bit"}, data={"max_length": 8})
+    for rank in (4, 7, 8, 9, 13):
+        assert_between_is_exact(config, rank)
+    whole = Planner(settings(data={"max_length": 8})).exact(16).optimiser
+    assert 0.25 * whole < Planner(config).exact(16).optimiser < 0.27 * whole
 
 
 @pytest.mark.parametrize("name", sorted(REGISTRY))

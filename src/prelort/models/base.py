@@ -30,7 +30,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
-from transformers.utils import cached_file
+from transformers.utils import cached_file, is_flash_attn_2_available
 
 from prelort import hub
 from prelort.config import EMBEDDED, ModelConfig
@@ -312,8 +312,19 @@ def _load(config: ModelConfig, kind: str, labels: Sequence[str], **options: Any)
         numbers = {name: number for number, name in enumerate(labels)}
         options |= {"id2label": dict(enumerate(labels)), "label2id": numbers}
         options |= {"ignore_mismatched_sizes": True}
+    if config.attention != "auto":
+        _check_attention(config)
+        options |= {"attn_implementation": config.attention}
     auto = AutoModelForSequenceClassification if kind == "classification" else AutoModelForCausalLM
     return _from_pretrained(auto, config, "model", **options)
+
+
+def _check_attention(config: ModelConfig) -> None:
+    if config.attention == "flash_attention_2" and not is_flash_attn_2_available():
+        raise ConfigError(
+            "model.attention = 'flash_attention_2' needs the package flash-attn and a CUDA device: "
+            "install it, or use 'sdpa'"
+        )
 
 
 def fingerprint(config: ModelConfig) -> str:
@@ -412,5 +423,6 @@ def _quantized(config: ModelConfig, device: torch.device, whole: Sequence[str]) 
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=compute,
+        bnb_4bit_use_double_quant=True,
         llm_int8_skip_modules=skipped,
     )

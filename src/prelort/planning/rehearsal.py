@@ -51,6 +51,9 @@ UNLIMITED = 2**20
 """The rank of layers without a rank pattern; the model takes no memory."""
 
 WIRE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+LEAST_IN_8_BITS = 4096
+"""Numbers in the smallest tensor of which bitsandbytes' optimisers keep 8 bits."""
+
 SCALE_BYTES = 4
 """Of the scale of each rank dimension in int8 messages."""
 
@@ -118,6 +121,10 @@ class Rehearser:
         beyond = max(self._levels) + 1
         (low, _), (high, _) = self._broadcast(1), self._broadcast(beyond)
         regular = low.frozen is None and (low.trainable.rank, high.trainable.rank) == (1, beyond)
+        if self.config.training.optimizer.endswith("8bit"):
+            widths = {n for f in self._like.layers.values() for n in (f.A.shape[1], f.B.shape[0])}
+            first = {-(-LEAST_IN_8_BITS // width) for width in widths}
+            patterns |= first | {rank - 1 for rank in first}
         # Dimensions that a client does not train may be folded in, up to the highest rank; the
         # homogeneous references train at the lowest or the highest rank.
         return patterns if regular else patterns | self._levels
@@ -144,8 +151,12 @@ class Rehearser:
                 ) from error
 
     def _round(self, rank: int, objective: Objective, down: int, up: int) -> Rehearsal:
-        training = self.config.training.model_copy(
+        training = self.config.training
+        in_8_bits = training.optimizer.endswith("8bit")
+        training = training.model_copy(
             update={
+                # bitsandbytes does not take fake tensors: without momentum SGD allocates nothing.
+                **({"optimizer": "sgd", "momentum": 0.0} if in_8_bits else {}),
                 # In 8 bits the inputs of a batch are freed only after the next forward pass.
                 "local_steps": 2 if self.config.model.quantization == "8bit" else 1,
                 "shuffle": False,
@@ -173,7 +184,8 @@ class Rehearser:
         def post(optimizer: Any, *_: Any) -> None:
             ends.append(len(watch.live) - begin)
             values = (v for state in optimizer.state.values() for v in state.values())
-            state_bytes.append(storage_bytes(v for v in values if isinstance(v, Tensor)))
+            size = storage_bytes(v for v in values if isinstance(v, Tensor))
+            state_bytes.append(sum(map(_in_8_bits, learning)) if in_8_bits else size)
 
         handles = [register_optimizer_step_pre_hook(pre), register_optimizer_step_post_hook(post)]
         try:
@@ -237,6 +249,12 @@ class Rehearser:
         down = sum(size for kind, size in kinds.items() if kind not in stays | seeded)
         up = sum(size for kind, size in kinds.items() if kind not in stays | untrained)
         return down + frozen, up
+
+
+def _in_8_bits(parameter: Tensor) -> int:
+    """The bytes of bitsandbytes' two moments of a parameter, 0 if it does not learn."""
+    count = parameter.numel() if parameter.requires_grad else 0
+    return 2 * (4 * count if count < LEAST_IN_8_BITS else count + 4 * -(-count // 256))
 
 
 def _wire_bytes(kind: str, tensor: Tensor, dtype: str) -> int:

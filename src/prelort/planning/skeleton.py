@@ -37,10 +37,15 @@ def skeleton(
         auto, configuration.num_labels = AutoModelForSequenceClassification, labels
     name = getattr(configuration, "dtype", None) if config.dtype == "auto" else config.dtype
     dtype = getattr(torch, str(name or "float32").removeprefix("torch."))
+    # Of flash attention there are no allocations without its kernels; those of sdpa are like them.
+    attention = {"auto": None, "flash_attention_2": "sdpa"}.get(config.attention, config.attention)
     try:
         with torch.device("meta"):
             model = auto.from_config(
-                configuration, dtype=dtype, trust_remote_code=config.trust_remote_code
+                configuration,
+                dtype=dtype,
+                attn_implementation=attention,
+                trust_remote_code=config.trust_remote_code,
             )
             model.requires_grad_(False)
             whole = get_keys_to_not_convert(model)
@@ -91,10 +96,10 @@ def materialise(model: nn.Module) -> None:
 class Quantised(nn.Module):
     """A linear layer with the allocations of bitsandbytes.
 
-    ``4bit``: half a byte per weight and a float32 scale per block; ``8bit``: a byte per weight and
-    a float32 scale per output. The forward and the backward pass each allocate the matrix
-    temporarily: in the type ``compute`` for 4 bits, in the input's for 8. In 8 bits the input is
-    kept as long as the graph.
+    ``4bit``: half a byte per weight, a byte per block for its scale and a float32 for each 256 of
+    these (double quantisation); ``8bit``: a byte per weight and a float32 scale per output. The
+    forward and the backward pass each allocate the matrix temporarily: in the type ``compute`` for
+    4 bits, in the input's for 8. In 8 bits the input is kept as long as the graph.
     """
 
     def __init__(
@@ -105,9 +110,12 @@ class Quantised(nn.Module):
         self.in_features, self.out_features = d_in, d_out
         self.keeps_input = quantization == "8bit"
         count = d_in * d_out
-        packed, scales = (count, d_out) if self.keeps_input else (count // 2, -(-count // BLOCK))
-        self.register_buffer("packed", torch.empty(packed, dtype=torch.uint8, device="meta"))
-        self.register_buffer("scales", torch.empty(scales, device="meta"))
+        blocks = -(-count // BLOCK)
+        sizes = (
+            (count, 4 * d_out) if self.keeps_input else (count // 2, blocks + 4 * -(-blocks // 256))
+        )
+        for name, size in zip(("packed", "scales"), sizes, strict=True):
+            self.register_buffer(name, torch.empty(size, dtype=torch.uint8, device="meta"))
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:

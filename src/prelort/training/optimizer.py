@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
+from prelort.errors import ConfigError
 from prelort.training.settings import LocalTraining
 
 
@@ -33,6 +36,8 @@ class LocalOptimizer:
 
     B learns at ``b_rate_ratio`` times the rate of A (LoRA+, Hayou et al., arXiv 2402.12354, whose
     ratio is lambda = eta_B / eta_A).
+
+    Raises `ConfigError` for one that needs bitsandbytes or a GPU where there is none.
     """
 
     def __init__(
@@ -54,10 +59,12 @@ class LocalOptimizer:
         self._optimizer: torch.optim.Optimizer
         if settings.optimizer == "adamw":
             self._optimizer = torch.optim.AdamW(groups, weight_decay=decay)
-        else:
+        elif settings.optimizer == "sgd":
             self._optimizer = torch.optim.SGD(
                 groups, momentum=settings.momentum, weight_decay=decay
             )
+        else:
+            self._optimizer = _in_8_bits(settings.optimizer, groups, decay)
         self._parameters = [parameter for parameters in kinds for parameter in parameters]
         self._max_grad_norm = settings.max_grad_norm
 
@@ -69,3 +76,17 @@ class LocalOptimizer:
             group["lr"] = group["base_rate"] * multiplier
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+
+
+def _in_8_bits(name: str, groups: list[dict[str, Any]], decay: float) -> torch.optim.Optimizer:
+    """AdamW of bitsandbytes, which keeps small tensors in float32."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"training.optimizer = {name!r} needs bitsandbytes: pip install 'prelort[quantised]'"
+        )
+    paged = name.startswith("paged")
+    if paged and groups[0]["params"][0].device.type == "cpu":
+        raise ConfigError(f"training.optimizer = {name!r} needs a GPU: use 'adamw-8bit'")
+    kind: Any = importlib.import_module("bitsandbytes.optim").AdamW8bit
+    optimizer: torch.optim.Optimizer = kind(groups, weight_decay=decay, is_paged=paged)
+    return optimizer
