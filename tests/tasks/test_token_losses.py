@@ -73,7 +73,8 @@ def losses_and_gradients(model: Any, monkeypatch: Any, limit: int) -> list[torch
     losses = get("causal-lm").losses(model, batch())
     model.zero_grad()
     (losses * torch.tensor([0.1, 0.3, 0.05, 1.0])).sum().backward()
-    return [losses.detach(), *[p.grad.clone() for kind in trainable(model) for p in kind]]
+    learning = [p for parameters in trainable(model) for p in parameters]
+    return [losses.detach(), *[p.grad.clone() for p in learning]]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from prelort.training.optimizer import LocalOptimizer
 def trained(name: str) -> Tensor:
     """A tensor after ten steps, from zero."""
     parameter = nn.Parameter(torch.zeros(64, 128))
-    optimizer = LocalOptimizer([parameter], [], settings_of(optimizer=name, max_grad_norm=0.0))
+    optimizer = LocalOptimizer([parameter], [], [], settings_of(optimizer=name, max_grad_norm=0.0))
     for step in range(10):
         parameter.grad = torch.randn(64, 128, generator=torch.Generator().manual_seed(step))
         optimizer.step(1.0 - step / 10)

@@ -35,6 +35,7 @@ from prelort.models.lora import ADAPTER, attach, initial_adapter
 from prelort.seeds import derive, numpy_generator
 from prelort.tasks.interface import Example
 from prelort.tasks.store import ExampleStore, StoredExamples
+from prelort.tasks.token_losses import keep_at_once
 from prelort.training.preflight import Preflight, check_model, rehearse
 from prelort.training.processes import ALONE, Processes, call_through
 from prelort.training.truncation import Truncation
@@ -292,6 +293,7 @@ def prepare_model(
                     "distributed_type without FSDP, where each GPU holds the base"
                 )
             processes.split(model)
+            keep_at_once(model)  # processes would wait for each other in parts that not all have
         wrapped = attach(model, config.lora, rank, task.kind, new)
         call_through(wrapped)
     scale = ScaleRule(config.lora.scale_rule, config.lora.scale)

@@ -55,9 +55,10 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def check_parts(model: nn.Module, ids: Tensor, tolerance: float) -> bool:
     """Whether the losses of some tokens ``ids`` [rows, length] are the same in parts.
 
-    ``tolerance``: of the difference, relative to their norm. If they are not, `token_losses` always
-    computes this model's logits at once from now on.
+    ``tolerance``: of the difference, relative to their norm. If they are not, `keep_at_once`.
     """
+    if hasattr(_inner(model), _AT_ONCE):
+        return True
     inputs, labels = {"input_ids": ids}, ids.roll(-1, dims=1)
     expected = cross_entropy(model(**inputs, use_cache=False).logits, labels)
     try:
@@ -67,8 +68,13 @@ def check_parts(model: nn.Module, ids: Tensor, tolerance: float) -> bool:
     else:
         same = float((found - expected).norm()) <= tolerance * float(expected.norm())
     if not same:
-        setattr(_inner(model), _AT_ONCE, True)
+        keep_at_once(model)
     return same
+
+
+def keep_at_once(model: nn.Module) -> None:
+    """Let `token_losses` always compute this model's logits at once."""
+    setattr(_inner(model), _AT_ONCE, True)
 
 
 def _in_parts(model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor, limit: int) -> Tensor:
@@ -78,9 +84,10 @@ def _in_parts(model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor, li
         logits = model(**inputs, use_cache=False).logits
     if logits.shape[:2] == labels.shape:  # these are all
         return cross_entropy(logits, labels)
-    hidden, rows = head.output.last_hidden_state, labels
+    hidden = head.output.last_hidden_state
+    rows = labels.to(hidden.device)  # of a base on several devices, the last one
     if not head.learns:  # else it sees the rows of the batch: each may have an adapter of its own
-        hidden, rows = hidden.flatten(0, 1)[None], labels.view(1, -1)
+        hidden, rows = hidden.flatten(0, 1)[None], rows.view(1, -1)
     places = (rows != IGNORED).any(dim=0).nonzero().flatten()
     hidden, counted = hidden.index_select(1, places), rows.index_select(1, places)
     size = max(1, limit // (len(rows) * logits.shape[-1]))
@@ -94,7 +101,8 @@ def _in_parts(model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor, li
         )
     else:
         losses = _Losses.apply(hidden, counted, head, size)  # type: ignore[no-untyped-call]
-    return losses.new_zeros(rows.shape).index_copy(1, places, losses).view(labels.shape)
+    every = losses.new_zeros(rows.shape).index_copy(1, places, losses)
+    return every.view(labels.shape).to(labels.device)
 
 
 class _Head:
