@@ -9,7 +9,7 @@ BIN := .venv/bin
 TORCH ?= torch==2.13.0
 OUT ?= runs/quickstart
 
-.PHONY: help install dev quickstart federation test test-flwr chaos nightly lint types format docs bench evidence-small clean
+.PHONY: help install dev quickstart federation test test-flwr chaos nightly lint types format docs bench bench-gpu evidence-small clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -76,13 +76,16 @@ docs: dev ## build the documentation into site/
 	$(BIN)/zensical build --strict
 
 # Those with a short version; docs/performance.md has the commands of the long ones.
-BENCHMARKS := overhead together nested_cost memory aggregation floor startup wire secure scale on_paper
+BENCHMARKS := overhead together nested_cost memory aggregation floor startup wire secure scale on_paper gpu
 
 bench: install ## a short version of the benchmarks, results in benchmarks/results/short
 	@for name in $(BENCHMARKS); do \
 		echo "benchmarks/$$name.py --short"; \
 		$(BIN)/python benchmarks/$$name.py --short || exit 1; \
 	done
+
+bench-gpu: install ## real architectures on a GPU, against plain PEFT and two Trainers; says what it skips
+	$(BIN)/python benchmarks/gpu.py
 
 evidence-small: install ## all methods x 3 seeds on the embedded model, as in docs/results: about 10 minutes
 	$(BIN)/prelort compare benchmarks/studies/claim-python.toml --out runs/evidence-small --jobs 2

@@ -28,7 +28,13 @@ from typing import Any
 
 import torch
 from common import machine, paired, ratio, report
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from torch import nn
 
 from prelort import tasks
@@ -44,7 +50,7 @@ from prelort.tasks.interface import Example
 from prelort.training.batched import BatchedClient, train_batched
 from prelort.training.local import train
 from prelort.training.settings import LocalTraining
-from prelort.training.steps import Assignment
+from prelort.training.steps import Assignment, precision
 from prelort.training.truncation import Truncation
 
 RANKS = (2, 4, 8, 16)
@@ -55,13 +61,23 @@ CORES = os.cpu_count() or 1
 
 @dataclass(frozen=True)
 class Case:
-    """A model and the batches that its clients train on."""
+    """A model, how it is loaded, and the batches that its clients train on."""
 
     name: str
     model: str
     task: str
     batch: int
     tokens: int
+    ranks: tuple[int, ...] = RANKS
+    dtype: str = "float32"
+    quantization: str = "none"
+    checkpointing: bool = False
+    steps: int = STEPS
+
+    @property
+    def precision(self) -> str:
+        """That of the forward passes."""
+        return "float32" if self.dtype == "float32" else "bfloat16"
 
 
 def cases(device: str) -> list[Case]:
@@ -85,12 +101,14 @@ class Bench:
         self.case = case
         self.task = tasks.get(case.task)
         labels = [str(n) for n in range(6)] if case.task == "classification" else []
-        config = ModelConfig(name=case.model, device=device)
+        config = ModelConfig(
+            name=case.model, device=device, dtype=case.dtype, quantization=case.quantization
+        )
         self.lora = LoraSettings()
         torch.manual_seed(0)
         base = load_model(config, self.task.kind, labels, pad_id=0)
         switch_off_dropout(base)
-        wrapped = attach(base, self.lora, RANKS[-1], self.task.kind)
+        wrapped = attach(base, self.lora, case.ranks[-1], self.task.kind)
         self.start = initial_adapter(wrapped, RULE, seed=0)
         truncation = Truncation(wrapped, RULE)
         spec = AdapterSpec("base", AdapterSchema.of(self.start), RULE)
@@ -100,7 +118,12 @@ class Bench:
         self.targets = sorted({name.split(".")[-1] for name in self.start.layers})
         self.settings = LocalTraining.of(
             TrainingConfig(
-                local_steps=STEPS, batch_size=case.batch, learning_rate=1e-3, schedule="constant"
+                local_steps=case.steps,
+                batch_size=case.batch,
+                learning_rate=1e-3,
+                schedule="constant",
+                precision=case.precision,
+                gradient_checkpointing=case.checkpointing,
             )
         )
         self.replicas = [self.runtime] if device == "cpu" else []
@@ -110,7 +133,7 @@ class Bench:
     def examples(self, client: int) -> list[Example]:
         """Examples for one round, all of one length."""
         generator = torch.Generator().manual_seed(client)
-        shape = (self.case.batch * STEPS, self.case.tokens)
+        shape = (self.case.batch * self.case.steps, self.case.tokens)
         rows = torch.randint(3, 500, shape, generator=generator).tolist()
         if self.case.task == "classification":
             return [Example(row, index % 6) for index, row in enumerate(rows)]
@@ -120,7 +143,7 @@ class Bench:
         """The clients."""
         made = []
         for index in range(count):
-            rank = RANKS[index % len(RANKS)]
+            rank = self.case.ranks[index % len(self.case.ranks)]
             work = Assignment(f"client-{index}", 0, 1, 0, plain(rank))
             adapter = self.start.prefix(rank)
             made.append(BatchedClient(adapter, self.examples(index), self.settings, work))
@@ -155,29 +178,37 @@ class Bench:
             if isinstance(result, Exception):
                 raise result
 
+    def wrapped(self, client: BatchedClient) -> PeftModel:
+        """The plain base with the client's adapter in PEFT's layers; `unload` it afterwards."""
+        rank = client.adapter.rank
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=RULE.lora_alpha(rank),
+            target_modules=self.targets,
+            task_type="SEQ_CLS" if self.task.kind == "classification" else "CAUSAL_LM",
+        )
+        model = get_peft_model(self.plain_base, config)
+        received = {f"base_model.model.{n}": t for n, t in client.adapter.tensors().items()}
+        set_peft_model_state_dict(model, received)
+        if self.case.checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return model.train()
+
     def peft(self, clients: Sequence[BatchedClient]) -> None:
         """Each client with PEFT alone, as a plain script would do it."""
         for client in clients:
-            rank = client.adapter.rank
-            config = LoraConfig(
-                r=rank,
-                lora_alpha=RULE.lora_alpha(rank),
-                target_modules=self.targets,
-                task_type="SEQ_CLS" if self.task.kind == "classification" else "CAUSAL_LM",
-            )
-            model = get_peft_model(self.plain_base, config)
-            received = {f"base_model.model.{n}": t for n, t in client.adapter.tensors().items()}
-            set_peft_model_state_dict(model, received)
-            model.train()
+            model = self.wrapped(client)
             learning = [p for p in model.parameters() if p.requires_grad]
             optimizer = torch.optim.AdamW(learning, lr=1e-3, weight_decay=0.0)
-            for step in range(STEPS):
+            for step in range(self.case.steps):
                 rows = client.examples[step * self.case.batch : (step + 1) * self.case.batch]
                 batch = {
                     name: tensor.to(model.device)
                     for name, tensor in self.task.collate(rows, 0).items()
                 }
-                model(**batch).loss.backward()
+                with precision(self.settings, model.device):
+                    loss = model(**batch).loss
+                loss.backward()
                 nn.utils.clip_grad_norm_(learning, 1.0)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -234,7 +265,7 @@ def measured(bench: Bench, count: int, repeats: int, device: str) -> list[dict[s
                 "side": name,
                 "ms a step and client": 1000
                 * sorted(taken[name])[len(taken[name]) // 2]
-                / (STEPS * count),
+                / (bench.case.steps * count),
                 "x best peft": gain["median"],
                 "min": gain["max"],
                 "max": gain["min"],
