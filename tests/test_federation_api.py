@@ -222,6 +222,12 @@ def test_pefts_configuration_says_layers_scale_and_rank(llama: Any, words: Any, 
         ({"datasets": {"a": [{"text": "x"}], "b": [{"t": "x"}]}}, "must have the same columns"),
         ({"datasets": {1: [{"text": "x"}], "1": [{"text": "y"}]}}, "two clients of one name"),
         ({"datasets": DatasetDict(test=Dataset.from_list([{"text": "x"}]))}, "are no clients"),
+        ({"datasets": {"": [{"text": "x"}], "b": [{"text": "x"}]}}, "a client without a name"),
+        ({"datasets": pd.DataFrame([["x", "y"]], columns=["text", "text"])}, "Duplicate column"),
+        ({"datasets": [{"text": "x"}, {"text": 3}]}, "datasets cannot be read as a table"),
+        ({"partition": lambda rows: rows["nope"]}, "partition: the function raised"),
+        ({"track": "wandb"}, r"track must be a list of names, such as \['wandb'\]"),
+        ({"resume": True}, "holds no run"),
         ({"datasets": 3}, "datasets must be a datasets.Dataset, .* not int"),
         ({"ranks": {"site-0": 2}}, "ranks names the clients site-0, and the data are those of"),
         ({"ranks": 2.5}, "ranks 2.5 are neither a rank"),
@@ -256,11 +262,11 @@ def test_what_cannot_work_is_refused_in_a_sentence(
     changes: dict[str, Any],
     sentence: str,
 ) -> None:
-    callbacks = changes.pop("callbacks", ())
+    run = {key: changes.pop(key) for key in ("callbacks", "track", "resume") if key in changes}
     data = rows if "partition" in changes else sites
     settings = {**SHORT, "datasets": data, **changes}
-    with pytest.raises(ConfigError, match=sentence):
-        Federation(llama, words, **settings).run(1, tmp_path / "run", callbacks=callbacks)
+    with pytest.raises(prelort.PrelortError, match=sentence):
+        Federation(llama, words, **settings).run(1, tmp_path / "run", **run)
     assert not (tmp_path / "run").exists()
 
 

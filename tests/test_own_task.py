@@ -107,7 +107,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def rated(text_file: Path, tmp_path: Path) -> Path:
     """The sentences with a rating, which depends on their first word."""
     rows = [json.loads(line) for line in text_file.read_text().splitlines()]
-    rated = [{**row, "label": 1.5 if row["label"] == "late" else -0.5} for row in rows]
+    rated = [{**row, "label": 3.5 if row["label"] == "late" else 1.5} for row in rows]
     path = tmp_path / "rated.jsonl"
     path.write_text("\n".join(map(json.dumps, rated)))
     return path
@@ -155,7 +155,7 @@ def test_the_pages_objective_is_a_method(own: Path) -> None:
         ("Trained", r"Trained: scores\(\) must return the losses of losses\(\), whose sum is"),
         (
             "Measured",
-            r"Measured: compute_metrics raised AttributeError: .*'typo' \(wrong_task.py, line 21\)",
+            r"Measured: compute_metrics raised AttributeError: .*\(wrong_task.py, line 21\)",
         ),
         ("Broken", r"Broken: losses\(\) raised KeyError: 'typo' \(wrong_task.py, line 26\)"),
         ("Tensors", r"Tensors: encode\(\) must return Examples .* but returned Example\(input_ids"),

@@ -24,6 +24,7 @@ from prelort.data.tables import Partition, Table, Tables, tables
 from prelort.errors import ConfigError
 from prelort.experiment.backend import InProcess
 from prelort.experiment.callbacks import Callback
+from prelort.experiment.folder import RunFolder
 from prelort.experiment.objects import Objects
 from prelort.experiment.result import RunResult
 from prelort.experiment.run import run
@@ -91,7 +92,7 @@ class Federation:
     @quiet()
     def __init__(
         self,
-        model: PreTrainedModel | str,
+        model: PreTrainedModel | str | Path,
         tokenizer: PreTrainedTokenizerBase | None = None,
         datasets: Mapping[str, Table] | Table | str = configuration.EMBEDDED,
         *,
@@ -105,6 +106,7 @@ class Federation:
         seed: int = 0,
         **settings: Any,
     ) -> None:
+        model = str(model) if isinstance(model, Path) else model
         loaded = model if not isinstance(model, str) else None
         dealt = partition if isinstance(partition, PartitionConfig) else None
         own = None if dealt is not None else partition
@@ -192,6 +194,10 @@ class Federation:
         folder = as_path(out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
         if resume and out is None:
             raise ConfigError("resume needs out, the folder of the run to continue")
+        if resume:
+            RunFolder(folder).read_config()  # refuses a folder without a run
+        if isinstance(track, str):
+            raise ConfigError(f"track must be a list of names, such as [{track!r}]")
         results: list[RunResult] = []
 
         def keep(config: Config, path: Path, **options: Any) -> None:

@@ -11,7 +11,7 @@ import difflib
 import json
 import math
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -554,7 +554,7 @@ class Config(Section):
         return self
 
 
-def load(path: Path | str | None = None, overrides: Iterable[str] = ()) -> Config:
+def load(path: Path | str | None = None, overrides: Sequence[str] = ()) -> Config:
     """Read a TOML file (default: the embedded one), apply ``a.b=value`` overrides, check all of it.
 
     Raises `ConfigError` with one sentence.
@@ -568,7 +568,7 @@ def read_values(path: Path | str | None = None) -> dict[str, Any]:
 
 
 def applied(
-    values: Mapping[str, Any], overrides: Iterable[str], where: str = "--set"
+    values: Mapping[str, Any], overrides: Sequence[str], where: str = "--set"
 ) -> dict[str, Any]:
     """The values with ``a.b=value`` overrides, in order; errors say that they stand at ``where``.
 
@@ -576,6 +576,8 @@ def applied(
     started here can go on elsewhere.
     """
     changed = copy.deepcopy(dict(values))
+    if isinstance(overrides, str) or not all(isinstance(one, str) for one in overrides):
+        raise ConfigError(f"overrides must be a list of texts 'key=value', not {overrides!r}")
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key.strip():

@@ -11,6 +11,7 @@ from datasets import Dataset, DatasetDict, Value, concatenate_datasets
 
 from prelort.data.partition import Part
 from prelort.errors import ConfigError
+from prelort.extensions import calling
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,6 +64,8 @@ def tables(
         raise ConfigError(f"datasets has two clients of one name: {', '.join(map(repr, rows))}")
     if not own:
         raise ConfigError("datasets has no client")
+    if not all(name.strip() for name in own):
+        raise ConfigError("datasets has a client without a name")
     first, *others = own
     for name in others:
         if set(own[name].column_names) != set(own[first].column_names):
@@ -99,10 +102,13 @@ def _aligned(table: Dataset, first: Dataset, client: str) -> Dataset:
 def _table(rows: object, where: str) -> Dataset:
     """The rows as a data set with at least one row."""
     table: Any = rows
-    if hasattr(rows, "iloc"):
-        table = Dataset.from_pandas(rows, preserve_index=False)
-    elif isinstance(rows, Sequence) and rows and all(isinstance(row, Mapping) for row in rows):
-        table = Dataset.from_list([dict(row) for row in rows])
+    try:
+        if hasattr(rows, "iloc"):
+            table = Dataset.from_pandas(rows, preserve_index=False)
+        elif isinstance(rows, Sequence) and rows and all(isinstance(row, Mapping) for row in rows):
+            table = Dataset.from_list([dict(row) for row in rows])
+    except (ValueError, TypeError, OverflowError) as error:  # as pyarrow's errors are
+        raise ConfigError(f"{where} cannot be read as a table: {error}") from None
     if not isinstance(table, Dataset):
         raise ConfigError(
             f"{where} must be a datasets.Dataset, a pandas data frame or a list of dictionaries, "
@@ -114,7 +120,10 @@ def _table(rows: object, where: str) -> Dataset:
 
 
 def _parts(partition: Partition, rows: Dataset) -> tuple[Part, ...]:
-    indices = partition(rows) if callable(partition) else partition
+    indices: object = partition
+    if callable(partition):
+        with calling("partition", "the function"):
+            indices = partition(rows)
     if not isinstance(indices, Mapping) or not indices:
         raise ConfigError("partition must give the numbers of each client's rows by its name")
     holder: dict[int, str] = {}

@@ -35,6 +35,10 @@ class EarlyStopping:
     min_delta: float = 0.0
     rank: int | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.patience, int) or self.patience < 1:
+            raise ConfigError(f"patience = {self.patience!r} is not allowed: 1 or more")
+
     def __call__(self, history: RunHistory) -> bool:
         """Whether the run should end."""
         if history.round not in history.evaluations:

@@ -90,6 +90,8 @@ def export_run(
     empty and a quantised base to merge into, `AdapterError` if the logits differ.
     """
     folder, out = RunFolder(as_path(path)), as_path(out)
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise ConfigError(f"dtype = {dtype!r} is not allowed: float32, bfloat16 or float16")
     config = _with_labels(folder.read_config(), folder.path)
     if is_taken(out):
         raise ConfigError(f"{str(out)!r} exists and is not empty: choose another --out")
@@ -99,7 +101,7 @@ def export_run(
         raise ConfigError(f"method {config.method.name!r} leaves no global model to export")
     max_rank = method.global_adapter(state).rank
     rank = max_rank if rank is None else rank
-    if not 1 <= rank <= max_rank:
+    if not isinstance(rank, int) or not 1 <= rank <= max_rank:
         raise ConfigError(f"--rank {rank} is not allowed: the adapter has ranks 1 to {max_rank}")
     tokenizer = base.load_tokenizer(config.model)
     names = config.data.labels or ()

@@ -46,6 +46,8 @@ class Objects:
                 f"model is a {type(model).__name__}: give a model of transformers without adapters "
                 "(merge_and_unload merges them; lora.start_from begins from one)"
             )
+        if any(weight.is_meta for weight in model.parameters()):
+            raise ConfigError("model is on the meta device and has no weights: load it")
         quantised = getattr(model.config, "quantization_config", None)
         in_bits = {n: getattr(quantised, f"load_in_{n}", False) for n in ("4bit", "8bit")}
         changes |= {

@@ -64,6 +64,10 @@ def plan(
     Raises:
         ConfigError: for a model that cannot be planned.
     """
+    if not isinstance(config, Config):
+        raise ConfigError(f"config must be a prelort.Config, not {config!r}")
+    if not isinstance(ranks, Sequence) or not all(isinstance(rank, int) for rank in ranks):
+        raise ConfigError(f"ranks must be a list of whole numbers, not {ranks!r}")
     if memory is None:
         budget, where = free_memory(config.model.device)
     else:
