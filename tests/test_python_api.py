@@ -102,13 +102,13 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
     [
         (lambda: prelort.run({}, "x"), "config must be a prelort.Config, not {}"),
         (lambda: prelort.run(Config(), "x", listeners=print), "must be a list of functions"),
-        (lambda: prelort.run(Config(), None), "a folder's path is expected, not None"),
+        (lambda: prelort.run(Config(), None), "a path is expected, not None"),
         (lambda: prelort.load_config(None, "seed=1"), "must be a list of texts 'key=value', not"),
         (lambda: prelort.plan("my.toml"), "config must be a prelort.Config, not 'my.toml'"),
         (lambda: prelort.plan(Config(), ranks=["4"]), "must be a list of whole numbers"),
         (lambda: prelort.EarlyStopping(patience=0), "patience = 0 is not allowed"),
         (lambda: prelort.export("runs/a", "b", dtype="int3"), "dtype = 'int3' is not allowed"),
-        (lambda: prelort.read(None), "a folder's path is expected, not None"),
+        (lambda: prelort.read(None), "a path is expected, not None"),
     ],
 )
 def test_wrong_types_are_one_sentence(call: Callable[[], object], sentence: str) -> None:

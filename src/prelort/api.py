@@ -232,8 +232,8 @@ class Federation:
         """
         folder = as_path(out)
         for name, given in (("methods", methods), ("seeds", seeds)):
-            if isinstance(given, str) or not isinstance(given, Sequence):
-                raise ConfigError(f"{name} must be a list, not {given!r}")
+            if isinstance(given, str) or not isinstance(given, Sequence) or not given:
+                raise ConfigError(f"{name} must be a list of one or more, not {given!r}")
         names = tuple(_method_values(method)["name"] for method in methods)
         values = {"methods": names, "seeds": tuple(seeds), "reference": reference}
         section = configuration.validated(Compare, values, "compare")

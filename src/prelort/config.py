@@ -28,6 +28,7 @@ from pydantic import (
 
 from prelort.errors import ConfigError
 from prelort.extensions import TASKS, unknown_name
+from prelort.files import as_path
 
 EMBEDDED = "embedded"
 """The name of the base model and of the text that need no download."""
@@ -564,7 +565,7 @@ def load(path: Path | str | None = None, overrides: Sequence[str] = ()) -> Confi
 
 def read_values(path: Path | str | None = None) -> dict[str, Any]:
     """The unchecked values of a TOML file, by default of the embedded one."""
-    return read_toml(Path(path) if path is not None else EMBEDDED_FILE)
+    return read_toml(as_path(path) if path is not None else EMBEDDED_FILE)
 
 
 def applied(

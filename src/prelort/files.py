@@ -11,9 +11,9 @@ from prelort.errors import ConfigError
 
 
 def as_path(given: object) -> Path:
-    """The path of a folder. Raises `ConfigError` for what is none, such as None."""
+    """A path as an object. Raises `ConfigError` for what is none, such as None."""
     if not isinstance(given, str | os.PathLike):
-        raise ConfigError(f"a folder's path is expected, not {given!r}")
+        raise ConfigError(f"a path is expected, not {given!r}")
     return Path(given)
 
 

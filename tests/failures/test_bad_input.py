@@ -45,7 +45,7 @@ CASES: dict[str, list[str]] = {
     "data.source=sites": ["data.source = 'sites' has no rows here"],
     "data.test=nowhere.jsonl": ["data.test = 'nowhere.jsonl'"],
     "model.name=./no/such/model": ["model.name = './no/such/model'", "no such folder"],
-    "model.device=tpu9": ["model.device = 'tpu9'", "auto, cpu or cuda"],
+    "model.device=tpu9": ["model.device = 'tpu9'", "auto, cpu, cuda or balanced"],
     "seed": ["--set 'seed'", "key=value"],
 }
 

@@ -295,7 +295,8 @@ def prepare_model(
             processes.split(model)
             keep_at_once(model)  # processes would wait for each other in parts that not all have
         wrapped = attach(model, config.lora, rank, task.kind, new)
-        call_through(wrapped)
+        if processes.split is not None:  # a copy of the model would call this one's base
+            call_through(wrapped)
     scale = ScaleRule(config.lora.scale_rule, config.lora.scale)
     initial = initial_adapter(wrapped, scale, config.seed)
     _warn_of_large_ranks(initial)

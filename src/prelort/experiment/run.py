@@ -36,6 +36,7 @@ from prelort.experiment.deterministic import deterministic
 from prelort.experiment.evaluation import check_ranks, evaluate, global_adapters
 from prelort.experiment.folder import RunFolder
 from prelort.experiment.result import RunResult
+from prelort.extensions import calling
 from prelort.federation.server import Server
 from prelort.files import as_path
 from prelort.history import RunHistory
@@ -158,7 +159,8 @@ def train(
             due = _evaluation_due(config, server_round)
             if due:
                 measure()
-            answers = [callback(log.history) for callback in callbacks]
+            with calling("callbacks", "a function"):
+                answers = [callback(log.history) for callback in callbacks]
             if any(answers) and not due:
                 measure()
             _save(state, config, folder, backend, log)

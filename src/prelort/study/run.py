@@ -43,7 +43,7 @@ def compare(study: Study | Path | str, out: Path | str, *, jobs: int = 1) -> Res
         ConfigError: the study is wrong, or ``out`` holds something else. A cell that fails raises
             nothing: the results have its reason.
     """
-    loaded = study if isinstance(study, Study) else load(study)
+    loaded = study if isinstance(study, Study) else load(as_path(study))
     return run_study(loaded, as_path(out), jobs=jobs)
 
 
