@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -41,9 +42,12 @@ def keep(folder: Path, name: str) -> None:
             shutil.copy(path, target / path.name)
     PICTURES.mkdir(parents=True, exist_ok=True)
     for path in sorted(folder.glob("*.png")):
-        picture = PICTURES / f"{name}-{path.name}"
+        chart = re.sub("[ ,]+", "-", path.name)  # names of settings have spaces
+        if chart.endswith("-diagnostics.png"):  # large, and on no page
+            continue
+        picture = PICTURES / f"{name}-{chart}"
         shutil.copy(path, picture)
-        (target / path.name).symlink_to(os.path.relpath(picture, target))
+        (target / chart).symlink_to(os.path.relpath(picture, target))
 
 
 def main() -> None:
