@@ -109,6 +109,7 @@ def test_every_python_example_is_on_a_page_whose_examples_a_test_runs() -> None:
     assert {name: count for name, count in examples.items() if count} == {
         "README.md": 1,  # end_to_end/test_documentation.py
         "CONTRIBUTING.md": 1,  # the same
+        "docs/own-task.md": 2,  # test_own_task.py
         "docs/reference.md": 5,  # end_to_end/test_python_examples.py
         "docs/use-an-adapter.md": 4,  # tasks/test_use_an_adapter.py
     }

@@ -157,7 +157,7 @@ def test_a_site_has_any_rank_up_to_the_highest(
 def test_a_row_of_a_class_that_nobody_named_is_told(files: dict[str, Path]) -> None:
     config = config_of("classification", data={"labels": ("yes", "maybe")})
     config = with_source(config, files["all"])
-    with pytest.raises(ConfigError, match=r"row \d+ has the label 'no', which is not in data.lab"):
+    with pytest.raises(ConfigError, match=r"row \d+ has the label 'no', which is none of the cl"):
         own_site(config, "clinic-a", 2)
 
 

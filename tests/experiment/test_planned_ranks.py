@@ -99,8 +99,8 @@ def test_a_site_gets_the_rows_that_its_part_in_the_run_needs(
     config = make_config(ranks=ranks, data=TUNING, evaluation=at_clients)
     assembly = assemble(config, tmp_path)
     for site, rows in zip(assembly.clients, assembly.rows.clients, strict=True):
-        assert site.examples == encoded(assembly, rows.train)
-        assert site.test == (() if by_loss else encoded(assembly, rows.test))
+        assert [*site.examples] == encoded(assembly, rows.train)
+        assert [*site.test] == ([] if by_loss else encoded(assembly, rows.test))
         assert site.personal is not None
         assert site.personal.folder == tmp_path / "personal"
         assert bool(site.validation) == by_loss
