@@ -254,10 +254,9 @@ class TrainingConfig(Section):
     gradient_accumulation: Annotated[int, Field(ge=1)] = Field(
         1, description="batches of an optimiser step"
     )
-    optimizer: Literal["adamw", "sgd", "adamw-8bit", "paged-adamw-8bit"] = Field(
+    optimizer: Literal["adamw", "sgd", "adamw-8bit"] = Field(
         "adamw",
-        description="starts fresh each round; 8bit: a quarter of AdamW's state; paged: moved to "
-        "main memory when a GPU's is full (both need bitsandbytes)",
+        description="starts fresh each round; 8bit: a quarter of AdamW's state, with bitsandbytes",
     )
     learning_rate: Annotated[float, Field(gt=0.0)] = Field(
         8e-3, description="made for the embedded model; `prelort config --task TASK` says others"

@@ -5,6 +5,10 @@ class PrelortError(Exception):
     """An error that the user can correct. Its text names the value and what is allowed."""
 
 
+class ExtensionError(PrelortError):
+    """A method, task or function of a user's own failed; the text may contain their data."""
+
+
 class ConfigError(PrelortError):
     """A configuration, option or input file is wrong."""
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from prelort.errors import ConfigError, PrelortError
+from prelort.errors import ConfigError, ExtensionError, PrelortError
 
 TASKS = ("causal-lm", "instruction", "chat", "classification")
 
@@ -80,17 +80,21 @@ def reference(kind: object, what: str) -> str:
 
 @contextmanager
 def calling(what: str, part: str) -> Iterator[None]:
-    """Raise `PrelortError` for whatever ``part`` of a method or task raises, with its code's line.
+    """Raise `ExtensionError` for what ``part`` of a method or task raises, with its code's line.
 
-    A `PrelortError` passes unchanged.
+    Errors of this package's own kinds pass unchanged, and so does a lack of GPU memory.
     """
     try:
         yield
-    except PrelortError:
+    except PrelortError as error:
+        if type(error) is PrelortError:
+            raise ExtensionError(str(error)) from error
         raise
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+            raise
         place = traceback.extract_tb(error.__traceback__)[-1]
-        raise PrelortError(
+        raise ExtensionError(
             f"{what}: {part} raised {type(error).__name__}: {error} "
             f"({Path(place.filename).name}, line {place.lineno})"
         ) from error

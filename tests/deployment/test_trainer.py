@@ -20,6 +20,7 @@ from prelort.deployment.client import site_app
 from prelort.deployment.ipc import Request, address_of
 from prelort.deployment.worker import Worker
 from prelort.errors import PrelortError
+from prelort.extensions import calling
 from prelort.federation import messages, wire
 from prelort.federation.content import content_of, text_in
 from prelort.federation.flower import Context, Message, RecordDict, identify_process
@@ -162,6 +163,23 @@ class TestWhatTheServerLearns:
         request = replace(query_of(federation), federation=f"{self.SECRET}\0")  # no valid path
         said = self.refusal(tmp_path / "site.toml", request)
         assert said == "failed (ValueError): its log says why"
+
+    @pytest.mark.parametrize("error", [ValueError, PrelortError])
+    def test_of_an_error_in_the_sites_own_code(
+        self,
+        tmp_path: Path,
+        federation: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        error: type[Exception],
+    ) -> None:
+        def encode(*_: object) -> None:
+            with calling("task Own", "encode()"):
+                raise error(f"no number in {self.SECRET}")
+
+        monkeypatch.setattr("prelort.deployment.worker.make_client", encode)
+        write(tmp_path / "site.toml")
+        said = self.refusal(tmp_path / "site.toml", query_of(federation))
+        assert said == "cannot take part (ExtensionError): its log says why"
 
     def test_of_its_own_mistakes_all(self, tmp_path: Path, federation: Path) -> None:
         write(tmp_path / "site.toml")

@@ -39,7 +39,7 @@ def test_an_optimiser_in_8_bits_has_a_quarter_of_the_state_of_large_tensors(
     settings: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rehearsal, "LEAST_IN_8_BITS", 256)
-    config = settings(training={"optimizer": "paged-adamw-8bit"}, data={"max_length": 8})
+    config = settings(training={"optimizer": "adamw-8bit"}, data={"max_length": 8})
     for rank in (4, 7, 8, 9, 13):
         assert_between_is_exact(config, rank)
     whole = Planner(settings(data={"max_length": 8})).exact(16).optimiser

@@ -63,7 +63,9 @@ class Worker:
         except Exception as error:  # the server learns that it failed, not why
             log.exception("failed")
             if self._processes.count > 1:
-                raise  # the others may wait for this one: all end, and start again
+                # The others may wait for this one: all end, and start again. No OSError, which is
+                # taken for a closed connection.
+                raise RuntimeError("one of the trainer's processes failed") from error
             return Reply(refused=f"failed ({type(error).__name__}): its log says why")
 
     def _loaded_everywhere(self, config: Config) -> LocalClient:

@@ -286,6 +286,11 @@ def prepare_model(
             model = base.load_model(config.model, task.kind, labels, pad_id=pad_id)
         check_model(config, model, task.kind)
         if processes.split is not None:
+            if config.lora.target_parameters:
+                raise ConfigError(
+                    "FSDP does not work with lora.target_parameters: use a distributed_type "
+                    "without FSDP, where each GPU holds the base"
+                )
             if new or config.lora.modules_to_save:
                 raise ConfigError(
                     "FSDP does not work with modules that are trained in full "

@@ -129,11 +129,13 @@ class InProcess:
 def clients_per_batch(config: Config, device: torch.device, clients: int) -> int:
     """The number of clients to train in one batch: "auto" is one on a CPU, all on a GPU.
 
-    Where a GPU's memory does not suffice they are trained in halves. With packing they train alone.
+    Where a GPU's memory does not suffice they are trained in halves. With packing they train alone,
+    and with an optimiser in 8 bits, whose blocks of numbers would span layers.
     """
     if config.federation.clients_per_batch != "auto":
         return config.federation.clients_per_batch
-    return 1 if device.type == "cpu" or config.training.packing else clients
+    alone = config.training.packing or config.training.optimizer == "adamw-8bit"
+    return 1 if device.type == "cpu" or alone else clients
 
 
 def with_all_data(

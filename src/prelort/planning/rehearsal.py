@@ -168,6 +168,13 @@ class Rehearser:
         length = self.config.data.max_length
         ids = [0] * length
         example = Example(ids, 0 if self.task.kind == "classification" else ids)
+        try:
+            self.task.collate([example], 0)
+        except Exception as error:
+            raise ConfigError(
+                f"task {type(self.task).__name__} cannot be planned: its collate() takes other "
+                "labels than one a token (a class's number)"
+            ) from error
         examples = [example] * (training.batch_size * training.gradient_accumulation)
         assignment = Assignment("plan", 0, 1, 0, objective)
         runtime = ModelRuntime(self._model, self._truncation, self.task, pad_id=0)

@@ -91,8 +91,10 @@ def _writing() -> Iterator[None]:
 def _line(task: Task, example: object) -> bytes:
     try:
         if isinstance(example, Example) and example.input_ids:
-            values = (example.input_ids, example.labels, example.prompt_length, example.reference)
-            return json.dumps(values).encode()
+            values = [example.input_ids, example.labels, example.prompt_length, example.reference]
+            line = json.dumps(values, allow_nan=False)
+            if json.loads(line) == values:
+                return line.encode()
     except (TypeError, ValueError):  # a tensor, or numpy's numbers
         pass
     raise ConfigError(

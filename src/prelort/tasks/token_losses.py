@@ -63,6 +63,8 @@ def check_parts(model: nn.Module, ids: Tensor, tolerance: float) -> bool:
     expected = cross_entropy(model(**inputs, use_cache=False).logits, labels)
     try:
         found = _in_parts(model, inputs, labels, limit=1)
+    except torch.OutOfMemoryError:
+        raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
         same = False
     else:
@@ -79,7 +81,7 @@ def keep_at_once(model: nn.Module) -> None:
 
 def _in_parts(model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor, limit: int) -> Tensor:
     """`token_losses` with at most ``limit`` logits at once, or those of one place of each row."""
-    head = _Head(_inner(model))
+    head = _Head(_inner(model), packed="position_ids" in inputs)
     with head.of_first_tokens():
         logits = model(**inputs, use_cache=False).logits
     if logits.shape[:2] == labels.shape:  # these are all
@@ -108,14 +110,15 @@ def _in_parts(model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor, li
 class _Head:
     """All that a model does after its decoder."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, packed: bool) -> None:
         self._model, self._decoder = model, model.get_decoder()
         inside = set(self._decoder.modules())
         modules = [module for module in model.modules() if module not in inside]
         self.learns = any(p.requires_grad for m in modules for p in m.parameters(recurse=False))
-        # What learns is computed twice, and would draw other masks then.
-        self._whole = self.learns and any(
-            isinstance(module, nn.Dropout) and module.p > 0 for module in modules
+        # What learns is computed twice, and would draw other masks then; in packed rows its
+        # truncation is that of each place.
+        self._whole = self.learns and (
+            packed or any(isinstance(module, nn.Dropout) and module.p > 0 for module in modules)
         )
         self.output: Any = None
         """The decoder's output for the whole batch."""

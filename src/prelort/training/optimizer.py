@@ -37,7 +37,7 @@ class LocalOptimizer:
     B learns at ``b_rate_ratio`` times the rate of A (LoRA+, Hayou et al., arXiv 2402.12354, whose
     ratio is lambda = eta_B / eta_A).
 
-    Raises `ConfigError` for one that needs bitsandbytes or a GPU where there is none.
+    Raises `ConfigError` for one that needs bitsandbytes where it is not installed.
     """
 
     def __init__(
@@ -84,9 +84,7 @@ def _in_8_bits(name: str, groups: list[dict[str, Any]], decay: float) -> torch.o
         raise ConfigError(
             f"training.optimizer = {name!r} needs bitsandbytes: pip install 'prelort[quantised]'"
         )
-    paged = name.startswith("paged")
-    if paged and groups[0]["params"][0].device.type == "cpu":
-        raise ConfigError(f"training.optimizer = {name!r} needs a GPU: use 'adamw-8bit'")
+    # Not paged: bitsandbytes never frees paged states, and each client has a fresh optimiser.
     kind: Any = importlib.import_module("bitsandbytes.optim").AdamW8bit
-    optimizer: torch.optim.Optimizer = kind(groups, weight_decay=decay, is_paged=paged)
+    optimizer: torch.optim.Optimizer = kind(groups, weight_decay=decay)
     return optimizer

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from prelort.errors import ConfigError
+from prelort.tasks._causal import CausalTask
 from prelort.tasks.interface import Batch, Example, Task
 from prelort.tasks.packing import pack
 from prelort.training.processes import ALONE, Processes
@@ -76,6 +77,15 @@ class ModelRuntime:
         Tried once: in any order in their row, three examples must have the same losses. They do not
         in recurrent layers, or if a model does not use the positions that it is given.
         """
+        own = type(self.task)
+        if any(
+            getattr(own, part, None) is not getattr(CausalTask, part)
+            for part in ("collate", "weight", "losses")
+        ):
+            raise ConfigError(
+                f"training.packing = true does not work with task {own.__name__}, which has its "
+                "own collate, weight or losses: use false"
+            )
         if self.truncation.separates is None:
             rows = self.model.get_input_embeddings().num_embeddings
             ids = [[(7 * i + 31 * n) % rows for i in range(5)] for n in range(3)]
@@ -87,6 +97,8 @@ class ModelRuntime:
                     batch = {key: value.to(self.device) for key, value in packed.items()}
                     try:
                         found.append(self.task.losses(self.model, batch)[1:])
+                    except torch.OutOfMemoryError:
+                        raise
                     except (TypeError, ValueError, RuntimeError, IndexError):
                         break
             self.truncation.separates = len(found) == 2 and torch.allclose(

@@ -21,7 +21,7 @@ class LocalTraining:
     local_epochs: float
     batch_size: int
     gradient_accumulation: int
-    optimizer: Literal["adamw", "sgd", "adamw-8bit", "paged-adamw-8bit"]
+    optimizer: Literal["adamw", "sgd", "adamw-8bit"]
     learning_rate: float
     head_learning_rate: float
     weight_decay: float
