@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from prelort.errors import ConfigError
 from prelort.methods.objective import nested, plain
 from prelort.models.lora import attach
 from prelort.tasks import get
-from prelort.tasks.interface import IGNORED, Example
+from prelort.tasks.causal_lm import CausalLM
+from prelort.tasks.interface import IGNORED, Batch, Example
 from prelort.tasks.packing import pack
 from prelort.training.runtime import ModelRuntime
 from prelort.training.truncation import Truncation
@@ -92,6 +94,19 @@ def test_what_packing_excludes_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=f"training.packing = true is not possible with {says}"):
         make_config(training={"packing": True}, **changes)
+
+
+class CountsRows(CausalLM):
+    """A task whose loss depends on how a batch is laid out."""
+
+    def weight(self, batch: Batch) -> int:
+        return len(batch["labels"])
+
+
+def test_a_task_with_a_batch_of_its_own_is_refused(tiny_llama: Path) -> None:
+    runtime = replace(Bench(tiny_llama).runtime, task=CountsRows())
+    with pytest.raises(ConfigError, match="does not work with task CountsRows, which has its own"):
+        runtime.check_packing()
 
 
 def test_a_model_that_ignores_positions_is_refused(tiny_llama: Path) -> None:
