@@ -81,7 +81,7 @@ def evaluate(
     """Measure a run's adapter again at every rank prefix, for instance on other data."""
     from rich.progress import Progress
 
-    from prelort.events import encode
+    from prelort.events import RunFinished, encode
     from prelort.experiment.inspect import evaluate_run
     from prelort.history import RunHistory
     from prelort.report import tables
@@ -95,7 +95,8 @@ def evaluate(
         )
     if out is not None:
         out.write_text(encode(evaluated) + "\n", encoding="utf-8")
-    cell = CellResult("", run.resolve().name, 0, RunHistory.of([evaluated]))
+    measured = RunHistory.of([evaluated, RunFinished(evaluated.round)])
+    cell = CellResult("", run.resolve().name, 0, measured)
     console.print(tables.terminal(Results([cell], cell.method)))
 
 

@@ -105,14 +105,15 @@ def _table(rows: object, where: str) -> Dataset:
     try:
         if hasattr(rows, "iloc"):
             table = Dataset.from_pandas(rows, preserve_index=False)
-        elif isinstance(rows, Sequence) and rows and all(isinstance(row, Mapping) for row in rows):
+        elif isinstance(rows, list | tuple) and all(isinstance(row, Mapping) for row in rows):
             table = Dataset.from_list([dict(row) for row in rows])
     except (ValueError, TypeError, OverflowError) as error:  # as pyarrow's errors are
         raise ConfigError(f"{where} cannot be read as a table: {error}") from None
     if not isinstance(table, Dataset):
+        inner = f" of {type(rows[0]).__name__}" if isinstance(rows, list) else ""
         raise ConfigError(
             f"{where} must be a datasets.Dataset, a pandas data frame or a list of dictionaries, "
-            f"not {type(rows).__name__}"
+            f"not {type(rows).__name__}{inner}"
         )
     if len(table) == 0:
         raise ConfigError(f"{where} has no rows")

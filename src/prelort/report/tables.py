@@ -93,10 +93,11 @@ def of_setting(
     if not results.counted(setting):
         return []
     single, costs = len(results.seeds) == 1, _costs(results, setting)
+    known = [column for column in costs[:3] if {*column.texts} != {"–"}]
     tables = []
     for metric in (results.metrics if metrics is None else metrics) or ["loss"]:
         form = metric_format(metric)
-        tables.append(_scores(results, setting, form, costs[:3] if single else []))
+        tables.append(_scores(results, setting, form, known if single else []))
         if not single and len(results.methods) > 1:
             tables.append(_differences(results, setting, form))
         tables += _client_scores(results, setting, form)

@@ -223,8 +223,8 @@ def _unfinished(study: Study, out: Path, track: Sequence[str]) -> list[Cell]:
             if differ:
                 raise ConfigError(
                     f"{str(folder.path)!r} was run with another configuration; these keys differ: "
-                    f"{', '.join(differ)}. Choose another --out, or delete that folder to run it "
-                    "again"
+                    f"{', '.join(differ)}. A run that goes on keeps its own: leave them as they "
+                    "are, or choose another --out"
                 )
     always = study.is_run or bool(track)
     return [
