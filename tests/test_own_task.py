@@ -13,6 +13,7 @@ import pytest
 
 import prelort
 from prelort.config import Config
+from prelort.errors import ConfigError
 from prelort.methods import Client, build
 from rounds import start
 
@@ -75,6 +76,11 @@ class Poetry(CausalLM):
 
 class Listed(CausalLM):
     metrics = ["perplexity"]
+
+
+class Named(CausalLM):
+    def collate(self, examples, pad_id):
+        return {"labels": [e.labels["tokens"] for e in examples]}
 
 
 class Built(CausalLM):
@@ -179,3 +185,9 @@ def test_what_is_no_task_is_one_sentence(
     with pytest.raises(prelort.PrelortError, match=sentence):
         prelort.run(config, own / "run")
     assert not (own / "run").exists()
+
+
+def test_a_plan_that_cannot_make_the_tasks_labels_says_so(own: Path) -> None:
+    config = Config.model_validate({"task": "wrong_task:Named"})
+    with pytest.raises(ConfigError, match=r"task Named cannot be planned: its collate\(\) takes"):
+        prelort.plan(config, ranks=[2])

@@ -8,16 +8,22 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from prelort.errors import ConfigError, ExtensionError, PrelortError
 
-TASKS = ("causal-lm", "instruction", "chat", "classification")
+TASKS = {
+    "causal-lm": "prelort.tasks.causal_lm:CausalLM",
+    "instruction": "prelort.tasks.instruction:Instruction",
+    "chat": "prelort.tasks.chat:Chat",
+    "classification": "prelort.tasks.classification:Classification",
+}
+"""The package's tasks. They are imported when asked for: a configuration needs no torch."""
 
 
-def unknown_name(what: str, name: str, known: Sequence[str]) -> str:
+def unknown_name(what: str, name: str, known: Collection[str]) -> str:
     """A sentence about the ``name`` of a method or task that is not ``known``."""
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"

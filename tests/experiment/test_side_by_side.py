@@ -22,7 +22,7 @@ from prelort.adapters import algebra
 from prelort.config import Config
 from prelort.events import ClientFinished, Event, RoundStarted
 from prelort.experiment.assemble import assemble
-from prelort.experiment.backend import Backend, InProcess, with_all_data
+from prelort.experiment.backend import Backend, InProcess, clients_per_batch, with_all_data
 from prelort.experiment.measure import measure
 from prelort.experiment.result import RunResult
 from prelort.experiment.workers import replica
@@ -117,6 +117,17 @@ def with_small_memory(config: Config, folder: Path) -> Iterator[Backend]:
         clients_per_batch=len(clients),
     )
     yield with_all_data(assembly, Transport(grid, len(clients)))
+
+
+@pytest.mark.parametrize(
+    "training, expected", [({}, 5), ({"packing": True}, 1), ({"optimizer": "adamw-8bit"}, 1)]
+)
+def test_which_clients_of_a_gpu_share_a_batch(
+    make_config: Make, training: dict[str, object], expected: int
+) -> None:
+    config = make_config(training=training, federation={"clients_per_batch": "auto"})
+    assert clients_per_batch(config, torch.device("cuda"), 5) == expected
+    assert clients_per_batch(config, torch.device("cpu"), 5) == 1
 
 
 def test_where_memory_does_not_suffice_the_batch_is_halved(

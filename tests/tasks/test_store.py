@@ -43,6 +43,17 @@ def test_examples_come_back_as_they_were_and_in_any_order() -> None:
     assert not stored(0)
 
 
+@pytest.mark.parametrize("labels", [{3: 0.5}, (1, 2), float("nan")], ids=str)
+def test_labels_that_would_come_back_as_others_are_refused(labels: object) -> None:
+    class Labelled(CausalLM):
+        def encode(self, *of: Any) -> Iterator[Example]:
+            yield Example([1], labels)
+
+    rows = Dataset.from_dict({"n": [0]})
+    with pytest.raises(ConfigError, match=r"encode\(\) must return Examples"):
+        ExampleStore().encode(Labelled(), rows, None, DataConfig(), ())
+
+
 def test_memory_does_not_grow_with_the_examples() -> None:
     def peak(examples: int) -> int:
         tracemalloc.start()

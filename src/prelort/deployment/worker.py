@@ -73,9 +73,9 @@ class Worker:
         try:
             client = self._loaded(config)
         except PrelortError:
-            self._processes.least(0)
+            self._processes.all_reduce_min(0)
             raise
-        max_rank = self._processes.least(max(client.max_rank, client.rank))
+        max_rank = self._processes.all_reduce_min(max(client.max_rank, client.rank))
         if max_rank == 0:
             raise ConfigError("another of the trainer's processes cannot load the site")
         return replace(client, rank=min(client.rank, max_rank), max_rank=max_rank)

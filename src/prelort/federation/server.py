@@ -111,6 +111,8 @@ class Server:
         self._planned = {*planned_ranks, *self._allocation.levels()}
         self._observe = observe
         self._private = private
+        # Where clients add the noise instead, the server neither samples in secret nor adds any.
+        self._central_privacy = None if config.privacy.secure_aggregation else private
         self._round = 0
         """The round under way; 0 before the first."""
         self._finished = 0
@@ -328,9 +330,9 @@ class Server:
     ) -> Aggregator | None:
         """The round's aggregator where it is not the method's own."""
         robustness = self._config.robustness
-        if self._private is not None and not self._config.privacy.secure_aggregation:
+        if self._central_privacy is not None:
             clients = [_at_current_rank(connected, state) for connected in self.clients]
-            return self._private.aggregator(method, state, clients)
+            return self._central_privacy.aggregator(method, state, clients)
         if robustness.rule == "none":
             return None
         attackers = count_of(robustness.attackers, len(cohort))
@@ -380,8 +382,8 @@ class Server:
     def _sample(self, server_round: int) -> list[ConnectedClient]:
         if self._allocation.needs_all_clients(server_round):
             return self.clients
-        if self._private is not None and not self._config.privacy.secure_aggregation:
-            return self._private.sample({one.client.name: one for one in self.clients})
+        if self._central_privacy is not None:
+            return self._central_privacy.sample({one.client.name: one for one in self.clients})
         per_round, seed = self._config.federation.clients_per_round, self._config.seed
         return sample(self.clients, per_round, seed=seed, round_index=server_round - 1)
 

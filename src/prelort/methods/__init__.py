@@ -92,7 +92,7 @@ def find(name: str) -> type[Method]:
         return REGISTRY[name]
     if ":" in name:
         return imported(name, "method", Method, ("name",))
-    raise ConfigError(unknown_name("method", name, list(REGISTRY)))
+    raise ConfigError(unknown_name("method", name, REGISTRY))
 
 
 def build(config: MethodConfig, seed: int) -> Method:

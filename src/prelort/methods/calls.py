@@ -14,10 +14,7 @@ T = TypeVar("T")
 
 
 def calling(method: Method, part: str) -> AbstractContextManager[None]:
-    """Raise `PrelortError` for whatever ``part`` of the method raises, with the line of its code.
-
-    A `PrelortError` passes unchanged.
-    """
+    """`extensions.calling` for ``part`` of the method."""
     return extensions.calling(f"method {type(method).__name__}", part)
 
 

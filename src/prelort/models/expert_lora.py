@@ -24,9 +24,8 @@ def forward(
     weight: Tensor = own
     with torch.autocast(x.device.type, enabled=False):  # as in PEFT, the sum has the base's type
         for adapter in layer.active_adapters:
-            left, right, scale = layer.get_delta_factors(
-                adapter
-            )  # [experts, ., r], [experts, r, .]
+            # [experts, ., r] and [experts, r, .]
+            left, right, scale = layer.get_delta_factors(adapter)
             if adapter == ADAPTER and mask is not None:
                 right = right * mask[:, None].to(right.dtype)
             weight = torch.baddbmm(weight, left, right, alpha=scale)

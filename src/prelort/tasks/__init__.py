@@ -11,15 +11,7 @@ from prelort.extensions import TASKS, imported, unknown_name
 if TYPE_CHECKING:
     from prelort.tasks.interface import Task
 
-__all__ = ["CLASSES", "TASKS", "get"]
-
-# Where each task is; imported when asked for, so that reading a name costs no torch.
-CLASSES = {
-    "causal-lm": ("causal_lm", "CausalLM"),
-    "instruction": ("instruction", "Instruction"),
-    "chat": ("chat", "Chat"),
-    "classification": ("classification", "Classification"),
-}
+__all__ = ["TASKS", "get"]
 
 
 def get(name: str) -> Task:
@@ -27,9 +19,9 @@ def get(name: str) -> Task:
 
     Raises `ConfigError` with the nearest known name, or with what the class lacks to be a `Task`.
     """
-    if name in CLASSES:
-        module, attribute = CLASSES[name]
-        task: Task = getattr(import_module(f"{__name__}.{module}"), attribute)()
+    if name in TASKS:
+        module, _, attribute = TASKS[name].partition(":")
+        task: Task = getattr(import_module(module), attribute)()
         return task
     if ":" not in name:
         raise ConfigError(unknown_name("task", name, TASKS))

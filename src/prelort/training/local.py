@@ -72,7 +72,7 @@ def train(
             loss = torch.zeros((), device=runtime.device)
             for part in chain.from_iterable(steps.next(runtime)):
                 loss += _backward(runtime, processes.rows(part, collate), settings)
-            loss, over = processes.add_up([*chain(*learning)], loss, steps.over)
+            loss, over = processes.all_reduce([*chain(*learning)], loss, steps.over)
             if objective.tail is not None:
                 penalty = tail_penalty(pairs(model), objective.tail, objective.levels[-1])
                 (penalty * objective.tail.weight).backward()  # type: ignore[no-untyped-call]

@@ -129,9 +129,8 @@ def rehearse(
                 _cannot_truncate_examples(config)
             loss().backward()  # type: ignore[no-untyped-call]
             idle = _check_gradients(config, model, called.names)
-            if not low_precision(inner) and not stacked(
-                inner
-            ):  # experts switch with the smallest change
+            # Experts switch with the smallest change.
+            if not low_precision(inner) and not stacked(inner):
                 _check_agreement(name, model, lambda: float(loss()))
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
             if isinstance(error, torch.OutOfMemoryError):

@@ -58,7 +58,7 @@ class Processes:
             weight[rows] if isinstance(weight, Tensor) else weight,
         )
 
-    def add_up(
+    def all_reduce(
         self, parameters: Sequence[nn.Parameter], loss: Tensor, over: bool
     ) -> tuple[Tensor, bool]:
         """Sum the gradients over the processes, in place; the summed loss, whether one is over.
@@ -79,7 +79,7 @@ class Processes:
                 dist.all_reduce(parameter.grad)
         return numbers[0], stop > 0
 
-    def least(self, number: int) -> int:
+    def all_reduce_min(self, number: int) -> int:
         """The smallest of the processes' numbers."""
         least = torch.tensor(number)
         if self.count > 1:
