@@ -37,9 +37,11 @@ def keep(folder: Path, name: str) -> None:
     if target.exists():
         shutil.rmtree(target)
     target.mkdir(parents=True)
+    here = f"{Path.cwd()}/"  # a run records absolute paths, of which others have no use
     for pattern in KEPT:
         for path in sorted(folder.glob(pattern)):
-            shutil.copy(path, target / path.name)
+            kept = path.read_text(encoding="utf-8").replace(here, "")
+            (target / path.name).write_text(kept, encoding="utf-8")
     PICTURES.mkdir(parents=True, exist_ok=True)
     for path in sorted(folder.glob("*.png")):
         chart = re.sub("[ ,]+", "-", path.name)  # names of settings have spaces
