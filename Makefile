@@ -87,7 +87,7 @@ bench: install ## a short version of the benchmarks, results in benchmarks/resul
 bench-gpu: install ## real architectures on a GPU, against plain PEFT and two Trainers; says what it skips
 	$(BIN)/python benchmarks/gpu.py
 
-evidence-small: install ## all methods x 3 seeds on the embedded model, as in docs/results: about 10 minutes
+evidence-small: install ## all methods x 3 seeds on the embedded model, as in docs/results: about 13 minutes
 	$(BIN)/prelort compare benchmarks/studies/claim-python.toml --out runs/evidence-small --jobs 2
 
 clean: ## remove the environment and build outputs
