@@ -131,6 +131,21 @@ class TestConfig:
         outcome = command_line("run", tmp_path / "my.toml", *options, "-q", "-o", tmp_path / "run")
         assert outcome.code == 0
 
+    @pytest.mark.parametrize("task", ["causal-lm", "chat"])
+    def test_a_starter_is_refused_for_a_model_of_another_kind(
+        self, command_line: CommandLine, task: str, tiny_bert: Path
+    ) -> None:
+        outcome = command_line("config", "--task", task, "--model", tiny_bert)
+        assert "is no causal language model but of type 'bert'" in outcome.error
+        assert not outcome.out
+
+    def test_says_that_a_model_has_no_chat_template(
+        self, command_line: CommandLine, tiny_llama: Path
+    ) -> None:
+        outcome = command_line("config", "--task", "chat", "--model", tiny_llama)
+        assert "has no chat template: add model.chat_template" in outcome.error
+        assert tomllib.loads(outcome.out)["task"] == "chat"
+
     @pytest.mark.parametrize(
         "options, words",
         [

@@ -340,8 +340,10 @@ class FederationConfig(Section):
     """Rounds, participation and limits."""
 
     rounds: Annotated[int, Field(ge=1)] = Field(12, description="rounds of the whole run")
-    clients_per_round: Annotated[int, Field(ge=1)] | Share = Field(
-        5, description="number of clients, or (with a decimal point) share of them"
+    clients_per_round: Annotated[int, Field(ge=1)] | Share | None = Field(
+        None,
+        description="number of clients, or (with a decimal point) share of them; default: 6, or "
+        "all if there are fewer",
     )
     quorum: Annotated[int, Field(ge=1)] | Share = Field(
         0.5,

@@ -46,6 +46,25 @@ def test_holds_out_a_share_of_each_client(write: Write) -> None:
     assert rows.dropped == ()
 
 
+@pytest.mark.parametrize(
+    "task, row, other",
+    [
+        ("causal-lm", {"messages": [{"role": "user", "content": "a"}]}, "chat"),
+        ("chat", {"prompt": "a", "completion": "b"}, "instruction"),
+        ("instruction", {"prompt": [], "completion": []}, "chat"),
+        ("classification", {"text": ["a"], "label": "b"}, None),
+    ],
+)
+def test_says_which_task_reads_such_rows(
+    write: Write, task: str, row: dict[str, Any], other: str | None
+) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load(configured(write("train", [row] * 8), task=task))
+    assert str(raised.value).partition("; task = ")[2] == (
+        f'"{other}" reads such rows' if other else ""
+    )
+
+
 def by_client(sizes: dict[str, int]) -> Rows:
     names = [name for name, size in sizes.items() for _ in range(size)]
     return [{"text": "t", "client": name, "id": i} for i, name in enumerate(names)]

@@ -14,7 +14,7 @@ from datasets.exceptions import DatasetNotFoundError
 
 from prelort import hub
 from prelort.config import DataConfig
-from prelort.data import sources
+from prelort.data import _reading, sources
 from prelort.errors import ConfigError
 
 ask_once = hub.offline
@@ -71,6 +71,18 @@ def test_reads_each_kind_of_file(tmp_path: Path, name: str, content: str | bytes
 def test_text_is_a_row_a_line_without_the_blank_ones(tmp_path: Path) -> None:
     path = write(tmp_path / "data.txt", "one\n\n  \r\n two \r\nthree")
     assert read(path).to_list() == [{"text": "one"}, {"text": " two "}, {"text": "three"}]
+
+
+@pytest.mark.parametrize("name", ["data.csv", "data.txt", "data.jsonl", "data.json"])
+def test_a_large_file_is_not_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(_reading, "IN_MEMORY", 4)
+    content = '{"text": "a"}\n' * 2 if "json" in name else "text\n\na\n"
+    rows = read(write(tmp_path / name, content))
+    assert rows.cache_files
+    assert rows[-1]["text"] == "a"
 
 
 def test_csv_types_do_not_depend_on_the_first_rows(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prelort.errors import ConfigError
-from prelort.federation.sampling import check_numbers, count_of, sample
+from prelort.federation.sampling import check_numbers, cohort_size, count_of, sample
 
 NAMES = [f"site-{i}" for i in range(20)]
 
@@ -30,6 +30,11 @@ def test_count_is_a_number_or_a_share_rounded_up(
     wanted: int | float, available: int, count: int
 ) -> None:
     assert count_of(wanted, available) == count
+
+
+def test_no_number_of_clients_is_too_few_for_the_default() -> None:
+    assert [cohort_size(None, clients) for clients in (1, 4, 60)] == [1, 4, 6]
+    check_numbers(1, None, 0.5)
 
 
 @pytest.mark.parametrize(

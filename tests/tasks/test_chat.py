@@ -155,6 +155,12 @@ SHAREGPT = [
     {"from": "human", "value": "hi"},
     {"from": "gpt", "value": "hello"},
 ]
+TOOL = [
+    {"role": "User", "content": "hi", "tool_calls": None},
+    {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]},
+    {"role": "tool", "content": "3", "tool_calls": None},
+    {"role": "Bot", "content": "hello", "tool_calls": None},
+]
 PARTS = [
     {"role": role, "content": [{"type": "text", "text": half} for half in (text[:1], text[1:])]}
     for role, text in (("user", "hi"), ("assistant", "hello"))
@@ -166,14 +172,25 @@ PARTS = [
     [
         ({"conversations": SHAREGPT, "id": "x"}, "<system>S<end><user>hi<end>"),
         ({"messages": PARTS}, "<user>hi<end>"),
+        ({"messages": say("u: hi", "a: hello"), "system": "S"}, "<system>S<end><user>hi<end>"),
+        ({"messages": TOOL}, "<user>hi<end><assistant><end><tool>3<end>"),
         ({"prompt": say("u: hi"), "completion": say("a: hello")}, "<user>hi<end>"),
     ],
 )
 def test_formats_of_the_hub(chat_tokenizer: Any, row: dict[str, Any], prompt: str) -> None:
     (example,) = TASK.encode(Dataset.from_list([row]), chat_tokenizer, DataConfig(), ())
     assert read(chat_tokenizer, example.input_ids) == f"{prompt}<assistant>hello<end>"
-    assert learnt(chat_tokenizer, example) == "hello<end>"
+    assert learnt(chat_tokenizer, example).split("|")[-1] == "hello<end>"
     assert example.reference == "hello"
+
+
+def test_says_how_many_conversations_have_nothing_to_learn() -> None:
+    other = [*say("u: hi"), {"role": "zoe", "content": "hello"}]
+    rows = Dataset.from_dict({"messages": [say("u: hi", "a: hello"), other]})
+    with pytest.warns(
+        UserWarning, match="d: 1 of 2 conv.* is row 2; their roles are 'user', 'zoe'"
+    ):
+        TASK.check(rows, DataConfig(), "d")
 
 
 def test_a_configured_template_replaces_the_tokenizers(tmp_path: Path, tiny_llama: Path) -> None:

@@ -17,6 +17,17 @@ def test_usual_names_are_tried_in_their_order_without_regard_to_case() -> None:
     assert columns.find("k", None, ("text", "sentence"), ["sentence", "Text"]) == "Text"
 
 
+def test_says_which_of_several_usual_columns_is_read() -> None:
+    with pytest.warns(UserWarning, match="k is not set: column 'b' is read, and not 'A'"):
+        assert columns.find("k", None, ("b", "a"), ["A", "b", "c"]) == "b"
+
+
+def test_says_that_classes_are_almost_the_same() -> None:
+    rows = Dataset.from_dict({"y": ["good", "bad", "Good "]})
+    with pytest.warns(UserWarning, match="d: '.ood ?' and '.ood ?' in column 'y' are two classes"):
+        assert columns.class_order(rows, "y", "d") == ("Good ", "bad", "good")
+
+
 def test_names_what_is_missing_and_what_there_is() -> None:
     with pytest.raises(ConfigError, match=r"k = 'c' is not a column: the columns are 'a', 'b'"):
         columns.find("k", "c", ("text",), ["a", "b"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ from prelort.config import Config
 from prelort.errors import ConfigError
 from prelort.models.lora import initial_adapter, lora_layers
 from prelort.tasks import get, token_losses
-from prelort.training.preflight import positions, rehearse
+from prelort.tasks.interface import Example
+from prelort.training.preflight import check_examples, check_model, positions, rehearse
 from prelort.training.runtime import ModelRuntime
 from prelort.training.truncation import Truncation
 from tiny_models import adapted, ragged_examples
@@ -59,6 +61,56 @@ def test_nothing_is_changed(make_config: Callable[..., Config], tiny_llama: Path
     after = dict(runtime.model.named_parameters())
     assert all(torch.equal(after[name], weight) for name, weight in weights.items())
     assert all(parameter.grad is None for parameter in after.values())
+
+
+def counted(make_config: Callable[..., Config], tokenizer: Any, **texts: str) -> None:
+    """Check one example of each client; an ``x`` is a word that the tokenizer does not know."""
+    ids = {"x": tokenizer.unk_token_id, "e": tokenizer.eos_token_id}
+    examples = {name: [Example([ids.get(c, 9) for c in own], 0)] for name, own in texts.items()}
+    config = make_config(task="classification", data={"max_length": 12})
+    check_examples(config, tokenizer, examples)
+
+
+@pytest.fixture
+def knows_not_all(tokenizer: Any) -> Any:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"unk_token": "<unk>"})
+    return tokenizer
+
+
+def test_unknown_tokens_are_said_or_refused(
+    make_config: Callable[..., Config], knows_not_all: Any, recwarn: pytest.WarningsRecorder
+) -> None:
+    with pytest.raises(ConfigError, match="100% of the tokens of client 'b' are unknown to its"):
+        counted(make_config, knows_not_all, a="eexxa", b="xxxe")
+    with pytest.warns(UserWarning, match="50% of the tokens of client 'b' are unknown"):
+        counted(make_config, knows_not_all, a="aaa", b="axe")
+    recwarn.clear()
+    counted(make_config, knows_not_all, a="aaaeee", b="e")
+    assert not recwarn
+
+
+def test_examples_that_are_cut_are_said(make_config: Callable[..., Config], tokenizer: Any) -> None:
+    with pytest.warns(UserWarning, match="max_length = 12 tokens cuts 100% of .* client 'b'"):
+        counted(make_config, tokenizer, a="aaa", b="a" * 12)
+
+
+def test_a_rate_for_a_smaller_model_is_said(
+    make_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    config = make_config(
+        training={"learning_rate": 0.1, "local_steps": 1}, federation={"rounds": 1}
+    )
+    with pytest.warns(UserWarning, match="learning_rate = 0.1 is high for a model of 0 million"):
+        prelort.run(config, tmp_path / "run")
+
+
+def test_texts_longer_than_the_model_is_made_for_are_said(
+    make_config: Callable[..., Config], tiny_llama: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    with pytest.warns(UserWarning, match="max_length = 400 is more than the 128 tokens for which"):
+        check_model(make_config(data={"max_length": 400}), model, "causal")
 
 
 class Wrong(torch.autograd.Function):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,15 @@ def read_json_lines(path: Path) -> Dataset:
 
 
 def read_json(path: Path) -> Dataset:
-    """A list of objects, or an object with one such list inside; raises ValueError."""
-    text = path.read_text(encoding="utf-8-sig")
+    """A list of objects, or an object with one such list inside; raises ValueError.
+
+    It is read to memory as a whole, unless it has an object per line, as many on the hub do.
+    """
+    if _is_json_lines(path):
+        return read_json_lines(path)
     try:
-        content = json.loads(text)
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
-        if _is_json_lines(text):
-            return read_json_lines(path)
         raise ValueError(f"it is not JSON: {error}") from None
     if isinstance(content, dict):
         lists = {
@@ -81,9 +84,10 @@ def _is_of_one_type(values: list[Any]) -> bool:
     return True
 
 
-def _is_json_lines(text: str) -> bool:
-    """Whether a .json file has one object per line, as many on the hub do."""
+def _is_json_lines(path: Path) -> bool:
+    """Whether the first of several lines is an object."""
+    first, *others = islice(lines(path), 2)
     try:
-        return isinstance(json.loads(text.split("\n", 1)[0]), dict)
+        return bool(others) and isinstance(json.loads(first[1]), dict)
     except json.JSONDecodeError:
         return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -171,8 +172,11 @@ def _read(
     train, test = sources.read(data) if given is None else (given.train, given.test)
     task = tasks.get(config.task)
     with calling(f"task {type(task).__name__}", "columns(), check() or labels()"):
-        columns = task.columns(data, train.column_names)
-        task.check(train, data, "data.source")
+        try:
+            columns = task.columns(data, train.column_names)
+            task.check(train, data, "data.source")
+        except ConfigError as error:
+            raise ConfigError(f"{error}{_other_task(config.task, train, data)}") from None
         # The classes belong to the data set, not to the rows that are drawn from it.
         labels = task.labels(train, data)
         if test is not None:
@@ -188,6 +192,17 @@ def _read(
         raise ConfigError(f"task {type(task).__name__}: labels() must name the model's outputs")
     classes = isinstance(task, Classification) and len(labels) > 1
     return train, test, labels, columns[1] if classes else data.label_column
+
+
+def _other_task(name: str, rows: Dataset, data: DataConfig) -> str:
+    """The end of a sentence about rows that task ``name`` cannot read: which one can."""
+    for other in (name, "chat", "instruction"):
+        with suppress(ConfigError):
+            task = tasks.get(other)
+            task.columns(data, rows.column_names)
+            task.check(rows.select([0]), data, "data.source")
+            return f'; task = "{other}" reads such rows' if other != name else ""
+    return ""
 
 
 def _dropped(train: Dataset, scheme: PartitionConfig, parts: Sequence[Part]) -> tuple[Dropped, ...]:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from datasets import Dataset, Features, Value
 from datasets.exceptions import DatasetsError
 
@@ -128,6 +129,11 @@ def _check_delimited(path: Path, separator: str, quoting: Literal[0, 3]) -> list
     return header
 
 
+def _text(path: Path) -> Dataset:
+    kept = np.fromiter((number - 1 for number, _ in lines(path)), np.int64)
+    return load("text", path, encoding="utf-8-sig").select(kept)
+
+
 @contextmanager
 def _long_cells() -> Iterator[None]:
     """Lift csv's limit of 131,072 characters a cell: a cell may be a whole document."""
@@ -144,6 +150,6 @@ READERS: dict[str, Callable[[Path], Dataset]] = {
     ".json": read_json,
     ".jsonl": read_json_lines,
     ".parquet": lambda path: load("parquet", path),
-    ".txt": lambda path: Dataset.from_dict({"text": [line for _, line in lines(path)]}),
+    ".txt": _text,
 }
 """Suffix -> reader."""

@@ -28,21 +28,25 @@ from prelort.federation.allocation import Allocation, ByLoss
 from prelort.federation.client import ClientRuntime, LocalClient
 from prelort.federation.messages import MAX_NAME, AdapterSpec
 from prelort.federation.personal import PersonalStore
-from prelort.federation.sampling import check_numbers
+from prelort.federation.sampling import check_numbers, cohort_size
 from prelort.methods import find, trait
 from prelort.models import base
 from prelort.models.lora import ADAPTER, attach, initial_adapter
+from prelort.planning.starter import size_for
 from prelort.seeds import derive, numpy_generator
 from prelort.tasks.interface import Example
 from prelort.tasks.store import ExampleStore, StoredExamples
 from prelort.tasks.token_losses import keep_at_once
-from prelort.training.preflight import Preflight, check_model, rehearse
+from prelort.training.preflight import Preflight, check_examples, check_model, rehearse
 from prelort.training.processes import ALONE, Processes, call_through
 from prelort.training.truncation import Truncation
 
 log = logging.getLogger(__name__)
 
 Examples = Sequence[Example]
+
+HIGH = 4
+"""Times the usual learning rate of a model's size from which on it is said to be high."""
 
 NO_EXAMPLE = "no usable example (too short a text, or no assistant turn)"
 
@@ -208,7 +212,7 @@ def _without_empty_clients(
         raise ConfigError(f"data.source has {NO_EXAMPLE}, at any of its {len(without)} clients")
     per_round, quorum = config.federation.clients_per_round, config.federation.quorum
     try:
-        check_numbers(len(left), min(per_round, len(left)), quorum)
+        check_numbers(len(left), cohort_size(per_round, len(left)), quorum)
     except ConfigError as error:
         raise ConfigError(f"{error}; {reason}") from None
     warnings.warn(reason, stacklevel=3)
@@ -218,8 +222,23 @@ def _without_empty_clients(
 
 def preflight(assembly: Assembly) -> Preflight:
     """Try the model on the first client's examples, before anything is trained."""
-    examples = next(client.examples for client in assembly.clients if client.examples)
-    return rehearse(assembly.config, assembly.runtime, assembly.initial, examples)
+    config, runtime = assembly.config, assembly.runtime
+    check_examples(config, runtime.tokenizer, {c.name: c.examples for c in assembly.clients})
+    _check_rate(config, runtime.model.get_base_model())
+    return rehearse(config, runtime, assembly.initial, assembly.clients[0].examples)
+
+
+def _check_rate(config: Config, model: PreTrainedModel) -> None:
+    """Say that a rate is made for a smaller model: that of the embedded one, for instance."""
+    parameters, rate = model.num_parameters(), config.training.learning_rate
+    usual = float(size_for(parameters).rate)
+    if config.training.optimizer != "sgd" and rate > HIGH * usual:
+        warnings.warn(
+            f"training.learning_rate = {rate:g} is high for a model of {parameters / 1e6:.0f} "
+            f"million parameters, where {usual:g} is usual: `prelort config --task {config.task} "
+            f"--model {config.model.name}` writes values that suit it",
+            stacklevel=3,
+        )
 
 
 def planned_ranks(config: Config, rows: FederatedRows) -> tuple[list[int], list[int], Allocation]:

@@ -39,7 +39,7 @@ from prelort.models.lora import ADAPTER, shapes
 from prelort.planning.skeleton import skeleton
 from prelort.tasks.interface import Example
 from prelort.tasks.store import ExampleStore
-from prelort.training.preflight import rehearse
+from prelort.training.preflight import check_examples, rehearse
 from prelort.training.processes import ALONE, Processes
 
 
@@ -135,6 +135,7 @@ def own_site(
     examples = encode(rows.train)
     if not examples:
         raise ConfigError(f"data.source has {NO_EXAMPLE}")
+    check_examples(config, tokenizer, {name: examples})
     rehearse(config, runtime, initial, examples)
     by_loss = config.ranks.allocation == "by-loss"
     return LocalClient(

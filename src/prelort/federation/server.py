@@ -38,7 +38,13 @@ from prelort.federation.pooled import PooledMetrics, prefix_groups
 from prelort.federation.replies import checked_metrics
 from prelort.federation.requests import evaluate_request, train_request
 from prelort.federation.round import Round
-from prelort.federation.sampling import check_numbers, count_of, min_connected, sample
+from prelort.federation.sampling import (
+    check_numbers,
+    cohort_size,
+    count_of,
+    min_connected,
+    sample,
+)
 from prelort.federation.secure_round import NoiseAtClients, SecureRound, check_clients
 from prelort.federation.site_keys import SiteKeys
 from prelort.federation.transport import Transport
@@ -135,7 +141,8 @@ class Server:
         if not self._transport.clients_change:
             federation, count = self._config.federation, len(self.clients)
             # With fewer clients than configured, a round trains all of them.
-            check_numbers(count, min(federation.clients_per_round, count), federation.quorum)
+            cohort = cohort_size(federation.clients_per_round, count)
+            check_numbers(count, cohort, federation.quorum)
         state = self._with_levels(state)
         self._check_method(method, state)
         self._check_robustness(method, state)
@@ -270,8 +277,7 @@ class Server:
         if robustness.rule == "none":
             return
         clients = [_at_current_rank(connected, state) for connected in self.clients]
-        cohort = count_of(self._config.federation.clients_per_round, len(clients))
-        cohort = min(cohort, len(clients))
+        cohort = cohort_size(self._config.federation.clients_per_round, len(clients))
         attackers = count_of(robustness.attackers, cohort)
         uncovered = coverage.check(robustness.rule, method, state, clients, cohort, attackers)
         if not self._transport.clients_change and self._round > 0:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 from prelort import tasks
 from prelort.config import LoraSettings, ModelConfig
-from prelort.models.base import load_configuration
+from prelort.models.base import check_kind, load_tokenizer
 from prelort.planning.skeleton import skeleton
+from prelort.training.preflight import positions
 
 MODELS = {"classification": "FacebookAI/roberta-base"}
 ANY_MODEL = "Qwen/Qwen3-0.6B"
@@ -88,13 +90,25 @@ SIZES = (
 
 
 def starter(task: str, model: str | None = None) -> str:
-    """The text of a starter. Raises `ConfigError` for an unknown task or model."""
+    """The text of a starter.
+
+    Raises `ConfigError` for an unknown task or model, and for a model of another kind than the task
+    needs; warns where a chat model has no chat template.
+    """
     kind = tasks.get(task).kind
     name = model or MODELS.get(kind, ANY_MODEL)
-    parameters, positions = 1e8 if kind in MODELS else 6e8, None
+    parameters, longest = 1e8 if kind in MODELS else 6e8, None
     if model is not None:
-        parameters, positions = measures(ModelConfig(name=model), kind)
-    values = values_for(task, parameters, positions)
+        own = ModelConfig(name=model)
+        check_kind(own, kind)
+        parameters, longest = measures(own, kind)
+        if task == "chat" and not getattr(load_tokenizer(own), "chat_template", None):
+            warnings.warn(
+                f"model.name = {model!r} has no chat template: add model.chat_template, or use an "
+                "instruction-tuned model, or the task 'instruction'",
+                stacklevel=2,
+            )
+    values = values_for(task, parameters, longest)
     training = values["training"]
     return TEMPLATE.format(
         task=task,
@@ -110,8 +124,8 @@ def starter(task: str, model: str | None = None) -> str:
     )
 
 
-def values_for(task: str, parameters: float, positions: int | None) -> dict[str, dict[str, Any]]:
-    """The starter's values as sections, for a model of so many parameters and positions."""
+def values_for(task: str, parameters: float, longest: int | None) -> dict[str, dict[str, Any]]:
+    """The starter's values as sections, for a model of so many parameters and tokens of a text."""
     size, tokens = size_for(parameters), TOKENS.get(task, 512)
     training = {
         "batch_size": size.batch_size,
@@ -123,16 +137,19 @@ def values_for(task: str, parameters: float, positions: int | None) -> dict[str,
     }
     return {
         "model": {"dtype": "bfloat16" if size.large else "float32"},
-        "data": {"max_length": min(tokens, positions or tokens)},
+        "data": {"max_length": min(tokens, longest or tokens)},
         "training": training,
     }
 
 
 def measures(config: ModelConfig, kind: str) -> tuple[float, int | None]:
-    """The number of a model's parameters and of its positions, from its configuration alone."""
-    shapes = skeleton(config, LoraSettings(), 1, kind, labels=2)
-    positions = getattr(load_configuration(config), "max_position_embeddings", None)
-    return sum(weight.numel() for weight in shapes.parameters()), positions
+    """The number of a model's parameters, and of the tokens of its longest text, if limited.
+
+    From its configuration alone.
+    """
+    model = skeleton(config, LoraSettings(), 1, kind, labels=2).get_base_model()
+    longest = positions(model) or getattr(model.config, "max_position_embeddings", None)
+    return sum(weight.numel() for weight in model.parameters()), longest
 
 
 def size_for(parameters: float) -> Size:

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from prelort.config import Config, PrivacyConfig
 from prelort.errors import CheckpointError, ConfigError, PrelortError
-from prelort.federation.sampling import count_of
+from prelort.federation.sampling import cohort_size
 from prelort.files import write_atomically
 from prelort.methods.interface import Aggregator, Client, Method, ServerState, Update
 from prelort.privacy.accounting import Budget
@@ -40,7 +40,9 @@ class Ledger:
     """Who was drawn, and who not, for the next release."""
 
 
-def ledger_of(privacy: PrivacyConfig, clients: int, per_round: int | float, rounds: int) -> Ledger:
+def ledger_of(
+    privacy: PrivacyConfig, clients: int, per_round: int | float | None, rounds: int
+) -> Ledger:
     """The noise that keeps to the budget with so many clients, before anything is spent.
 
     Raises `ConfigError` for a delta that gives a client away.
@@ -52,15 +54,10 @@ def ledger_of(privacy: PrivacyConfig, clients: int, per_round: int | float, roun
             f"clients: use much less than {1 / clients:g}"
         )
     # With noise at the clients the server is not trusted, and it knows who takes part.
-    sampled = clients_of_a_round(clients, per_round) / clients
+    sampled = cohort_size(per_round, clients) / clients
     rate = 1.0 if privacy.secure_aggregation else sampled
     budget = Budget(privacy.epsilon, privacy.delta, rounds, rate)
     return Ledger(budget, budget.noise_multiplier())
-
-
-def clients_of_a_round(clients: int, per_round: int | float) -> int:
-    """How many of the clients take part in a round; with Poisson sampling, on average."""
-    return min(count_of(per_round, clients), clients)
 
 
 def mechanism_of(privacy: PrivacyConfig, ledger: Ledger) -> Mechanism:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
@@ -20,8 +21,15 @@ Message = dict[str, Any]
 
 MESSAGES_COLUMNS = ("messages", "conversations", "conversation")
 PROMPT_AND_COMPLETION = ("prompt", "completion")
-ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
-"""ShareGPT's names of the roles."""
+SYSTEM = "system"
+"""The column of a text that opens the conversation, beside some data sets' messages."""
+
+ROLES = {
+    **{role: role for role in ("system", "user", "assistant", "tool")},
+    "human": "user",
+    **dict.fromkeys(("gpt", "chatgpt", "model", "bot", "ai"), "assistant"),
+}
+"""Names of the roles, ShareGPT's among them, without regard to case; others stay as they are."""
 
 MARKS_ANSWERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """The tag of a chat template that says which tokens are the assistant's."""
@@ -41,12 +49,28 @@ class Chat(CausalTask):
         wanted, there = config.messages_column, {*available}
         if wanted is None and not there & {*MESSAGES_COLUMNS} and there >= {*PROMPT_AND_COMPLETION}:
             return PROMPT_AND_COMPLETION
-        return (find("data.messages_column", wanted, MESSAGES_COLUMNS, available),)
+        found = find("data.messages_column", wanted, MESSAGES_COLUMNS, available)
+        return (SYSTEM, found) if SYSTEM in available else (found,)
 
     def check(self, rows: Dataset, config: DataConfig, where: str) -> None:
-        """Raise `ConfigError` naming the first row of ``where`` that is no conversation."""
-        for _ in self._conversations(rows, config, where):
-            pass
+        """Raise `ConfigError` naming the first row of ``where`` that is no conversation.
+
+        Warns of conversations without a turn to learn.
+        """
+        without: list[int] = []
+        roles: set[str] = set()
+        for number, conversation in enumerate(self._conversations(rows, config, where), start=1):
+            own = {message["role"] for message in conversation}
+            if "assistant" not in own:
+                without.append(number)
+                roles |= own
+        if without:
+            warnings.warn(
+                f"{where}: {len(without)} of {len(rows)} conversations have no turn of the role "
+                f"'assistant' and are left out (the first is row {without[0]}; their roles are "
+                f"{', '.join(sorted(map(repr, roles))) or 'none'})",
+                stacklevel=2,
+            )
 
     def encode(
         self, rows: Dataset, tokenizer: Any, config: DataConfig, labels: Sequence[str]
@@ -90,6 +114,9 @@ class Chat(CausalTask):
         for number, row in enumerate(zip(*parts, strict=True), start=1):
             conversation: list[Message] = []
             for name, cell in zip(names, row, strict=True):
+                if name == SYSTEM and len(names) > 1 and (cell is None or isinstance(cell, str)):
+                    conversation += [{"role": "system", "content": cell}] if cell else []
+                    continue
                 try:
                     conversation += _messages(cell)
                 except ValueError as error:
@@ -182,13 +209,15 @@ def _message(value: Any) -> Message:
     content = known.pop("value", None) if content is None else content
     if isinstance(content, list):
         content = _joined(content)
+    if content is None and known.get("tool_calls"):
+        content = ""
     if not (isinstance(role, str) and isinstance(content, str)):
         raise ValueError(
             f"a message has 'role' and 'content' (or 'from' and 'value') as text, and one is "
             f"{str(value)[:80]!r}"
         )
     others = {key: value for key, value in known.items() if value is not None}
-    return {**others, "role": ROLES.get(role, role), "content": content}
+    return {**others, "role": ROLES.get(role.lower(), role), "content": content}
 
 
 def _joined(parts: list[Any]) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,15 +21,21 @@ OTHER_LABELS = "name another data.label_column, or list the classes in data.labe
 def find(key: str, wanted: str | None, candidates: Sequence[str], available: Sequence[str]) -> str:
     """The column named by the configuration's ``key``, or else the first usual name that exists.
 
-    Usual names are matched without regard to case. Raises `ConfigError` that lists the columns.
+    Usual names are matched without regard to case. Warns of several. Raises `ConfigError` that
+    lists the columns.
     """
     if wanted is not None:
         require(key, wanted, available)
         return wanted
     lower = {name.lower(): name for name in reversed(available)}
-    for candidate in candidates:
-        if candidate in lower:
-            return lower[candidate]
+    usual = [lower[candidate] for candidate in candidates if candidate in lower]
+    if len(usual) > 1:
+        others = ", ".join(map(repr, usual[1:]))
+        warnings.warn(
+            f"{key} is not set: column {usual[0]!r} is read, and not {others}", stacklevel=2
+        )
+    if usual:
+        return usual[0]
     raise ConfigError(
         f"{key} is not set, and none of the usual names ({', '.join(candidates)}) "
         f"is a column: {listed(available)}"
@@ -131,6 +138,13 @@ def class_order(rows: Dataset, column: str, where: str) -> tuple[str, ...]:
         raise ConfigError(
             f"{where}: column {column!r} has {len(seen)} different values in {len(names)} rows, "
             f"so that most classes would have one example; {OTHER_LABELS}"
+        )
+    similar = {name.strip().casefold(): name for name in seen}
+    for name in sorted(seen - {*similar.values()}):
+        warnings.warn(
+            f"{where}: {name!r} and {similar[name.strip().casefold()]!r} in column {column!r} are "
+            "two classes, which differ in case or blanks only",
+            stacklevel=2,
         )
     if all(name.lstrip("-").isdecimal() for name in seen):
         return tuple(sorted(seen, key=lambda name: (int(name), name)))

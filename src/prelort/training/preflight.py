@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from heapq import nlargest
+from itertools import chain
 from typing import Any
 
 import torch
@@ -34,6 +36,16 @@ from prelort.training.runtime import ModelRuntime, evaluation_mode, low_precisio
 ROWS = 4
 """Examples of the trial batch, at most the batch size of training."""
 
+SAMPLE = 100
+"""Examples of a client, evenly spaced, whose tokens are counted."""
+
+CUT = ("instruction", "chat", "classification")
+"""Tasks that cut a text which is too long, and SOME_CUT the share of examples that is said."""
+SOME_CUT = 1 / 10
+
+SOME_UNKNOWN, MOST_UNKNOWN = 1 / 20, 1 / 3
+"""Shares of unknown tokens that are said, and refused: a sentencepiece without its text is two."""
+
 STEPS = (3e-3, 1e-2, 3e-2)
 """Changes of weights along their gradient, relative to their norm: one must agree with it."""
 
@@ -53,11 +65,18 @@ def check_model(config: Config, model: PreTrainedModel, kind: str) -> None:
     """Raise `ConfigError` for a base that cannot do the task; it may be on the meta device."""
     name = config.model.name
     base.check_kind(config.model, kind)
-    longest = positions(model)
-    if longest is not None and config.data.max_length > longest:
+    longest, tokens = positions(model), config.data.max_length
+    if longest is not None and tokens > longest:
         raise ConfigError(
-            f"data.max_length = {config.data.max_length} is more than the {longest} positions of "
-            f"model.name = {name!r}: use at most {longest}"
+            f"data.max_length = {tokens} is more than the {longest} positions of model.name = "
+            f"{name!r}: use at most {longest}"
+        )
+    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is None and isinstance(known, int) and tokens > known:
+        warnings.warn(
+            f"data.max_length = {tokens} is more than the {known} tokens for which model.name = "
+            f"{name!r} is made: it may be poor at longer texts",
+            stacklevel=2,
         )
 
 
@@ -75,6 +94,48 @@ def positions(model: PreTrainedModel) -> int | None:
         if whole is not None and table.num_embeddings == whole + offset:
             found.append(table.num_embeddings - reserved)
     return min(found, default=None)
+
+
+def check_examples(
+    config: Config, tokenizer: Any, examples: Mapping[str, Sequence[Example]]
+) -> None:
+    """Warn of clients whose examples are cut, or have many tokens that the tokenizer does not know.
+
+    ``examples``: of each client by its name. Raises `ConfigError` if a third of the tokens is
+    unknown at every client: nothing can be learnt from such texts.
+    """
+    examples = {name: own[:: max(1, len(own) // SAMPLE)] for name, own in examples.items()}
+    if config.task in CUT:
+        longest = config.data.max_length
+        cut = {
+            name: sum(len(one.input_ids) >= longest for one in own) / len(own)
+            for name, own in examples.items()
+        }
+        worst = max(cut, key=lambda client: cut[client])
+        if cut[worst] > SOME_CUT:
+            warnings.warn(
+                f"data.max_length = {longest} tokens cuts {cut[worst]:.0%} of the examples of "
+                f"client {worst!r}",
+                stacklevel=3,
+            )
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown is None or unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+        return  # tokenizers of bytes have no other, and name the end token
+    special = {*tokenizer.all_special_ids} - {unknown}
+    shares = {}
+    for client, own in examples.items():
+        counts = Counter(chain.from_iterable(example.input_ids for example in own))
+        shares[client] = counts[unknown] / max(1, counts.total() - sum(counts[i] for i in special))
+    worst = max(shares, key=lambda client: shares[client])
+    said = (
+        f"model.name = {config.model.name!r}: {shares[worst]:.0%} of the tokens of client "
+        f"{worst!r} are unknown to its tokenizer ({tokenizer.unk_token!r}): use a model for the "
+        "language and script of the texts"
+    )
+    if min(shares.values()) > MOST_UNKNOWN:
+        raise ConfigError(said)
+    if shares[worst] > SOME_UNKNOWN:
+        warnings.warn(said, stacklevel=3)
 
 
 def rehearse(
