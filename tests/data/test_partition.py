@@ -121,6 +121,12 @@ def test_column_names_are_those_of_a_class_label_or_digits() -> None:
     assert [part.name for part in numbers] == ["12", "7"]
 
 
+@pytest.mark.parametrize("name", ["client", "Client", "CLIENT_ID"])
+def test_a_column_of_clients_is_found_by_its_name(name: str) -> None:
+    rows = Dataset.from_dict({"label": range(8), name: ["a", "b"] * 4})
+    assert [part.name for part in partition(rows, config(), "label", 0)] == ["a", "b"]
+
+
 @pytest.mark.parametrize("by", ["dirichlet", "shards"])
 def test_the_configured_column_goes_before_the_label(by: str) -> None:
     rows = Dataset.from_dict({"label": [0] * 40, "kind": [i % 2 for i in range(40)]})
@@ -142,7 +148,7 @@ def test_the_configured_column_goes_before_the_label(by: str) -> None:
             "'lable' is not a column: .* 'label', 'row'",
         ),
         ({"by": "column", "column": "who"}, None, "'who' is not a column"),
-        ({"by": "column"}, None, "no column 'client': .* 'label'"),
+        ({"by": "column"}, None, r"partition\.column is not set.* 'label'"),
         ({"by": "column", "column": "row"}, None, "0 of the 10 values of column 'row'"),
         (
             {"by": "column", "column": "label", "clients": 3, "min_examples": 4},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from prelort import export
 from prelort.adapters import peft_folder
 from prelort.config import Config
 from prelort.errors import AdapterError
+from prelort.experiment import exported
+from prelort.experiment.assemble import assemble
 
 
 @pytest.mark.parametrize("merge", [False, True])
@@ -52,6 +55,41 @@ def test_a_classifier_is_exported_with_its_head_and_its_class_names(
     ids = torch.arange(2, 22).view(2, 10)
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_the_classes_have_the_order_of_a_head_that_is_trained_already(
+    make_config: Callable[..., Config], tiny_bert: Path, tmp_path: Path
+) -> None:
+    names = {0: "late", 1: "early"}
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_bert, id2label=names)
+    model.save_pretrained(shutil.copytree(tiny_bert, tmp_path / "base"))
+    config = make_config(task="classification", model={"name": str(tmp_path / "base")})
+    assembly = assemble(config)
+    assert assembly.rows.labels == ("late", "early")
+    kept = assembly.runtime.model.get_base_model().classifier.original_module.weight
+    assert torch.equal(kept, model.classifier.weight)
+
+
+@pytest.mark.parametrize("off, refused", [(0.02, False), (0.2, True)])
+def test_rounding_of_small_logits_is_no_difference(
+    make_config: Callable[..., Config],
+    tiny_bert: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    off: float,
+    refused: bool,
+) -> None:
+    """In bfloat16 they are off by more than a part of them."""
+    config = make_config(
+        task="classification",
+        model={"name": str(tiny_bert), "dtype": "bfloat16"},
+        federation={"rounds": 1},
+    )
+    prelort.run(config, tmp_path / "run")
+    given = iter([torch.full((4,), 0.1), torch.full((4,), 0.1 + off)])
+    monkeypatch.setattr(exported, "logits", lambda *_: next(given))
+    with pytest.raises(AdapterError) if refused else nullcontext():
+        export(tmp_path / "run", tmp_path / "out", 4)
 
 
 def test_an_export_that_is_not_what_was_measured_is_an_error_that_names_a_tensor(

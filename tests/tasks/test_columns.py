@@ -22,6 +22,12 @@ def test_says_which_of_several_usual_columns_is_read() -> None:
         assert columns.find("k", None, ("b", "a"), ["A", "b", "c"]) == "b"
 
 
+def test_says_that_most_rows_have_no_text() -> None:
+    rows = Dataset.from_dict({"text": ["a", " ", ""]})
+    with pytest.warns(UserWarning, match="d: 2 of 3 rows have no text in column 'text'"):
+        columns.require_texts(rows, ["text"], "d")
+
+
 def test_says_that_classes_are_almost_the_same() -> None:
     rows = Dataset.from_dict({"y": ["good", "bad", "Good "]})
     with pytest.warns(UserWarning, match="d: '.ood ?' and '.ood ?' in column 'y' are two classes"):

@@ -69,6 +69,8 @@ def read_json(path: Path) -> Dataset:
             raise ValueError(reason(error)) from None
         values = columns[name]
         ends = range(1, len(values) + 1)
+        if isinstance(error, UnicodeError):
+            raise ValueError(f"column {name!r} has half of a character: {reason(error)}") from None
         row = ends[bisect_left(ends, True, key=lambda end: not _is_of_one_type(values[:end]))]
         raise ValueError(
             f"row {row} has another kind of value in column {name!r} than the rows before it: "

@@ -14,14 +14,14 @@ from datasets import Dataset, concatenate_datasets
 from prelort import tasks
 from prelort.config import EMBEDDED, Config, DataConfig, PartitionConfig
 from prelort.data import ranks, sources
-from prelort.data.partition import Part, client_column, partition, resolved
+from prelort.data.partition import CLIENT_COLUMNS, Part, client_column, partition, resolved
 from prelort.data.shares import apportion
 from prelort.data.tables import Tables
 from prelort.errors import ConfigError
 from prelort.extensions import calling
 from prelort.seeds import numpy_generator
 from prelort.tasks.classification import Classification
-from prelort.tasks.columns import class_names, listed
+from prelort.tasks.columns import class_names, listed, usual
 from prelort.tasks.columns import names as column_names
 
 
@@ -238,11 +238,12 @@ def _hold_out(
 
 def _own_tests(config: Config, test: Dataset, names: Sequence[str]) -> list[Dataset | None]:
     """The test rows of each natural client, if the test set has the client column."""
-    column = config.partition.column or "client"
-    if config.partition.by != "column" or column not in test.column_names:
+    own = config.partition.column
+    columns = usual(CLIENT_COLUMNS if own is None else (own,), test.column_names)
+    if config.partition.by != "column" or not columns:
         return [None] * len(names)
     of: dict[str, list[int]] = {name: [] for name in names}
-    for index, name in enumerate(column_names(test, column)):
+    for index, name in enumerate(column_names(test, columns[0])):
         if name in of:
             of[name].append(index)
     return [test.select(of[name]) if of[name] else None for name in names]

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from prelort.config import PYTHON, PartitionConfig
 from prelort.errors import ConfigError
 from prelort.seeds import numpy_generator
-from prelort.tasks.columns import class_names, listed, require
+from prelort.tasks.columns import class_names, find, listed, require, usual
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -21,6 +21,9 @@ Indices = npt.NDArray[np.int64]
 
 DEFAULT_CLIENTS = 16
 """Number of clients without natural clients and ``partition.clients``."""
+
+CLIENT_COLUMNS = ("client", "client_id")
+"""Usual names of the column of natural clients, without regard to case."""
 
 TRIES = 100
 """Draws of Dirichlet shares before the smallest clients are topped up."""
@@ -41,7 +44,7 @@ def resolved(config: PartitionConfig, rows: Dataset) -> PartitionConfig:
     """
     by, clients = config.by, config.clients
     if by == "auto":
-        named = config.column is not None or "client" in rows.column_names
+        named = config.column is not None or usual(CLIENT_COLUMNS, rows.column_names)
         by = "column" if named else "iid"
     if by != "column" and clients is None:
         most = len(rows) // max(config.min_examples, 2)  # one row may be held out
@@ -89,16 +92,8 @@ def partition(
 
 
 def client_column(config: PartitionConfig, available: Sequence[str]) -> str:
-    """The column whose values are the natural clients: the configured one, else ``client``."""
-    if config.column is not None:
-        require("partition.column", config.column, available)
-        return config.column
-    if "client" not in available:
-        raise ConfigError(
-            "partition.by = 'column' needs partition.column, since there is no column 'client': "
-            + listed(available)
-        )
-    return "client"
+    """The column whose values are the natural clients: the configured one, else a usual one."""
+    return find("partition.column", config.column, CLIENT_COLUMNS, available)
 
 
 def _by_column(rows: Dataset, config: PartitionConfig) -> list[Part]:
@@ -107,10 +102,10 @@ def _by_column(rows: Dataset, config: PartitionConfig) -> list[Part]:
     enough = {k: v for k, v in groups.items() if len(v) >= config.min_examples}
     largest_first = sorted(enough, key=lambda name: (-len(enough[name]), name))
     if len(enough) < (config.clients or 1):
-        requested = f"partition.clients = {config.clients}" if config.clients else "one client"
+        requested = f", and partition.clients = {config.clients}" if config.clients else ""
         raise ConfigError(
-            f"{requested} is more than there are: {len(enough)} of the {len(groups)} values of "
-            f"column {column!r} have the {config.min_examples} rows that a client needs"
+            f"{len(enough)} of the {len(groups)} values of column {column!r} have the "
+            f"{config.min_examples} rows that a client needs{requested}"
         )
     return [Part(name, _ascending(enough[name])) for name in largest_first[: config.clients]]
 
@@ -118,6 +113,8 @@ def _by_column(rows: Dataset, config: PartitionConfig) -> list[Part]:
 def _number_of_clients(config: PartitionConfig, rows: int) -> int:
     assert config.clients is not None  # `resolved` has set it
     needed = config.clients * config.min_examples
+    if needed > rows and config.clients == 1:
+        raise ConfigError(f"data.source has {rows} rows, at least {needed} are needed")
     if needed > rows:
         raise ConfigError(
             f"partition.clients = {config.clients} needs {needed} rows, {config.min_examples} for "

@@ -121,7 +121,7 @@ def assemble(
         ConfigError: for whatever is wrong in configuration or data.
     """
     cache = cache or DataCache()
-    rows = cache.rows(config, objects.tables)
+    rows = _in_order_of_head(config, cache.rows(config, objects.tables))
     for client in rows.clients:
         if len(client.name) > MAX_NAME:
             raise ConfigError(
@@ -193,6 +193,14 @@ def assemble(
     test = shared_examples(config.evaluation.on)
     template = runtime.model.peft_config[ADAPTER]
     return Assembly(config, rows, clients, test, runtime, tokenizer, initial, template, allocation)
+
+
+def _in_order_of_head(config: Config, rows: FederatedRows) -> FederatedRows:
+    """The rows with their classes in the order of the base's own head, if it has just these."""
+    names = getattr(base.load_configuration(config.model), "id2label", None) or {}
+    in_order = tuple(str(names[number]) for number in sorted(names))
+    same = config.data.labels is None and {*in_order} == {*rows.labels}
+    return replace(rows, labels=in_order) if same and len(in_order) == len(rows.labels) else rows
 
 
 def _without_empty_clients(

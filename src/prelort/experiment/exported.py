@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
@@ -53,8 +54,10 @@ def check_adapters(
         for folder, adapter in exported.items():
             install(runtime.model, adapter)
             loaded = PeftModel.from_pretrained(fresh, folder)
-            difference = _difference(logits(runtime, runtime.model), logits(runtime, loaded))
-            if not difference <= tolerance(runtime.model):
+            rounding = tolerance(runtime.model)
+            measured = logits(runtime, runtime.model)
+            difference = _difference(measured, logits(runtime, loaded), rounding)
+            if not difference <= rounding:
                 raise AdapterError(
                     f"{str(folder)!r}, loaded by PEFT, gives other logits than were measured (by "
                     f"{difference:.2g} of them): {_cause(runtime.model, loaded)}"
@@ -96,8 +99,9 @@ def check_merged(
     """
     settings = ModelConfig(name=str(folder.resolve()), device=str(runtime.device), dtype="auto")
     model = base.load_model(settings, runtime.task.kind, labels, pad_id=runtime.pad_id)
-    difference = _difference(measured, logits(runtime, model))
-    if not difference <= max(rounding, tolerance(model)):
+    rounding = max(rounding, tolerance(model))
+    difference = _difference(measured, logits(runtime, model), rounding)
+    if not difference <= rounding:
         shutil.rmtree(folder)
         raise AdapterError(
             f"the merged model gives other logits than were measured (by {difference:.2g} of "
@@ -118,10 +122,15 @@ def logits(runtime: ClientRuntime, model: nn.Module) -> Tensor:
     return torch.cat(found)
 
 
-def _difference(measured: Tensor, found: Tensor) -> float:
-    """How far logits are off, relative to them; NaN and infinity, of a diverged model, as 0."""
+def _difference(measured: Tensor, found: Tensor, rounding: float) -> float:
+    """How far logits are off, relative to them; NaN and infinity, of a diverged model, as 0.
+
+    With fewer bits, of logits below 1 the absolute difference: they are what is left of larger
+    activations, and so is their rounding.
+    """
     measured, found = (torch.nan_to_num(x.double(), 0.0, 0.0, 0.0) for x in (measured, found))
-    return float((found - measured).norm() / measured.norm().clamp(min=1e-30))
+    least = 1e-30 if rounding <= EXACT else math.sqrt(measured.numel())
+    return float((found - measured).norm() / measured.norm().clamp(min=least))
 
 
 def tolerance(model: nn.Module) -> float:

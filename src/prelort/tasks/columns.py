@@ -27,19 +27,24 @@ def find(key: str, wanted: str | None, candidates: Sequence[str], available: Seq
     if wanted is not None:
         require(key, wanted, available)
         return wanted
-    lower = {name.lower(): name for name in reversed(available)}
-    usual = [lower[candidate] for candidate in candidates if candidate in lower]
-    if len(usual) > 1:
-        others = ", ".join(map(repr, usual[1:]))
+    found = usual(candidates, available)
+    if len(found) > 1:
+        others = ", ".join(map(repr, found[1:]))
         warnings.warn(
-            f"{key} is not set: column {usual[0]!r} is read, and not {others}", stacklevel=2
+            f"{key} is not set: column {found[0]!r} is read, and not {others}", stacklevel=2
         )
-    if usual:
-        return usual[0]
+    if found:
+        return found[0]
     raise ConfigError(
         f"{key} is not set, and none of the usual names ({', '.join(candidates)}) "
         f"is a column: {listed(available)}"
     )
+
+
+def usual(candidates: Sequence[str], available: Sequence[str]) -> list[str]:
+    """The columns with one of the names, in the names' order and without regard to case."""
+    lower = {name.lower(): name for name in reversed(available)}
+    return [lower[name.lower()] for name in candidates if name.lower() in lower]
 
 
 def require(key: str, wanted: str, available: Sequence[str]) -> None:
@@ -62,11 +67,15 @@ def cells(rows: Dataset, column: str) -> Iterator[Any]:
 def require_texts(rows: Dataset, columns: Sequence[str], where: str) -> None:
     """Raise `ConfigError` naming the first row (counted from 1) of ``where`` that is no text.
 
-    The first of the columns must have a value in every row.
+    The first of the columns must have a value in every row; warns if most of them are blank.
     """
     for column in columns:
-        for _ in iter_texts(rows, column, where):
-            pass
+        blank = sum(not text.strip() for text in iter_texts(rows, column, where))
+        if column == columns[0] and blank > len(rows) / 2:
+            warnings.warn(
+                f"{where}: {blank} of {len(rows)} rows have no text in column {column!r}",
+                stacklevel=2,
+            )
     for number, cell in enumerate(cells(rows, columns[0]), start=1):
         if cell is None:
             raise ConfigError(f"{where}: row {number} has no value in column {columns[0]!r}")
