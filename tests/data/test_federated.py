@@ -217,7 +217,7 @@ ONE = [{"text": "t", "label": "a"}]
         (labelled(40), None, {"ranks": {"mix": "2, 4"}}, "2 ranks for 4 clients"),
         (labelled(7), None, {}, "needs 8 rows, 2 for each client, and there are 7"),
         (labelled(40), None, {"data": {"label_column": "topic"}}, "'topic' is not a column"),
-        (ONE, None, {"task": "causal-lm", "partition": {}}, r"source has 1 rows, at least 2 are"),
+        (ONE, None, {"task": "causal-lm", "partition": {}}, "there are 1 rows, at least 2 are"),
     ],
 )
 def test_wrong_data_are_one_sentence(

@@ -52,6 +52,7 @@ BART = {
     **IDS,
 }
 DISTIL = {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64}
+MOBILE = {"intra_bottleneck_size": 32, "pad_token_id": 0}
 XLNET = {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48, "pad_token_id": 0}
 PAIRS = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 16}
 MODERN = {"cls_token_id": 1, "sep_token_id": 1, "global_attn_every_n_layers": 2}
@@ -124,6 +125,9 @@ CAUSAL: dict[str, Case] = {
     "deepseek_v3": ("DeepseekV3Config", DEEPSEEK),
     "falcon_mamba": ("FalconMambaConfig", SSM),
     "jamba": ("JambaConfig", {**KV, **JAMBA}),
+    "olmo2": ("Olmo2Config", KV),
+    "granite": ("GraniteConfig", KV),
+    "lfm2": ("Lfm2Config", KV),
     "gemma3": (
         "Gemma3Config",
         {
@@ -144,6 +148,9 @@ CLASSIFIERS: dict[str, Case] = {
     "electra": ("ElectraConfig", {**WIDTHS, **IDS, "embedding_size": 16}),
     "mpnet": ("MPNetConfig", {**WIDTHS, **IDS}),
     "xlnet": ("XLNetConfig", XLNET),
+    "mobilebert": ("MobileBertConfig", {**WIDTHS, "embedding_size": 32, **MOBILE}),
+    "bigbird": ("BigBirdConfig", {**WIDTHS, **IDS}),
+    "canine": ("CanineConfig", {**WIDTHS, "num_hash_buckets": 64, "pad_token_id": 0}),
     "qwen3": ("Qwen3Config", HEADS),
     "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **IDS}),
 }

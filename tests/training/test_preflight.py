@@ -155,8 +155,22 @@ def test_an_adapted_layer_that_is_never_called_is_said(
     spare = lora_layers(runtime.model)["model.layers.0.mlp.up_proj"]
     runtime.model.get_base_model().add_module("spare", spare)
     runtime.model.get_base_model().model.layers[0].mlp.up_proj = torch.nn.Linear(32, 48, bias=False)
-    with pytest.warns(UserWarning, match=r"calls 1 of its adapted layers on no text.*spare"):
+    with pytest.warns(UserWarning, match=r"uses 1 of its adapted layers on no text.*spare"):
         assert rehearsed(make_config, runtime, tiny_llama).idle == ("spare",)
+
+
+def test_a_layer_whose_output_nobody_reads_is_no_broken_backward_pass(
+    make_config: Callable[..., Config], tiny_llama: Path
+) -> None:
+    """As BigBird's pooler in a classification."""
+    runtime = runtime_of(tiny_llama)
+    inner = runtime.model.get_base_model().model
+    spare = inner.layers[1].mlp
+    inner.layers[1].mlp = torch.nn.Identity()
+    inner.layers[0].add_module("spare", spare)
+    inner.layers[0].register_forward_pre_hook(lambda _, inputs: (spare(inputs[0]), None)[1])
+    with pytest.warns(UserWarning, match=r"uses 3 of its adapted layers on no text.*down_proj"):
+        assert len(rehearsed(make_config, runtime, tiny_llama).idle) == 3
 
 
 def test_damaged_weights_are_named_before_any_training(

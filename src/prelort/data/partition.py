@@ -114,7 +114,7 @@ def _number_of_clients(config: PartitionConfig, rows: int) -> int:
     assert config.clients is not None  # `resolved` has set it
     needed = config.clients * config.min_examples
     if needed > rows and config.clients == 1:
-        raise ConfigError(f"data.source has {rows} rows, at least {needed} are needed")
+        raise ConfigError(f"data.source: there are {rows} rows, at least {needed} are needed")
     if needed > rows:
         raise ConfigError(
             f"partition.clients = {config.clients} needs {needed} rows, {config.min_examples} for "

@@ -76,7 +76,7 @@ def merge(
     runtime.truncation.detach()
     whole = runtime.model.get_base_model()
     settings = {id(c): c for c in (whole.config, whole.config.get_text_config())}.values()
-    ends = whole.get_input_embeddings(), whole.get_output_embeddings()
+    ends = base.token_table(whole), whole.get_output_embeddings()
     if any(isinstance(end, ModulesToSaveWrapper) or hasattr(end, "lora_A") for end in ends):
         for end in ends:
             if hasattr(end, "lora_A"):

@@ -102,7 +102,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
     Where there is no padding token, or the embedding has no row for it, padding is the token that
     the model's configuration names, else the end token. An encoder-decoder classifies by the end
-    token's state, so each text gets one.
+    token's state, so each text gets one: the tokenizer's, or that of the model's configuration.
     """
     own = (
         config
@@ -124,6 +124,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         )
     if pad != tokenizer.pad_token_id:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+    if model.is_encoder_decoder and not tokenizer.eos_token and isinstance(text.eos_token_id, int):
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(text.eos_token_id)
     end = tokenizer.eos_token_id
     if model.is_encoder_decoder and end is not None and end not in tokenizer("a")["input_ids"]:
         own = tokenizer.backend_tokenizer.post_processor
@@ -292,6 +294,14 @@ def _is_quantised(config: ModelConfig) -> bool:
 def can_quantise(config: ModelConfig) -> bool:
     """Whether this machine can load the base in 4 or 8 bits: not one that is quantised already."""
     return importlib.util.find_spec("bitsandbytes") is not None and not _is_quantised(config)
+
+
+def token_table(model: PreTrainedModel) -> nn.Module | None:
+    """The embedding of tokens; None in a model of characters, which hashes them."""
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None
 
 
 def head_modules(model: PreTrainedModel) -> tuple[str, ...]:

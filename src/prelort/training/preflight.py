@@ -55,7 +55,7 @@ AGREEMENT = 0.3
 
 @dataclass(frozen=True, slots=True)
 class Preflight:
-    """What was found: the base's mean loss, and the adapted layers that no gradient reaches."""
+    """What was found: the base's mean loss, and the adapted layers that the model does not use."""
 
     loss: float
     idle: tuple[str, ...] = ()
@@ -83,7 +83,7 @@ def check_model(config: Config, model: PreTrainedModel, kind: str) -> None:
 def positions(model: PreTrainedModel) -> int | None:
     """The longest text for which there are learned positions; None without a table of them."""
     whole = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    inputs = model.get_input_embeddings()
+    inputs = base.token_table(model)
     found = []
     for table in model.modules():
         if not isinstance(table, nn.Embedding) or table is inputs:
@@ -189,7 +189,7 @@ def rehearse(
             if (config.method.objective or objective) == "example" and not runtime.by_example():
                 _cannot_truncate_examples(config)
             loss().backward()  # type: ignore[no-untyped-call]
-            idle = _check_gradients(config, model, called.names)
+            idle = _check_gradients(config, model, called.names, lambda: float(loss()))
             # Experts switch with the smallest change.
             if not low_precision(inner) and not stacked(inner):
                 _check_agreement(name, model, lambda: float(loss()))
@@ -248,7 +248,7 @@ def _check_tokens(
     name: str, model: PreTrainedModel, runtime: ModelRuntime, examples: Sequence[Example]
 ) -> None:
     """Every token must have a row in the embedding; an encoder-decoder needs its end token once."""
-    rows = model.get_input_embeddings().num_embeddings
+    rows = getattr(base.token_table(model), "num_embeddings", math.inf)
     largest = max((max(e.input_ids, default=0) for e in examples), default=0)
     if largest >= rows:
         token = runtime.tokenizer.convert_ids_to_tokens(largest) if runtime.tokenizer else ""
@@ -260,9 +260,11 @@ def _check_tokens(
         end = model.config.eos_token_id
         counts = {e.input_ids.count(end) for e in examples}
         if counts - {1}:
+            token = runtime.tokenizer.convert_ids_to_tokens(end) if runtime.tokenizer else end
             raise ConfigError(
-                f"model.name = {name!r} classifies by the state of its end token {end!r}, which "
-                f"must be in every text once; there are texts with {max(counts - {1})} of them"
+                f"model.name = {name!r} classifies by the state of its end token {token!r}, which "
+                f"must be in every text once, and is in some {max(counts - {1})} times: remove it "
+                "from the texts themselves"
             )
 
 
@@ -314,13 +316,16 @@ def _check_parts(name: str, runtime: ModelRuntime, example: Example) -> None:
     )
 
 
-def _check_gradients(config: Config, model: nn.Module, called: Iterable[str]) -> tuple[str, ...]:
-    """Every tensor that learns must have a gradient; the layers that the model never calls."""
+def _check_gradients(
+    config: Config, model: nn.Module, called: Iterable[str], loss: Callable[[], float]
+) -> tuple[str, ...]:
+    """Every tensor that learns must have a gradient; the layers that the model does not use."""
     idle: list[str] = []
     called = set(called)
     for name, layer in lora_layers(model).items():
-        gradients = [layer.lora_A[ADAPTER].weight.grad, layer.lora_B[ADAPTER].weight.grad]
-        if name not in called:
+        b = layer.lora_B[ADAPTER].weight
+        gradients = [layer.lora_A[ADAPTER].weight.grad, b.grad]
+        if name not in called or (b.grad is None and _is_without_effect(b, loss)):
             idle.append(name)
         else:
             _check_gradient(config, f"layer {name!r}", gradients)
@@ -330,15 +335,25 @@ def _check_gradients(config: Config, model: nn.Module, called: Iterable[str]) ->
         return ()
     if config.lora.target_modules not in ("all-linear", ("all-linear",)):
         raise ConfigError(
-            f"lora.target_modules: the model never calls layer {idle[0]!r} on text "
+            f"lora.target_modules: the model never uses layer {idle[0]!r} on text "
             f"({len(idle)} such layers), so it cannot learn: leave it out"
         )
     warnings.warn(
-        f"the model calls {len(idle)} of its adapted layers on no text, so they stay as they are: "
+        f"the model uses {len(idle)} of its adapted layers on no text, so they stay as they are: "
         f"{', '.join(last_parts(idle))}",
         stacklevel=2,
     )
     return tuple(idle)
+
+
+@torch.no_grad()
+def _is_without_effect(weight: nn.Parameter, loss: Callable[[], float]) -> bool:
+    """Whether the loss stays the same with other numbers: nobody reads what they make."""
+    before, kept = loss(), weight.clone()
+    weight.add_(1.0)
+    after = loss()
+    weight.copy_(kept)
+    return math.isclose(before, after, rel_tol=1e-7)
 
 
 def _check_gradient(config: Config, what: str, gradients: Sequence[Tensor | None]) -> None:

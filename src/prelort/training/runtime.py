@@ -52,7 +52,7 @@ class ModelRuntime:
         XLNet, whose batch comes second. Tried once, with 3 rows of 5 tokens.
         """
         if self.truncation.by_example is None:
-            end = self.model.config.eos_token_id
+            end = getattr(self.model.config, "eos_token_id", None)
             ids = [end if isinstance(end, int) else 0] * 5  # an encoder-decoder reads its end token
             rows = torch.tensor([ids] * 3, device=self.device)
             ranks = torch.ones(3, dtype=torch.int64, device=self.device)
