@@ -19,6 +19,7 @@ from transformers import (
     DebertaV2Config,
     GPT2Config,
     OPTConfig,
+    PreTrainedModel,
     RobertaConfig,
     XLNetConfig,
 )
@@ -27,6 +28,7 @@ import prelort
 from prelort.adapters import ScaleRule
 from prelort.config import Config
 from prelort.errors import ConfigError
+from prelort.experiment.assemble import assemble, preflight
 from prelort.models.lora import initial_adapter, lora_layers
 from prelort.tasks import get, token_losses
 from prelort.tasks.interface import Example
@@ -96,13 +98,12 @@ def test_examples_that_are_cut_are_said(make_config: Callable[..., Config], toke
 
 
 def test_a_rate_for_a_smaller_model_is_said(
-    make_config: Callable[..., Config], tmp_path: Path
+    make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = make_config(
-        training={"learning_rate": 0.1, "local_steps": 1}, federation={"rounds": 1}
-    )
-    with pytest.warns(UserWarning, match="learning_rate = 0.1 is high for a model of 0 million"):
-        prelort.run(config, tmp_path / "run")
+    assembly = assemble(make_config(training={"learning_rate": 0.1}))
+    monkeypatch.setattr(PreTrainedModel, "num_parameters", lambda _: 4e8)
+    with pytest.warns(UserWarning, match="learning_rate = 0.1 is high for a model of 400 million"):
+        preflight(assembly)
 
 
 def test_texts_longer_than_the_model_is_made_for_are_said(

@@ -32,7 +32,7 @@ from prelort.federation.sampling import check_numbers, cohort_size
 from prelort.methods import find, trait
 from prelort.models import base
 from prelort.models.lora import ADAPTER, attach, initial_adapter
-from prelort.planning.starter import size_for
+from prelort.planning.starter import SIZES, size_for
 from prelort.seeds import derive, numpy_generator
 from prelort.tasks.interface import Example
 from prelort.tasks.store import ExampleStore, StoredExamples
@@ -239,8 +239,9 @@ def preflight(assembly: Assembly) -> Preflight:
 def _check_rate(config: Config, model: PreTrainedModel) -> None:
     """Say that a rate is made for a smaller model: that of the embedded one, for instance."""
     parameters, rate = model.num_parameters(), config.training.learning_rate
-    usual = float(size_for(parameters).rate)
-    if config.training.optimizer != "sgd" and rate > HIGH * usual:
+    size = size_for(parameters)
+    usual, is_tiny = float(size.rate), size is SIZES[0]  # which bear any rate
+    if config.training.optimizer != "sgd" and not is_tiny and rate > HIGH * usual:
         warnings.warn(
             f"training.learning_rate = {rate:g} is high for a model of {parameters / 1e6:.0f} "
             f"million parameters, where {usual:g} is usual: `prelort config --task {config.task} "
