@@ -7,8 +7,7 @@ import math
 from prelort.config import Config
 from prelort.data.ranks import assign
 from prelort.errors import ConfigError
-from prelort.federation.sampling import cohort_size
-from prelort.privacy.run import ledger_of, mechanism_of
+from prelort.privacy.run import clients_of_a_round, ledger_of, mechanism_of
 
 
 def sentences(config: Config) -> list[str]:
@@ -23,7 +22,7 @@ def sentences(config: Config) -> list[str]:
     budget = ledger.budget
     noise, _ = mechanism_of(config.privacy, ledger).multipliers()
     ranks = assign(config.ranks, [0] * clients, config.seed)
-    sampled = cohort_size(federation.clients_per_round, clients)
+    sampled = clients_of_a_round(clients, federation.clients_per_round)
     at_clients = config.privacy.secure_aggregation
     may_drop_out = sampled - math.ceil(config.privacy.threshold * sampled - 1e-9)
     who = (

@@ -54,10 +54,15 @@ def ledger_of(
             f"clients: use much less than {1 / clients:g}"
         )
     # With noise at the clients the server is not trusted, and it knows who takes part.
-    sampled = cohort_size(per_round, clients) / clients
+    sampled = clients_of_a_round(clients, per_round) / clients
     rate = 1.0 if privacy.secure_aggregation else sampled
     budget = Budget(privacy.epsilon, privacy.delta, rounds, rate)
     return Ledger(budget, budget.noise_multiplier())
+
+
+def clients_of_a_round(clients: int, per_round: int | float | None) -> int:
+    """How many of the clients take part in a round; with Poisson sampling, on average."""
+    return cohort_size(per_round, clients)
 
 
 def mechanism_of(privacy: PrivacyConfig, ledger: Ledger) -> Mechanism:

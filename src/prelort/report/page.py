@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from prelort.federation.sampling import cohort_size
 from prelort.report import tables
 from prelort.report.formatting import human_bytes, human_seconds, listing, plain
 from prelort.report.incidents import incidents, waits_for
@@ -138,12 +137,12 @@ def _facts_of(cell: CellResult) -> dict[str, Any]:
     }
     if (started := history.started) is not None:
         sampled = config.get("federation", {}).get("clients_per_round")
-        each = cohort_size(sampled, started.clients)
+        share = f"{sampled:.0%}" if isinstance(sampled, float) else sampled
         facts |= {
             "started": _started(cell),
             "task": started.task,
             "rounds": f"{history.done} of {started.rounds}",
-            "clients": f"{started.clients}, {each} a round",
+            "clients": f"{started.clients}" + ("" if sampled is None else f", {share} a round"),
             "ranks": listing(started.levels),
         }
     if history.done:
