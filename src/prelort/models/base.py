@@ -296,7 +296,7 @@ def can_quantise(config: ModelConfig) -> bool:
     return importlib.util.find_spec("bitsandbytes") is not None and not _is_quantised(config)
 
 
-def token_table(model: PreTrainedModel) -> nn.Module | None:
+def token_table(model: PreTrainedModel) -> Any:
     """The embedding of tokens; None in a model of characters, which hashes them."""
     try:
         return model.get_input_embeddings()
