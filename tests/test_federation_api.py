@@ -46,6 +46,13 @@ class Own(PrefixMethod):
     name, summary, paper, default_objective = "own", "PreLort by another name", "none", "plain"
 
 
+class Unbuilt(Own):
+    """A method with a mistake in its constructor."""
+
+    def __init__(self, config: Any, seed: int) -> None:
+        self.share = config.share
+
+
 @pytest.fixture
 def rows(text_file: Path) -> Rows:
     return [json.loads(line) for line in text_file.read_text().splitlines()]
@@ -239,6 +246,7 @@ def test_pefts_configuration_says_layers_scale_and_rank(llama: Any, words: Any, 
         ({"method": "poetry"}, "known are .*, or 'package.module:Class' for one of your own"),
         ({"method": dict}, "'builtins:dict' is no method: it lacks .*, which a class derived from"),
         ({"method": {"name": "hetlora", "options": {"hetlora": {"gama": 1}}}}, "mean 'gamma'"),
+        ({"method": Unbuilt}, "Unbuilt': its constructor raised AttributeError: .*'share'"),
         ({"task": "poetry"}, "known are .*, or 'package.module:Class' for one of your own"),
         ({"ranks": 0}, "'0' is not a rank"),
         ({"ranks": {**RANKS, "site-0": 2.0}}, r"'2\.0' is not a rank"),
@@ -252,7 +260,7 @@ def test_pefts_configuration_says_layers_scale_and_rank(llama: Any, words: Any, 
 def test_what_a_federation_is_made_of_is_checked_at_once(
     llama: Any, words: Any, sites: dict[str, Any], changes: dict[str, Any], sentence: str
 ) -> None:
-    with pytest.raises(ConfigError, match=sentence):
+    with pytest.raises(prelort.PrelortError, match=sentence):
         Federation(llama, words, **{**SHORT, "datasets": sites, **changes})
 
 
