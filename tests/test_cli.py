@@ -375,6 +375,7 @@ class TestReport:
         assert outcome.out.split() == ["wrote", str(out)]
         text = out.read_text()
         assert "learning_rate = 0.05" in text  # the resolved configuration
+        assert 'prelort/adapters/rank-2/">rank 2</a>' in text
         assert not (study / "prelort" / "report.html").exists()
 
     def test_of_no_run_is_one_sentence(self, command_line: CommandLine, tmp_path: Path) -> None:
@@ -457,7 +458,7 @@ class TestExport:
         self, command_line: CommandLine, run: Path, tmp_path: Path, rank: int
     ) -> None:
         error = command_line("export", run, f"--rank={rank}", "--out", tmp_path / "a").error
-        assert error == f"--rank {rank} is not allowed: the adapter has ranks 1 to 8"
+        assert error == f"rank {rank} is not allowed: the adapter has ranks 1 to 8"
         assert not (tmp_path / "a").exists()
 
     @pytest.mark.parametrize("merge", [[], ["--merge"]])

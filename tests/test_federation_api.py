@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -43,6 +44,13 @@ class Own(PrefixMethod):
     """A method of one's own."""
 
     name, summary, paper, default_objective = "own", "PreLort by another name", "none", "plain"
+
+
+class Unbuilt(Own):
+    """A method with a mistake in its constructor."""
+
+    def __init__(self, config: Any, seed: int) -> None:
+        self.share = config.share
 
 
 @pytest.fixture
@@ -120,10 +128,12 @@ def test_own_metrics_are_measured_at_every_rank(
         shapes.add((prediction.predictions.shape, prediction.label_ids.shape))
         return {"own": (prediction.predictions.argmax(-1) == prediction.label_ids).mean()}
 
+    settings = {**SHORT, "federation": {"clients_per_round": 3, "rounds": 1}}
     federation = Federation(
-        model, words, pd.DataFrame(rows), ranks="2*0.5, 4*0.5", compute_metrics=metrics, **SHORT
+        model, words, pd.DataFrame(rows), ranks="2*0.5, 4*0.5", compute_metrics=metrics, **settings
     )
-    result = federation.run(1, tmp_path / "run")
+    result = federation.run(out=tmp_path / "run")
+    assert result.history.done == 1
     assert shapes == {((12, 2), (12,))}
     assert all(values["own"] == values["accuracy"] for values in result.metrics.values())
     assert set(result.to_pandas()["metric"]) == {"accuracy", "macro_f1", "own", "loss"}
@@ -164,6 +174,20 @@ def test_a_run_that_improves_no_more_ends(
         4, tmp_path / "all", callbacks=[EarlyStopping(patience=9), always.append]
     )
     assert (result.history.done, len(always)) == (4, 4)
+
+
+def test_a_callback_that_fails_loses_no_round(
+    llama: Any, words: Any, sites: dict[str, Any], tmp_path: Path
+) -> None:
+    federation = Federation(llama, words, sites, ranks=4, **SHORT)
+    with pytest.raises(prelort.PrelortError, match="a function raised ZeroDivisionError"):
+        federation.run(2, tmp_path / "run", callbacks=[lambda history: 1 // 0])
+    first = (tmp_path / "run" / "checkpoints" / "00001" / "state.safetensors").read_bytes()
+    kind: Any = EarlyStopping  # the class in place of an object answers with an object
+    with pytest.raises(ConfigError, match="callbacks must return True, False or None, not Early"):
+        federation.run(2, tmp_path / "run", resume=True, callbacks=[lambda history: kind()])
+    assert (tmp_path / "run" / "checkpoints" / "00001" / "state.safetensors").read_bytes() == first
+    assert federation.run(2, tmp_path / "run", resume=True).history.done == 2
 
 
 def test_methods_are_compared_on_own_rows_and_partition(
@@ -218,6 +242,31 @@ def test_pefts_configuration_says_layers_scale_and_rank(llama: Any, words: Any, 
 @pytest.mark.parametrize(
     "changes, sentence",
     [
+        ({"method": "prelorr"}, "unknown method 'prelorr': did you mean 'prelort'"),
+        ({"method": "poetry"}, "known are .*, or 'package.module:Class' for one of your own"),
+        ({"method": dict}, "'builtins:dict' is no method: it lacks .*, which a class derived from"),
+        ({"method": {"name": "hetlora", "options": {"hetlora": {"gama": 1}}}}, "mean 'gamma'"),
+        ({"method": Unbuilt}, "Unbuilt': its constructor raised AttributeError: .*'share'"),
+        ({"task": "poetry"}, "known are .*, or 'package.module:Class' for one of your own"),
+        ({"ranks": 0}, "'0' is not a rank"),
+        ({"ranks": {**RANKS, "site-0": 2.0}}, r"'2\.0' is not a rank"),
+        ({"ranks": [2, 4]}, "the list has 2 ranks for 6 clients"),
+        ({"ranks": "2*0.5, 4*0.2"}, "the shares sum to 0.7"),
+        ({"data": {"source": "a.csv"}}, r"data\.source is for rows that are read: here they are"),
+        ({"data": {"test": "a.csv"}}, r"data\.test is for rows that are read"),
+        ({"data": {"max_train_examples": 9}}, r"data\.max_train_examples is for rows that are"),
+    ],
+)
+def test_what_a_federation_is_made_of_is_checked_at_once(
+    llama: Any, words: Any, sites: dict[str, Any], changes: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(prelort.PrelortError, match=sentence):
+        Federation(llama, words, **{**SHORT, "datasets": sites, **changes})
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
         ({"datasets": {}}, "datasets has no client"),
         ({"datasets": {"a": [{"text": "x"}], "b": [{"t": "x"}]}}, "must have the same columns"),
         ({"datasets": {1: [{"text": "x"}], "1": [{"text": "y"}]}}, "two clients of one name"),
@@ -228,6 +277,7 @@ def test_pefts_configuration_says_layers_scale_and_rank(llama: Any, words: Any, 
         ({"partition": lambda rows: rows["nope"]}, "partition: the function raised"),
         ({"track": "wandb"}, r"track must be a list of names, such as \['wandb'\]"),
         ({"resume": True}, "holds no run"),
+        ({"datasets": pd.DataFrame({"text": [1j, 2j]})}, "cannot be read as a table: .*complex128"),
         ({"datasets": 3}, "datasets must be a datasets.Dataset, .* not int"),
         ({"ranks": {"site-0": 2}}, "ranks names the clients site-0, and the data are those of"),
         ({"ranks": 2.5}, "ranks 2.5 are neither a rank"),
@@ -235,7 +285,8 @@ def test_pefts_configuration_says_layers_scale_and_rank(llama: Any, words: Any, 
         ({"method": 3}, "method 3 is neither a name"),
         ({"compute_metrics": 3}, "compute_metrics 3 is not a function"),
         ({"partition": {"a": [0.5]}}, "'a' has .0.5., allowed are row numbers"),
-        ({"partition": {"a": [0, 1], "b": [1]}}, "'a' and 'b' have row 1"),
+        ({"partition": {"a": [0, 1], "b": [1]}}, "row 1 is listed twice, of 'a' and 'b'"),
+        ({"partition": {"a": [True, False, True]}}, "row 1 is listed twice, of 'a'"),
         ({"partition": {"a": [99]}}, "'a' has row 99, and the rows are 0 to 71"),
         ({"partition": {"a": [0]}}, "client 'a' has 1 rows, at least 2 are needed"),
         ({"task": "classification"}, "the task needs a model for SequenceClassification"),
@@ -250,6 +301,8 @@ def test_pefts_configuration_says_layers_scale_and_rank(llama: Any, words: Any, 
             "EarlyStopping with privacy.epsilon would end the run by what is measured on clients",
         ),
         ({"compute_metrics": lambda prediction: 1}, "compute_metrics must return numbers by name"),
+        ({"compute_metrics": lambda prediction: {"loss": 1}}, "and none named 'loss'"),
+        ({"datasets": Path("none.csv")}, "data.source = '.*none.csv': there is no such file"),
         ({"method": type("Local", (Own,), {})}, "must be a class at the top of a module"),
     ],
 )
@@ -271,14 +324,19 @@ def test_what_cannot_work_is_refused_in_a_sentence(
 
 
 def test_clients_may_be_numbered(llama: Any, words: Any, rows: Rows) -> None:
-    federation = Federation(llama, words, {1: rows[:8], 2: rows[8:]}, ranks={2: 4, 1: 2})
-    assert federation.config.ranks.mix == "2, 4"
+    for ranks in ({2: 4, 1: 2}, pd.Series({2: 4, 1: 2}), np.array([2, 4])):
+        federation = Federation(llama, words, {1: rows[:8], 2: rows[8:]}, ranks=ranks)
+        assert federation.config.ranks.mix == "2, 4"
+    assert Federation(llama, words, rows, ranks=np.int64(4)).config.ranks.mix == "4*1"
 
 
 def test_a_model_with_adapters_is_refused(llama: Any, words: Any, rows: Rows) -> None:
     adapted: Any = get_peft_model(llama, LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ConfigError, match="give a model of transformers without adapters"):
         Federation(adapted, words, rows).run(1, "unused")
+    wrapped: Any = torch.nn.DataParallel(llama)
+    with pytest.raises(ConfigError, match=r"DataParallel: give .*, and not what wraps it"):
+        Federation(wrapped, words, rows).run(1, "unused")
 
 
 def test_an_adapter_goes_to_the_hub_under_a_name_that_others_find(
@@ -304,6 +362,7 @@ def test_an_adapter_goes_to_the_hub_under_a_name_that_others_find(
     assert uploaded["config"]["base_model_name_or_path"] == "a/llama"
     assert "base_model: a/llama" in uploaded["card"]
     assert "| rank 8 |" in uploaded["card"]
+    assert "--max-lora-rank 8`" in uploaded["card"]  # vLLM has no 3
 
 
 def test_a_plan_is_a_data_frame(make_config: Callable[..., Config]) -> None:

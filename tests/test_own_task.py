@@ -22,6 +22,7 @@ REGRESSION, HALVES = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 WRONG = """
 import numpy as np
 from prelort.tasks.causal_lm import CausalLM
+from prelort.tasks.classification import Classification
 from prelort.tasks.interface import Example
 
 
@@ -44,6 +45,11 @@ class Measured(CausalLM):
 
 class Broken(CausalLM):
     def losses(self, model, batch):
+        return batch["typo"]
+
+
+class Scored(Classification):
+    def scores(self, model, batch):
         return batch["typo"]
 
 
@@ -161,17 +167,18 @@ def test_the_pages_objective_is_a_method(own: Path) -> None:
         ("Trained", r"Trained: scores\(\) must return the losses of losses\(\), whose sum is"),
         (
             "Measured",
-            r"Measured: compute_metrics raised AttributeError: .*\(wrong_task.py, line 21\)",
+            r"Measured: compute_metrics raised AttributeError: .*\(wrong_task.py, line 22\)",
         ),
-        ("Broken", r"Broken: losses\(\) raised KeyError: 'typo' \(wrong_task.py, line 26\)"),
+        ("Broken", r"Broken: losses\(\) raised KeyError: 'typo' \(wrong_task.py, line 27\)"),
         ("Tensors", r"Tensors: encode\(\) must return Examples .* but returned Example\(input_ids"),
         ("Texts", r"Texts: encode\(\) must return Examples .* but returned 'text'"),
-        ("Failing", r"Failing: columns\(\), .* raised IndexError: .* \(wrong_task.py, line 41\)"),
+        ("Failing", r"Failing: columns\(\), .* raised IndexError: .* \(wrong_task.py, line 47\)"),
         ("Nothing", "compute_metrics did not return its metric 'bleu'"),
         ("Headless", r"Headless: labels\(\) must name the model's outputs"),
         ("Poetry", "kind = 'poetry' is not allowed: 'causal' or 'classification'"),
         ("Listed", r"metrics must be a tuple of names, not \['perplexity'\]"),
         ("Built", r"its constructor raised TypeError: .*'name'"),
+        ("Scored", r"Scored: scores\(\) raised KeyError: 'typo'"),
         ("Half", "lacks check, collate, compute_metrics, encode, labels, losses, scores, weight"),
         ("Nameless", "is no task: it lacks name"),
         ("function", "is not a class"),

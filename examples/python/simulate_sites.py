@@ -7,7 +7,8 @@ import prelort
 from prelort import Federation
 from prelort.config import PartitionConfig
 
-machines = {"laptop": "60MB", "desktop": "80MB", "server": "200MB"}
+# Of toys, as the embedded model is one: for a real one, such as 8GB and 24GB.
+machines = {"laptop": "11.5MB", "desktop": "12MB", "server": "16MB"}
 settings = {"data": {"max_length": 64}, "training": {"batch_size": 4}}
 
 config = Federation("embedded", **settings).config

@@ -73,6 +73,9 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         import importlib
 
+        from prelort.library_logging import quiet_imports
+
         module, attribute = _LAZY[name]
-        return getattr(importlib.import_module(module), attribute)
+        with quiet_imports():
+            return getattr(importlib.import_module(module), attribute)
     raise AttributeError(f"module 'prelort' has no attribute {name!r}")

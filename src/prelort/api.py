@@ -6,9 +6,10 @@ The same code runs as for the command line, on the same configuration, and write
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prelort import config as configuration
-from prelort import tasks
+from prelort import methods, tasks
 from prelort.adapters.peft_folder import without_prefixes
 from prelort.config import PYTHON, Config, DataConfig, ModelConfig, PartitionConfig
+from prelort.data import ranks as rank_mix
 from prelort.data.tables import Partition, Table, Tables, tables
 from prelort.errors import ConfigError
 from prelort.experiment.backend import InProcess
@@ -94,7 +96,7 @@ class Federation:
         self,
         model: PreTrainedModel | str | Path,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        datasets: Mapping[str, Table] | Table | str = configuration.EMBEDDED,
+        datasets: Mapping[str, Table] | Table | str | Path = configuration.EMBEDDED,
         *,
         ranks: int | str | Sequence[int] | Mapping[str, int] | None = None,
         method: str | type[Method] | Mapping[str, Any] = "prelort",
@@ -107,6 +109,7 @@ class Federation:
         **settings: Any,
     ) -> None:
         model = str(model) if isinstance(model, Path) else model
+        datasets = str(datasets) if isinstance(datasets, Path) else datasets
         loaded = model if not isinstance(model, str) else None
         dealt = partition if isinstance(partition, PartitionConfig) else None
         own = None if dealt is not None else partition
@@ -152,6 +155,13 @@ class Federation:
                 else:
                     values[key] = value
         self.config = configuration.check(configuration.applied(values, []))
+        if given is not None:
+            _check_given(self.config.data, given)
+        methods.build(self.config.method, self.config.seed)
+        if clients is None:
+            rank_mix.levels(self.config.ranks.mix)
+        else:
+            rank_mix.assign(self.config.ranks, [1] * len(clients), self.config.seed)
         kind = tasks.get(task)
         if isinstance(kind, Classification) and given is not None and not self.config.data.labels:
             names = _class_names(kind, model, given, self.config.data)
@@ -167,7 +177,7 @@ class Federation:
 
     def run(
         self,
-        rounds: int = 12,
+        rounds: int | None = None,
         out: Path | str | None = None,
         *,
         resume: bool = False,
@@ -178,7 +188,7 @@ class Federation:
         """Train one adapter, and measure it at every rank.
 
         Args:
-            rounds: the number of rounds.
+            rounds: the number of rounds; default: ``federation.rounds`` of the settings, or 12.
             out: the run's folder; default: ``runs/METHOD-TIME``.
             resume: continue the run in ``out`` with the same objects, or with more rounds.
             callbacks: called with the run's history at the end of each round; one that returns True
@@ -210,7 +220,7 @@ class Federation:
     def compare(
         self,
         methods: Sequence[str | type[Method]],
-        rounds: int = 12,
+        rounds: int | None = None,
         out: Path | str = "runs/compare",
         *,
         seeds: Sequence[int] = (0,),
@@ -221,7 +231,7 @@ class Federation:
 
         Args:
             methods: names, or classes of one's own.
-            rounds: the number of rounds of each run.
+            rounds: the number of rounds of each run; default: as for `run`.
             out: the folder of all runs; the same call again continues.
             seeds: a run of each method for each.
             reference: the method that the others are compared to; default: prelort, or the first.
@@ -242,13 +252,14 @@ class Federation:
         study = self._study(rounds, folder, section)
         return self._run(study, folder, partial(run, backend=backend), progress)
 
-    def _study(self, rounds: int, out: Path, section: Compare | None = None) -> Study:
+    def _study(self, rounds: int | None, out: Path, section: Compare | None = None) -> Study:
         """The runs in the folder ``out``: one, or those of a comparison."""
         with quiet():
             model = self._objects.place(self.config.model, out)
-        federation = self.config.federation.model_copy(update={"rounds": rounds})
-        config = self.config.model_copy(update={"model": model, "federation": federation})
-        study = study_of(config.model_dump(), section or Compare(methods=(), seeds=()))
+        values = self.config.model_copy(update={"model": model}).model_dump()
+        if rounds is not None:
+            values["federation"]["rounds"] = rounds
+        study = study_of(values, section or Compare(methods=(), seeds=()))
         check_methods(study)
         return study
 
@@ -272,6 +283,17 @@ def _defaults(model: PreTrainedModel | str, task: str) -> dict[str, Any]:
     return starter.values_for(task, model.num_parameters(), positions)
 
 
+def _check_given(config: DataConfig, given: Tables) -> None:
+    """Raise `ConfigError` for a key that says which rows to read, beside rows that are given."""
+    keys = ["subset", "split", "test", *(["max_train_examples"] if given.parts else [])]
+    unset = DataConfig(source=PYTHON)
+    for key in ("source", *keys):
+        if getattr(config, key) != getattr(unset, key):
+            raise ConfigError(
+                f"data.{key} is for rows that are read: here they are given, as datasets and test"
+            )
+
+
 def _class_names(
     task: Classification, model: PreTrainedModel | str, given: Tables, config: DataConfig
 ) -> tuple[str, ...] | None:
@@ -287,13 +309,13 @@ def _mix(
     ranks: int | str | Sequence[int] | Mapping[str, int], clients: Sequence[str] | None
 ) -> str:
     """``ranks.mix``, in the clients' order."""
-    if isinstance(ranks, int):
+    if isinstance(ranks, Integral):  # NumPy's too
         return f"{ranks}*1"
     if isinstance(ranks, str):
         return ranks
-    if not isinstance(ranks, Mapping | Sequence):
+    if not isinstance(ranks, Iterable):
         raise ConfigError(f"ranks {ranks!r} are neither a rank, a mix, a list nor by client name")
-    if isinstance(ranks, Mapping):
+    if hasattr(ranks, "items"):  # a mapping, or a pandas series
         if clients is None:
             raise ConfigError("ranks by name need clients by name: in datasets or in partition")
         ranks = {str(name): rank for name, rank in ranks.items()}

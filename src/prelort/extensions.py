@@ -26,7 +26,8 @@ TASKS = {
 def unknown_name(what: str, name: str, known: Collection[str]) -> str:
     """A sentence about the ``name`` of a method or task that is not ``known``."""
     close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
+    own = "or 'package.module:Class' for one of your own"
+    hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}, {own}"
     return f"unknown {what} {name!r}: {hint}"
 
 
@@ -57,7 +58,10 @@ def imported(name: str, what: str, interface: type, attributes: Sequence[str]) -
     lacking = [part for part in parts if not callable(getattr(found, part, None))]
     lacking += [one for one in attributes if not isinstance(getattr(found, one, None), str)]
     if lacking:
-        raise ConfigError(f"{what} {name!r} is no {what}: it lacks {', '.join(lacking)}")
+        raise ConfigError(
+            f"{what} {name!r} is no {what}: it lacks {', '.join(lacking)}, which a class derived "
+            f"from one in prelort.{what}s has"
+        )
     for part, definition in parts.items():
         parameters = inspect.signature(definition).parameters.values()
         required = [p.name for p in parameters if p.default is p.empty]

@@ -8,10 +8,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+AT_IMPORT = ("bitsandbytes", "kernels")
+"""Libraries that log notices when they are imported."""
+
 
 def quiet_libraries() -> None:
     """Call before the libraries are imported: they read these settings then."""
-    for name in ("bitsandbytes", "kernels"):
+    for name in AT_IMPORT:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -20,6 +23,19 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     # All cores; if unset, the library warns about every process that is started later.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+@contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Without the notices of libraries that are imported here; afterwards they are as before."""
+    levels = {name: logging.getLogger(name).level for name in AT_IMPORT}
+    for name in AT_IMPORT:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
 @contextmanager

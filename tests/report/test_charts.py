@@ -163,6 +163,8 @@ class TestClients:
         found = rows(charts.client_losses(runs(a=history)), "client", "rounds")
         assert len([row for row in found if row["loss"] is not None]) == 4 * 5 - 1
         assert {(r["client"], r["rounds"]) for r in found if r["bad"]} == {("xml", "2")}
+        nothing = run_history(clients=["json"], rounds=1, failures={1: ["json"]})
+        assert [row["bad"] for row in rows(charts.client_losses(runs(a=nothing)), "bad")] == [1]
 
     def test_heat_map_of_many_rounds_and_clients_stays_small(self):
         names = [f"client-{n:03d}" for n in range(120)]

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from results_of import TWO, runs, study
@@ -120,11 +121,11 @@ def test_stands_wherever_a_run_is(count):
 
 
 def test_links_to_the_adapters_from_where_it_is(tmp_path):
-    run = tmp_path / "my study" / "prelort"
+    study = tmp_path / "my study"
     for rank in (16, 4):
-        (run / "adapters" / f"rank-{rank}").mkdir(parents=True)
-    cell = CellResult("", "prelort", 0, run_history(), folder=run)
-    page = Page(render(Results([cell], "prelort", "x"), tmp_path))
+        (study / "prelort" / "adapters" / f"rank-{rank}").mkdir(parents=True)
+    cell = CellResult("", "prelort", 0, run_history(), folder=Path("prelort"))
+    page = Page(render(Results([cell], "prelort", "x", folder=study), tmp_path))
     links = [tag[1]["href"] for tag in page.tags if tag[0] == "a"]
     assert links == [f"my%20study/prelort/adapters/rank-{rank}/" for rank in (4, 16)]
 

@@ -17,7 +17,7 @@ WATCH_EXAMPLES = """[bold]Examples[/bold]
 
   prelort watch runs/first
 
-  prelort watch runs/first/prelort
+  prelort watch runs/both/prelort
 
   prelort watch runs/first | tee first.log
 
@@ -28,19 +28,19 @@ It only reads the event logs, waits a minute for a run that has not started, and
 WAIT_SECONDS = 60
 
 EVALUATE_EXAMPLES = (
-    "[bold]Examples[/bold]\n\n  prelort evaluate runs/first/prelort\n\n"
-    "  prelort evaluate runs/first/prelort --set data.test=other.csv --out other.json"
+    "[bold]Examples[/bold]\n\n  prelort evaluate runs/first\n\n"
+    "  prelort evaluate runs/first --set data.test=other.csv --out other.json"
 )
 
 REPORT_EXAMPLES = (
     "[bold]Examples[/bold]\n\n  prelort report runs/first\n\n"
-    "  prelort report runs/first/prelort --out prelort.html"
+    "  prelort report runs/both --out both.html"
 )
 
 EXPORT_EXAMPLES = (
     "[bold]Examples[/bold]\n\n"
-    "  prelort export runs/first/prelort --rank 4 --out adapter-r4 --base-name Qwen/Qwen3-0.6B\n\n"
-    "  prelort export runs/first/prelort --rank 16 --merge --out model-tuned"
+    "  prelort export runs/first --rank 4 --out adapter-r4 --base-name Qwen/Qwen3-0.6B\n\n"
+    "  prelort export runs/first --rank 16 --merge --out model-tuned"
 )
 
 

@@ -26,9 +26,9 @@ RUN_EXAMPLES = """[bold]Examples[/bold]
 
   prelort run
 
-  prelort run --method prelort --method zero-padding --out runs/first
+  prelort run my.toml --method prelort --method zero-padding --out runs/both
 
-  prelort run my.toml --set federation.rounds=50 --set seed=1
+  prelort run my.toml --set federation.rounds=50 --set seed=1 --out runs/first
 
   prelort run --set model.name=Qwen/Qwen3-0.6B --set data.source=reports.csv
 
@@ -36,7 +36,7 @@ RUN_EXAMPLES = """[bold]Examples[/bold]
 
   prelort run --resume runs/first --set federation.rounds=40
 
-  prelort run my.toml --start-from runs/first/prelort
+  prelort run my.toml --start-from runs/first
 
   prelort run --set threads=1 --parallel 4
 

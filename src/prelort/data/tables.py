@@ -107,7 +107,7 @@ def _table(rows: object, where: str) -> Dataset:
             table = Dataset.from_pandas(rows, preserve_index=False)
         elif isinstance(rows, list | tuple) and all(isinstance(row, Mapping) for row in rows):
             table = Dataset.from_list([dict(row) for row in rows])
-    except (ValueError, TypeError, OverflowError) as error:  # as pyarrow's errors are
+    except (ValueError, TypeError, OverflowError, NotImplementedError) as error:  # pyarrow's
         raise ConfigError(f"{where} cannot be read as a table: {error}") from None
     if not isinstance(table, Dataset):
         inner = f" of {type(rows[0]).__name__}" if isinstance(rows, list) else ""
@@ -143,7 +143,8 @@ def _parts(partition: Partition, rows: Dataset) -> tuple[Part, ...]:
                     f"{len(rows) - 1}"
                 )
             if number in holder:
-                raise ConfigError(f"partition: {holder[number]!r} and {name!r} have row {number}")
+                clients = " and ".join(dict.fromkeys([repr(holder[number]), repr(name)]))
+                raise ConfigError(f"partition: row {number} is listed twice, of {clients}")
             holder[number] = name
         parts.append(Part(name, own))
     return tuple(parts)

@@ -22,6 +22,9 @@ from prelort.methods import find
 from prelort.report.formatting import metric_format
 from prelort.tasks import labels
 
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The values of vLLM's ``--max-lora-rank``."""
+
 
 def write(
     folder: Path,
@@ -66,6 +69,13 @@ def model_card(config: Config, history: RunHistory, base: str, rank: int) -> str
     }
     if started is not None:
         facts["clients"] = f"{started.clients}, of ranks {', '.join(map(str, started.levels))}"
+    enough = [size for size in VLLM_RANKS if size >= rank]
+    if classifies or config.lora.modules_to_save:
+        facts["in vLLM"] = "merged only, since modules were trained in full"
+    elif enough:
+        facts["in vLLM"] = f"`--enable-lora --max-lora-rank {enough[0]}`"
+    else:
+        facts["in vLLM"] = f"merged only, since its rank is above {VLLM_RANKS[-1]}"
     if history.epsilon is not None:
         facts["differential privacy of the clients"] = (
             f"epsilon = {history.epsilon:.3g}, delta = {config.privacy.delta:g}"

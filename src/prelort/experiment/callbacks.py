@@ -6,9 +6,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from prelort.config import Config
 from prelort.errors import ConfigError
 from prelort.events import Metrics
+from prelort.extensions import calling
 from prelort.history import RunHistory
 from prelort.report.formatting import metric_format
 
@@ -62,6 +65,19 @@ class EarlyStopping:
             )
         value = prefixes[rank][metric]
         return value if metric_format(metric).higher_is_better else -value
+
+
+def end_run(callbacks: Sequence[Callback], history: RunHistory) -> bool:
+    """Call each with the history: whether one of them ends the run.
+
+    Raises `ExtensionError` for what they raise, `ConfigError` for another answer than yes or no.
+    """
+    with calling("callbacks", "a function"):
+        answers = [callback(history) for callback in callbacks]
+    for answer in answers:
+        if not isinstance(answer, bool | np.bool_ | None):
+            raise ConfigError(f"callbacks must return True, False or None, not {answer!r}")
+    return any(answers)
 
 
 def check_callbacks(callbacks: Sequence[Callback], config: Config) -> None:

@@ -102,7 +102,7 @@ def export_run(
     max_rank = method.global_adapter(state).rank
     rank = max_rank if rank is None else rank
     if not isinstance(rank, int) or not 1 <= rank <= max_rank:
-        raise ConfigError(f"--rank {rank} is not allowed: the adapter has ranks 1 to {max_rank}")
+        raise ConfigError(f"rank {rank!r} is not allowed: the adapter has ranks 1 to {max_rank}")
     tokenizer = base.load_tokenizer(config.model)
     names = config.data.labels or ()
     runtime, _ = prepare_model(config, tokenizer, rank=state.adapter.rank, labels=names)

@@ -41,10 +41,15 @@ class Objects:
             changes["tokenizer"] = str((out / TOKENIZER).absolute())
         if (model := self.model) is None:
             return config.model_copy(update=changes)
-        if isinstance(model, PeftModel) or not isinstance(model, PreTrainedModel):
+        if isinstance(model, PeftModel):
             raise ConfigError(
                 f"model is a {type(model).__name__}: give a model of transformers without adapters "
                 "(merge_and_unload merges them; lora.start_from begins from one)"
+            )
+        if not isinstance(model, PreTrainedModel):
+            raise ConfigError(
+                f"model is a {type(model).__name__}: give a model of transformers, and not what "
+                "wraps it"
             )
         if any(weight.is_meta for weight in model.parameters()):
             raise ConfigError("model is on the meta device and has no weights: load it")

@@ -30,13 +30,12 @@ from prelort.events import (
 )
 from prelort.experiment import adapter_folder, checkpoint
 from prelort.experiment.backend import Backend, Connect, InProcess
-from prelort.experiment.callbacks import Callback, check_callbacks
+from prelort.experiment.callbacks import Callback, check_callbacks, end_run
 from prelort.experiment.checkpoint import Checkpoint
 from prelort.experiment.deterministic import deterministic
 from prelort.experiment.evaluation import check_ranks, evaluate, global_adapters
 from prelort.experiment.folder import RunFolder
 from prelort.experiment.result import RunResult
-from prelort.extensions import calling
 from prelort.federation.server import Server
 from prelort.files import as_path
 from prelort.history import RunHistory
@@ -159,12 +158,11 @@ def train(
             due = _evaluation_due(config, server_round)
             if due:
                 measure()
-            with calling("callbacks", "a function"):
-                answers = [callback(log.history) for callback in callbacks]
-            if any(answers) and not due:
-                measure()
             _save(state, config, folder, backend, log)
-            if any(answers):
+            if end_run(callbacks, log.history):
+                if not due:
+                    measure()
+                    _save(state, config, folder, backend, log)
                 break
     if not personal:
         export(config, backend, global_adapters(config, method, state), folder, log.history)

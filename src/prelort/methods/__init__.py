@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from prelort.config import MethodConfig
 from prelort.errors import ConfigError
-from prelort.extensions import imported, unknown_name
+from prelort.extensions import calling, imported, unknown_name
 from prelort.methods.fed_plora import FedPlora
 from prelort.methods.fedex_lora import FedExLora
 from prelort.methods.fedhl import FedHL
@@ -98,12 +98,15 @@ def find(name: str) -> type[Method]:
 def build(config: MethodConfig, seed: int) -> Method:
     """The configured method; ``seed`` is the run's.
 
-    Raises `ConfigError` for options of a method that does not exist.
+    Raises `ConfigError` for options of a method that does not exist, `ExtensionError` for what a
+    constructor of one's own raises.
     """
     for name in config.options:
         if name != config.name and name not in REGISTRY:
             raise ConfigError(f"method.options.{name}: there is no method {name!r}")
-    return find(config.name)(config, seed)
+    kind = find(config.name)
+    with calling(f"method {config.name!r}", "its constructor"):
+        return kind(config, seed)
 
 
 def trait(method: Method | type[Method], name: str) -> bool:

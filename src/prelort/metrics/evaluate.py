@@ -281,12 +281,15 @@ def _own_metrics(runtime: ModelRuntime, metrics: Sequence[str]) -> dict[str, Com
 def _numbers(owner: str, values: Any) -> dict[str, float]:
     """What ``compute_metrics`` returned. Raises `ConfigError` unless these are numbers by name."""
     try:
-        return {str(metric): float(value) for metric, value in dict(values).items()}
+        numbers = {str(metric): float(value) for metric, value in dict(values).items()}
     except (TypeError, ValueError):
+        numbers = None
+    if numbers is None or "loss" in numbers:  # which is measured anyway
         raise ConfigError(
-            f"{owner}: compute_metrics must return numbers by name, such as {{'f1': 0.5}}, "
-            f"not {values!r}"
-        ) from None
+            f"{owner}: compute_metrics must return numbers by name, such as {{'f1': 0.5}}, and "
+            f"none named 'loss', but returned {values!r}"
+        )
+    return numbers
 
 
 def _in_order(rows: Mapping[int, Array]) -> Array:

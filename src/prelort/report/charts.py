@@ -194,8 +194,9 @@ def client_losses(results: Results) -> alt.LayerChart | None:
     joined = math.ceil((last - first + 1) / max(20, MAX_CELLS // len(names)))
     frame = frame[frame["client"].isin(names)]
     start = first + (frame["round"] - first) // joined * joined
-    good = [math.isfinite(loss) for loss in frame["loss"]]
-    frame = frame.assign(start=start, loss=frame["loss"].where(good), bad=[not g for g in good])
+    loss = frame["loss"].astype(float)  # None, where no client has replied, becomes NaN
+    good = [math.isfinite(value) for value in loss]
+    frame = frame.assign(start=start, loss=loss.where(good), bad=[not g for g in good])
     cells = frame.groupby(["client", "start"], as_index=False).agg({"loss": "mean", "bad": "sum"})
     rounds = [ranges(range(a, min(a + joined, last + 1))) for a in cells["start"]]
     cells = cells.assign(client=cells["client"].map(plain), rounds=rounds)

@@ -115,7 +115,7 @@ def _cell(results: Results, cell: CellResult, place: Path) -> dict[str, Any]:
         "finished": history.finished,
         "waiting": waits_for(history.waiting) if history.waiting else "",
         "facts": _facts(_facts_of(cell)),
-        "adapters": _adapters(cell, place),
+        "adapters": _adapters(results.folder, cell, place),
         "charts": _specifications(built),
         "clients": tables.clients(alone),
         "client_charts": _specifications([charts.client_losses(alone)]),
@@ -165,13 +165,13 @@ def _started(*cells: CellResult) -> str | None:
     return f"{min(times):%Y-%m-%d %H:%M} UTC" if times else None
 
 
-def _adapters(cell: CellResult, place: Path) -> list[tuple[int, str]]:
+def _adapters(study: Path, cell: CellResult, place: Path) -> list[tuple[int, str]]:
     """The ranks of the run's adapters, and the links to their folders."""
     if cell.folder is None:
         return []
     folders = {
         int(folder.name.removeprefix("rank-")): folder
-        for folder in (cell.folder / "adapters").glob("rank-*")
+        for folder in (study / cell.folder / "adapters").glob("rank-*")
     }
     return [
         (rank, quote(Path(os.path.relpath(folder, place)).as_posix()) + "/")

@@ -144,7 +144,7 @@ class Results:
 
     Its frames are computed once: treat them as read-only. ``reference``: the method that the
     others are compared to. ``metric``: the one shown first. ``configuration``: the TOML of the
-    run or study.
+    run or study. ``folder``: where it is; the cells' folders are in it.
     """
 
     cells: Sequence[CellResult]
@@ -154,6 +154,7 @@ class Results:
     facts: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     configuration: str = ""
+    folder: Path = Path()
 
     @property
     def methods(self) -> list[str]:

@@ -57,6 +57,7 @@ def results_of(study: Study, out: Path) -> Results:
         facts=facts,
         versions=_versions(study, out),
         configuration=_text(study, out),
+        folder=out,
     )
 
 

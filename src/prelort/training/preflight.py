@@ -29,6 +29,7 @@ from prelort.methods import find
 from prelort.models import base
 from prelort.models.lora import ADAPTER, install, lora_layers, saved_module_places
 from prelort.models.targets import last_parts, stacked
+from prelort.tasks.classification import Classification
 from prelort.tasks.interface import Batch, Example
 from prelort.tasks.token_losses import check_parts
 from prelort.training.runtime import ModelRuntime, evaluation_mode, low_precision
@@ -158,6 +159,8 @@ def rehearse(
     some = longest_first[: config.training.batch_size]
     task = runtime.task
     is_own = config.task not in TASKS
+    # A classifier's losses are those of its scores, which is what its author has written.
+    part = "scores()" if type(task).losses is Classification.losses else "losses()"
     with calling(f"task {type(task).__name__}", "collate() or weight()"):
         batch = task.collate(some, runtime.pad_id)
         batch = {key: value.to(runtime.device) for key, value in batch.items()}
@@ -166,11 +169,11 @@ def rehearse(
 
     def loss(rank: int | Tensor | None = None) -> Tensor:
         with runtime.truncation.at(rank, tokens):
-            with calling(f"task {type(task).__name__}", "losses()") if is_own else nullcontext():
+            with calling(f"task {type(task).__name__}", part) if is_own else nullcontext():
                 losses = task.losses(model, batch)
             if losses.shape != tokens[:1]:
                 raise ConfigError(
-                    f"task {type(task).__name__}: losses() must return one loss for each "
+                    f"task {type(task).__name__}: {part} must return one loss for each "
                     f"of the {tokens[0]} examples, but returned shape {tuple(losses.shape)}"
                 )
             return losses.double().sum() / weight
