@@ -46,10 +46,8 @@ class ProductSum:
             self.parts, self.weights = [compress(concatenate(self.parts, self.weights))], [1.0]
             self.compressed = True
 
-    def mean(self) -> LoraAdapter | None:
-        """The exact mean as stacked factors; None where nothing was added."""
-        if not self.parts:
-            return None
+    def mean(self) -> LoraAdapter:
+        """The exact mean as stacked factors. Raises `AdapterError` where nothing was added."""
         return concatenate(self.parts, [weight / self.total for weight in self.weights])
 
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Generic, TypeVar
 
 from torch import Tensor
 
 from prelort.adapters import LoraAdapter
+from prelort.aggregation.products import ProductSum, SegmentSums
 from prelort.aggregation.rankwise_mean import RankwiseMean
 from prelort.methods.interface import Aggregator, Client, ServerState, Update
 
 Weighting = Callable[[Update], float]
 DimensionsOf = Callable[[Client], Mapping[str, Tensor]]
+Finish = Callable[[RankwiseMean, LoraAdapter], LoraAdapter]
+"""Makes the mean of a round the new adapter, given the old one."""
+
+Sums = TypeVar("Sums", ProductSum, SegmentSums)
 
 
 def by_examples(update: Update | Client) -> float:
@@ -35,7 +41,7 @@ class Averaging:
     Args:
         state: before the round.
         weight: of a reply.
-        finish: makes the mean the new adapter, given the old one; here the methods differ.
+        finish: where the methods differ.
         dimensions_of: the rank dimensions that a client trains (layer -> int64 [rank]), where
             these are not the first ones.
 
@@ -46,7 +52,7 @@ class Averaging:
         self,
         state: ServerState,
         weight: Weighting,
-        finish: Callable[[RankwiseMean, LoraAdapter], LoraAdapter],
+        finish: Finish,
         dimensions_of: DimensionsOf | None = None,
     ) -> None:
         self.state = state
@@ -76,6 +82,38 @@ class Averaging:
         """The state after the round; its adapter is the old one where no reply had a weight."""
         old = self.state.adapter
         return self.state.advanced(self.finish(self.mean, old) if self.mean.total > 0 else old)
+
+
+class AveragingProducts(Generic[Sums]):
+    """The aggregator of the methods that average products.
+
+    Args:
+        state: before the round.
+        weight: of a reply.
+        sums: of the replies' products, empty.
+        finish: makes the sums the state after the round, if a reply had a weight.
+    """
+
+    def __init__(
+        self,
+        state: ServerState,
+        weight: Weighting,
+        sums: Sums,
+        finish: Callable[[Sums], ServerState],
+    ) -> None:
+        self.state = state
+        self.weight = weight
+        self.sums: Sums = sums
+        self.finish: Callable[[Sums], ServerState] = finish
+
+    def add(self, update: Update) -> None:
+        """Fold in a reply's product."""
+        self.sums.add(update.adapter, self.weight(update))
+
+    def result(self) -> ServerState:
+        """The state after the round; its adapter is the old one where no reply had a weight."""
+        state = self.state
+        return self.finish(self.sums) if self.sums.total > 0 else state.advanced(state.adapter)
 
 
 def needing_only_sums(aggregator: Aggregator) -> Averaging | None:

@@ -19,7 +19,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from prelort.aggregation.rankwise_mean import RankwiseMean
 from prelort.config import MethodConfig, Section
 from prelort.methods.averaging import Averaging, weighting
 from prelort.methods.interface import Broadcast, Client, ServerState
@@ -73,6 +72,6 @@ class FedPlora(PrefixMethod):
         return Averaging(
             state,
             weighting(self.config.weights),
-            RankwiseMean.over_holders,
+            type(self).finish,
             dimensions_of=lambda client: self.modules(state, client),
         )

@@ -102,9 +102,9 @@ class WithResidual(Averaging):
     def result(self) -> ServerState:
         """The state after the round, its residual in the memory."""
         state = super().result()
-        old, mean = self.state.adapter, self.products.mean()
-        if mean is None:
+        if self.products.total == 0:
             return state
+        old, mean = self.state.adapter, self.products.mean()
         before = recall(self.state.memory, RESIDUAL, old)
         # What the clients trained, plus what each had frozen, minus what the adapter now is.
         parts, signs = [mean, self.frozen_above(old), state.adapter.bare()], [1.0, 1.0, -1.0]

@@ -15,8 +15,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from prelort.aggregation.rankwise_mean import RankwiseMean
-from prelort.methods.averaging import Averaging, weighting
-from prelort.methods.interface import ServerState
+from prelort.methods.averaging import Finish
 from prelort.methods.prefix import PrefixMethod
 
 
@@ -26,7 +25,4 @@ class FedHL(PrefixMethod):
     name: ClassVar[str] = "fedhl"
     summary: ClassVar[str] = "adds changes of truncated factors to the whole global adapter"
     paper: ClassVar[str] = "FedHL, Peng et al. 2025, arXiv 2505.18494"
-
-    def aggregator(self, state: ServerState) -> Averaging:
-        """Each dimension's mean over all replies, where lacking it counts as no change."""
-        return Averaging(state, weighting(self.config.weights), RankwiseMean.or_unchanged)
+    finish: ClassVar[Finish] = RankwiseMean.or_unchanged

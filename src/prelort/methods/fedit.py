@@ -11,9 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from prelort.aggregation.rankwise_mean import RankwiseMean
 from prelort.errors import ConfigError
-from prelort.methods.averaging import Averaging, weighting
 from prelort.methods.interface import Client, ServerState
 from prelort.methods.objective import Objective, plain
 from prelort.methods.prefix import PrefixMethod
@@ -25,7 +23,6 @@ class FedIT(PrefixMethod):
     name: ClassVar[str] = "fedit"
     summary: ClassVar[str] = "plain federated averaging of A and B; all clients have one rank"
     paper: ClassVar[str] = "FedIT, Zhang et al. 2023, arXiv 2305.05644"
-
     may_nest: ClassVar[bool] = False
 
     def check(self, state: ServerState, clients: Sequence[Client]) -> None:
@@ -40,7 +37,3 @@ class FedIT(PrefixMethod):
     def objective(self, state: ServerState, client: Client) -> Objective:
         """Ordinary LoRA training."""
         return plain(client.rank)
-
-    def aggregator(self, state: ServerState) -> Averaging:
-        """The weighted mean of the replies (with one rank, every dimension is held by everyone)."""
-        return Averaging(state, weighting(self.config.weights), RankwiseMean.over_holders)

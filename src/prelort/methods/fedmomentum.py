@@ -57,9 +57,10 @@ class SvdWithResidual(WithResidual):
 
     def result(self) -> ServerState:
         """The state after the round, its residual in the memory."""
-        old, trained = self.state.adapter, self.products.mean()
-        if trained is None:
+        old = self.state.adapter
+        if self.products.total == 0:
             return self.state.advanced(old)
+        trained = self.products.mean()
         function = compress(concatenate([trained, self.frozen_above(old)], [1.0, 1.0]), self.energy)
         modules_to_save = Averaging.result(self).adapter.modules_to_save
         whole = replace(function, modules_to_save=modules_to_save)

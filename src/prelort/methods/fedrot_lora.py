@@ -20,7 +20,6 @@ from typing import ClassVar
 import torch
 
 from prelort.adapters import Factors
-from prelort.aggregation.rankwise_mean import RankwiseMean
 from prelort.methods.averaging import Averaging, weighting
 from prelort.methods.interface import ServerState, Update
 from prelort.methods.prefix import PrefixMethod
@@ -35,7 +34,7 @@ class FedRotLora(PrefixMethod):
 
     def aggregator(self, state: ServerState) -> Rotated:
         """Segment-wise means of the rotated factors."""
-        return Rotated(state, weighting(self.config.weights), RankwiseMean.over_holders)
+        return Rotated(state, weighting(self.config.weights), type(self).finish)
 
 
 class Rotated(Averaging):

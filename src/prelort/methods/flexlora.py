@@ -18,8 +18,8 @@ from prelort.adapters import Factors, LoraAdapter
 from prelort.adapters.algebra import Split, best_approximation
 from prelort.adapters.initial import filled
 from prelort.aggregation.products import ProductSum
-from prelort.methods.averaging import Weighting, weighting
-from prelort.methods.interface import ServerState, Update
+from prelort.methods.averaging import AveragingProducts, weighting
+from prelort.methods.interface import ServerState
 from prelort.methods.prefix import ProductMethod
 from prelort.seeds import derive
 
@@ -32,9 +32,14 @@ class FlexLora(ProductMethod):
     paper: ClassVar[str] = "FlexLoRA, Bai et al. 2024, arXiv 2402.11505"
     split: ClassVar[Split] = "B"
 
-    def aggregator(self, state: ServerState) -> SvdOfMean:
+    def aggregator(self, state: ServerState) -> AveragingProducts[ProductSum]:
         """The best approximation, at the global rank, of the mean product."""
-        return SvdOfMean(state, weighting(self.config.weights), self.split, self.seed)
+
+        def finish(products: ProductSum) -> ServerState:
+            mean, old = products.mean(), state.adapter
+            return state.advanced(cut(mean, old, self.split, self.seed, state.round))
+
+        return AveragingProducts(state, weighting(self.config.weights), ProductSum(), finish)
 
 
 class HLora(FlexLora):
@@ -44,27 +49,6 @@ class HLora(FlexLora):
     summary: ClassVar[str] = "as flexlora, with the singular values in A"
     paper: ClassVar[str] = "HLoRA 2025, arXiv 2503.00813"
     split: ClassVar[Split] = "A"
-
-
-class SvdOfMean:
-    """Sums products, then cuts their mean to the global rank."""
-
-    def __init__(self, state: ServerState, weight: Weighting, split: Split, seed: int) -> None:
-        self.state = state
-        self.weight = weight
-        self.split = split
-        self.seed = seed
-        self.products = ProductSum()
-
-    def add(self, update: Update) -> None:
-        """Fold in a reply's product."""
-        self.products.add(update.adapter, self.weight(update))
-
-    def result(self) -> ServerState:
-        """The state after the round; its adapter is the old one where no reply had a weight."""
-        mean, old = self.products.mean(), self.state.adapter
-        adapter = old if mean is None else cut(mean, old, self.split, self.seed, self.state.round)
-        return self.state.advanced(adapter)
 
 
 def cut(

@@ -26,8 +26,8 @@ from prelort.adapters.algebra import best_approximation, compress, concatenate
 from prelort.adapters.initial import fresh
 from prelort.aggregation.products import ProductSum
 from prelort.config import Section
-from prelort.methods.averaging import Weighting, weighting
-from prelort.methods.interface import Broadcast, Client, ServerState, Update
+from prelort.methods.averaging import AveragingProducts, weighting
+from prelort.methods.interface import Broadcast, Client, ServerState
 from prelort.methods.memory import recall, store
 from prelort.methods.prefix import PrefixMethod
 from prelort.seeds import derive
@@ -59,9 +59,22 @@ class Flora(PrefixMethod):
             factor_seed=seed,
         )
 
-    def aggregator(self, state: ServerState) -> Stacking:
+    def aggregator(self, state: ServerState) -> AveragingProducts[ProductSum]:
         """The stack of the replies, added to what is folded already."""
-        return Stacking(state, weighting(self.config.weights), self.energy())
+
+        def finish(products: ProductSum) -> ServerState:
+            stack = products.mean()
+            if self.energy() < 1:
+                stack = compress(stack, self.energy())
+            before, bare = recall(state.memory, FOLDED, state.adapter), stack.bare()
+            total = bare if before is None else concatenate([before, bare], [1.0, 1.0])
+            # A sum that is no wider than its layers needs no SVD, which would only take time.
+            if any(f.rank > min(f.A.shape[1], f.B.shape[0]) for f in total.layers.values()):
+                total = compress(total)
+            adapter = replace(state.adapter, modules_to_save=stack.modules_to_save)
+            return state.advanced(adapter, store(FOLDED, total))
+
+        return AveragingProducts(state, weighting(self.config.weights), ProductSum(), finish)
 
     def global_adapter(
         self, state: ServerState, rank: int | None = None, layers: Collection[str] | None = None
@@ -92,32 +105,3 @@ class Florist(Flora):
     def energy(self) -> float:
         """The share of a round's energy that is kept."""
         return float(self.options.energy)
-
-
-class Stacking:
-    """Stacks a round's replies and adds the stack to the sum so far."""
-
-    def __init__(self, state: ServerState, weight: Weighting, energy: float) -> None:
-        self.state = state
-        self.weight = weight
-        self.energy = energy
-        self.products = ProductSum()
-
-    def add(self, update: Update) -> None:
-        """Stack a reply."""
-        self.products.add(update.adapter, self.weight(update))
-
-    def result(self) -> ServerState:
-        """The state after the round: a longer sum, new modules to save, the same fresh adapter."""
-        state, stack = self.state, self.products.mean()
-        if stack is None:
-            return state.advanced(state.adapter)
-        if self.energy < 1:
-            stack = compress(stack, self.energy)
-        before, bare = recall(state.memory, FOLDED, state.adapter), stack.bare()
-        total = bare if before is None else concatenate([before, bare], [1.0, 1.0])
-        # A sum that is no wider than its layers needs no SVD, which would only take time.
-        if any(f.rank > min(f.A.shape[1], f.B.shape[0]) for f in total.layers.values()):
-            total = compress(total)
-        adapter = replace(state.adapter, modules_to_save=stack.modules_to_save)
-        return state.advanced(adapter, store(FOLDED, total))

@@ -63,9 +63,10 @@ class Corrected(Averaging):
 
     def result(self) -> ServerState:
         """The state after the round; its adapter is the old one where no reply had a weight."""
-        state, mean = super().result(), self.products.mean()
-        if mean is None:
+        state = super().result()
+        if self.products.total == 0:
             return state
+        mean = self.products.mean()
         # A dimension that nobody held keeps its value, and is none of the means.
         ranks = {name: int((weight > 0).sum()) for name, weight in self.mean.weights.items()}
         means = {name: f.prefix(ranks[name]) for name, f in state.adapter.layers.items()}

@@ -13,7 +13,7 @@ from prelort.aggregation.products import between
 from prelort.aggregation.rankwise_mean import RankwiseMean
 from prelort.config import MethodConfig, NoOptions, Section
 from prelort.errors import ConfigError
-from prelort.methods.averaging import Averaging, weighting
+from prelort.methods.averaging import Averaging, Finish, weighting
 from prelort.methods.interface import Aggregator, Broadcast, Client, ServerState
 from prelort.methods.objective import Kind, Objective, configured
 
@@ -27,6 +27,8 @@ class PrefixMethod:
 
     Options: ClassVar[type[Section]] = NoOptions
     """The keys of ``[method.options.<name>]``."""
+    finish: ClassVar[Finish] = RankwiseMean.over_holders
+    """What becomes of each rank dimension's mean over its holders, and of one without holders."""
     default_objective: ClassVar[Kind] = "plain"
     rank_exponent: ClassVar[float] = 0.0
     """Clients of rank r train at (maximum rank / r) to this power times the learning rate."""
@@ -73,8 +75,8 @@ class PrefixMethod:
         return configured(self.config, client.rank, state.levels, default=self.default_objective)
 
     def aggregator(self, state: ServerState) -> Aggregator:
-        """Segment-wise: each dimension's mean over its holders, or its previous value."""
-        return Averaging(state, weighting(self.config.weights), RankwiseMean.over_holders)
+        """The mean of each rank dimension over its holders, finished by the method's `finish`."""
+        return Averaging(state, weighting(self.config.weights), type(self).finish)
 
     def global_adapter(
         self, state: ServerState, rank: int | None = None, layers: Collection[str] | None = None

@@ -33,19 +33,18 @@ Each step sees the client's whole prefix and one shorter one, so that short pref
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from prelort.adapters import LoraAdapter
 from prelort.adapters.algebra import squared_distance
 from prelort.aggregation.products import Segment, SegmentSums, between, sum_products
-from prelort.methods.averaging import Weighting, weighting
+from prelort.methods.averaging import AveragingProducts, weighting
 from prelort.methods.flexlora import cut
-from prelort.methods.interface import ServerState, Update
+from prelort.methods.interface import ServerState
 from prelort.methods.objective import Kind
 from prelort.methods.prefix import ProductMethod
 
@@ -59,44 +58,32 @@ class PreLortSorted(ProductMethod):
     default_objective: ClassVar[Kind] = "full+one"
     rank_exponent: ClassVar[float] = 0.4
 
-    def aggregator(self, state: ServerState) -> FunctionChanges:
-        """The mean change of the function, sorted into the new adapter."""
-        return FunctionChanges(state, weighting(self.config.weights), self.seed)
+    def aggregator(self, state: ServerState) -> AveragingProducts[SegmentSums]:
+        """The mean change of the function, sorted into the new adapter.
 
+        The multiplier of a segment is known when all replies are in.
+        """
+        old = state.adapter
 
-class FunctionChanges:
-    """The sum of each segment's products; its multiplier is known when all replies are in."""
+        def finish(sums: SegmentSums) -> ServerState:
+            means = {
+                i: s.products.mean() for i, s in enumerate(sums.segments) if s.products.total > 0
+            }
+            rho = agreement([(sums.segments[i], mean) for i, mean in means.items()])
+            parts: list[LoraAdapter] = []
+            for index, segment in enumerate(sums.segments):
+                before = between(old, segment.low, segment.high).to(torch.float32)
+                if index not in means:
+                    parts.append(before)
+                    continue
+                mean, eta = means[index], multiplier(segment, sums.total, rho)
+                # Dimensions times zero would only make the SVD slow.
+                parts += [mean] if eta == 1 else [before.scaled(1 - eta), mean.scaled(eta)]
+            moved = replace(sum_products(parts), modules_to_save=means[0].modules_to_save)
+            return state.advanced(cut(moved, old, "even", self.seed, state.round))
 
-    def __init__(self, state: ServerState, weight: Weighting, seed: int) -> None:
-        self.state = state
-        self.weight = weight
-        self.seed = seed
-        self.sums = SegmentSums(state.levels, state.adapter.rank, before=state.adapter)
-
-    def add(self, update: Update) -> None:
-        """Fold in a reply's product, segment by segment."""
-        self.sums.add(update.adapter, self.weight(update))
-
-    def result(self) -> ServerState:
-        """The state after the round; its adapter is the old one where no reply had a weight."""
-        old, total = self.state.adapter, self.sums.total
-        if total == 0:
-            return self.state.advanced(old)
-        means = [(segment, segment.products.mean()) for segment in self.sums.segments]
-        rho = agreement([(segment, mean) for segment, mean in means if mean is not None])
-        parts: list[LoraAdapter] = []
-        modules_to_save: Mapping[str, Tensor] = {}
-        for segment, mean in means:
-            before = between(old, segment.low, segment.high).to(torch.float32)
-            if mean is None:
-                parts.append(before)
-                continue
-            eta = multiplier(segment, total, rho)
-            # Dimensions times zero would only make the SVD slow.
-            parts += [mean] if eta == 1 else [before.scaled(1 - eta), mean.scaled(eta)]
-            modules_to_save = mean.modules_to_save or modules_to_save
-        moved = replace(sum_products(parts), modules_to_save=modules_to_save)
-        return self.state.advanced(cut(moved, old, "even", self.seed, self.state.round))
+        sums = SegmentSums(state.levels, old.rank, before=old)
+        return AveragingProducts(state, weighting(self.config.weights), sums, finish)
 
 
 def agreement(means: Sequence[tuple[Segment, LoraAdapter]]) -> float:

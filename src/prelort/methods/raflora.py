@@ -18,9 +18,9 @@ from typing import ClassVar
 import torch
 
 from prelort.aggregation.products import SegmentSums, between, sum_products
-from prelort.methods.averaging import Weighting, weighting
+from prelort.methods.averaging import AveragingProducts, weighting
 from prelort.methods.flexlora import cut
-from prelort.methods.interface import ServerState, Update
+from prelort.methods.interface import ServerState
 from prelort.methods.prefix import ProductMethod
 
 
@@ -31,35 +31,19 @@ class RaFlora(ProductMethod):
     summary: ClassVar[str] = "averages each segment's products over their holders, then SVD"
     paper: ClassVar[str] = "raFLoRA 2026, arXiv 2602.13486"
 
-    def aggregator(self, state: ServerState) -> SegmentProducts:
+    def aggregator(self, state: ServerState) -> AveragingProducts[SegmentSums]:
         """The segment-wise mean of the products, cut to the global rank."""
-        return SegmentProducts(state, weighting(self.config.weights), self.seed)
+        old = state.adapter
 
+        def finish(sums: SegmentSums) -> ServerState:
+            parts = [
+                segment.products.mean()
+                if segment.products.total > 0
+                else between(old, segment.low, segment.high).to(torch.float32)
+                for segment in sums.segments
+            ]
+            product = replace(sum_products(parts), modules_to_save=parts[0].modules_to_save)
+            return state.advanced(cut(product, old, "even", self.seed, state.round))
 
-class SegmentProducts:
-    """The sum of each segment's products, divided by the weight of its holders at the end."""
-
-    def __init__(self, state: ServerState, weight: Weighting, seed: int) -> None:
-        self.state = state
-        self.weight = weight
-        self.seed = seed
-        self.sums = SegmentSums(state.levels, state.adapter.rank)
-
-    def add(self, update: Update) -> None:
-        """Fold in a reply's product, segment by segment."""
-        self.sums.add(update.adapter, self.weight(update))
-
-    def result(self) -> ServerState:
-        """The state after the round; its adapter is the old one where no reply had a weight."""
-        old = self.state.adapter
-        means = [(segment, segment.products.mean()) for segment in self.sums.segments]
-        everyones = means[0][1]
-        if everyones is None:
-            return self.state.advanced(old)
-        parts = [
-            between(old, segment.low, segment.high).to(torch.float32) if mean is None else mean
-            for segment, mean in means
-        ]
-        product = replace(sum_products(parts), modules_to_save=everyones.modules_to_save)
-        adapter = cut(product, old, "even", self.seed, self.state.round)
-        return self.state.advanced(adapter)
+        sums = SegmentSums(state.levels, old.rank)
+        return AveragingProducts(state, weighting(self.config.weights), sums, finish)

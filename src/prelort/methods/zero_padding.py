@@ -13,8 +13,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from prelort.aggregation.rankwise_mean import RankwiseMean
-from prelort.methods.averaging import Averaging, weighting
-from prelort.methods.interface import ServerState
+from prelort.methods.averaging import Finish
 from prelort.methods.prefix import PrefixMethod
 
 
@@ -24,7 +23,4 @@ class ZeroPadding(PrefixMethod):
     name: ClassVar[str] = "zero-padding"
     summary: ClassVar[str] = "missing dimensions count as zeros in a plain average (baseline)"
     paper: ClassVar[str] = "baseline of FLoRA, Wang et al. 2024, arXiv 2409.05976, and others"
-
-    def aggregator(self, state: ServerState) -> Averaging:
-        """Each dimension's sum over its holders, divided by everyone's weight."""
-        return Averaging(state, weighting(self.config.weights), RankwiseMean.over_everyone)
+    finish: ClassVar[Finish] = RankwiseMean.over_everyone
