@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,11 +25,37 @@ from transformers import (
 
 from command_line import CommandLine
 from prelort.config import Config, check
+from prelort.report import describe, write
+from prelort.study import run as studies
 
 torch.set_num_threads(1)
 
+DRAWS = [(describe, "picture"), (studies, "write_results"), (studies, "write_page")]
+DRAWN = [getattr(module, name) for module, name in DRAWS]
+
 SENTENCE = "the quick brown fox jumps over a lazy dog while seven red cats sleep near blue boxes"
 WORDS = SENTENCE.split()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_pictures() -> Iterator[None]:
+    """Runs leave tables and an empty page: drawing takes longer than training a tiny model."""
+
+    def empty(*arguments: Any) -> Any:
+        arguments[-1].touch()
+        return arguments[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for draw, quick in zip(DRAWS, (empty, write.write_tables, empty), strict=True):
+            patch.setattr(*draw, quick)
+        yield
+
+
+@pytest.fixture
+def pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs leave their pictures and pages too, as for a user."""
+    for draw, original in zip(DRAWS, DRAWN, strict=True):
+        monkeypatch.setattr(*draw, original)
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ def study(tmp_path: Path, make_config: Callable[..., Config]) -> Path:
     return file
 
 
+@pytest.mark.usefixtures("pictures")
 def test_prints_the_tables_and_where_everything_is(
     command_line: CommandLine, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

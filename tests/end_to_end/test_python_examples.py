@@ -24,7 +24,7 @@ def test_a_script_runs_and_prints_its_results(
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(script), run_name="__main__")
     assert capsys.readouterr().out.strip()
-    assert list(tmp_path.glob("runs/*/report.html"))
+    assert list(tmp_path.glob("runs/*/results.md"))
 
 
 def test_every_public_name_has_an_example_that_runs(

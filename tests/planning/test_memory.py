@@ -140,8 +140,9 @@ def test_four_bits_are_proposed_where_they_can_be_loaded(
     assert ("model.quantization = '4bit'" in str(error.value)) == installed
 
 
-def test_seven_billion_weights_need_no_memory_and_a_few_seconds(tmp_path: Path) -> None:
-    LlamaConfig(torch_dtype="bfloat16").save_pretrained(tmp_path)
+def test_a_billion_weights_need_no_memory_and_a_few_seconds(tmp_path: Path) -> None:
+    """Four of the 32 layers of Llama 7B."""
+    LlamaConfig(torch_dtype="bfloat16", num_hidden_layers=4).save_pretrained(tmp_path)
     config = check(
         {
             "model": {"name": str(tmp_path), "device": "cpu", "dtype": "bfloat16"},
@@ -152,11 +153,12 @@ def test_seven_billion_weights_need_no_memory_and_a_few_seconds(tmp_path: Path) 
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
     before, started = psutil.Process().memory_info().rss, time.process_time()
     found = Planner(config).exact(16)
-    assert time.process_time() - started < 30  # some 4 s on a free core
+    assert time.process_time() - started < 10  # some 2 s on a free core
     assert psutil.Process().memory_info().rss - before < 500e6
-    # The published number of parameters; inverse frequencies of positions are float32.
-    assert found.weights == 2 * 6_738_415_616 + 2 * 64 * 4
-    # 32 layers of q, k, v, o (4096 x 4096) and gate, up, down (4096 x 11008).
-    assert found.adapter == 4 * 16 * 32 * (4 * 2 * 4096 + 3 * (4096 + 11008))
+    # The published number of parameters, without 28 layers of q, k, v, o (4096 x 4096), gate, up,
+    # down (4096 x 11008) and two norms; inverse frequencies of positions are float32.
+    left_out = 28 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096)
+    assert found.weights == 2 * (6_738_415_616 - left_out) + 2 * 64 * 4
+    assert found.adapter == 4 * 16 * 4 * (4 * 2 * 4096 + 3 * (4096 + 11008))
     # At least the logits, twice in float32 and once as they come.
     assert found.activations > 512 * 32000 * (4 + 4 + 2)

@@ -4,11 +4,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 from datasets import Dataset
 from rich.console import Console
 
 from prelort.data.federated import ClientRows, Dropped, FederatedRows
 from prelort.report import describe
+
+pytestmark = pytest.mark.usefixtures("pictures")
 
 
 def rows_of(clients: dict[str, list[Any]], ranks: list[int] | None = None) -> FederatedRows:

@@ -164,6 +164,13 @@ def test_of_a_study_has_settings_and_differences_but_not_dozens_of_runs():
     assert "Incidents" not in page.texts
 
 
+def test_of_failed_runs_says_why():
+    failed = [CellResult("", name, 0, RunHistory(), reason="no memory") for name in ("a", "b")]
+    page = Page(render(Results(failed, "a", "perplexity")))
+    assert "Without a result: 2 of 2 runs" in page.texts
+    assert page.texts.count("no memory") == 2
+
+
 def test_a_large_run_stays_small():
     results = Results([CellResult("", "prelort", 0, RunHistory.of(large_events()))], "prelort")
     text = render(results)

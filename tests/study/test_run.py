@@ -30,10 +30,10 @@ from prelort.study.run import run_study
 from prelort.study.worker import Job, Worker
 from run_files import adapters_of
 
-METHODS = ["prelort", "zero-padding", "mean", "fedit"]
+METHODS = ["prelort", "mean", "fedit"]
 SECTION = """
 [compare]
-methods = ["prelort", "zero-padding", "mean", "fedit"]
+methods = ["prelort", "mean", "fedit"]
 seeds = [0, 1]
 [compare.settings]
 "two steps" = []
@@ -88,7 +88,7 @@ def write(tmp_path_factory: pytest.TempPathFactory, make_config: Callable[..., C
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, write: Write) -> Finished:
-    """A study that is finished; its fourth method failed in all its cells."""
+    """A study that is finished; its third method failed in all its cells."""
     study, out, record = load(write()), tmp_path_factory.mktemp("out") / "study", Record()
     return study, out, run_study(study, out, record), record
 
@@ -105,7 +105,7 @@ def history_of(run: Path) -> RunHistory:
 class TestResults:
     def test_every_cell_has_its_own_run(self, finished: Finished) -> None:
         study, out, results, record = finished
-        assert len(results.cells) == 16
+        assert len(results.cells) == 12
         done = {cell.method for cell in results.cells if cell.status == "finished"}
         assert done == set(METHODS) - {"fedit"}
         assert record.kept_cells == 0
@@ -122,7 +122,7 @@ class TestResults:
         assert len(failed) == 4
         assert all(cell.reason.startswith(NEEDS_ONE_RANK) for cell in failed)
         assert sum(bool(reason) for reason in record.reasons.values()) == 4
-        for name in ("results.md", "report.html", "cells.csv"):
+        for name in ("results.md", "cells.csv"):
             assert NEEDS_ONE_RANK.split("'")[2] in (out / name).read_text()
         assert not (out / "two-steps" / "fedit" / "seed-0").exists()
 
@@ -150,10 +150,10 @@ class TestContinuing:
         study, out, _, _ = finished
         logs = sorted(out.rglob("metrics.jsonl"))
         before = {log: (log.read_bytes(), log.stat().st_mtime_ns) for log in logs}
-        assert len(before) == 12
+        assert len(before) == 8
         again = Record()
         run_study(study, out, again)
-        assert again.kept_cells == 12
+        assert again.kept_cells == 8
         assert len(again.begun) == 4
         assert all("fedit" in name for name in again.begun)
         assert {log: (log.read_bytes(), log.stat().st_mtime_ns) for log in logs} == before
@@ -205,7 +205,7 @@ class TestContinuing:
         assert all(cell.status == "finished" for cell in results.cells)
         assert second.rounds == {"zero-padding, seed 0": [2]}
 
-    @pytest.mark.parametrize("jobs", [1, 2])
+    @pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.chaos)])
     def test_if_every_cell_is_refused_nothing_is_left(
         self, tmp_path: Path, write: Write, jobs: int
     ) -> None:
@@ -320,11 +320,11 @@ class TestSideBySide:
     ) -> None:
         _, alone, _, _ = finished
         section = SECTION.replace(SECTION.splitlines()[6], "")
-        study = load(write(section), methods=["zero-padding", "fedit"], seeds=[1])
+        study = load(write(section), methods=["prelort", "fedit"], seeds=[1])
         assert study.settings == ("two steps",)
         record = Record()
         results = run_study(study, tmp_path / "out", record, jobs=2)
-        assert record.rounds == {"two steps, zero-padding, seed 1": [1, 2]}
+        assert record.rounds == {"two steps, prelort, seed 1": [1, 2]}
         first, second = results.cells
         assert (first.status, second.status) == ("finished", "failed")
         assert second.reason.startswith(NEEDS_ONE_RANK)
