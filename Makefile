@@ -84,7 +84,7 @@ docs: dev ## build the documentation into site/
 	$(BIN)/zensical build --strict
 
 # Those with a short version; docs/performance.md has the commands of the long ones.
-BENCHMARKS := overhead together nested_cost memory aggregation floor startup wire secure scale on_paper gpu
+BENCHMARKS := overhead together nested_cost example_gradients memory aggregation floor startup wire secure scale on_paper gpu
 
 bench: install ## a short version of the benchmarks, results in benchmarks/results/short
 	@for name in $(BENCHMARKS); do \
