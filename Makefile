@@ -9,7 +9,7 @@ BIN := .venv/bin
 TORCH ?= torch==2.13.0
 OUT ?= runs/quickstart
 
-.PHONY: help install dev quickstart federation test test-flwr chaos nightly lint types format docs bench bench-gpu evidence-small clean
+.PHONY: help install dev quickstart federation test test-flwr chaos nightly lint types audit format docs bench bench-gpu evidence-small clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -68,6 +68,14 @@ lint: dev ## check style and formatting
 types: dev ## check types
 	$(BIN)/mypy
 
+# An advisory of the database, to see whether it can be reached.
+ADVISORY := https://api.osv.dev/v1/vulns/PYSEC-2019-217
+
+audit: dev ## look up known vulnerabilities of what is installed; skipped where the database cannot be reached
+	@if $(BIN)/python -c 'from urllib.request import urlopen; urlopen("$(ADVISORY)", timeout=10)' 2> /dev/null; then \
+		$(PIP) pip-audit && $(BIN)/pip-audit --vulnerability-service osv --skip-editable; \
+	else echo "audit skipped: $(ADVISORY) cannot be reached"; fi
+
 format: dev ## fix style and formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -76,7 +84,7 @@ docs: dev ## build the documentation into site/
 	$(BIN)/zensical build --strict
 
 # Those with a short version; docs/performance.md has the commands of the long ones.
-BENCHMARKS := overhead together nested_cost memory aggregation floor startup wire secure scale on_paper gpu
+BENCHMARKS := overhead together nested_cost example_gradients memory aggregation floor startup wire secure scale on_paper gpu
 
 bench: install ## a short version of the benchmarks, results in benchmarks/results/short
 	@for name in $(BENCHMARKS); do \

@@ -20,12 +20,12 @@ ALLOWED = {
     "models": {"adapters"},
     "tasks": set(),
     "metrics": {"tasks", "training"},
-    "training": {"adapters", "aggregation", "methods", "models", "tasks"},
+    "privacy": {"adapters", "aggregation", "methods", "secure"},
+    "training": {"adapters", "aggregation", "methods", "models", "privacy", "tasks"},
     "federation": {
-        *("adapters", "aggregation", "methods", "metrics", "models", "robustness", "secure"),
-        *("tasks", "training"),
+        *("adapters", "aggregation", "methods", "metrics", "models", "privacy", "robustness"),
+        *("secure", "tasks", "training"),
     },
-    "privacy": {"adapters", "aggregation", "federation", "methods", "secure"},
     "data": {"tasks"},
     "diagnostics": {"adapters", "aggregation", "methods"},
     "report": {"data", "metrics", "tasks"},
@@ -42,10 +42,10 @@ ALLOWED = {
 }
 CORE = {
     *("adapters", "aggregation", "methods", "models", "tasks", "metrics", "training"),
-    *("federation", "robustness", "secure"),
+    *("federation", "privacy", "robustness", "secure"),
 }
 OPTIONAL = {
-    *("report", "diagnostics", "planning", "privacy", "deployment", "cli", "experiment", "study"),
+    *("report", "diagnostics", "planning", "deployment", "cli", "experiment", "study"),
 }
 UNDER_ALL = {
     "config",

@@ -51,6 +51,22 @@ PATHS = (
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
+def count_of(number: int | float, available: int) -> int:
+    """An int as it is; a float as that share of ``available``, rounded up, at least 1."""
+    if isinstance(number, int):
+        return number
+    return max(1, math.ceil(number * available - 1e-9))
+
+
+CLIENTS_PER_ROUND = 6
+"""How many clients train in a round, if there are so many and no number is configured."""
+
+
+def cohort_size(per_round: int | float | None, clients: int) -> int:
+    """How many of the clients train in a round, for ``federation.clients_per_round``."""
+    return min(count_of(CLIENTS_PER_ROUND if per_round is None else per_round, clients), clients)
+
+
 class Section(BaseModel):
     """A part of the configuration: immutable, without unknown keys."""
 
@@ -386,20 +402,31 @@ class FederationConfig(Section):
 
 
 class PrivacyConfig(Section):
-    """What the server, and who sees the adapter, may learn of single clients."""
+    """What the server, and who sees the adapter, may learn of clients or of their examples."""
 
     # Above 100 nothing is protected, and accounting for it takes minutes or fails.
     epsilon: Annotated[float, Field(gt=0.0, le=100.0)] | None = Field(
-        None, description="client-level budget of the whole run; every client then counts the same"
+        None, description="budget of the whole run"
     )
     delta: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
-        1e-5, description="probability that epsilon does not hold: far below 1 / clients"
+        1e-5,
+        description="probability that epsilon does not hold: far below 1 / clients (or examples)",
+    )
+    unit: Literal["client", "example"] = Field(
+        "client",
+        description="client: the adapter tells little about any client; example: what a client "
+        "sends tells little about any of its training examples, to whose gradients it adds noise "
+        "(DP-SGD)",
     )
     clip: Annotated[float, Field(gt=0.0)] = Field(
-        1.0, description="norm that a client's change is clipped to, all layers together"
+        1.0,
+        description="norm that a client's change, or an example's gradient, is clipped to, all "
+        "layers together",
     )
     adaptive_clipping: bool = Field(
-        True, description="let the clip norm follow the median of the changes' norms from round 2"
+        True,
+        description="unit client: let the clip norm follow the median of the changes' norms from "
+        "round 2",
     )
     secure_aggregation: bool = Field(
         False,
@@ -411,6 +438,16 @@ class PrivacyConfig(Section):
     min_holders: Annotated[int, Field(ge=2)] = Field(
         3, description="clients that a rank dimension's sum needs; with fewer it is left out"
     )
+
+    @property
+    def of_clients(self) -> bool:
+        """Whether there is a budget for what is learnt about clients."""
+        return self.epsilon is not None and self.unit == "client"
+
+    @property
+    def of_examples(self) -> bool:
+        """Whether there is a budget for what is learnt about each client's examples."""
+        return self.epsilon is not None and self.unit == "example"
 
 
 class RobustnessConfig(Section):
@@ -538,18 +575,35 @@ class Config(Section):
     def _protections_that_exclude_each_other(self) -> Config:
         privacy, rule = self.privacy, self.robustness.rule != "none"
         by_loss, hidden = self.ranks.allocation == "by-loss", privacy.secure_aggregation
+        together = self.federation.clients_per_batch
         exclusive = {
             "privacy.epsilon is not possible with ranks.allocation = 'by-loss': the ranks would "
             "tell the clients' losses; use 'fixed'": privacy.epsilon is not None and by_loss,
-            "privacy.epsilon is not possible with robustness.rule: the noise is calibrated to a "
-            "sum of clipped changes, which a rule is not": privacy.epsilon is not None and rule,
+            "privacy.epsilon of clients is not possible with robustness.rule: the noise is "
+            "calibrated to a sum of clipped changes, which a rule is not": privacy.of_clients
+            and rule,
             "privacy.adaptive_clipping is not possible with privacy.secure_aggregation: the server "
-            "does not see whose changes were clipped; set it to false": privacy.epsilon is not None
+            "does not see whose changes were clipped; set it to false": privacy.of_clients
             and hidden
             and privacy.adaptive_clipping,
             "robustness.rule is not possible with privacy.secure_aggregation: a rule compares "
             "single changes, which the server would not see": rule and hidden,
         }
+        reasons = {
+            "training.packing: examples of one row share a gradient": self.training.packing,
+            "training.batch_truncations: the gradients of all examples would be in memory once for "
+            "each truncation": self.training.batch_truncations,
+            f"federation.clients_per_batch = {together}: a client's examples are drawn for it "
+            "alone": together not in ("auto", 1),
+            "evaluation.at_clients: what clients measure on their rows is not noisy": (
+                self.evaluation.at_clients
+            ),
+            "data.source = 'sites' without data.test: what sites measure on their rows is not "
+            "noisy": self.data.source == SITES and self.data.test is None,
+        }
+        if privacy.of_examples:
+            impossible = "privacy.unit = 'example' is not possible with"
+            exclusive |= {f"{impossible} {reason}": is_set for reason, is_set in reasons.items()}
         for sentence, is_asked in exclusive.items():
             if is_asked:
                 raise ValueError(sentence)

@@ -25,5 +25,9 @@ class QuorumError(PrelortError):
     """Too few clients gave a usable reply, so the global adapter is unchanged."""
 
 
+class BudgetSpentError(QuorumError):
+    """No client gave a usable reply, since those that were asked have no privacy budget left."""
+
+
 class CheckpointError(PrelortError):
     """A checkpoint is missing, damaged or belongs to another run."""

@@ -131,7 +131,7 @@ class RoundStats:
     diagnostics: dict[str, Any] | None = None
     """See docs/diagnostics.md; ``{"failed": reason}`` where they could not be computed."""
     epsilon: float | None = None
-    """Of differential privacy, spent so far."""
+    """Of differential privacy, spent so far: by any client of the round, if it is of examples."""
 
 
 @dataclass(frozen=True, slots=True)

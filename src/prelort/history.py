@@ -207,9 +207,9 @@ class RunHistory:
 
     @property
     def epsilon(self) -> float | None:
-        """What has been spent of the privacy budget; None where there is none."""
-        stats = self._stats()
-        return stats[-1].epsilon if stats else None
+        """What has been spent of the privacy budget, by any one; None where there is none."""
+        spent = (one.epsilon for one in self._stats())
+        return max((epsilon for epsilon in spent if epsilon is not None), default=None)
 
     def metrics(self) -> list[str]:
         """The metrics that were measured, in their order; ``loss`` only if there is no other."""

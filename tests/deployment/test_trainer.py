@@ -15,10 +15,11 @@ import pytest
 import tomli_w
 
 from command_line import CommandLine
+from prelort import config as configuration
 from prelort.deployment import ipc, settings, trainer_client
 from prelort.deployment.client import site_app
 from prelort.deployment.ipc import Request, address_of
-from prelort.deployment.worker import Worker
+from prelort.deployment.worker import Worker, make_client
 from prelort.errors import PrelortError
 from prelort.extensions import calling
 from prelort.federation import messages, wire
@@ -245,6 +246,13 @@ def test_a_site_may_refuse_to_send_an_adapter_that_is_not_masked(
     reply = site_app(federation)(message, context)
     assert "sends masked replies only (masked_only in its site.toml)" in reply.error.reason
     assert not address_of(site).socket.exists()
+
+
+def test_a_sites_own_privacy_budget_is_its_clients_limit(site: Path, federation: Path) -> None:
+    site.write_text(tomli_w.dumps({"partition": 1, "privacy": {"epsilon": 4.0}}))
+    client = make_client(configuration.load(federation), settings.read(site), site)
+    assert client.ledger.limit == (4.0, 1e-5)
+    assert client.ledger.file.is_relative_to(site.parent / "state")
 
 
 @pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="needs ssh-keygen")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -31,6 +32,7 @@ from prelort.methods.objective import Objective, TailPenalty, plain
 from prelort.metrics.evaluate import EvaluationSettings, evaluate
 from prelort.models.base import load_tokenizer
 from prelort.models.lora import attach, extract, install
+from prelort.privacy.example import ExampleLedger
 from prelort.tasks.interface import Example
 from prelort.training.local import train
 from prelort.training.settings import LocalTraining
@@ -437,3 +439,53 @@ def test_the_loss_on_its_validation_rows_is_that_of_what_it_trained(bench: Bench
     assert bench.train(sent)[0].validation_loss is None
     bench.client = replace(bench.client, validation=())
     assert bench.train(sent, with_validation=True)[0].validation_loss is None
+
+
+# Privacy of its examples
+
+ASKED = {"epsilon": 3.0, "delta": 1e-3, "clip": 0.5}
+
+
+@pytest.fixture
+def limited(bench: Bench, tmp_path: Path) -> Bench:
+    """A client with a limit of its own."""
+    ledger = ExampleLedger(tmp_path / "ledger.json", limit=(4.0, 1e-3))
+    bench.client = replace(bench.client, ledger=ledger, test=bench.client.examples)
+    return bench
+
+
+def test_with_noise_its_reply_has_the_adapter_and_what_was_spent_but_no_loss(
+    limited: Bench,
+) -> None:
+    sent = Broadcast(limited.trained.prefix(4))
+    head, tensors = limited.train(sent, private=ASKED)
+    assert head.loss is head.validation_loss is None
+    assert 0 < head.epsilon < 3.0  # of one round of three
+    assert head.epsilon == limited.client.ledger.epsilon(1e-3)
+    assert tensors.keys() == sent.trainable.tensors().keys()
+    assert limited.train(sent, private=ASKED)[0].epsilon > head.epsilon
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({}, "trains with noise only"),
+        ({"private": ASKED, "with_validation": True}, "states no validation loss"),
+        ({"private": {**ASKED, "epsilon": 5.0}}, r"allows privacy\.epsilon = 4 at"),
+    ],
+)
+def test_what_exceeds_its_limit_is_refused_and_not_trained(
+    limited: Bench, changes: dict[str, Any], sentence: str
+) -> None:
+    assert re.search(sentence, limited.refusal(Broadcast(limited.trained.prefix(4)), **changes))
+    assert limited.client.ledger.epsilon(1e-3) == 0
+
+
+def test_with_a_limit_it_measures_nothing_on_its_own_rows(limited: Bench) -> None:
+    reply = limited.measure(Broadcast(limited.trained))
+    assert "measures nothing on its own rows" in reply.error.reason
+
+
+def test_noise_without_a_ledger_is_refused(bench: Bench) -> None:
+    refused = bench.refusal(Broadcast(bench.trained.prefix(4)), private=ASKED)
+    assert "has no place to keep what it has spent" in refused

@@ -2,8 +2,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prelort.config import cohort_size, count_of
 from prelort.errors import ConfigError
-from prelort.federation.sampling import check_numbers, cohort_size, count_of, sample
+from prelort.federation.sampling import check_numbers, sample
 
 NAMES = [f"site-{i}" for i in range(20)]
 

@@ -46,6 +46,14 @@ def test_an_optimiser_in_8_bits_has_a_quarter_of_the_state_of_large_tensors(
     assert 0.25 * whole < Planner(config).exact(16).optimiser < 0.27 * whole
 
 
+def test_gradients_of_examples_are_in_memory_together(settings: Callable[..., Config]) -> None:
+    common = {"training": {"batch_size": 32}, "data": {"max_length": 8}}
+    private = settings(**common, privacy={"epsilon": 8.0, "unit": "example"})
+    assert_between_is_exact(private, 13)
+    with_, without = (Planner(one).exact(32) for one in (private, settings(**common)))
+    assert with_.total > with_.weights + 34 * with_.adapter > without.total
+
+
 @pytest.mark.parametrize("name", sorted(REGISTRY))
 def test_every_method_can_be_planned(settings: Callable[..., Config], name: str) -> None:
     found = Planner(settings(method={"name": name}, data={"max_length": 8})).exact(3)

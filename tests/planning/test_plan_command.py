@@ -101,3 +101,15 @@ def test_the_documented_plan_is_what_one_gets(command_line: CommandLine) -> None
     assert [line.strip() for line in outcome.out.splitlines()] == [
         line.strip() for line in shown.splitlines()
     ]
+
+
+def test_privacy_of_examples_is_planned_for_clients_of_several_sizes(
+    command_line: CommandLine, options: list[str]
+) -> None:
+    more = ["privacy.epsilon=8", "privacy.unit=example", "federation.rounds=2"]
+    chosen = [part for one in more for part in ("--set", one)]
+    out = command_line("plan", *options, "--memory", "1GiB", *chosen).out
+    assert "epsilon = 8 at delta = 1e-05 for each training example, over 2 rounds" in out
+    noise = re.findall(r"of ([\d,]+) examples draws .* of (\d+) steps.* ([\d.]+) clip", out)
+    assert [found[:2] for found in noise] == [("100", "16"), ("1,000", "16"), ("10,000", "16")]
+    assert float(noise[0][2]) > float(noise[1][2]) > float(noise[2][2])

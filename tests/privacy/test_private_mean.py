@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binom
 
+from audit import audited_epsilon
 from prelort.adapters import Factors, LoraAdapter, ScaleRule
 from prelort.config import MethodConfig
 from prelort.errors import ConfigError
@@ -159,13 +159,8 @@ class TestNoiseSource:
         assert np.all(np.abs(counts / 3000 - 0.3) < 0.05)
 
 
-def audited_epsilon(noise_multiplier: float, canaries: int = 600, guesses: int = 300) -> float:
-    """A lower bound of epsilon at 99.9 % confidence, by auditing one release.
-
-    Steinke, Nasr & Jagielski 2023 (arXiv 2305.08846, theorem 5.2 without delta): each canary, a
-    client whose change is the clip norm in a coordinate of its own, takes part with probability
-    1/2; of ``guesses`` who did, at most Binomial(guesses, e^eps / (1 + e^eps)) are right.
-    """
+def audited(noise_multiplier: float, canaries: int = 600) -> float:
+    """The audit of one release: a canary's change is the clip norm in a coordinate of its own."""
     adapter = LoraAdapter(
         {"layer": Factors(torch.zeros(1, canaries), torch.zeros(1, 1))}, ScaleRule(), {}
     )
@@ -179,16 +174,11 @@ def audited_epsilon(noise_multiplier: float, canaries: int = 600, guesses: int =
         trained = LoraAdapter({"layer": Factors(change, torch.zeros(1, 1))}, ScaleRule(), {})
         mean.add(Update(clients[index], trained, 1))
     scores = mean.result().adapter.layers["layer"].A[0].numpy()
-    order = np.argsort(scores)
-    out, into = order[: guesses // 2], order[-guesses // 2 :]
-    right = int((~took_part[out]).sum() + took_part[into].sum())
-    candidates = np.linspace(0.0, 10.0, 1001)
-    tails = binom.sf(right - 1, guesses, 1 / (1 + np.exp(-candidates)))
-    return float(candidates[tails <= 1e-3].max(initial=0.0))
+    return audited_epsilon(scores, took_part, canaries // 2)
 
 
 def test_an_audit_finds_no_more_than_is_claimed_and_more_if_the_noise_is_broken() -> None:
     budget = Budget(3.0, 1e-5, releases=1, rate=1.0)
     noise = budget.noise_multiplier()
-    assert 0.0 < audited_epsilon(noise) < budget.epsilon
-    assert audited_epsilon(noise / 5) > budget.epsilon
+    assert 0.0 < audited(noise) < budget.epsilon
+    assert audited(noise / 5) > budget.epsilon

@@ -36,7 +36,7 @@ class Bench:
         self.start = trained_adapter(self.model, rule)
         self.examples = ragged_examples(folder)
 
-    def train(self, adapter=None, *, examples=None, fused=True, **changes):
+    def train(self, adapter=None, *, examples=None, fused=True, noise=None, **changes):
         """The result and the trained adapter; ``changes`` of settings, work and installation."""
         work = WORK | {name: changes.pop(name) for name in [*changes] if name in WORK}
         work |= {n: changes.pop(n) for n in ("timeout", "stopped") if n in changes}
@@ -45,7 +45,8 @@ class Bench:
         install(self.model, adapter or self.start, **how)
         examples = self.examples if examples is None else examples
         settings = settings_of(**changes)
-        result = train(self.runtime, examples, settings, Assignment(**work), fused=fused)
+        work = Assignment(**work)
+        result = train(self.runtime, examples, settings, work, fused=fused, noise=noise)
         return result, extract(self.model, self.rule)
 
     def fold(self, rank, seed=7, size=0.2):

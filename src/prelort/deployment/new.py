@@ -72,6 +72,7 @@ _HEAD = """\
 # masked_only = true           # refuse to train without secure aggregation
 # key = "key"                  # sign its keys of secure aggregation: its node's private key
 # peers = "peers.pub"          # with `key`: the sites' public keys, one a line
+# privacy.epsilon = 8.0        # train with noise only, up to this budget, in all runs together
 
 """
 

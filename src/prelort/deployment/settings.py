@@ -58,6 +58,17 @@ class TrainerSettings(Section):
         return self
 
 
+class SitePrivacy(Section):
+    """A site's limit on what it sends of its examples, in all runs together."""
+
+    epsilon: Annotated[float, Field(gt=0.0, le=100.0)] = Field(
+        description="train with noise only, up to this budget"
+    )
+    delta: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        1e-5, description="probability that epsilon does not hold: far below 1 / examples"
+    )
+
+
 class SiteSettings(Section):
     """A site's own file, ``site.toml``."""
 
@@ -89,6 +100,10 @@ class SiteSettings(Section):
     peers: str | None = Field(
         None,
         description="with `key`: public keys of the sites that it shares masks with",
+    )
+    privacy: SitePrivacy | None = Field(
+        None,
+        description="its limit where privacy.unit = 'example' (docs/privacy.md)",
     )
     state: str = Field("state", description="folder for logs and the site's own state")
     trainer: TrainerSettings = TrainerSettings()

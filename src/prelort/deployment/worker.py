@@ -104,10 +104,15 @@ def make_client(
         rank = _largest_rank(config, site)
     folder = site.state_folder(file)
     if site.partition is not None:
-        return dealt_site(config, site.partition, rank, folder, processes)
-    if site.name is None or rank is None:
-        raise AssertionError("settings without a partition have a name and a rank")
-    return own_site(config, site.name, rank, folder, processes)
+        client = dealt_site(config, site.partition, rank, folder, processes)
+    else:
+        if site.name is None or rank is None:
+            raise AssertionError("settings without a partition have a name and a rank")
+        client = own_site(config, site.name, rank, folder, processes)
+    if site.privacy is None or client.ledger is None:
+        return client
+    limit = site.privacy.epsilon, site.privacy.delta
+    return replace(client, ledger=replace(client.ledger, limit=limit))
 
 
 def _largest_rank(config: Config, site: SiteSettings) -> int:

@@ -26,10 +26,10 @@ def observer(config: Config) -> Observe | None:
     """A function that starts to observe a round of a method, a state and clients.
 
     None if ``evaluation.diagnostics`` is off, if clients keep personal factors (then there is no
-    global product to compare with), or under differential privacy, which single replies evade.
+    global product to compare with), or under privacy of clients, which single replies evade.
     """
     personal = trait(find(config.method.name), "personal")
-    if not config.evaluation.diagnostics or personal or config.privacy.epsilon is not None:
+    if not config.evaluation.diagnostics or personal or config.privacy.of_clients:
         return None
     if config.privacy.secure_aggregation:
         reason = "secure aggregation gives sums, no single reply whose product could be measured"

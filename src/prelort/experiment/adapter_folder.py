@@ -77,7 +77,8 @@ def model_card(config: Config, history: RunHistory, base: str, rank: int) -> str
     else:
         facts["in vLLM"] = f"merged only, since its rank is above {VLLM_RANKS[-1]}"
     if history.epsilon is not None:
-        facts["differential privacy of the clients"] = (
+        unit = "each client's examples" if config.privacy.of_examples else "the clients"
+        facts[f"differential privacy of {unit}"] = (
             f"epsilon = {history.epsilon:.3g}, delta = {config.privacy.delta:g}"
         )
     measured: dict[str, Metrics] = {"untuned base": history.base} if history.base else {}

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prelort import tasks
 from prelort.adapters import AdapterSchema, LoraAdapter, ScaleRule, peft_folder
 from prelort.adapters.initial import filled
-from prelort.config import Config
+from prelort.config import Config, cohort_size
 from prelort.data import federated, ranks
 from prelort.data.federated import ClientRows, Dropped, FederatedRows
 from prelort.data.tables import Tables
@@ -28,16 +28,18 @@ from prelort.federation.allocation import Allocation, ByLoss
 from prelort.federation.client import ClientRuntime, LocalClient
 from prelort.federation.messages import MAX_NAME, AdapterSpec
 from prelort.federation.personal import PersonalStore
-from prelort.federation.sampling import check_numbers, cohort_size
+from prelort.federation.sampling import check_numbers
 from prelort.methods import find, trait
 from prelort.models import base
 from prelort.models.lora import ADAPTER, attach, initial_adapter
 from prelort.planning.starter import SIZES, size_for
+from prelort.privacy.example import ledger_in
 from prelort.seeds import derive, numpy_generator
 from prelort.tasks.interface import Example
 from prelort.tasks.store import ExampleStore, StoredExamples
 from prelort.tasks.token_losses import keep_at_once
 from prelort.training.preflight import Preflight, check_examples, check_model, rehearse
+from prelort.training.private import calibrate
 from prelort.training.processes import ALONE, Processes, call_through
 from prelort.training.truncation import Truncation
 
@@ -112,7 +114,7 @@ def assemble(
 
     Args:
         config: the resolved configuration.
-        folder: where clients keep personal factors, if the method has any.
+        folder: where clients keep personal factors and what they have spent of a budget.
         cache: rows and examples of earlier runs.
         objects: what is not loaded but given.
         processes: those in which clients train.
@@ -181,6 +183,7 @@ def assemble(
             validation=validation,
             test=own_test(client) if at_clients else (),
             personal=PersonalStore(folder / "personal") if folder is not None else None,
+            ledger=ledger_in(folder, client.name) if folder is not None else None,
         )
         for client in rows.clients
     )
@@ -233,7 +236,10 @@ def preflight(assembly: Assembly) -> Preflight:
     config, runtime = assembly.config, assembly.runtime
     check_examples(config, runtime.tokenizer, {c.name: c.examples for c in assembly.clients})
     _check_rate(config, runtime.model.get_base_model())
-    return rehearse(config, runtime, assembly.initial, assembly.clients[0].examples)
+    found = rehearse(config, runtime, assembly.initial, assembly.clients[0].examples)
+    for client in assembly.clients:
+        calibrate(config, len(client.examples))
+    return found
 
 
 def _check_rate(config: Config, model: PreTrainedModel) -> None:

@@ -37,9 +37,11 @@ from prelort.federation.transport import Transport
 from prelort.models import base
 from prelort.models.lora import ADAPTER, shapes
 from prelort.planning.skeleton import skeleton
+from prelort.privacy.example import ledger_in
 from prelort.tasks.interface import Example
 from prelort.tasks.store import ExampleStore
 from prelort.training.preflight import check_examples, rehearse
+from prelort.training.private import calibrate
 from prelort.training.processes import ALONE, Processes
 
 
@@ -137,6 +139,7 @@ def own_site(
         raise ConfigError(f"data.source has {NO_EXAMPLE}")
     check_examples(config, tokenizer, {name: examples})
     rehearse(config, runtime, initial, examples)
+    calibrate(config, len(examples))
     by_loss = config.ranks.allocation == "by-loss"
     return LocalClient(
         name=name,
@@ -147,6 +150,7 @@ def own_site(
         validation=encode(rows.validation) if by_loss else (),
         test=encode(rows.test),
         personal=PersonalStore(folder / "personal") if folder is not None else None,
+        ledger=ledger_in(folder, name) if folder is not None else None,
     )
 
 

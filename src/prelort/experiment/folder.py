@@ -12,6 +12,7 @@ adapters/rank-8/     the result: standard PEFT folders, one for each rank
 results.md, *.png    tables and pictures
 report.html          the page
 privacy.json         with differential privacy: the noise, and how often it was drawn
+privacy/             the same of each client, where its examples are private
 trackers.json        the ids of the run in the trackers, and the last rounds logged there
 """
 
@@ -33,6 +34,7 @@ from prelort.errors import ConfigError
 from prelort.events import EventLog
 from prelort.files import write_atomically
 from prelort.history import RunHistory
+from prelort.privacy.example import FOLDER
 
 LIBRARIES = ("prelort", "torch", "transformers", "peft", "datasets", "flwr", "safetensors", "numpy")
 
@@ -119,7 +121,7 @@ class RunFolder:
     def _clear(self) -> None:
         for name in _BEFORE_THE_ROUNDS:
             (self.path / name).unlink(missing_ok=True)
-        for name in (BASE, TOKENIZER):
+        for name in (BASE, TOKENIZER, FOLDER):
             shutil.rmtree(self.path / name, ignore_errors=True)
 
     def read_config(self) -> Config:

@@ -16,7 +16,7 @@ from prelort import diagnostics, methods
 from prelort.adapters import LoraAdapter
 from prelort.config import Config
 from prelort.data.federated import FederatedRows
-from prelort.errors import CheckpointError, ConfigError, QuorumError
+from prelort.errors import BudgetSpentError, CheckpointError, ConfigError, QuorumError
 from prelort.events import (
     BudgetSpent,
     Checkpointed,
@@ -109,7 +109,7 @@ def train(
 ) -> RunResult:
     """Train the rounds of a run, from the last checkpoint in ``folder`` or from the beginning."""
     method = methods.build(config.method, config.seed)
-    private = PrivateRun(config, folder.path) if config.privacy.epsilon is not None else None
+    private = PrivateRun(config, folder.path) if config.privacy.of_clients else None
     server = Server(
         config,
         backend.transport,
@@ -153,7 +153,12 @@ def train(
                 log(BudgetSpent(state.round, private.epsilon()))
                 measure()
                 break
-            state, stats = server.train(method, state, server_round)
+            try:
+                state, stats = server.train(method, state, server_round)
+            except BudgetSpentError:
+                log(BudgetSpent(state.round, log.history.epsilon or 0.0))
+                measure()
+                break
             log(RoundFinished(server_round, stats))
             due = _evaluation_due(config, server_round)
             if due:

@@ -89,7 +89,8 @@ def respond_batched(clients: Sequence[LocalClient], contents: Sequence[RecordDic
         except PrelortError as error:
             replies[place] = error
             continue
-        if frozen is None:
+        # With noise on its gradients a client has a batch of its own.
+        if frozen is None and request.private is None:
             job = _Job(place, client, request, received)
             batches.setdefault(job.kind, []).append(job)
     for jobs in batches.values():

@@ -21,9 +21,12 @@ from prelort.federation.messages import AdapterSpec
 from prelort.federation.personal import PersonalStore
 from prelort.metrics.evaluate import EvaluationSettings, evaluate, ranks_at_once
 from prelort.models.lora import extract, install
+from prelort.privacy.example import ExampleLedger, NoisyGradients
 from prelort.tasks.interface import Example
 from prelort.training.batched import TrainedClient
+from prelort.training.batches import steps_per_round
 from prelort.training.local import train
+from prelort.training.private import budget_of
 from prelort.training.runtime import ModelRuntime
 from prelort.training.steps import Assignment
 from prelort.training.tail import pruned_rank, tail_norm
@@ -48,8 +51,9 @@ class LocalClient:
 
     ``max_rank``: the largest rank it can be raised to (0: its rank). ``validation``: the examples
     by whose loss the server allocates ranks, the same for all clients where possible.
-    ``next_rank``: called after each round (from 0), returns the rank from the next round on, None
-    for no change. ``stopped``: called during training, returns whether to give up.
+    ``ledger``: what it has spent of its examples' privacy. ``next_rank``: called after each round
+    (from 0), returns the rank from the next round on, None for no change. ``stopped``: called
+    during training, returns whether to give up.
     """
 
     name: str
@@ -60,6 +64,7 @@ class LocalClient:
     validation: Sequence[Example] = ()
     test: Sequence[Example] = ()
     personal: PersonalStore | None = None
+    ledger: ExampleLedger | None = None
     next_rank: Callable[[int], int | None] = lambda round_index: None
     stopped: Callable[[], bool] = lambda: False
 
@@ -96,10 +101,29 @@ def _train(client: LocalClient, content: RecordDict) -> RecordDict:
         trains=request.trains,
         scale_multiplier=request.scale_multiplier,
     )
-    settings = request.training
-    result = train(runtime, client.examples, settings, assignment_of(client, request))
+    noise = _paid_noise(client, request)
+    work = assignment_of(client, request)
+    result = train(runtime, client.examples, request.training, work, noise=noise)
     trained = TrainedClient(extract(runtime.model, runtime.spec.scale), result)
     return train_reply(client, request, received, trained)
+
+
+def _paid_noise(client: LocalClient, request: messages.TrainRequest) -> NoisyGradients | None:
+    """The noise that the request asks for, its round paid for; None: no noise."""
+    private, ledger, count = request.private, client.ledger, len(client.examples)
+    if private is None:
+        if ledger is not None and ledger.limit is not None:
+            raise PrelortError(
+                "trains with noise only ([privacy] in its site.toml): set privacy.epsilon, and "
+                "privacy.unit = 'example'"
+            )
+        return None
+    if request.with_validation:
+        raise PrelortError("states no validation loss beside noisy gradients: it is exact")
+    if ledger is None:
+        raise PrelortError("has no place to keep what it has spent of its examples' privacy")
+    budget = budget_of(private, count, request.training, request.rounds)
+    return ledger.pay(private, budget, steps_per_round(count, request.training))
 
 
 def assignment_of(client: LocalClient, request: messages.TrainRequest) -> Assignment:
@@ -126,6 +150,7 @@ def train_reply(
     Saves the client's personal factors, and prunes the adapter if its tail has become smaller.
     """
     adapter, tail, rank = trained.adapter, request.tail, request.rank
+    private = request.private
     first = client.runtime.processes.index == 0
     if request.personal and client.personal is not None and first:
         own = wire.of_kinds(adapter, wire.not_sent_down(request))
@@ -144,10 +169,11 @@ def train_reply(
         change=request.masked is not None or carries_change(request.dtype),
         round=request.round,
         steps=trained.result.steps,
-        loss=trained.result.loss,
+        loss=None if private else trained.result.loss,
         seconds=trained.result.seconds,
         next_rank=next_rank,
         validation_loss=_validation_loss(client) if request.with_validation else None,
+        epsilon=client.ledger.epsilon(private.delta) if private and client.ledger else None,
     )
     answer = adapter.prefix(rank)
     if reply.change:
@@ -163,6 +189,10 @@ def _evaluate(client: LocalClient, content: RecordDict) -> RecordDict:
     """Evaluate the adapter of the request on the client's own test examples."""
     runtime = client.runtime
     request = wire.header(content, messages.EvaluateRequest)
+    if client.ledger is not None and client.ledger.limit is not None:
+        raise PrelortError(
+            "measures nothing on its own rows, which is not noisy ([privacy] in its site.toml)"
+        )
     if not client.test:
         raise PrelortError("has no test rows of its own")
     received, frozen = read_adapters(client, content, request)

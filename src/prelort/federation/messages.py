@@ -18,6 +18,8 @@ from prelort.adapters import AdapterSchema, ScaleRule, Trained
 from prelort.errors import UpdateRefused
 from prelort.federation.encoding import Dtype
 from prelort.methods.objective import Kind, Objective, TailPenalty
+from prelort.privacy import example
+from prelort.privacy.example import ExamplePrivacy
 from prelort.secure.messages import FEATURE, MaskedInput
 from prelort.training.settings import LocalTraining
 
@@ -25,7 +27,7 @@ PROTOCOL = 4
 MAX_NAME = 200
 """Characters of a client's name."""
 B_RATE_RATIO = "b-rate-ratio"
-FEATURES = frozenset({FEATURE, B_RATE_RATIO})
+FEATURES = frozenset({FEATURE, B_RATE_RATIO, example.FEATURE})
 """What this version knows of the names in ``TrainRequest.requires``."""
 
 Seconds = Annotated[float, PlainSerializer(lambda value: f"{value:.6e}", when_used="json")]
@@ -108,6 +110,8 @@ class TrainRequest(Delivery):
     """Features that the client must know."""
     masked: MaskedInput | None = None
     """How the reply is masked, a float32 change; None: it is sent as it is."""
+    private: ExamplePrivacy | None = None
+    """Differential privacy of the client's examples; None: not asked for."""
 
     @property
     def reply_dtype(self) -> Dtype:
@@ -164,11 +168,13 @@ class TrainReply(Header):
     examples: int
     steps: Annotated[int, Field(ge=0)]
     loss: float | None
-    """None: not stated, where noise protects clients from the server too."""
+    """None: not stated, where noise protects from the server too."""
     seconds: Annotated[Seconds, Field(ge=0.0, allow_inf_nan=False)]
     next_rank: Annotated[int, Field(ge=1)] | None = None
     """The rank that the client offers from the next round on; None: no change."""
     validation_loss: MetricValue = None
+    epsilon: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] | None = None
+    """What the client has spent of the privacy of its examples; None: nothing was asked for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ def checked_update(
     limits: FederationConfig,
     sent: Broadcast,
     may_prune: bool = False,
+    states_loss: bool = True,
 ) -> tuple[Update, TrainReply]:
     """The update in a reply and its header; factors that were not trained are as ``sent``.
 
@@ -31,7 +32,7 @@ def checked_update(
     ``limits.max_abs_value``.
     """
     content = wire.reply_content(reply)
-    head = checked_head(content, client, round_index, spec, limits, sent, may_prune)
+    head = checked_head(content, client, round_index, spec, limits, sent, may_prune, states_loss)
     wire.check_dtype(head, limits.wire_dtype)
     base = sent.trainable.prefix(head.rank)
     untrained = wire.of_kinds(base, wire.not_sent_up(sent.trains, sent.personal))

@@ -15,6 +15,7 @@ from prelort.federation.messages import (
     TrainRequest,
 )
 from prelort.methods.interface import Broadcast, Client, Method, ServerState
+from prelort.privacy import example
 from prelort.secure.messages import FEATURE, MaskedInput
 from prelort.training.settings import LocalTraining
 
@@ -35,7 +36,12 @@ def train_request(
     """
     objective = method.objective(state, client)
     broadcast = method.broadcast(state, client)
-    features = {FEATURE: masked is not None, B_RATE_RATIO: config.training.b_rate_ratio != 1}
+    private = example.asked_of(config.privacy)
+    features = {
+        FEATURE: masked is not None,
+        B_RATE_RATIO: config.training.b_rate_ratio != 1,
+        example.FEATURE: private is not None,
+    }
     request = TrainRequest(
         **dict(_delivery(config, spec, broadcast, state.round)),
         rounds=config.federation.rounds,
@@ -50,6 +56,7 @@ def train_request(
         timeout=config.federation.timeout,
         requires=tuple(name for name, used in features.items() if used),
         masked=masked,
+        private=private,
     )
     without = wire.not_sent_down(request)
     return wire.pack(request, broadcast.trainable, broadcast.frozen, without=without)

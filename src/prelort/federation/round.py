@@ -9,15 +9,14 @@ from dataclasses import replace
 
 import torch
 
-from prelort.config import Config
-from prelort.errors import PrelortError, QuorumError, UpdateRefused
+from prelort.config import Config, count_of
+from prelort.errors import BudgetSpentError, PrelortError, QuorumError, UpdateRefused
 from prelort.events import ClientFailed, ClientFinished, Listener, RoundSeconds, RoundStats
 from prelort.federation import wire
 from prelort.federation.flower import Message
 from prelort.federation.messages import AdapterSpec, TrainReply
 from prelort.federation.reorder_buffer import ReorderBuffer
 from prelort.federation.replies import checked_update
-from prelort.federation.sampling import count_of
 from prelort.methods.calls import calling, expect
 from prelort.methods.interface import (
     Aggregator,
@@ -29,6 +28,7 @@ from prelort.methods.interface import (
     Update,
 )
 from prelort.methods.objective import Objective
+from prelort.privacy.example import SPENT
 from prelort.secure.messages import MaskedInput
 from prelort.training.batches import batches_per_round
 
@@ -138,6 +138,7 @@ class Round:
             self._config.federation,
             broadcast,
             may_prune=objective.tail is not None,
+            states_loss=not self._config.privacy.of_examples,
         )
         return head, update
 
@@ -148,7 +149,10 @@ class Round:
         needed = min(count_of(quorum, cohort), cohort)
         if len(self._replies) < needed:
             reasons = [f"{name}: {reason}" for name, reason in self.failures.items()]
-            raise QuorumError(
+            spent = not self._replies and all(
+                reason.startswith(SPENT) for reason in self.failures.values()
+            )
+            raise (BudgetSpentError if spent else QuorumError)(
                 f"round {self.number} has {len(self._replies)} usable replies of {cohort}, but "
                 f"federation.quorum = {quorum} needs {needed}; the global adapter is as it was "
                 f"after round {self.number - 1} ({'; '.join(reasons[:3])})"
@@ -184,6 +188,7 @@ class Round:
                 diagnose=diagnosing,
             ),
             diagnostics=diagnostics or None,
+            epsilon=max((e for head in heads if (e := head.epsilon) is not None), default=None),
         )
         return after, stats
 

@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TypeVar
 
-from prelort.config import FederationConfig
+from prelort.config import FederationConfig, cohort_size, count_of
 from prelort.errors import ConfigError
 from prelort.seeds import numpy_generator
 
 T = TypeVar("T")
-
-CLIENTS_PER_ROUND = 6
-"""How many clients train in a round, if there are so many and no number is configured."""
-
-
-def count_of(number: int | float, available: int) -> int:
-    """An int as it is; a float as that share of ``available``, rounded up, at least 1."""
-    if isinstance(number, int):
-        return number
-    return max(1, math.ceil(number * available - 1e-9))
-
-
-def cohort_size(per_round: int | float | None, clients: int) -> int:
-    """How many of the clients train in a round, for ``federation.clients_per_round``."""
-    return min(count_of(CLIENTS_PER_ROUND if per_round is None else per_round, clients), clients)
 
 
 def sample(

@@ -242,7 +242,7 @@ class SecureRound(Round):
             self._spec,
             limits,
             broadcast,
-            states_loss=self._private is None,
+            states_loss=self._private is None and not self._config.privacy.of_examples,
         )
         try:
             self._sum.add(self._numbers[client.name], vector_in(content))

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Protocol, TypeVar
 
 from prelort.adapters import LoraAdapter
-from prelort.config import Config
+from prelort.config import Config, cohort_size, count_of
 from prelort.errors import ConfigError, QuorumError, UpdateRefused
 from prelort.events import (
     ClientJoined,
@@ -38,16 +38,11 @@ from prelort.federation.pooled import PooledMetrics, prefix_groups
 from prelort.federation.replies import checked_metrics
 from prelort.federation.requests import evaluate_request, train_request
 from prelort.federation.round import Round
-from prelort.federation.sampling import (
-    check_numbers,
-    cohort_size,
-    count_of,
-    min_connected,
-    sample,
-)
+from prelort.federation.sampling import check_numbers, min_connected, sample
 from prelort.federation.secure_round import NoiseAtClients, SecureRound, check_clients
 from prelort.federation.site_keys import SiteKeys
 from prelort.federation.transport import Transport
+from prelort.methods import trait
 from prelort.methods.calls import calling, expect
 from prelort.methods.interface import Aggregator, Broadcast, Client, Method, Observe, ServerState
 from prelort.methods.objective import Objective
@@ -266,6 +261,11 @@ class Server:
                 objective = method.objective(state, client)
             expect(method, "objective()", objective, Objective)
         privacy = self._config.privacy
+        if privacy.of_examples and trait(method, "personal"):
+            raise ConfigError(
+                f"privacy.unit = 'example' is not possible with method {method.name!r}, which "
+                "clients measure on their own rows, without noise"
+            )
         if privacy.secure_aggregation:
             # At real sites others may join; until then each round leaves such dimensions out.
             needed = 0 if self._transport.clients_change else privacy.min_holders

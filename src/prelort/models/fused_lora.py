@@ -11,8 +11,9 @@ PEFT's own forward pass stays the reference: the results are equal but for round
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,13 +91,44 @@ def fused(model: nn.Module, factors_of: FactorsOf) -> Iterator[None]:
     adapter, autocast and a frozen path beside it work as in PEFT.
     """
     layers = {n: m for n, m in lora_layers(model).items() if not isinstance(m, ParamWrapper)}
-    for name, layer in layers.items():
-        layer.forward = _forward(name, layer, factors_of)
+    with _forwards({layer: _forward(name, layer, factors_of) for name, layer in layers.items()}):
+        yield
+
+
+@contextmanager
+def linear_by_group(
+    modules: Iterable[nn.Linear], weights_of: Callable[[nn.Linear], tuple[Tensor, Tensor | None]]
+) -> Iterator[None]:
+    """Let linear layers compute with weights of their own for each group of rows.
+
+    ``weights_of``: a layer's weights [groups, d_out, d_in], and biases [groups, d_out] if it has.
+    """
+
+    def forward(module: nn.Linear, x: Tensor) -> Tensor:
+        weight, bias = weights_of(module)
+        y = torch.bmm(x.reshape(len(weight), -1, x.shape[-1]), weight.transpose(1, 2))
+        if bias is not None:
+            y = y + bias[:, None]
+        return y.view(*x.shape[:-1], weight.shape[1])
+
+    with _forwards({module: partial(forward, module) for module in modules}):
+        yield
+
+
+@contextmanager
+def _forwards(forwards: Mapping[nn.Module, Callable[..., Tensor]]) -> Iterator[None]:
+    """Let modules compute by these functions, and afterwards as they did before."""
+    before = {module: vars(module).get("forward") for module in forwards}
+    for module, forward in forwards.items():
+        module.forward = forward
     try:
         yield
     finally:
-        for layer in layers.values():
-            del layer.forward
+        for module, own in before.items():
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own
 
 
 def _forward(name: str, layer: LoraLayer, factors_of: FactorsOf) -> Callable[..., Tensor]:

@@ -7,14 +7,23 @@ import math
 from prelort.config import Config
 from prelort.data.ranks import assign
 from prelort.errors import ConfigError
+from prelort.privacy.example import asked_of
 from prelort.privacy.run import clients_of_a_round, ledger_of, mechanism_of
+from prelort.training.private import budget_of
+from prelort.training.settings import LocalTraining
+
+EXAMPLES = (100, 1000, 10_000)
+"""Sizes of clients to plan examples' privacy for: the server does not know the sites'."""
 
 
 def sentences(config: Config) -> list[str]:
-    """The noise that the budget asks for, in clip norms, and on which rank dimensions.
+    """The noise that the budget asks for, in clip norms, and on which numbers.
 
-    Raises `ConfigError` where the number of clients is not configured.
+    Raises `ConfigError` where the number of clients is not configured, which examples' privacy does
+    not depend on.
     """
+    if config.privacy.of_examples:
+        return _of_examples(config)
     clients, federation = config.partition.clients, config.federation
     if clients is None:
         raise ConfigError("privacy.epsilon needs partition.clients to be planned with")
@@ -47,5 +56,26 @@ def sentences(config: Config) -> list[str]:
         lines.append(
             f"A mean over the {holders} holders of rank dimension {rank} has noise of "
             f"{total / expected:.2g} clip norms on every number."
+        )
+    return lines
+
+
+def _of_examples(config: Config) -> list[str]:
+    asked, training = asked_of(config.privacy), LocalTraining.of(config.training)
+    assert asked is not None
+    rounds = config.federation.rounds
+    lines = [
+        f"Privacy: epsilon = {asked.epsilon:g} at delta = {asked.delta:g} for each training "
+        f"example, over {rounds} rounds as if its client took part in all of them."
+    ]
+    for examples in EXAMPLES:
+        if asked.delta >= 1 / examples:
+            continue
+        budget = budget_of(asked, examples, training, rounds)
+        noise = budget.noise_multiplier()
+        lines.append(
+            f"A client of {examples:,} examples draws each with probability {budget.rate:.3g} in "
+            f"each of {budget.releases:,} steps: its mean gradient has noise of "
+            f"{noise / (budget.rate * examples):.2g} clip norms on every number."
         )
     return lines

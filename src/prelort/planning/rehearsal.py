@@ -11,7 +11,7 @@ import gc
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,7 @@ from prelort.methods.objective import Objective
 from prelort.models.lora import extract, install, trainable
 from prelort.planning.live import LiveBytes
 from prelort.planning.skeleton import OnFakeTensors, for_gpu, materialise, skeleton
+from prelort.privacy.example import NoisyGradients
 from prelort.tasks.interface import Example
 from prelort.training.local import train
 from prelort.training.preflight import check_model
@@ -198,7 +199,8 @@ class Rehearser:
         handles = [register_optimizer_step_pre_hook(pre), register_optimizer_step_post_hook(post)]
         try:
             with watch:
-                train(runtime, examples, LocalTraining.of(training), assignment)
+                settings = LocalTraining.of(training)
+                train(runtime, examples, settings, assignment, noise=_noise(self.config))
         finally:
             for handle in handles:
                 handle.remove()
@@ -299,6 +301,14 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """The bytes of distinct storages."""
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
+
+
+def _noise(config: Config) -> NoisyGradients | None:
+    """Noise as large as that of a client whose examples are private."""
+    if not config.privacy.of_examples:
+        return None
+    zeros = partial(torch.zeros, dtype=torch.float64)
+    return NoisyGradients(config.privacy.clip, multiplier=0.0, rate=1.0, normal=zeros)
 
 
 @contextmanager

@@ -1,15 +1,17 @@
 """From a privacy budget to noise, and from noise to what has been spent.
 
-A release is the Gaussian mechanism on the clients of a round, of whom each takes part with
-probability ``rate``, independently (Poisson sampling). Releases are composed by their privacy loss
-distributions (Koskela et al. 2020; Google's dp-accounting), which is tighter than Renyi
-differential privacy and rounds to the safe side. Neighbouring federations differ in one client that
-is there or is not.
+A release is the Gaussian mechanism on a sum over clients (a round) or over examples (a step of
+DP-SGD), of which each takes part with probability ``rate``, independently (Poisson sampling).
+Releases are composed by their privacy loss distributions (Koskela et al. 2020; Google's
+dp-accounting), which is tighter than Renyi differential privacy and rounds to the safe side.
+Neighbouring data differ in one client, or example, that adds to the sum or adds nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from prelort.errors import ConfigError
@@ -21,8 +23,17 @@ TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
+class Releases:
+    """``count`` releases with one noise multiplier and one rate."""
+
+    noise_multiplier: float
+    rate: float
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class Budget:
-    """(epsilon, delta) for ``releases`` rounds in which a client takes part with ``rate``."""
+    """(epsilon, delta) for ``releases`` in each of which one takes part with ``rate``."""
 
     epsilon: float
     delta: float
@@ -31,33 +42,50 @@ class Budget:
 
     def noise_multiplier(self) -> float:
         """The least standard deviation, in units of the clip norm, that keeps to the budget."""
-        accounting = _dp_accounting()
-
-        def event(noise: float) -> Any:
-            return _releases(accounting, self, noise, self.releases)
-
-        def accountant() -> Any:
-            return accounting.pld.PLDAccountant(value_discretization_interval=INTERVAL)
-
-        noise: float = accounting.calibrate_dp_mechanism(
-            accountant, event, self.epsilon, self.delta, tol=TOLERANCE
-        )
-        return noise
+        return _noise_multiplier(self)
 
     def spent(self, noise_multiplier: float, releases: int) -> float:
         """The epsilon of so many releases at the budget's delta."""
-        if releases == 0:
-            return 0.0
-        accounting = _dp_accounting()
-        accountant = accounting.pld.PLDAccountant(value_discretization_interval=INTERVAL)
-        accountant.compose(_releases(accounting, self, noise_multiplier, releases))
-        return float(accountant.get_epsilon(self.delta))
+        return epsilon_of([Releases(noise_multiplier, self.rate, releases)], self.delta)
 
 
-def _releases(accounting: Any, budget: Budget, noise_multiplier: float, count: int) -> Any:
-    gaussian = accounting.GaussianDpEvent(noise_multiplier)
-    sampled = accounting.PoissonSampledDpEvent(budget.rate, gaussian)
-    return accounting.SelfComposedDpEvent(sampled, count)
+def epsilon_of(releases: Iterable[Releases], delta: float) -> float:
+    """The epsilon of all these releases together."""
+    return _epsilon_of(tuple(one for one in releases if one.count > 0), delta)
+
+
+# Each takes a second or more, and clients with equally many examples share the result.
+@cache
+def _noise_multiplier(budget: Budget) -> float:
+    accounting = _dp_accounting()
+
+    def event(noise: float) -> Any:
+        return _event(accounting, Releases(noise, budget.rate, budget.releases))
+
+    def accountant() -> Any:
+        return accounting.pld.PLDAccountant(value_discretization_interval=INTERVAL)
+
+    noise: float = accounting.calibrate_dp_mechanism(
+        accountant, event, budget.epsilon, budget.delta, tol=TOLERANCE
+    )
+    return noise
+
+
+@cache
+def _epsilon_of(releases: tuple[Releases, ...], delta: float) -> float:
+    if not releases:
+        return 0.0
+    accounting = _dp_accounting()
+    accountant = accounting.pld.PLDAccountant(value_discretization_interval=INTERVAL)
+    for one in releases:
+        accountant.compose(_event(accounting, one))
+    return float(accountant.get_epsilon(delta))
+
+
+def _event(accounting: Any, releases: Releases) -> Any:
+    gaussian = accounting.GaussianDpEvent(releases.noise_multiplier)
+    sampled = accounting.PoissonSampledDpEvent(releases.rate, gaussian)
+    return accounting.SelfComposedDpEvent(sampled, releases.count)
 
 
 def _dp_accounting() -> Any:

@@ -13,9 +13,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
-from prelort.config import Config, PrivacyConfig
+from prelort.config import Config, PrivacyConfig, cohort_size
 from prelort.errors import CheckpointError, ConfigError, PrelortError
-from prelort.federation.sampling import cohort_size
 from prelort.files import write_atomically
 from prelort.methods.interface import Aggregator, Client, Method, ServerState, Update
 from prelort.privacy.accounting import Budget

@@ -152,10 +152,14 @@ def _facts_of(cell: CellResult) -> dict[str, Any]:
             "time": human_seconds(sum(history.seconds.values())),
         }
     if history.epsilon is not None:
-        facts["privacy"] = (
-            f"epsilon = {history.epsilon:.3g} for each client: adapters and what was measured of "
-            "them; not what single clients state below"
+        covered = (
+            "each training example of a client, against the server too: adapters; not what was "
+            "measured on clients' own rows"
+            if config.get("privacy", {}).get("unit") == "example"
+            else "each client: adapters and what was measured of them; not what single clients "
+            "state below"
         )
+        facts["privacy"] = f"epsilon = {history.epsilon:.3g} for {covered}"
     return facts
 
 

@@ -8,15 +8,14 @@ for all. Factors are padded with zeros to one rank, which the truncations never 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from prelort.adapters import Factors, LoraAdapter, Trained
-from prelort.models.fused_lora import fused
+from prelort.models.fused_lora import fused, linear_by_group
 from prelort.models.lora import ADAPTER, FROZEN, lora_layers, saved_module_places
 from prelort.training.runtime import ModelRuntime
 from prelort.training.truncation import Truncation
@@ -165,26 +164,21 @@ class AdapterStack:
     def _of_groups(self, tensor: Tensor) -> Tensor:
         return tensor if self._owners is None else tensor.index_select(0, self._owners)
 
-    @contextmanager
-    def _linear_modules(self) -> Iterator[None]:
+    def _linear_modules(self) -> AbstractContextManager[None]:
         """Linear layers that are trained in full, each group with its adapter's own weights."""
-        names: dict[nn.Module, dict[str, str]] = {}
+        names: dict[nn.Linear, dict[str, str]] = {}
         for name, (module, attribute) in saved_module_places(self._model).items():
+            assert isinstance(module, nn.Linear)  # `stackable`
             names.setdefault(module, {})[attribute] = name
-        for module, tensors in names.items():
-            module.forward = partial(self._linear, tensors)
-        try:
-            yield
-        finally:
-            for module in names:
-                del module.forward
 
-    def _linear(self, names: Mapping[str, str], x: Tensor) -> Tensor:
-        weight = self._of_groups(self._tensors[names["weight"], ""])
-        y = torch.bmm(x.reshape(len(weight), -1, x.shape[-1]), weight.transpose(1, 2))
-        if "bias" in names:
-            y = y + self._of_groups(self._tensors[names["bias"], ""])[:, None]
-        return y.view(*x.shape[:-1], weight.shape[1])
+        def weights_of(module: nn.Linear) -> tuple[Tensor, Tensor | None]:
+            own = {
+                attribute: self._of_groups(self._tensors[name, ""])
+                for attribute, name in names[module].items()
+            }
+            return own["weight"], own.get("bias")
+
+        return linear_by_group(names, weights_of)
 
 
 class _Matrix:

@@ -32,7 +32,9 @@ from prelort.models.targets import last_parts, stacked
 from prelort.tasks.classification import Classification
 from prelort.tasks.interface import Batch, Example
 from prelort.tasks.token_losses import check_parts
+from prelort.training.private import ExampleGradients
 from prelort.training.runtime import ModelRuntime, evaluation_mode, low_precision
+from prelort.training.settings import LocalTraining
 
 ROWS = 4
 """Examples of the trial batch, at most the batch size of training."""
@@ -194,6 +196,9 @@ def rehearse(
             objective = getattr(find(config.method.name), "default_objective", "plain")
             if config.training.packing:
                 runtime.check_packing()
+            if config.privacy.of_examples:
+                settings = LocalTraining.of(config.training)
+                ExampleGradients(runtime, settings).check(longest_first)
             if (config.method.objective or objective) == "example" and not runtime.by_example():
                 _cannot_truncate_examples(config)
             loss().backward()  # type: ignore[no-untyped-call]

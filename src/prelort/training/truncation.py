@@ -9,7 +9,7 @@ weights, which all rows share: there one row of the table holds for the whole ba
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -24,6 +24,10 @@ from prelort.errors import ConfigError
 from prelort.models import expert_lora
 from prelort.models.fused_lora import fused
 from prelort.models.lora import ADAPTER, lora_layers
+
+
+def _one_group(weight: Tensor) -> Tensor:
+    return weight[None]
 
 
 class Truncation:
@@ -53,10 +57,13 @@ class Truncation:
             layer.forward = partial(self._through_experts, layer)
 
     @contextmanager
-    def fused(self, model: nn.Module) -> Iterator[None]:
+    def fused(
+        self, model: nn.Module, groups_of: Callable[[Tensor], Tensor] = _one_group
+    ) -> Iterator[None]:
         """Compute each LoRA layer in one operation, truncated as by the hooks.
 
-        Faster, and the same but for rounding (`prelort.models.fused_lora`).
+        Faster, and the same but for rounding (`prelort.models.fused_lora`). ``groups_of``: from a
+        factor to those of groups of rows [groups, *shape].
         """
 
         def factors_of(
@@ -65,7 +72,7 @@ class Truncation:
             a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
             scale = torch.full((), layer.scaling[ADAPTER], dtype=a.dtype, device=a.device)
             mask = self.mask(shape[:-1], a.shape[0], a)
-            return a[None], b[None], scale if mask is None else mask * scale
+            return groups_of(a), groups_of(b), scale if mask is None else mask * scale
 
         with fused(model, factors_of):
             yield
