@@ -1,7 +1,8 @@
 """Clients of this process that train as one batch.
 
 Each sends the reply that it would send alone, up to rounding. A client trains alone if something is
-folded into its base; all do if the model has modules trained in full that are not linear layers.
+folded into its base, or if it trains directions and magnitudes; all do if the model has modules
+trained in full that are not linear layers.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def respond_batched(clients: Sequence[LocalClient], contents: Sequence[RecordDic
         except PrelortError as error:
             replies[place] = error
             continue
-        if frozen is None:
+        if frozen is None and request.training.magnitude_rate_ratio is None:
             job = _Job(place, client, request, received)
             batches.setdefault(job.kind, []).append(job)
     for jobs in batches.values():
