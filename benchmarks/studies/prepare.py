@@ -6,6 +6,7 @@ Contents of FOLDER (each is optional; studies that need a missing one say so):
 
   trec/TREC.{train,test}.all         a coarse label (0 to 5) and the question a line, Latin-1
   ag_news/{train,test}.jsonl         text, label
+  sst2/train.tsv                     sentence, label (GLUE's: sentences and their phrases)
   e2e/{valid,test}.txt               facts||sentence a line
   dolly15k/dolly15k.jsonl            instruction, context, response, category
   superni/TASK/{train,test}.json     Super-NaturalInstructions' own format
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import csv
 import gzip
+import itertools
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -41,6 +43,7 @@ def prepare(data: Path, weights: Path, out: Path) -> None:
     for part in ("train", "test"):
         trec(data / "trec" / f"TREC.{part}.all", made / "trec" / f"{part}.csv")
         _superni(data / "superni", part, made / "superni" / f"{part}.jsonl")
+    _sst2(data / "sst2" / "train.tsv", made / "sst2" / "train.jsonl")
     _e2e(data / "e2e" / "valid.txt", made / "e2e" / "train.jsonl")
     _e2e(data / "e2e" / "test.txt", made / "e2e" / "test.jsonl")
     for name in ("ag_news/train.jsonl", "ag_news/test.jsonl", "dolly15k/dolly15k.jsonl"):
@@ -67,6 +70,24 @@ def trec(source: Path, target: Path) -> None:
         for line in source.read_text(encoding="latin-1").splitlines():
             label, _, text = line.partition(" ")
             writer.writerow([text, label])
+
+
+def _sst2(source: Path, target: Path) -> None:
+    """SST-2's sentences: a phrase that is part of another row is left out.
+
+    So no two rows share their text, and rows can be held out for testing.
+    """
+    if not source.exists():
+        return
+    lines = source.read_text(encoding="utf-8").splitlines()[1:]
+    labels = {" ".join(line.split("\t")[0].split()): line.split("\t")[1] for line in lines}
+    parts = set()
+    for text in labels:
+        words = text.split()
+        ends = itertools.combinations(range(len(words) + 1), 2)
+        parts |= {part for i, j in ends if (part := " ".join(words[i:j])) != text}
+    rows = ({"text": text, "label": label} for text, label in labels.items())
+    _write(target, (row for row in rows if row["text"] not in parts))
 
 
 def _e2e(source: Path, target: Path) -> None:

@@ -58,6 +58,7 @@ class TestPrepare:
         files = {
             "trec/TREC.train.all": '0 How did serfdom develop ?\n3 Who, "exactly", was Galileo ?\n',
             "trec/TREC.test.all": "1 What is caf\xe9 ?\n",
+            "sst2/train.tsv": "sentence\tlabel\ngood \t1\na good  film \t1\nnot good \t0\n",
             "e2e/valid.txt": (
                 "name : Alimentum | food : Chinese||It is Chinese .\nname : The Eagle||A pub .\n"
             ),
@@ -110,6 +111,10 @@ class TestPrepare:
             'text,label\nHow did serfdom develop ?,0\n"Who, ""exactly"", was Galileo ?",3\n'
         )
         assert "café" in (made / "trec" / "test.csv").read_text(encoding="utf-8")
+        assert rows_of(made / "sst2" / "train.jsonl") == [
+            {"text": "a good film", "label": "1"},
+            {"text": "not good", "label": "0"},
+        ]
         assert [row["food"] for row in rows_of(made / "e2e" / "train.jsonl")] == ["Chinese", "none"]
         assert rows_of(made / "superni" / "train.jsonl") == [
             {"task": "task1_a", "definition": "Say it.", "input": "x", "output": "y"},

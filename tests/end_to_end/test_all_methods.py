@@ -24,7 +24,7 @@ from prelort.events import ClientFinished, Event, RankChanged
 from prelort.experiment import checkpoint
 from prelort.experiment.result import RunResult
 from prelort.federation.personal import PersonalStore
-from prelort.methods import REGISTRY, build, trait
+from prelort.methods import REGISTRY, Client, build, trait
 from run_files import assert_same_run, files_of
 
 Make = Callable[..., Config]
@@ -33,11 +33,17 @@ Find = Callable[[str], RunResult]
 ONE_RANK_FOR_ALL = {"fedit"}
 """Its clients have one rank."""
 
-OPTIONS = {"hetlora": {"gamma": 0.75, "penalty": 1.0}}
-"""So that clients prune themselves within so few steps."""
+OPTIONS = {
+    "hetlora": {"gamma": 0.75, "penalty": 1.0},
+    "fedrora": {"magnitude_rate_ratio": 3.0},
+}
+"""So that clients prune themselves, and magnitudes do not explode, within so few steps."""
 
 PERSONAL = {name for name, method in REGISTRY.items() if trait(method, "personal")}
 """There is no global model: nothing is exported, and only clients can measure."""
+
+OWN_FACTORS = {"fedsa-lora"}
+"""Clients keep B and the head for themselves."""
 
 WHOLE = {
     *("fed-plora", "flora", "florist", "fedex-lora", "fedmomentum"),
@@ -49,7 +55,7 @@ uses the global function of rank r."""
 SKETCHES = {"fslora"}
 """A client of a low rank uses a random sketch, which is the global function of no rank."""
 
-KINDS = ["prelort", "fedex-lora", "flora", "fedsa-lora", "rolora", "hetlora"]
+KINDS = ["prelort", "fedex-lora", "flora", "fedsa-lora", "fedrora", "rolora", "hetlora"]
 """Of each kind of message one: prefixes, a fold, seeded factors, factors of one's own, ..."""
 
 every = pytest.mark.parametrize("name", REGISTRY)
@@ -211,7 +217,8 @@ def test_plain_peft_gives_at_a_client_what_it_measured(
     tiny_llama: Path,
     test_rows: TestRows,
 ) -> None:
-    """The global function, that of the client's rank, or the shared A with the client's own B."""
+    """The global function, that of the client's rank, the shared A with the client's own B, or what
+    the server has for the client alone."""
     result = finished(name)
     measured = result.history.client_evaluations[2].clients
     state = checkpoint.load(result.path / "checkpoints" / "00002").state
@@ -221,7 +228,9 @@ def test_plain_peft_gives_at_a_client_what_it_measured(
     folders = {}
     for client, facts in measured.items():
         adapter = method.global_adapter(state, None if name in WHOLE else facts.rank)
-        if name in PERSONAL:
+        if name == "fedrora":
+            adapter = method.broadcast(state, Client(client, facts.rank, 1)).trainable
+        if name in OWN_FACTORS:
             tensors = adapter.tensors()
             for key, kept in own.load(client, before=2).items():
                 assert key.endswith("lora_B.weight")
@@ -266,7 +275,7 @@ def test_killed_in_the_second_round_and_resumed_is_as_if_never_killed(
     result = killed_and_resumed(config_of(make_config, name), tmp_path / "run")
     assert_same_run(result.path, expected.path)
     assert files_of(result.path / "personal") == files_of(expected.path / "personal")
-    assert bool(files_of(result.path / "personal")) == (name in PERSONAL)
+    assert bool(files_of(result.path / "personal")) == (name in OWN_FACTORS)
     for number in ("00001", "00002"):
         file = f"checkpoints/{number}/state.safetensors"
         first, second = load_file(result.path / file), load_file(expected.path / file)
@@ -355,7 +364,7 @@ def test_a_classifier_and_its_head(
         not torch.equal(result.global_adapter.modules_to_save[key], head)
         for key, head in heads.items()
     ]
-    if name in PERSONAL:
+    if name in OWN_FACTORS:
         assert not any(moved)
         kept = [load_file(path) for path in (result.path / "personal").rglob("*.safetensors")]
         assert len(kept) == 3

@@ -64,7 +64,7 @@ ONE_MULTIPLIER_FOR_LAYERS = {"fed-plora", "fedex-lora", "fedmomentum"}
 SUMS = {"flora", "florist", "fedex-lora", "fedmomentum"}
 """Keep the exact sum of the products, with as many dimensions as it needs."""
 
-CUTS = {"flexlora", "hlora", "raflora", "prelort-sorted"}
+CUTS = {"flexlora", "hlora", "raflora", "prelort-sorted", "fedrora"}
 """Cut the sum of the products to the global rank: each round has other rank dimensions."""
 
 CORRECTS = {"lora-fair"}
@@ -82,6 +82,9 @@ others a client of rank r has the global function of rank r."""
 
 NEITHER = {"fslora"}
 """A client of a low rank trains a random sketch, which is the global function of no rank."""
+
+OWN = {"fedrora"}
+"""Each client has directions and magnitudes of its own."""
 
 KEEPS_THE_REST = {"raflora", "prelort-sorted", "fedmomentum"}
 """Slots that nobody holds are mixed with those that somebody holds when the sum is cut."""
@@ -180,7 +183,7 @@ def random_replies(state: ServerState, ranks: Sequence[int]) -> list[Update]:
 def test_the_tables_name_registered_methods():
     tables = (
         *(OPTIONS, ONE_RANK_FOR_ALL, ONE_RANK_FOR_LAYERS, ONE_MULTIPLIER_FOR_LAYERS, SUMS, CUTS),
-        *(CORRECTS, PRUNES, OWN_WEIGHTS, WHOLE, NEITHER, KEEPS_THE_REST, NO_PREFIXES),
+        *(CORRECTS, PRUNES, OWN_WEIGHTS, WHOLE, NEITHER, OWN, KEEPS_THE_REST, NO_PREFIXES),
     )
     assert set(REGISTRY) >= {name for table in tables for name in table}
     client, state = Client("k", R, 1), start()
@@ -235,7 +238,7 @@ def test_where_a_client_starts(name, rounds, own, rule):
     """At the global function itself, or at the global function of its rank."""
     method, state = after_rounds(name, rounds, rule, own)
     for client in served(name, [1, 3, 8]):
-        if name in NEITHER and client.rank < R:
+        if name in OWN or (name in NEITHER and client.rank < R):
             continue
         sent = method.broadcast(state, client)
         expected = method.global_adapter(state, None if name in WHOLE else client.rank)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -279,6 +280,56 @@ def test_the_factors_are_singular_vectors_with_the_values_on_one_side(name, rule
         signs = torch.sign((b * left).sum(dim=0))
         torch.testing.assert_close(b * signs, left, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(a * signs[:, None], right, rtol=1e-4, atol=1e-4)
+
+
+@rules
+@layer_ranks
+@weightings
+def test_fedrora_projects_what_clients_trained_on_the_directions_of_the_mean(own, rule, weights):
+    """In the second round two of the four clients are away."""
+    method, state = method_of("fedrora", weights=weights), untrained(own, rule)
+    known: dict[tuple[str, str], torch.Tensor] = {}
+    for number, count in enumerate([4, 2]):
+        updates = replies(method, state, clients_of(RANKS)[:count], seed=10 * number)
+        state = aggregate(method, state, updates)
+        assert_modules(state, updates, weights)
+        expected: dict[str, dict[str, torch.Tensor]] = {}
+        for layer, mean in mean_product(updates, weights).items():
+            most = state.adapter.layers[layer].rank
+            u, _, vh = torch.linalg.svd(mean, full_matrices=False)
+            u, vh = u[:, :most], vh[:most]
+            known |= {(layer, one.client.name): product(one.adapter, layer) for one in updates}
+            for client in clients_of(RANKS):
+                s = (u.T @ known[layer, client.name] @ vh.T).diag()
+                known[layer, client.name] = u @ s.diag() @ vh
+                chosen = s.abs().argsort(descending=True)[: min(client.rank, most)]
+                own_part = (u[:, chosen] * s[chosen]) @ vh[chosen]
+                expected.setdefault(client.name, {})[layer] = own_part
+        for client in clients_of(RANKS):
+            sent = method.broadcast(state, client)
+            assert_near(function_of(sent), expected[client.name])
+            for factors in sent.trainable.layers.values():
+                torch.testing.assert_close(factors.A.norm(dim=1), torch.ones(factors.rank))
+        for one, other in itertools.combinations(expected.values(), 2):
+            assert all(float((one[layer] - other[layer]).norm()) > 0.1 for layer in one)
+
+
+@rules
+def test_fedroras_clients_begin_with_directions_of_their_own(rule):
+    """At magnitudes 1/sqrt(r); later an empty direction counts nearly nothing, and can learn."""
+    method, state = method_of("fedrora"), untrained(rule=rule)
+    own = [method.broadcast(state, client).trainable.layers for client in clients_of([5, 5])]
+    for one, other in zip(own[0].values(), own[1].values(), strict=True):
+        torch.testing.assert_close(one.A.norm(dim=1), torch.ones(5))
+        torch.testing.assert_close(rule(5) * one.B.norm(dim=0), torch.full((5,), 5**-0.5))
+        assert float((one.A @ other.A.T).abs().max()) < 0.99
+    updates = replies(method, state, clients_of([2]))
+    after = aggregate(method, state, updates)
+    sent = method.broadcast(after, Client("new", R, 1))
+    assert_near(function_of(sent), mean_product(updates, "examples"))
+    for factors in sent.trainable.layers.values():
+        assert factors.rank == R
+        assert bool((factors.B != 0).any(dim=0).all())
 
 
 @rules

@@ -23,7 +23,7 @@ from rounds import aggregate, replies, start, untrained
 
 RULES: tuple[Rule, ...] = get_args(Rule)
 ATTACKERS = 2
-SELECTING = {"fed-plora", "fslora", "flora", "florist"}
+SELECTING = {"fed-plora", "fslora", "flora", "florist", "fedrora"}
 """Their clients do not train prefixes of one adapter."""
 
 

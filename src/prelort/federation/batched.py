@@ -1,7 +1,8 @@
 """Clients of this process that train as one batch.
 
 Each sends the reply that it would send alone, up to rounding. A client trains alone if something is
-folded into its base; all do if the model has modules trained in full that are not linear layers.
+folded into its base, or if it trains directions and magnitudes; all do if the model has modules
+trained in full that are not linear layers.
 """
 
 from __future__ import annotations
@@ -89,8 +90,9 @@ def respond_batched(clients: Sequence[LocalClient], contents: Sequence[RecordDic
         except PrelortError as error:
             replies[place] = error
             continue
-        # With noise on its gradients a client has a batch of its own.
-        if frozen is None and request.private is None:
+        # With noise on its gradients or magnitudes of its own a client has a batch of its own.
+        alone = request.private is not None or request.training.magnitude_rate_ratio is not None
+        if frozen is None and not alone:
             job = _Job(place, client, request, received)
             batches.setdefault(job.kind, []).append(job)
     for jobs in batches.values():

@@ -27,7 +27,8 @@ PROTOCOL = 4
 MAX_NAME = 200
 """Characters of a client's name."""
 B_RATE_RATIO = "b-rate-ratio"
-FEATURES = frozenset({FEATURE, B_RATE_RATIO, example.FEATURE})
+MAGNITUDES = "magnitudes"
+FEATURES = frozenset({FEATURE, B_RATE_RATIO, MAGNITUDES, example.FEATURE})
 """What this version knows of the names in ``TrainRequest.requires``."""
 
 Seconds = Annotated[float, PlainSerializer(lambda value: f"{value:.6e}", when_used="json")]

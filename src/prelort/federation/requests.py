@@ -9,6 +9,7 @@ from prelort.federation import wire
 from prelort.federation.flower import RecordDict
 from prelort.federation.messages import (
     B_RATE_RATIO,
+    MAGNITUDES,
     AdapterSpec,
     Delivery,
     EvaluateRequest,
@@ -41,12 +42,13 @@ def train_request(
         FEATURE: masked is not None,
         B_RATE_RATIO: config.training.b_rate_ratio != 1,
         example.FEATURE: private is not None,
+        MAGNITUDES: broadcast.magnitude_rate_ratio is not None,
     }
     request = TrainRequest(
         **dict(_delivery(config, spec, broadcast, state.round)),
         rounds=config.federation.rounds,
         seed=config.seed,
-        training=_training(config, method, spec.schema.rank / broadcast.trainable.rank),
+        training=_training(config, method, broadcast, spec.schema.rank),
         objective=objective.kind,
         levels=objective.levels,
         level_weights=objective.weights,
@@ -98,16 +100,23 @@ def _delivery(
     )
 
 
-def _training(config: Config, method: Method, rank_ratio: float) -> LocalTraining:
+def _training(
+    config: Config, method: Method, broadcast: Broadcast, highest_rank: int
+) -> LocalTraining:
     """The settings with this client's own learning rates.
 
-    The factors' rate grows with ``rank_ratio`` = highest rank / client's rank, to the power of the
-    rank exponent; a head has no rank, so all clients share its rate.
+    The factors' rate grows with highest rank / client's rank, to the power of the rank exponent; a
+    head has no rank, so all clients share its rate.
     """
     training = config.training
     exponent = training.rank_exponent
     if exponent is None:
         exponent = float(getattr(method, "rank_exponent", 0.0))
     head = training.head_learning_rate or training.learning_rate
-    rate = training.learning_rate * rank_ratio**exponent
-    return LocalTraining.of(training, learning_rate=rate, head_learning_rate=head)
+    rate = training.learning_rate * (highest_rank / broadcast.trainable.rank) ** exponent
+    return LocalTraining.of(
+        training,
+        learning_rate=rate,
+        head_learning_rate=head,
+        magnitude_rate_ratio=broadcast.magnitude_rate_ratio,
+    )

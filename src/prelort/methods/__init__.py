@@ -13,6 +13,7 @@ from prelort.methods.fedex_lora import FedExLora
 from prelort.methods.fedhl import FedHL
 from prelort.methods.fedit import FedIT
 from prelort.methods.fedmomentum import FedMomentum
+from prelort.methods.fedrora import FedRora
 from prelort.methods.fedrot_lora import FedRotLora
 from prelort.methods.fedsa_lora import FedSaLora
 from prelort.methods.ffa_lora import FfaLora
@@ -62,6 +63,7 @@ REGISTRY: dict[str, type[Method]] = {
         FedHL,
         LoraFair,
         FedSaLora,
+        FedRora,
         HomogeneousMin,
         HomogeneousMax,
     )

@@ -19,7 +19,7 @@ from prelort.adapters.algebra import Split, best_approximation
 from prelort.adapters.initial import filled
 from prelort.aggregation.products import ProductSum
 from prelort.methods.averaging import AveragingProducts, weighting
-from prelort.methods.interface import ServerState
+from prelort.methods.interface import Aggregator, ServerState
 from prelort.methods.prefix import ProductMethod
 from prelort.seeds import derive
 
@@ -32,7 +32,7 @@ class FlexLora(ProductMethod):
     paper: ClassVar[str] = "FlexLoRA, Bai et al. 2024, arXiv 2402.11505"
     split: ClassVar[Split] = "B"
 
-    def aggregator(self, state: ServerState) -> AveragingProducts[ProductSum]:
+    def aggregator(self, state: ServerState) -> Aggregator:
         """The best approximation, at the global rank, of the mean product."""
 
         def finish(products: ProductSum) -> ServerState:

@@ -41,6 +41,9 @@ class Broadcast:
     trains: Trained = "AB"
     scale_multiplier: float = 1.0
     """Multiplies the scale of ``trainable`` while it trains."""
+    magnitude_rate_ratio: float | None = None
+    """Not None: the client trains unit directions (rows of A, columns of B) and a magnitude of each
+    rank dimension, which learns at this many times the learning rate."""
     seeded_factors: Literal["nothing", "A", "A and B"] = "nothing"
     """Factors that do not travel: A is `draw_a` of ``factor_seed`` at the maximum rank, B zero."""
     factor_seed: int = 0

@@ -36,7 +36,13 @@ def trained_part(
     Raises `ConfigError` if what the client receives to train differs from that part.
     """
     with calling(method, "broadcast()"):
-        sent = method.broadcast(state, client).trainable
+        broadcast = method.broadcast(state, client)
+    if broadcast.magnitude_rate_ratio is not None:
+        raise ConfigError(
+            f"{switch} is not possible with method {method.name!r}: its clients do not train "
+            "prefixes of one adapter but directions and magnitudes of their own"
+        )
+    sent = broadcast.trainable
     chosen = tuple(range(sent.rank))
     expected = whole.prefix(min(sent.rank, whole.rank))
     if dimensions_of is not None:

@@ -144,7 +144,8 @@ class Rehearser:
                 scale_multiplier=broadcast.scale_multiplier,
             )
             try:
-                return self._round(rank, objective, down, up)
+                ratio = broadcast.magnitude_rate_ratio
+                return self._round(rank, objective, ratio, down, up)
             except (DataDependentOutputException, DynamicOutputShapeException) as error:
                 raise ConfigError(
                     f"model.name = {self.config.model.name!r}: the memory of this architecture "
@@ -152,7 +153,9 @@ class Rehearser:
                     "run of one round with few steps measures it"
                 ) from error
 
-    def _round(self, rank: int, objective: Objective, down: int, up: int) -> Rehearsal:
+    def _round(
+        self, rank: int, objective: Objective, ratio: float | None, down: int, up: int
+    ) -> Rehearsal:
         training = self.config.training
         in_8_bits = training.optimizer.endswith("8bit")
         training = training.model_copy(
@@ -177,6 +180,7 @@ class Rehearser:
                 "labels than one a token (a class's number)"
             ) from error
         examples = [example] * (training.batch_size * training.gradient_accumulation)
+        settings = LocalTraining.of(training, magnitude_rate_ratio=ratio)
         assignment = Assignment("plan", 0, 1, 0, objective)
         runtime = ModelRuntime(self._model, self._truncation, self.task, pad_id=0)
         present = tensors_of(self._model)
@@ -199,7 +203,6 @@ class Rehearser:
         handles = [register_optimizer_step_pre_hook(pre), register_optimizer_step_post_hook(post)]
         try:
             with watch:
-                settings = LocalTraining.of(training)
                 train(runtime, examples, settings, assignment, noise=_noise(self.config))
         finally:
             for handle in handles:

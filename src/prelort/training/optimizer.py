@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from prelort.errors import ConfigError
+from prelort.training.directions import UnitDirections
 from prelort.training.settings import LocalTraining
 
 
@@ -35,7 +36,8 @@ class LocalOptimizer:
     """A fresh optimiser of the factors that learn and of the modules trained in full.
 
     B learns at ``b_rate_ratio`` times the rate of A (LoRA+, Hayou et al., arXiv 2402.12354, whose
-    ratio is lambda = eta_B / eta_A).
+    ratio is lambda = eta_B / eta_A). With a ``magnitude_rate_ratio`` the factors are trained as
+    `UnitDirections`.
 
     Raises `ConfigError` for one that needs bitsandbytes where it is not installed.
     """
@@ -50,6 +52,11 @@ class LocalOptimizer:
         kinds = [list(a), list(b), list(modules_to_save)]
         rate = settings.learning_rate
         rates = [rate, rate * settings.b_rate_ratio, settings.head_learning_rate]
+        self._directions: UnitDirections | None = None
+        if settings.magnitude_rate_ratio is not None:
+            self._directions = own = UnitDirections(*kinds[:2])
+            kinds = [own.rows, own.columns, kinds[2], own.magnitudes]
+            rates.append(rate * settings.magnitude_rate_ratio)
         groups = [
             {"params": parameters, "base_rate": rate}
             for parameters, rate in zip(kinds, rates, strict=True)
@@ -70,12 +77,16 @@ class LocalOptimizer:
 
     def step(self, multiplier: float) -> None:
         """Clip the gradient, move the parameters at their rates times ``multiplier``."""
+        if self._directions is not None:
+            self._directions.take_gradients()
         if self._max_grad_norm > 0:
             nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
         for group in self._optimizer.param_groups:
             group["lr"] = group["base_rate"] * multiplier
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        if self._directions is not None:
+            self._directions.write_factors()
 
 
 def _in_8_bits(name: str, groups: list[dict[str, Any]], decay: float) -> torch.optim.Optimizer:

@@ -14,7 +14,7 @@ class LocalTraining:
 
     ``learning_rate`` is the client's own, ``b_rate_ratio`` times it is that of B, and
     ``head_learning_rate`` that of the modules trained in full. With ``local_steps`` 0 the number of
-    steps follows from ``local_epochs``.
+    steps follows from ``local_epochs``. ``magnitude_rate_ratio`` is the broadcast's.
     """
 
     local_steps: int
@@ -36,6 +36,7 @@ class LocalTraining:
     # What came after protocol 4 has a default: a server may be older.
     b_rate_ratio: float = 1.0
     packing: bool = False
+    magnitude_rate_ratio: float | None = None
 
     @classmethod
     def of(
@@ -44,9 +45,10 @@ class LocalTraining:
         *,
         learning_rate: float | None = None,
         head_learning_rate: float | None = None,
+        magnitude_rate_ratio: float | None = None,
     ) -> LocalTraining:
         """The settings of ``[training]``; rates passed here replace the configured ones."""
         values = config.model_dump(exclude={"rank_exponent"})
         values["learning_rate"] = rate = learning_rate or config.learning_rate
         values["head_learning_rate"] = head_learning_rate or config.head_learning_rate or rate
-        return cls(**values)
+        return cls(**values, magnitude_rate_ratio=magnitude_rate_ratio)
