@@ -37,7 +37,7 @@ def train_request(
     """
     objective = method.objective(state, client)
     broadcast = method.broadcast(state, client)
-    private = example.asked_of(config.privacy)
+    private = example.example_privacy(config.privacy)
     features = {
         FEATURE: masked is not None,
         B_RATE_RATIO: config.training.b_rate_ratio != 1,

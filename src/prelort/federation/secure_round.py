@@ -48,7 +48,7 @@ from prelort.secure.server import MaskedSum
 
 log = logging.getLogger(__name__)
 
-Exchange = Callable[[str, Mapping[str, RecordDict]], Iterator[tuple[Client, Message]]]
+SendQuery = Callable[[str, Mapping[str, RecordDict]], Iterator[tuple[Client, Message]]]
 """Sends a query with this action to clients, by name, and yields their replies."""
 
 
@@ -137,18 +137,18 @@ def check_clients(
 class SecureRound(Round):
     """A `Round` whose replies are masked.
 
-    ``exchange``: how clients are queried. ``private``: has the noise that clients add.
+    ``send_query``: how clients are queried. ``private``: has the noise that clients add.
     """
 
     def __init__(
         self,
         *arguments: Any,
-        exchange: Exchange,
+        send_query: SendQuery,
         private: NoiseAtClients | None = None,
         **named: Any,
     ) -> None:
         super().__init__(*arguments, **named)
-        self._exchange = exchange
+        self._send_query = send_query
         self._private = private
         noise = None if private is None else private.noise()
         if noise is not None and not is_complete(len(self.clients)):
@@ -263,7 +263,7 @@ class SecureRound(Round):
         for content in contents.values():
             self.count_sent(wire.size(content))
         answered: list[str] = []
-        for client, reply in self._exchange(action, contents):
+        for client, reply in self._send_query(action, contents):
             try:
                 content = wire.reply_content(reply)
                 take(self._numbers[client.name], read(text_in(content) or "", kind))

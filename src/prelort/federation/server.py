@@ -51,7 +51,7 @@ from prelort.robustness.aggregator import RobustAggregator
 
 log = logging.getLogger(__name__)
 
-EXCHANGE_SECONDS = 120.0
+QUERY_SECONDS = 120.0
 """How long real sites may take for a query of secure aggregation, which needs no model."""
 GOODBYE_SECONDS = 15.0
 """How long the end of a run waits for sites to take note of it."""
@@ -303,8 +303,8 @@ class Server:
         self._log(RoundStarted(server_round, tuple(client.name for client in cohort)))
         kind: Callable[..., Round] = Round
         if self._config.privacy.secure_aggregation:
-            exchange = partial(self._exchange, clients)
-            kind = partial(SecureRound, exchange=exchange, private=self._private)
+            send_query = partial(self._send_query, clients)
+            kind = partial(SecureRound, send_query=send_query, private=self._private)
         current = kind(
             server_round,
             method,
@@ -345,7 +345,7 @@ class Server:
         clip = robustness.uncovered == "clip"
         return RobustAggregator(robustness.rule, method, state, attackers, clip)
 
-    def _exchange(
+    def _send_query(
         self, clients: Mapping[int, Client], action: str, contents: Mapping[str, RecordDict]
     ) -> Iterator[tuple[Client, Message]]:
         """Send a query of secure aggregation to clients, by name, and yield their replies."""
@@ -356,7 +356,7 @@ class Server:
         )
         deadline = self._transport.deadline
         if self._transport.clients_change:
-            deadline = min(deadline, EXCHANGE_SECONDS)
+            deadline = min(deadline, QUERY_SECONDS)
         for reply in replace(self._transport, deadline=deadline).send_and_receive(messages):
             yield clients[reply.metadata.src_node_id], reply
 

@@ -7,7 +7,7 @@ import math
 from prelort.config import Config
 from prelort.data.ranks import assign
 from prelort.errors import ConfigError
-from prelort.privacy.example import asked_of
+from prelort.privacy.example import example_privacy
 from prelort.privacy.run import clients_of_a_round, ledger_of, mechanism_of
 from prelort.training.private import budget_of
 from prelort.training.settings import LocalTraining
@@ -61,17 +61,17 @@ def sentences(config: Config) -> list[str]:
 
 
 def _of_examples(config: Config) -> list[str]:
-    asked, training = asked_of(config.privacy), LocalTraining.of(config.training)
-    assert asked is not None
+    private, training = example_privacy(config.privacy), LocalTraining.of(config.training)
+    assert private is not None
     rounds = config.federation.rounds
     lines = [
-        f"Privacy: epsilon = {asked.epsilon:g} at delta = {asked.delta:g} for each training "
+        f"Privacy: epsilon = {private.epsilon:g} at delta = {private.delta:g} for each training "
         f"example, over {rounds} rounds as if its client took part in all of them."
     ]
     for examples in EXAMPLES:
-        if asked.delta >= 1 / examples:
+        if private.delta >= 1 / examples:
             continue
-        budget = budget_of(asked, examples, training, rounds)
+        budget = budget_of(private, examples, training, rounds)
         noise = budget.noise_multiplier()
         lines.append(
             f"A client of {examples:,} examples draws each with probability {budget.rate:.3g} in "

@@ -41,7 +41,7 @@ class ExamplePrivacy:
     clip: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
 
-def asked_of(privacy: PrivacyConfig) -> ExamplePrivacy | None:
+def example_privacy(privacy: PrivacyConfig) -> ExamplePrivacy | None:
     """What the configuration asks of each client; None: nothing."""
     if privacy.epsilon is None or privacy.unit != "example":
         return None

@@ -46,10 +46,10 @@ class Chat(CausalTask):
 
     def columns(self, config: DataConfig, available: Sequence[str]) -> tuple[str, ...]:
         """The column of messages, or those of prompt and completion; raises `ConfigError`."""
-        wanted, there = config.messages_column, {*available}
-        if wanted is None and not there & {*MESSAGES_COLUMNS} and there >= {*PROMPT_AND_COMPLETION}:
+        named, there = config.messages_column, {*available}
+        if named is None and not there & {*MESSAGES_COLUMNS} and there >= {*PROMPT_AND_COMPLETION}:
             return PROMPT_AND_COMPLETION
-        found = find("data.messages_column", wanted, MESSAGES_COLUMNS, available)
+        found = find("data.messages_column", named, MESSAGES_COLUMNS, available)
         return (SYSTEM, found) if SYSTEM in available else (found,)
 
     def check(self, rows: Dataset, config: DataConfig, where: str) -> None:
@@ -155,10 +155,10 @@ def _before(tokenizer: Any, conversation: Sequence[Message], number: int) -> str
             tokenizer, [{**conversation[0], "content": STAND_IN}], tokenize=False
         )
         return text.partition(STAND_IN)[0] if STAND_IN in text else ""
-    asked: str = _templated(
+    before: str = _templated(
         tokenizer, conversation[:number], tokenize=False, add_generation_prompt=True
     )
-    return asked
+    return before
 
 
 def _templated(tokenizer: Any, conversation: Sequence[Message], **options: Any) -> Any:

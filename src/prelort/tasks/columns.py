@@ -18,15 +18,15 @@ MANY_CLASSES = 20
 OTHER_LABELS = "name another data.label_column, or list the classes in data.labels"
 
 
-def find(key: str, wanted: str | None, candidates: Sequence[str], available: Sequence[str]) -> str:
+def find(key: str, named: str | None, candidates: Sequence[str], available: Sequence[str]) -> str:
     """The column named by the configuration's ``key``, or else the first usual name that exists.
 
     Usual names are matched without regard to case. Warns of several. Raises `ConfigError` that
     lists the columns.
     """
-    if wanted is not None:
-        require(key, wanted, available)
-        return wanted
+    if named is not None:
+        require(key, named, available)
+        return named
     found = usual(candidates, available)
     if len(found) > 1:
         others = ", ".join(map(repr, found[1:]))
@@ -47,10 +47,10 @@ def usual(candidates: Sequence[str], available: Sequence[str]) -> list[str]:
     return [lower[name.lower()] for name in candidates if name.lower() in lower]
 
 
-def require(key: str, wanted: str, available: Sequence[str]) -> None:
-    """Raise `ConfigError` unless the column ``wanted`` by ``key`` exists."""
-    if wanted not in available:
-        raise ConfigError(f"{key} = {wanted!r} is not a column: {listed(available)}")
+def require(key: str, named: str, available: Sequence[str]) -> None:
+    """Raise `ConfigError` unless the column ``named`` by ``key`` exists."""
+    if named not in available:
+        raise ConfigError(f"{key} = {named!r} is not a column: {listed(available)}")
 
 
 def listed(available: Sequence[str]) -> str:

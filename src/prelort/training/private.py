@@ -30,7 +30,7 @@ from prelort.errors import ConfigError
 from prelort.models.fused_lora import linear_by_group
 from prelort.models.lora import lora_layers, saved_module_places, trainable
 from prelort.privacy.accounting import Budget
-from prelort.privacy.example import ExamplePrivacy, NoisyGradients, asked_of
+from prelort.privacy.example import ExamplePrivacy, NoisyGradients, example_privacy
 from prelort.privacy.noise import poisson_sample
 from prelort.tasks.interface import Example
 from prelort.training.batches import ForwardPass, steps_per_round
@@ -44,19 +44,21 @@ _WHOLE = 2**30
 """A rank that cuts nothing."""
 
 
-def budget_of(asked: ExamplePrivacy, examples: int, settings: LocalTraining, rounds: int) -> Budget:
+def budget_of(
+    private: ExamplePrivacy, examples: int, settings: LocalTraining, rounds: int
+) -> Budget:
     """The budget of a client with so many examples that trains in all rounds of a run.
 
     Raises `ConfigError` for a delta that gives an example away.
     """
-    if asked.delta >= 1 / examples:
+    if private.delta >= 1 / examples:
         raise ConfigError(
-            f"privacy.delta = {asked.delta:g} would allow to publish one of the {examples} "
+            f"privacy.delta = {private.delta:g} would allow to publish one of the {examples} "
             f"examples of a client: use much less than {1 / examples:g}"
         )
     batch = settings.batch_size * settings.gradient_accumulation
     steps = steps_per_round(examples, settings) * rounds
-    return Budget(asked.epsilon, asked.delta, steps, min(1.0, batch / examples))
+    return Budget(private.epsilon, private.delta, steps, min(1.0, batch / examples))
 
 
 def calibrate(config: Config, examples: int) -> None:
@@ -64,10 +66,10 @@ def calibrate(config: Config, examples: int) -> None:
 
     Raises `ConfigError` as `budget_of`, or where dp-accounting is not installed.
     """
-    asked = asked_of(config.privacy)
-    if asked is not None:
+    private = example_privacy(config.privacy)
+    if private is not None:
         settings = LocalTraining.of(config.training)
-        budget_of(asked, examples, settings, config.federation.rounds).noise_multiplier()
+        budget_of(private, examples, settings, config.federation.rounds).noise_multiplier()
 
 
 class PrivateSteps(LocalSteps):
