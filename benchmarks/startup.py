@@ -101,7 +101,7 @@ def child(born: float, overrides: list[str]) -> None:
 def help_seconds() -> float:
     """Seconds of one `prelort --help` in its own process."""
     started = time.perf_counter()
-    command = [sys.executable, "-m", "prelort.cli", "--help"]
+    command = [sys.executable, "-m", "prelort", "--help"]
     subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
     return time.perf_counter() - started
 

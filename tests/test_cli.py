@@ -212,7 +212,7 @@ class TestRun:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
 
-        def interrupted(*arguments: Any) -> None:
+        def interrupted(*_: object, **__: object) -> None:
             raise KeyboardInterrupt
 
         out = tmp_path / "run"
@@ -328,7 +328,9 @@ def test_start_from_an_adapter_goes_on_where_it_was(
     assert cut[0].prefixes[8]["loss"] == pytest.approx(expected[4]["loss"])
     assert "its scale is constant 2, and that of" in start("scale", run, "lora.scale=4.0").error
     assert "'ffa-lora', whose clients draw" in start("ffa", run, "method.name=ffa-lora").error
-    assert "not a PEFT adapter folder" in start("none", tmp_path).error
+    several = start("several", tmp_path).error
+    assert "not a PEFT adapter folder; name one of its runs: " in several
+    assert repr(str(tmp_path / "wider")) in several
 
 
 class TestEvaluate:

@@ -259,7 +259,7 @@ def test_wrong_options_are_refused_by_the_command_line(
 def test_as_a_shell_sees_it(tmp_path: Path, arguments: list[str]) -> None:
     """The same in a real process."""
     ended = subprocess.run(
-        [sys.executable, "-m", "prelort.cli", *arguments],
+        [sys.executable, "-m", "prelort", *arguments],
         capture_output=True,
         text=True,
         cwd=tmp_path,

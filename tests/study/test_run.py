@@ -261,7 +261,7 @@ def test_killed_it_continues_to_the_same_bits(
 ) -> None:
     file, expected = undisturbed
     out = tmp_path / "killed"
-    command = [sys.executable, "-m", "prelort.cli", "compare", str(file), "--out", str(out), "-q"]
+    command = [sys.executable, "-m", "prelort", "compare", str(file), "--out", str(out), "-q"]
     process = subprocess.Popen([*command, "--jobs", str(jobs)], stderr=subprocess.PIPE)
     # One at a time, the second cell shows that the first is finished.
     last = out / "zero-padding" / "seed-0"

@@ -370,7 +370,11 @@ def start_adapter(config: Config, initial: LoraAdapter) -> LoraAdapter:
         adapter = adapter.prefix(min(adapter.rank, initial.rank))
         AdapterSchema.of(initial).check(adapter, adapter.rank)
     except AdapterError as error:
-        raise ConfigError(f"lora.start_from = {config.lora.start_from!r}: {error}") from None
+        runs = sorted(repr(str(path.parent)) for path in folder.glob("*/adapters"))
+        advice = f"; name one of its runs: {', '.join(runs)}" if runs and not ranks else ""
+        raise ConfigError(
+            f"lora.start_from = {config.lora.start_from!r}: {error}{advice}"
+        ) from None
     return filled(adapter, initial, config.seed)
 
 

@@ -1,4 +1,4 @@
-"""``python -m prelort.cli``."""
+"""``python -m prelort``: the command line."""
 
 from prelort.cli import main
 
