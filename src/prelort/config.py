@@ -58,6 +58,8 @@ def count_of(number: int | float, available: int) -> int:
     return max(1, math.ceil(number * available - 1e-9))
 
 
+MIN_CLIP, MAX_CLIP = 1e-6, 1e6
+"""Between them norms and noise are exact enough in float32."""
 CLIENTS_PER_ROUND = 6
 """How many clients train in a round, if there are so many and no number is configured."""
 
@@ -418,7 +420,7 @@ class PrivacyConfig(Section):
         "sends tells little about any of its training examples, to whose gradients it adds noise "
         "(DP-SGD)",
     )
-    clip: Annotated[float, Field(gt=0.0)] = Field(
+    clip: Annotated[float, Field(ge=MIN_CLIP, le=MAX_CLIP)] = Field(
         1.0,
         description="norm that a client's change, or an example's gradient, is clipped to, all "
         "layers together",

@@ -115,6 +115,13 @@ def test_an_example_whose_gradient_is_not_finite_adds_nothing(value):
     assert all(map(torch.equal, clipped_sums(gradients, 0.5), expected))
 
 
+def test_gradients_whose_squares_are_no_float32_numbers_are_clipped_too() -> None:
+    small = [torch.full((2, 1000), 1e-23), torch.full((2, 10), -1e-23)]
+    sums = clipped_sums(small, 1e-28)
+    norm = math.hypot(*(float(total.double().norm()) for total in sums))
+    assert norm == pytest.approx(2e-28, rel=1e-5)  # two clipped examples, which are equal
+
+
 def test_the_noise_is_the_clip_norm_times_the_multiplier_over_the_expected_examples(llama):
     """Of every number that learns, in each step; not of the batch that came."""
     noise = NoisyGradients(clip=1e-3, multiplier=50.0, rate=0.25)

@@ -42,6 +42,7 @@ from prelort.history import RunHistory
 from prelort.library_logging import quiet
 from prelort.methods.interface import ServerState
 from prelort.privacy import PrivateRun
+from prelort.privacy.example import check_ledgers
 from prelort.report import describe, trackers
 from prelort.report.formatting import plain
 from prelort.tasks import labels
@@ -135,6 +136,8 @@ def train(
         check_ranks(config, backend.initial.rank)
         if private is not None:
             private.start(method, state, [connected.client for connected in server.clients])
+        if state.round > 0 and config.privacy.of_examples and backend.rows is not None:
+            check_ledgers(folder.path)
         if state.round == 0:
             if backend.rows is not None:
                 _describe(backend.rows, folder.path)

@@ -26,7 +26,7 @@ from prelort.tasks.interface import Example
 from prelort.training.batched import TrainedClient
 from prelort.training.batches import steps_per_round
 from prelort.training.local import train
-from prelort.training.private import budget_of
+from prelort.training.private import ExampleGradients, budget_of
 from prelort.training.runtime import ModelRuntime
 from prelort.training.steps import Assignment
 from prelort.training.tail import pruned_rank, tail_norm
@@ -123,6 +123,8 @@ def _paid_noise(client: LocalClient, request: messages.TrainRequest) -> NoisyGra
     if ledger is None:
         raise PrelortError("has no place to keep what it has spent of its examples' privacy")
     budget = budget_of(private, count, request.training, request.rounds)
+    some = [client.examples[row] for row in range(min(2, count))]
+    ExampleGradients(client.runtime, request.training).check(some)
     return ledger.pay(private, budget, steps_per_round(count, request.training))
 
 
@@ -299,6 +301,10 @@ def _known_tensors(client: LocalClient, request: messages.Delivery) -> dict[str,
 
 def _personal_tensors(client: LocalClient, request: messages.Delivery) -> dict[str, Tensor]:
     """The client's own B and modules to save from its last round, at the rank of this one."""
+    if client.ledger is not None and client.ledger.limit is not None:
+        raise PrelortError(
+            "uses no factors of its own ([privacy] in its site.toml)"
+        )  # without noise
     if client.personal is None:
         raise PrelortError("has no place to keep its own factors: this method needs one")
     tensors = client.personal.load(client.name, before=request.round)

@@ -95,7 +95,7 @@ class TrainRequest(Delivery):
     All numbers are resolved: the learning rate is this client's.
     """
 
-    rounds: int
+    rounds: Annotated[int, Field(ge=1)]
     seed: int
     training: LocalTraining
     objective: Kind

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 from prelort.errors import ConfigError
@@ -55,7 +55,7 @@ def epsilon_of(releases: Iterable[Releases], delta: float) -> float:
 
 
 # Each takes a second or more, and clients with equally many examples share the result.
-@cache
+@lru_cache(1024)
 def _noise_multiplier(budget: Budget) -> float:
     accounting = _dp_accounting()
 
@@ -71,7 +71,7 @@ def _noise_multiplier(budget: Budget) -> float:
     return noise
 
 
-@cache
+@lru_cache(1024)
 def _epsilon_of(releases: tuple[Releases, ...], delta: float) -> float:
     if not releases:
         return 0.0

@@ -16,11 +16,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
+from filelock import FileLock
 from pydantic import Field
 
-from prelort.config import PrivacyConfig
+from prelort.config import MAX_CLIP, MIN_CLIP, PrivacyConfig
 from prelort.errors import CheckpointError, PrelortError
-from prelort.files import write_atomically
+from prelort.files import sync_folder, write_atomically
 from prelort.privacy.accounting import Budget, Releases, epsilon_of
 from prelort.privacy.noise import Normal, system_normal
 
@@ -38,7 +39,7 @@ class ExamplePrivacy:
 
     epsilon: Annotated[float, Field(gt=0.0, le=100.0)]
     delta: Annotated[float, Field(gt=0.0, lt=1.0)]
-    clip: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+    clip: Annotated[float, Field(ge=MIN_CLIP, le=MAX_CLIP)]
 
 
 def example_privacy(privacy: PrivacyConfig) -> ExamplePrivacy | None:
@@ -65,6 +66,15 @@ def ledger_in(folder: Path, client: str) -> ExampleLedger:
     """A client's ledger in its own or in a run's folder; a name may have any characters."""
     name = hashlib.sha256(client.encode()).hexdigest()[:16]
     return ExampleLedger(folder / FOLDER / f"{name}.json")
+
+
+def check_ledgers(folder: Path) -> None:
+    """Raise `CheckpointError` if a resumed run has lost the ledgers of its clients."""
+    if not (folder / FOLDER).is_dir():
+        raise CheckpointError(
+            f"{str(folder / FOLDER)!r} is missing, so what has been spent of the privacy budget is "
+            "not known"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,23 +104,28 @@ class ExampleLedger:
                     f"(its site.toml), requested was {privacy.epsilon:g} at {privacy.delta:g}"
                 )
         noise = budget.noise_multiplier()
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        sync_folder(self.file.parent.parent)
+        with FileLock(f"{self.file}.lock"):  # another run may use the same file
+            self._add(Releases(noise, budget.rate, steps), privacy)
+        return NoisyGradients(privacy.clip, noise, budget.rate)
+
+    def epsilon(self, delta: float) -> float:
+        """What has been spent."""
+        return epsilon_of(self._read(), delta)
+
+    def _add(self, releases: Releases, privacy: ExamplePrivacy) -> None:
         spent = self._read()
         counts = {(one.noise_multiplier, one.rate): one.count for one in spent}
-        kind = noise, budget.rate
-        counts[kind] = counts.get(kind, 0) + steps
+        kind = releases.noise_multiplier, releases.rate
+        counts[kind] = counts.get(kind, 0) + releases.count
         after = [Releases(*kind, count) for kind, count in counts.items()]
         if not epsilon_of(after, privacy.delta) <= privacy.epsilon:
             raise PrelortError(
                 f"{SPENT}: {epsilon_of(spent, privacy.delta):.4g} of privacy.epsilon = "
                 f"{privacy.epsilon:g}, repeated rounds were paid for too"
             )
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.file, json.dumps([asdict(one) for one in after], indent=2).encode())
-        return NoisyGradients(privacy.clip, noise, budget.rate)
-
-    def epsilon(self, delta: float) -> float:
-        """What has been spent."""
-        return epsilon_of(self._read(), delta)
 
     def _read(self) -> list[Releases]:
         if not self.file.exists():

@@ -23,6 +23,7 @@ from itertools import chain
 import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
+from torch.linalg import vector_norm
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from prelort.config import Config
@@ -199,8 +200,13 @@ class ExampleGradients:
         return found
 
     def check(self, examples: Sequence[Example]) -> None:
-        """Raise `ConfigError` unless the gradients of some examples are those of each alone."""
+        """Raise `ConfigError` unless the gradients of some examples are those of each alone.
+
+        Tried once.
+        """
         runtime = self._runtime
+        if runtime.truncation.own_gradients:
+            return
 
         def gradients(some: Sequence[Example]) -> list[Tensor]:
             one = ForwardPass(some, runtime.collate(some), None, 1.0)
@@ -219,6 +225,7 @@ class ExampleGradients:
                         "with this model",
                         "an example's gradient depends on the others of its batch",
                     )
+        runtime.truncation.own_gradients = True
 
     def _groups_of(self, weight: Tensor) -> Tensor:
         own = self._of_rows.get(weight) if isinstance(weight, nn.Parameter) else None
@@ -234,8 +241,9 @@ def clipped_sums(gradients: Sequence[Tensor], clip: float) -> list[Tensor]:
     ``gradients``: [examples, *shape] of each parameter; an example whose gradient is not finite
     adds nothing.
     """
-    squares = [gradient.flatten(1).square().sum(1) for gradient in gradients]
-    norms = torch.stack([square.to(squares[0].device) for square in squares]).sum(0).sqrt()
+    # In float64: the squares of small float32 numbers are 0, and what has no norm is not clipped.
+    each = [vector_norm(gradient.flatten(1), dim=1, dtype=torch.float64) for gradient in gradients]
+    norms = vector_norm(torch.stack([norm.to(each[0].device) for norm in each]), dim=0)
     finite = torch.isfinite(norms)
     factors = torch.where(finite, clip / norms.clamp(min=clip), 0.0)
     sums = []

@@ -39,6 +39,8 @@ class Truncation:
     def __init__(self, model: nn.Module, scale: ScaleRule) -> None:
         self.by_example: bool | None = None
         """`ModelRuntime.by_example`, once that was tried."""
+        self.own_gradients = False
+        """Whether `ExampleGradients.check` has passed."""
         self.separates: bool | None = None
         """Whether `ModelRuntime.check_packing` found examples of a row independent, once tried."""
         self._scale = scale
