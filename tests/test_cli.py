@@ -221,6 +221,8 @@ class TestRun:
             outcome = command_line("run", config_file, "-o", out)
         assert outcome.code == 130
         assert outcome.err.strip() == f"stopped; continue with: prelort run --resume {out}"
+        untrained = command_line("export", out, "--out", tmp_path / "adapter")
+        assert untrained.error == f"'{out}' has nothing to export: no round has finished"
         assert command_line("run", "--resume", out, "-q").code == 0
 
     def test_several_methods_are_resumed_at_one_that_has_not_started(

@@ -85,6 +85,11 @@ def test_objects_give_the_bits_that_files_give(
     federation = Federation(llama, words, sites, ranks=RANKS, **SHORT)
     stopped = federation.run(3, tmp_path / "own", callbacks=[lambda history: history.round == 1])
     assert (stopped.history.done, stopped.history.finished) == (1, True)
+    other = Federation(
+        llama, words, {**sites, "site-2": sites["site-2"].select([0, 1, 2])}, ranks=RANKS, **SHORT
+    )
+    with pytest.raises(ConfigError, match="own' has other rows than the ones given"):
+        other.run(3, tmp_path / "own", resume=True)
     result = federation.run(3, tmp_path / "own", resume=True)
     expected = prelort.run(make_config(), tmp_path / "files")
     assert same_bits(result.global_adapter, expected.global_adapter)

@@ -135,7 +135,7 @@ def steps_paid(run: Path) -> dict[str, int]:
     """Ledger -> the steps in it."""
     return {
         file.name: sum(one["count"] for one in json.loads(file.read_text()))
-        for file in (run / "privacy").iterdir()
+        for file in (run / "privacy").glob("*.json")
     }
 
 

@@ -76,6 +76,11 @@ def test_finds_its_columns(available: list[str], found: tuple[str, str]) -> None
     assert TASK.columns(DataConfig(), available) == found
 
 
+def test_one_column_cannot_be_both_text_and_label() -> None:
+    with pytest.raises(ConfigError, match="column 'label' is both text and label"):
+        TASK.columns(DataConfig(text_column="label"), ["text", "label"])
+
+
 def test_a_batch_weighs_its_examples() -> None:
     batch = TASK.collate([Example([5, 6, 7], 2), Example([8], 0)], pad_id=9)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]

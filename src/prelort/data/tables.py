@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from datasets import Dataset, DatasetDict, Value, concatenate_datasets
@@ -36,6 +38,15 @@ class Tables:
     train: Dataset
     test: Dataset | None = None
     parts: tuple[Part, ...] | None = None
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all rows and who holds them."""
+        digest = hashlib.sha256(repr(self.parts).encode())
+        for rows in (self.train, self.test):
+            for batch in rows.iter(1000) if rows is not None else ():
+                digest.update(repr(batch).encode())
+        return digest.hexdigest()
 
 
 def tables(
@@ -103,7 +114,7 @@ def _table(rows: object, where: str) -> Dataset:
     """The rows as a data set with at least one row."""
     table: Any = rows
     try:
-        if hasattr(rows, "iloc"):
+        if hasattr(rows, "iloc") and hasattr(rows, "columns"):
             table = Dataset.from_pandas(rows, preserve_index=False)
         elif isinstance(rows, list | tuple) and all(isinstance(row, Mapping) for row in rows):
             table = Dataset.from_list([dict(row) for row in rows])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,13 @@ def write(
         if clean.is_fast:  # it keeps the limits of its last call, which are no part of it
             clean.backend_tokenizer.no_truncation()
             clean.backend_tokenizer.no_padding()
-        clean.save_pretrained(folder)
+        try:
+            clean.save_pretrained(folder)
+        except Exception as error:  # tokenizers has no other type for a full disk
+            code = re.search(r"\(os error (\d+)\)", str(error))
+            if code is None:
+                raise
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(folder)) from None
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 

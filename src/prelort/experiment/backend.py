@@ -89,7 +89,7 @@ class InProcess:
     @contextmanager
     def __call__(self, config: Config, folder: Path) -> Iterator[Backend]:
         """The backend of one run: its clients in threads, or several in one batch."""
-        self._objects.store(config.model)
+        self._objects.store(config.model, folder)
         assembly = assemble(config, folder, self._cache, self._objects)
         preflight(assembly)
         runtime, clients = assembly.runtime, assembly.clients

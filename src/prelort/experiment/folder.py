@@ -41,8 +41,9 @@ LIBRARIES = ("prelort", "torch", "transformers", "peft", "datasets", "flwr", "sa
 GLANCE_SECONDS = 0.2
 """`is_running` may hold a lock for an instant: wait for that long."""
 
-BASE, TOKENIZER = "base", "tokenizer"
-"""Folders for a base model that was in no files, and for a tokenizer given in Python."""
+BASE, TOKENIZER, ROWS = "base", "tokenizer", "rows.sha256"
+"""Of what was given in Python: folders for a base model that was in no files and for a tokenizer,
+and a file for the digest of rows."""
 
 _LEFTOVERS = (".versions.json.tmp", ".config.toml.tmp", ".study.toml.tmp", ".lock")
 _BEFORE_THE_ROUNDS = (
@@ -56,6 +57,7 @@ _BEFORE_THE_ROUNDS = (
     "clients.png",
     "privacy.json",
     "trackers.json",
+    ROWS,
 )
 
 

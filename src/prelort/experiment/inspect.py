@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -95,10 +96,14 @@ def export_run(
     config = _with_labels(folder.read_config(), folder.path)
     if is_taken(out):
         raise ConfigError(f"{str(out)!r} exists and is not empty: choose another --out")
-    state = _newest_state(folder, base.fingerprint(config.model))
+    state, rounds = _newest_state(folder, base.fingerprint(config.model)), config.federation.rounds
     method = methods.build(config.method, config.seed)
     if methods.trait(method, "personal"):
         raise ConfigError(f"method {config.method.name!r} leaves no global model to export")
+    if state.round == 0:
+        raise CheckpointError(f"{str(folder.path)!r} has nothing to export: no round has finished")
+    if state.round < rounds:
+        warnings.warn(f"exported after round {state.round} of {rounds}", stacklevel=2)
     max_rank = method.global_adapter(state).rank
     rank = max_rank if rank is None else rank
     if not isinstance(rank, int) or not 1 <= rank <= max_rank:

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from prelort.config import ModelConfig
 from prelort.data.tables import Tables
 from prelort.errors import ConfigError
-from prelort.experiment.folder import BASE, TOKENIZER
+from prelort.experiment.folder import BASE, ROWS, TOKENIZER
 from prelort.models import base
 from prelort.training.runtime import ComputeMetrics
 
@@ -71,16 +71,26 @@ class Objects:
             raise ConfigError("give a tokenizer: the model is in no files to take it from")
         return found.model_copy(update={"name": str((out / BASE).absolute()), "revision": None})
 
-    def store(self, config: ModelConfig) -> None:
+    def store(self, config: ModelConfig, folder: Path) -> None:
         """Write model and tokenizer to where ``config`` says, unless they are there.
 
-        Raises `ConfigError` where there are others: those of an earlier run in this folder.
+        A digest of the rows goes into the run's folder. Raises `ConfigError` where there are
+        others: those of an earlier run in this folder.
         """
         if self.tokenizer is not None and config.tokenizer is not None:
             _store(self.tokenizer, Path(config.tokenizer), self._is_same_tokenizer)
         if self.model is not None:
             model = self.model
             _store(model, Path(config.name), lambda path: base.is_stored(model, config))
+        if self.tables is not None:
+            file = folder / ROWS
+            if not file.exists():
+                file.write_text(self.tables.digest, encoding="utf-8")
+            elif file.read_text(encoding="utf-8") != self.tables.digest:
+                raise ConfigError(
+                    f"the run in {str(folder)!r} has other rows than the ones given: continue with "
+                    "the same rows, or choose another folder"
+                )
 
     def _is_same_tokenizer(self, path: Path) -> bool:
         own, other = self.tokenizer, AutoTokenizer.from_pretrained(path)

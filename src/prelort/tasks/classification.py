@@ -41,6 +41,8 @@ class Classification:
         """The text column and the label column; raises `ConfigError` if one is missing."""
         text = find("data.text_column", config.text_column, TEXT_COLUMNS, available)
         label = find("data.label_column", config.label_column, LABEL_COLUMNS, available)
+        if text == label:
+            raise ConfigError(f"column {text!r} is both text and label: choose another of the two")
         return text, label
 
     def labels(self, rows: Dataset, config: DataConfig) -> tuple[str, ...]:

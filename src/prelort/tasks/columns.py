@@ -67,11 +67,11 @@ def cells(rows: Dataset, column: str) -> Iterator[Any]:
 def require_texts(rows: Dataset, columns: Sequence[str], where: str) -> None:
     """Raise `ConfigError` naming the first row (counted from 1) of ``where`` that is no text.
 
-    The first of the columns must have a value in every row; warns if most of them are blank.
+    The first of the columns must have a value in every row; warns of blank ones.
     """
     for column in columns:
         blank = sum(not text.strip() for text in iter_texts(rows, column, where))
-        if column == columns[0] and blank > len(rows) / 2:
+        if column == columns[0] and blank:
             warnings.warn(
                 f"{where}: {blank} of {len(rows)} rows have no text in column {column!r}",
                 stacklevel=2,
