@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from crash import Stopped, stop_after_round
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
 from dp_accounting.rdp import RdpAccountant
+from pydantic import TypeAdapter, ValidationError
 from scipy.integrate import quad
 from scipy.stats import norm
 
 import prelort
 from prelort.config import Config, TrainingConfig
 from prelort.errors import CheckpointError, ConfigError, PrelortError
-from prelort.events import BudgetSpent, ClientFinished, Event, RoundFinished
+from prelort.events import BudgetSpent, ClientFinished
 from prelort.privacy.accounting import Releases, epsilon_of
 from prelort.privacy.example import ExampleLedger, ExamplePrivacy
 from prelort.training.private import budget_of
@@ -119,18 +122,6 @@ def config(make_config: Make) -> Config:
     return make_config(privacy=PRIVACY)
 
 
-class Stopped(Exception):
-    """Stands for a crash."""
-
-
-def stop_after_round(number: int) -> Callable[[Event], None]:
-    def listener(event: Event) -> None:
-        if isinstance(event, RoundFinished) and event.round == number:
-            raise Stopped
-
-    return listener
-
-
 def steps_paid(run: Path) -> dict[str, int]:
     """Ledger -> the steps in it."""
     return {
@@ -217,3 +208,17 @@ def test_what_has_no_guarantee_is_refused_and_leaves_nothing(
     with pytest.raises(ConfigError, match=sentence):
         prelort.run(make_config(**given), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_has_lost_its_ledgers_does_not_go_on(tmp_path: Path, config: Config) -> None:
+    with pytest.raises(Stopped):
+        prelort.run(config, tmp_path / "run", listeners=[stop_after_round(2)])
+    shutil.rmtree(tmp_path / "run" / "privacy")
+    with pytest.raises(CheckpointError, match="privacy' is missing, so what has been spent"):
+        prelort.run(config, tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("clip", [1e-28, 1e7])
+def test_no_client_clips_to_a_norm_that_float32_cannot_keep(clip: float) -> None:
+    with pytest.raises(ValidationError):
+        TypeAdapter(ExamplePrivacy).validate_python({"epsilon": 1, "delta": 1e-5, "clip": clip})

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from crash import Stopped, stop_after_round
 
 import prelort
 from prelort.config import Config
 from prelort.errors import CheckpointError, ConfigError, PrelortError
-from prelort.events import BudgetSpent, Event, RoundFinished
+from prelort.events import BudgetSpent
 from prelort.methods import Client, build
 from prelort.privacy import PrivateRun
 from rounds import start
@@ -42,20 +43,6 @@ def either(request: pytest.FixtureRequest, make_config: Make, config: Config) ->
 
 def releases(run: Path) -> int:
     return int(json.loads((run / "privacy.json").read_text())["releases"])
-
-
-class Stopped(Exception):
-    """Stands for a crash."""
-
-
-def stop_after_round(number: int) -> Callable[[Event], None]:
-    """A crash when the round's adapter is known, and before it is saved."""
-
-    def listener(event: Event) -> None:
-        if isinstance(event, RoundFinished) and event.round == number:
-            raise Stopped
-
-    return listener
 
 
 def test_a_run_spends_its_budget_and_not_more(tmp_path: Path, either: Config) -> None:

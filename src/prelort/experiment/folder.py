@@ -13,6 +13,7 @@ results.md, *.png    tables and pictures
 report.html          the page
 privacy.json         with differential privacy: the noise, and how often it was drawn
 privacy/             the same of each client, where its examples are private
+rows.sha256          the digest of rows given in Python, which a resumed run must have again
 trackers.json        the ids of the run in the trackers, and the last rounds logged there
 """
 

@@ -301,10 +301,9 @@ def _known_tensors(client: LocalClient, request: messages.Delivery) -> dict[str,
 
 def _personal_tensors(client: LocalClient, request: messages.Delivery) -> dict[str, Tensor]:
     """The client's own B and modules to save from its last round, at the rank of this one."""
+    # They may be of a time before the limit, without noise.
     if client.ledger is not None and client.ledger.limit is not None:
-        raise PrelortError(
-            "uses no factors of its own ([privacy] in its site.toml)"
-        )  # without noise
+        raise PrelortError("uses no factors of its own ([privacy] in its site.toml)")
     if client.personal is None:
         raise PrelortError("has no place to keep its own factors: this method needs one")
     tensors = client.personal.load(client.name, before=request.round)

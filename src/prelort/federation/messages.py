@@ -18,8 +18,7 @@ from prelort.adapters import AdapterSchema, ScaleRule, Trained
 from prelort.errors import UpdateRefused
 from prelort.federation.encoding import Dtype
 from prelort.methods.objective import Kind, Objective, TailPenalty
-from prelort.privacy import example
-from prelort.privacy.example import ExamplePrivacy
+from prelort.privacy.example import EXAMPLE_PRIVACY, ExamplePrivacy
 from prelort.secure.messages import FEATURE, MaskedInput
 from prelort.training.settings import LocalTraining
 
@@ -28,7 +27,7 @@ MAX_NAME = 200
 """Characters of a client's name."""
 B_RATE_RATIO = "b-rate-ratio"
 MAGNITUDES = "magnitudes"
-FEATURES = frozenset({FEATURE, B_RATE_RATIO, MAGNITUDES, example.FEATURE})
+FEATURES = frozenset({FEATURE, B_RATE_RATIO, MAGNITUDES, EXAMPLE_PRIVACY})
 """What this version knows of the names in ``TrainRequest.requires``."""
 
 Seconds = Annotated[float, PlainSerializer(lambda value: f"{value:.6e}", when_used="json")]

@@ -16,7 +16,7 @@ from prelort.federation.messages import (
     TrainRequest,
 )
 from prelort.methods.interface import Broadcast, Client, Method, ServerState
-from prelort.privacy import example
+from prelort.privacy.example import EXAMPLE_PRIVACY, example_privacy
 from prelort.secure.messages import FEATURE, MaskedInput
 from prelort.training.settings import LocalTraining
 
@@ -37,11 +37,11 @@ def train_request(
     """
     objective = method.objective(state, client)
     broadcast = method.broadcast(state, client)
-    private = example.example_privacy(config.privacy)
+    private = example_privacy(config.privacy)
     features = {
         FEATURE: masked is not None,
         B_RATE_RATIO: config.training.b_rate_ratio != 1,
-        example.FEATURE: private is not None,
+        EXAMPLE_PRIVACY: private is not None,
         MAGNITUDES: broadcast.magnitude_rate_ratio is not None,
     }
     request = TrainRequest(

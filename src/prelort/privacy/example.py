@@ -25,7 +25,7 @@ from prelort.files import sync_folder, write_atomically
 from prelort.privacy.accounting import Budget, Releases, epsilon_of
 from prelort.privacy.noise import Normal, system_normal
 
-FEATURE = "example-privacy"
+EXAMPLE_PRIVACY = "example-privacy"
 """Its name among the features that a request to train requires."""
 FOLDER = "privacy"
 """Of ledgers."""
