@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prelort.adapters import ScaleRule
-from prelort.aggregation.products import ProductSum, SegmentSums, between, sum_products
+from prelort.adapters import Factors, LoraAdapter, ScaleRule
+from prelort.aggregation.products import ProductSum, SegmentSums, along, between, sum_products
 from prelort.errors import AdapterError
 from random_adapters import dense, random_adapter, seeds
 from rounds import assert_near
@@ -87,6 +87,23 @@ def assert_segments(sums, replies, before):
         assert_near(dense(segment.products.mean()), mean)
         moved = sum(w**2 * float((p[n] - old[n]).square().sum()) for p, w in holders for n in old)
         assert segment.moved == pytest.approx(moved, rel=1e-5)
+        unit = {n: p / p.norm() for n, p in sorted(old.items())}
+        gains = [
+            (torch.stack([((p[n] - old[n]) * u).sum() for n, u in unit.items()]), w)
+            for p, w in holders
+        ]
+        assert torch.allclose(segment.gained, sum(w * g for g, w in gains).double(), rtol=1e-4)
+        squares = sum(w**2 * float(g @ g) for g, w in gains)
+        assert segment.gained_squares == pytest.approx(squares, rel=1e-4)
+
+
+def test_nothing_is_gained_along_a_product_of_zero():
+    before = random_adapter(3, scale=ScaleRule("constant", 2.0))
+    wide, tall = before.layers["wide"], before.layers["tall"]
+    layers = {"wide": Factors(wide.A, torch.zeros_like(wide.B)), "tall": tall}
+    first, second = along(random_adapter(3, 1), LoraAdapter(layers, before.scale))
+    assert first != 0  # tall, by name
+    assert second == 0
 
 
 def test_parts_keep_their_product_under_any_scale_rule():

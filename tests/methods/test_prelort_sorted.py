@@ -63,6 +63,34 @@ def test_changes_against_each_other_do_not_turn_a_segment_round():
     assert moved == pytest.approx(0.1 / 3, rel=1e-4)  # two holders of three, mean change 0.05
 
 
+def test_after_the_first_round_clients_agree_by_what_they_change_along_the_adapter():
+    """Their noise is not counted: the tail follows its only holder, though most changes differ."""
+    start = reply(0, 1, 2, 3)
+    noisy = [_changed(start, 0.2, 4), _changed(start, 0.2, 6, rank=LOW)]
+    assert _tail(after(noisy, start)) == pytest.approx([1.2, 1.2], abs=1e-5)
+
+
+def test_clients_who_agree_off_the_adapter_alone_do_not_agree():
+    """One lengthens what there is and one shortens it: the tail moves by half of its holder's."""
+    start = reply(0, 1, 2, 3)
+    contrary = [_changed(start, 0.2, 4), _changed(start, -0.2, 4, rank=LOW)]
+    assert _tail(after(contrary, start)) == pytest.approx([1.1, 1.1], abs=1e-5)
+
+
+def _changed(start, gain, place, rank=R):
+    """The reply of a client that adds ``gain`` to each dimension, and noise at other places."""
+    a, b = start.layers["layer"].A[:rank], start.layers["layer"].B[:, :rank] * (1 + gain)
+    noise = torch.zeros(SIZE, rank)
+    noise[place, 0] = noise[place + 1, 1] = 3.0
+    return LoraAdapter({"layer": Factors(a, b + noise)}, SCALE)
+
+
+def _tail(adapter):
+    """What is left of the third and fourth dimension of ``reply(0, 1, 2, 3)``."""
+    product = adapter.layers["layer"].B @ adapter.layers["layer"].A
+    return [float(product[2, 2]), float(product[3, 3])]
+
+
 @given(
     rho=st.floats(0, 1),
     weights=st.lists(st.floats(0.1, 10), min_size=1, max_size=6),

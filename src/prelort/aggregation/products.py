@@ -9,13 +9,15 @@ ever built.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from prelort.adapters import Factors, LoraAdapter
-from prelort.adapters.algebra import compress, concatenate, squared_distance
+from prelort.adapters.algebra import compress, concatenate, layer_inner, squared_distance
 from prelort.errors import AdapterError
 
 
@@ -55,7 +57,8 @@ class ProductSum:
 class Segment:
     """Rank dimensions low + 1 to high: the products of the clients that hold them.
 
-    With ``before``, the segment as it was broadcast, it also sums how far the products have moved.
+    With ``before``, the segment as it was broadcast, it also sums how far the products have moved:
+    at all, and `along` it.
     """
 
     low: int
@@ -66,6 +69,10 @@ class Segment:
     """Sum of the squared weights."""
     moved: float = 0.0
     """Sum of the squared weights times the squared distances of the products from ``before``."""
+    gained: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))
+    """Sum of the weights times the vectors `along` ``before`` (float64 [layers])."""
+    gained_squares: float = 0.0
+    """Sum of the squared weights times the squared lengths of these vectors."""
 
     def add(self, part: LoraAdapter, weight: float) -> None:
         """Fold in a holder's product of these dimensions."""
@@ -73,6 +80,9 @@ class Segment:
         self.squares += weight**2
         if self.before is not None:
             self.moved += weight**2 * squared_distance(part, self.before)
+            gained = along(part, self.before)
+            self.gained = self.gained + weight * gained
+            self.gained_squares += weight**2 * float(gained @ gained)
 
 
 class SegmentSums:
@@ -145,6 +155,19 @@ def between(adapter: LoraAdapter, low: int, high: int) -> LoraAdapter:
             ratio = adapter.scale(factors.rank) / adapter.scale(a.shape[0])
             layers[name] = Factors(a, b if ratio == 1 else b * ratio)
     return LoraAdapter(layers, adapter.scale, adapter.modules_to_save if low == 0 else {})
+
+
+def along(part: LoraAdapter, before: LoraAdapter) -> Tensor:
+    """What each layer's product has gained in the direction of the one before (float64 [layers]).
+
+    ``<P - P0, P0> / |P0|``; 0 in a layer whose P0 is zero, as all are before the first round.
+    """
+    gained = []
+    for name in sorted(before.layers):
+        square = layer_inner(before, before, name)
+        change = layer_inner(part, before, name) - square
+        gained.append(change / math.sqrt(square) if square > 0 else 0.0)
+    return torch.tensor(gained, dtype=torch.float64)
 
 
 def sum_products(parts: Sequence[LoraAdapter]) -> LoraAdapter:

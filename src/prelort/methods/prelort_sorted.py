@@ -19,8 +19,12 @@ a segment whose holders have the share pi of the weight moves by its holders' me
     eta = pi + (1 - pi) m rho / (1 + (m - 1) rho)
 
 rho = 0 means that a missing change is no change, rho = 1 that everyone would have done as the
-holders did (PreLort's segment-wise mean; in products raFLoRA). It is measured in every round, from
-the inner products of the holders' changes (`agreement`), so there is no hyperparameter.
+holders did (PreLort's segment-wise mean; in products raFLoRA). It is measured in every round, so
+there is no hyperparameter: from the inner products of the holders' changes along the adapter as it
+was broadcast, one number <D_k, P> / |P| for each layer (`agreement`). Most of a client's change is
+the noise of a few optimiser steps, in any direction and different for clients with the same data.
+It hides what they agree on, and does little harm; so whole changes are compared in the first round
+alone, when P is zero.
 
 The sum is a stack of factors; its SVD at the global rank becomes the new adapter, the singular
 values split evenly. So the dimensions are sorted by strength after every round, whoever trained
@@ -89,23 +93,42 @@ class PreLortSorted(ProductMethod):
 def agreement(means: Sequence[tuple[Segment, LoraAdapter]]) -> float:
     """Rho: the mean inner product of two clients' changes, relative to their mean square.
 
-    Each segment with several holders has an estimate of its own; they are averaged by the weight of
-    their pairs of holders, since they differ by little more than their noise. Between 0 and 1; 0
-    where no segment has two holders, or nothing has moved.
+    Of the changes along the adapter as it was broadcast; where no segment has two holders and a
+    product, of the whole changes. Between 0 and 1; 0 where no segment has two holders, or nothing
+    has moved.
 
     Args:
         means: the segments with a holder, each with the mean of its holders' products.
     """
+    gained = [(s, float(s.gained @ s.gained), s.gained_squares) for s, _ in means]
+    rho = _pooled(gained)
+    if rho is None:
+        rho = _pooled([(s, _moved_together(s, mean), s.moved) for s, mean in means])
+    return min(max(rho or 0.0, 0.0), 1.0)
+
+
+def _pooled(segments: Sequence[tuple[Segment, float, float]]) -> float | None:
+    """The mean agreement over segments; None if none has one.
+
+    Each segment with several holders has an estimate of its own; they are averaged by the weight of
+    their pairs of holders, since they differ by little more than their noise.
+
+    Args:
+        segments: each with |sum_k w_k D_k|^2 and sum_k w_k^2 |D_k|^2.
+    """
     agreeing = pairs = 0.0
-    for segment, mean in means:
+    for segment, together, single in segments:
         weight = segment.products.total**2 - segment.squares
-        square = segment.moved / segment.squares
-        if weight > 0 and square > 0:
-            assert segment.before is not None
-            moved = segment.products.total**2 * squared_distance(mean, segment.before)
-            agreeing += (moved - segment.moved) / square
+        if weight > 0 and single > 0:
+            agreeing += (together - single) / (single / segment.squares)
             pairs += weight
-    return min(max(agreeing / pairs, 0.0), 1.0) if pairs > 0 else 0.0
+    return agreeing / pairs if pairs > 0 else None
+
+
+def _moved_together(segment: Segment, mean: LoraAdapter) -> float:
+    """|sum_k w_k D_k|^2 of the holders' whole changes."""
+    assert segment.before is not None
+    return segment.products.total**2 * squared_distance(mean, segment.before)
 
 
 def multiplier(segment: Segment, total: float, rho: float) -> float:
