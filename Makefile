@@ -84,7 +84,7 @@ docs: dev ## build the documentation into site/
 	$(BIN)/zensical build --strict
 
 # Those with a short version; docs/performance.md has the commands of the long ones.
-BENCHMARKS := overhead together nested_cost example_gradients memory aggregation floor startup wire secure scale on_paper gpu
+BENCHMARKS := overhead together nested_cost example_gradients memory aggregation floor startup wire secure scale on_paper gpu several_gpus plan_error
 
 bench: install ## a short version of the benchmarks, results in benchmarks/results/short
 	@for name in $(BENCHMARKS); do \
@@ -92,8 +92,13 @@ bench: install ## a short version of the benchmarks, results in benchmarks/resul
 		$(BIN)/python benchmarks/$$name.py --short || exit 1; \
 	done
 
-bench-gpu: install ## real architectures on a GPU, against plain PEFT and two Trainers; says what it skips
-	$(BIN)/python benchmarks/gpu.py
+bench-gpu: install ## real architectures on GPUs, against plain PEFT and two Trainers; says what it skips
+	-$(PIP) -e ".[quantised]" trl
+	-$(BIN)/python benchmarks/gpu.py
+	-$(BIN)/python benchmarks/plan_error.py --device cuda
+	-$(BIN)/python benchmarks/several_gpus.py
+	-$(BIN)/python benchmarks/memory.py --device cuda
+	-$(BIN)/python benchmarks/nested_cost.py --device cuda
 
 evidence-small: install ## all methods x 3 seeds on the embedded model, as in docs/results: about 13 minutes
 	$(BIN)/prelort compare benchmarks/studies/claim-python.toml --out runs/evidence-small --jobs 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,20 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
+
+
+def no_gpu(device: str) -> bool:
+    """Whether a GPU is asked for and there is none, which is said."""
+    lacks = device != "cpu" and not torch.cuda.is_available()
+    if lacks:
+        print("skipped: there is no GPU")
+    return lacks
+
+
+def card_of(facts: Mapping[str, Any]) -> str:
+    """The GPU in `machine`'s facts, for the end of a file's name; empty on a CPU."""
+    name = re.sub(r"[^a-z0-9]+", "_", str(facts["device"]).lower())
+    return f"_{name}" if torch.cuda.is_available() else ""
 
 
 def local_app(clients: Sequence[Any]) -> Any:
@@ -84,11 +99,17 @@ def report(name: str, title: str, rows: Sequence[Mapping[str, Any]], facts: Any)
     console = Console(width=110)
     console.print(table)
     console.print(facts)
+    path = write(name, title, rows, facts)
+    console.print(f"wrote {path.relative_to(Path(__file__).parent.parent)}")
+
+
+def write(name: str, title: str, rows: Sequence[Mapping[str, Any]], facts: Any) -> Path:
+    """Write what `report` also prints; the file."""
     folder = RESULTS / "short" if isinstance(facts, dict) and facts.get("short") else RESULTS
     folder.mkdir(exist_ok=True)
     path = folder / f"{name}.json"
     path.write_text(json.dumps({"title": title, "facts": facts, "rows": rows}, indent=2) + "\n")
-    console.print(f"wrote {path.relative_to(Path(__file__).parent.parent)}")
+    return path
 
 
 def _text(value: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import accumulate
 
+import torch
 from torch.profiler import ProfilerActivity, profile
 
 from prelort import methods, tasks
@@ -45,10 +46,13 @@ def measured_peak(
     """The peak memory of a real round of a client of this rank, in bytes.
 
     The base model is loaded and trained on full batches of synthetic tokens, every other row a
-    token shorter. The model is counted by its storages, training by ``peak``.
+    token shorter. The model is counted by its storages (on a GPU by what it adds), training by
+    ``peak``.
     """
     task = tasks.get(config.task)
     names = [str(label) for label in range(labels)] if task.kind == "classification" else []
+    on_gpu = config.model.device == "cuda"
+    before = torch.cuda.memory_allocated() if on_gpu else 0
     model = load_model(config.model, task.kind, names, pad_id=0)
     levels = sorted({*ranks.levels(config.ranks.mix), rank})
     wrapped = attach(model, config.lora, levels[-1], task.kind)
@@ -70,7 +74,11 @@ def measured_peak(
     vocabulary = int(model.config.get_text_config().vocab_size)
     examples = [_example(row, config, vocabulary, task.kind) for row in range(count)]
     assignment = Assignment(client.name, 0, 1, config.seed, method.objective(state, client))
-    present = storage_bytes(tensors_of(wrapped))
+    if on_gpu:  # with the scales of quantised weights
+        torch.cuda.empty_cache()
+        present = torch.cuda.memory_allocated() - before
+    else:
+        present = storage_bytes(tensors_of(wrapped))
     return present + peak(lambda: train(runtime, examples, LocalTraining.of(training), assignment))
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import machine, paired, ratio, report
+from common import card_of, machine, no_gpu, paired, ratio, report
 from measured_peak import allocated_peak
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -104,6 +104,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.short:
         arguments.repeats = 1
+    if no_gpu(arguments.device):
+        return
     if arguments.device == "cpu":
         torch.set_num_threads(1)
     on_cpu = arguments.device == "cpu"
@@ -149,7 +151,7 @@ def main() -> None:
         **machine(arguments.device),
         "command": "python benchmarks/memory.py",
     }
-    name = "memory" if arguments.device == "cpu" else "memory_gpu"
+    name = "memory" if arguments.device == "cpu" else f"memory_gpu{card_of(facts)}"
     report(name, "Memory and time of a step", rows, facts)
 
 

@@ -18,7 +18,16 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
 import torch
-from common import high_water_mib, machine, paired, ratio, report, set_high_water_back
+from common import (
+    card_of,
+    high_water_mib,
+    machine,
+    no_gpu,
+    paired,
+    ratio,
+    report,
+    set_high_water_back,
+)
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prelort import tasks
@@ -117,6 +126,8 @@ def main() -> None:
     if arguments.short:
         arguments.repeats = 3
     device = arguments.device
+    if no_gpu(device):
+        return
     if device == "cpu":
         torch.set_num_threads(1)
     bench = Bench(device, arguments.batch, arguments.length)
@@ -159,7 +170,7 @@ def main() -> None:
             }
         )
     facts = {**vars(arguments), **machine(device), "command": "python benchmarks/nested_cost.py"}
-    name = "nested_cost" if device == "cpu" else "nested_cost_gpu"
+    name = "nested_cost" if device == "cpu" else f"nested_cost_gpu{card_of(facts)}"
     report(name, "Cost of a step of each objective, against plain LoRA", rows, facts)
 
 

@@ -9,9 +9,10 @@ Finally, one round of the largest batch in its own process, whose resident memor
 system sees: once with the blocks that the C library's allocator keeps for later, and once with that
 allocator configured to return blocks of 64 KiB and more at once.
 
-    python benchmarks/plan_error.py [--weights FOLDER]
+    python benchmarks/plan_error.py [--weights FOLDER] [--device cuda] [--short]
 
-FOLDER, if given, holds stories260K/.
+FOLDER, if given, holds stories260K/. With ``--device cuda`` models of 0.5 and 7 billion weights on
+a GPU, where the peak is that of torch's caching allocator; those that it does not hold are skipped.
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from common import machine, report
-from measured_peak import measured_peak
+from common import card_of, machine, report
+from gpu import empty_cache, made
+from measured_peak import allocated_peak, measured_peak
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -40,6 +43,7 @@ from transformers import (
 )
 
 from prelort.config import Config, check, load, to_toml
+from prelort.errors import PrelortError
 from prelort.planning.memory import Planner
 from prelort.planning.sizes import show
 
@@ -91,18 +95,36 @@ SETTINGS: dict[str, list[tuple[int, list[str]]]] = {
     "gpt2 28M": [(16, []), (16, SAVING)],
     "bert 17M": [(16, ["task=classification"]), (16, ["task=classification", *SAVING])],
 }
+SHORT, LONG = ([f"data.max_length={tokens}", "model.dtype=bfloat16"] for tokens in (512, 2048))
+LARGE: dict[str, list[tuple[int, list[str]]]] = {
+    "0.5B": [
+        (16, SHORT),
+        (16, [*SHORT, *SAVING]),
+        (64, [*LONG, *SAVING, "training.batch_size=1"]),
+        (16, [*SHORT, *SAVING, "model.quantization=4bit"]),
+    ],
+    "7B": [
+        (64, [*LONG, *SAVING, "training.batch_size=1", "model.quantization=4bit"]),
+        (64, [*LONG, *SAVING, "training.batch_size=1", "training.optimizer=adamw-8bit"]),
+    ],
+}
 LARGEST = ("llama 34M", ["training.batch_size=4", "data.max_length=256"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights", type=Path)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--short", action="store_true", help="tiny models in place of large ones")
     parser.add_argument("--rss", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     if given.rss is not None:
         resident(load(given.rss))
+        return
+    if given.device == "cuda" or given.short:
+        large_models(given.short)
         return
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -119,6 +141,38 @@ def main() -> None:
     report("plan_error", "estimate of prelort plan against the measured peak", rows, facts)
 
 
+def large_models(short: bool) -> None:
+    """Models of 0.5 and 7 billion weights; what fails for want of memory or a library is said."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not short:
+        print("skipped: there is no GPU; --short tries the same on tiny models")
+        return
+    peak = allocated_peak if device == "cpu" else cuda_peak
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, settings in LARGE.items():
+            for rank, changes in settings:
+                changes = [*changes, *(["data.max_length=64"] if short else [])]
+                try:
+                    config = configured(made(name, Path(folder), short), changes, device)
+                    rows.append(compared(name, config, rank, changes, peak))
+                except (OSError, torch.OutOfMemoryError, PrelortError) as error:
+                    print(f"skipped: {name}, rank {rank}, {', '.join(changes)}: {error}")
+                empty_cache()
+    facts = {**machine(device), "short": short}
+    title = "estimate of prelort plan against the measured peak"
+    if rows:
+        report(f"plan_error_gpu{card_of(facts)}", title, rows, facts)
+
+
+def cuda_peak(work: Callable[[], object]) -> int:
+    """The peak of the bytes that ``work`` allocates on the GPU."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def random_models(folder: Path) -> dict[str, str]:
     names = {"embedded": "embedded"}
     for name, config in RANDOM.items():
@@ -128,13 +182,19 @@ def random_models(folder: Path) -> dict[str, str]:
     return names
 
 
-def configured(name: str, changes: list[str]) -> Config:
-    own = ["model.device=cpu", f"model.name={json.dumps(name)}"]
+def configured(name: str, changes: list[str], device: str = "cpu") -> Config:
+    own = [f"model.device={device}", f"model.name={json.dumps(name)}"]
     return load(None, [*own, *(["training.batch_size=4"] if name != "embedded" else []), *changes])
 
 
-def compared(model: str, config: Config, rank: int, changes: list[str]) -> dict[str, Any]:
-    estimated, measured = Planner(config).exact(rank).total, measured_peak(config, rank)
+def compared(
+    model: str,
+    config: Config,
+    rank: int,
+    changes: list[str],
+    peak: Callable[[Callable[[], object]], int] = allocated_peak,
+) -> dict[str, Any]:
+    estimated, measured = Planner(config).exact(rank).total, measured_peak(config, rank, peak=peak)
     return {
         "model": model,
         "settings": ", ".join(c.partition(".")[2] or c for c in changes) or "as they are",

@@ -25,7 +25,7 @@ from prelort.errors import ConfigError, PrelortError
 from prelort.experiment.at_sites import dealt_site
 from prelort.federation import messages, wire
 from prelort.federation.content import blob_in, content_of, text_in
-from prelort.federation.requests import train_request
+from prelort.federation.requests import evaluate_request, train_request
 from prelort.methods import Client, ServerState
 from prelort.training.processes import Processes
 from tiny_models import trained_adapter
@@ -50,6 +50,7 @@ CASES = [
     "method.name=hetlora training.batch_size=1",
 ]
 LONG = f"{EXAMPLE} training.local_steps=3000"
+MEASURE = "measure"
 
 Trained = tuple[dict[str, torch.Tensor], float]
 
@@ -57,10 +58,14 @@ Trained = tuple[dict[str, torch.Tensor], float]
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     file = tmp_path_factory.mktemp("federation") / "federation.toml"
+    rows = file.with_name("rows.jsonl")
+    texts = [f"def f{n}(x): return x * {n} + {n % 7}" for n in range(50)]
+    rows.write_text("\n".join(json.dumps({"text": text}) for text in texts))
     values = {
         "threads": 1,
         "model": {"name": str(tiny_llama), "device": "cpu"},
-        "data": {"max_train_examples": 40, "max_length": 12},
+        "data": {"source": str(rows), "max_length": 12},
+        "evaluation": {"at_clients": True},
         "partition": {"by": "iid", "clients": 2},
         "ranks": {"mix": "2, 4", "assign": "in-order"},
         "federation": {"clients_per_round": 1.0},
@@ -73,27 +78,37 @@ def federation(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Pa
 
 @pytest.fixture(scope="module")
 def requests(federation: Path) -> dict[str, Request]:
-    """A request to train for each of the cases."""
+    """A request to train for each of the cases, and one to measure."""
     client = dealt_site(configuration.load(federation), 1)
     spec = client.runtime.spec
     state = ServerState(trained_adapter(client.runtime.model, spec.scale), levels=(2, 4))
     receiver = Client(client.name, client.rank, len(client.examples))
 
     def request(overrides: str) -> Request:
-        config = configuration.load(federation, shlex.split(overrides))
+        measures = overrides == MEASURE
+        config = configuration.load(federation, [] if measures else shlex.split(overrides))
         method = methods.build(config.method, config.seed)
-        content = train_request(config, spec, method, state, receiver, with_validation=False)
-        return Request("train", str(federation), (), text_in(content) or "", blob_in(content))
+        if measures:
+            content = evaluate_request(config, spec, method.broadcast(state, receiver), 1, [0, 2])
+        else:
+            content = train_request(config, spec, method, state, receiver, with_validation=False)
+        kind = "evaluate" if measures else "train"
+        return Request(kind, str(federation), (), text_in(content) or "", blob_in(content))
 
-    return {case: request(case) for case in (*CASES, LONG)}
+    return {case: request(case) for case in (*CASES, LONG, MEASURE)}
 
 
 @pytest.fixture(scope="module")
-def alone(requests: dict[str, Request], tmp_path_factory: pytest.TempPathFactory) -> list[Trained]:
-    """What one process trains in each case."""
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Worker:
+    """The same site in one process."""
     file = tmp_path_factory.mktemp("alone") / "site.toml"
     file.write_text("partition = 1")
-    worker = Worker(file)
+    return Worker(file)
+
+
+@pytest.fixture(scope="module")
+def alone(requests: dict[str, Request], worker: Worker) -> list[Trained]:
+    """What one process trains in each case."""
     return [trained(worker.answer(requests[case])) for case in CASES]
 
 
@@ -106,10 +121,10 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     trainer_client.stop(file, seconds=1.0)
 
 
-def write(file: Path, accelerate: dict[str, Any]) -> None:
+def write(file: Path, accelerate: dict[str, Any], quantization: str = "none") -> None:
     (file.parent / "accelerate.yaml").write_text(json.dumps(accelerate))  # JSON is YAML
-    trainer = {"accelerate": "accelerate.yaml"}
-    file.write_text(tomli_w.dumps({"partition": 1, "trainer": trainer}))
+    trainer, model = {"accelerate": "accelerate.yaml"}, {"quantization": quantization}
+    file.write_text(tomli_w.dumps({"partition": 1, "trainer": trainer, "model": model}))
 
 
 def send(site: Path, request: Request) -> Reply:
@@ -122,6 +137,11 @@ def trained(reply: Reply) -> Trained:
     content = content_of(reply.text, reply.blob)
     header = wire.header(content, messages.TrainReply)
     return wire.adapter(content, header, {})[0].tensors(), header.loss
+
+
+def measured(reply: Reply) -> messages.EvaluateReply:
+    assert reply.refused is None
+    return wire.header(content_of(reply.text, reply.blob), messages.EvaluateReply)
 
 
 def processes_of(site: Path) -> list[psutil.Process]:
@@ -143,6 +163,7 @@ def test_two_processes_train_what_one_would(
     accelerate: dict[str, Any],
     requests: dict[str, Request],
     alone: list[Trained],
+    worker: Worker,
 ) -> None:
     write(site, accelerate)
     late = requests[LONG]
@@ -153,10 +174,30 @@ def test_two_processes_train_what_one_would(
         found, found_loss = trained(send(site, requests[case]))
         assert found_loss == pytest.approx(loss, rel=1e-6)
         for name, tensor in adapter.items():
-            torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=2e-6, msg=name)
+            torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=5e-6, msg=name)
+    found, expected = (
+        measured(send(site, requests[MEASURE])),
+        measured(worker.answer(requests[MEASURE])),
+    )
+    assert found.weight == expected.weight
+    assert found.metrics == pytest.approx(expected.metrics, rel=1e-5)
+    assert found.prefixes[0] == pytest.approx(expected.prefixes[0], rel=1e-5)
+    assert found.prefixes[0] != pytest.approx(found.prefixes[2], rel=1e-5)
     assert processes_of(site) == first
     trainer_client.stop(site)
     assert_end(first)
+
+
+def test_fsdp_splits_a_base_in_4_bits(
+    site: Path, requests: dict[str, Request], tmp_path: Path
+) -> None:
+    file = tmp_path / "alone.toml"
+    file.write_text('partition = 1\nmodel.quantization = "4bit"')
+    adapter, loss = trained(Worker(file).answer(requests[CASES[0]]))
+    write(site, SHARDED, "4bit")
+    found, found_loss = trained(send(site, requests[CASES[0]]))
+    assert found_loss == pytest.approx(loss, rel=1e-6)
+    torch.testing.assert_close(found, adapter, rtol=1e-5, atol=5e-6)
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import json
 import math
 import random
 from contextlib import contextmanager, nullcontext
@@ -21,6 +22,7 @@ from prelort.metrics.scores import macro_f1, rouge_l
 from prelort.tasks.causal_lm import CausalLM
 from prelort.tasks.classification import Classification
 from prelort.tasks.interface import IGNORED, Example
+from prelort.training.processes import Processes
 from prelort.training.runtime import ModelRuntime
 
 PAD, END, VOCABULARY = 0, 1, 40
@@ -321,6 +323,46 @@ def test_where_memory_does_not_suffice_fewer_ranks_share_a_pass(llama, holds):
     assert all(values == pytest.approx(alone[0]) for values in found.values())
     assert sizes[0] == 8
     assert sizes.count(2 * (1 if holds == 1 else 2)) >= 4
+
+
+@pytest.mark.parametrize("task, count", [(Causal(), 5), (Causal(), 1), (Classification(), 5)])
+def test_processes_share_the_examples_and_return_the_values_over_all_of_them(
+    llama, bert, task, count
+):
+    """The first of two ends when it has given its part."""
+    classifies = task.kind == "classification"
+    model, examples = (bert, sentences(count)) if classifies else (llama, texts(count))
+    metrics = ("accuracy", "macro_f1") if classifies else ("perplexity", "rouge_l")
+    given, rows = {}, []
+
+    class Two(Processes):
+        def all_gather(self, data):
+            given[self.index] = data
+            if len(given) < self.count:
+                raise InterruptedError
+            return [*given.values()]
+
+    def own(prediction):
+        rows.append(len(prediction.predictions))
+        made, labels = prediction.predictions, prediction.label_ids
+        return {"sum": float(made[labels != IGNORED].sum() + labels.sum(where=labels != IGNORED))}
+
+    def of(processes):
+        settings = EvaluationSettings(metrics, 2, max_new_tokens=4)
+        runtime = ModelRuntime(model, None, task, PAD, Tokenizer(), own, processes)
+        return evaluate(runtime, examples, (0, 4), ranked(model), settings)
+
+    alone = of(Processes())
+    with pytest.raises(InterruptedError):
+        of(Two(0, 2))
+    together = of(Two(1, 2))
+    assert rows == [count] * 4  # at each rank, alone and together
+    assert [len(json.loads(own)[0][3]) for own in given.values()] == [
+        count - count // 2,
+        count // 2,
+    ]
+    for rank, values in alone.items():
+        assert together[rank] == pytest.approx(values, rel=1e-5)
 
 
 def test_what_cannot_be_measured_is_one_sentence(llama):

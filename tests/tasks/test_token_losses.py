@@ -97,6 +97,21 @@ def test_parts_have_the_losses_and_gradients_of_the_whole(
         assert float((own - theirs).norm()) <= rounding * float(theirs.norm())
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_parts_find_the_same_tokens_most_likely(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried, sizes = adapted(MODELS[model]).eval(), []
+    expected, all_made = get("causal-lm").scores(tried, batch())
+    head = tried.get_base_model().get_output_embeddings()
+    head.register_forward_hook(lambda *call: sizes.append(call[-1].shape[:2].numel()))
+    monkeypatch.setattr(token_losses, "LIMIT", 5 * 4 * 200)
+    losses, made = get("causal-lm").scores(tried, batch())
+    torch.testing.assert_close(losses, expected)
+    assert torch.equal(made, all_made)
+    assert sizes == [4, *[20] * 4, 16]
+
+
 def test_only_labelled_tokens_have_logits_and_never_more_than_the_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
+from itertools import chain
 
 import pytest
 import torch
-from bench import RULE, Bench, assert_close, distance, without_dropout
+from bench import RULE, Bench, assert_close, distance, settings_of, without_dropout
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from prelort.adapters import peft_folder
 from prelort.errors import PrelortError
-from prelort.methods.objective import nested
+from prelort.methods.objective import nested, plain
 from prelort.models.lora import ADAPTER, extract, install
+from prelort.training.steps import Assignment, LocalSteps
 from random_adapters import same_bits
 from tiny_models import base_model, kind_of, ragged_examples
 
@@ -178,6 +180,17 @@ def test_two_batches_of_four_are_one_batch_of_eight(still, kind):
     assert_close(found, expected, 1e-6)
     _, other = bench.train(batch_size=4, **settings)
     assert distance(found, other) > 1e-4
+
+
+def test_examples_of_like_length_share_a_batch_of_a_step(llama):
+    settings = settings_of(batch_size=3, gradient_accumulation=3)
+    work = Assignment("k", 0, 1, 0, plain(8))
+    passes = LocalSteps(llama.examples[:8], settings, work).next(llama.runtime)
+    lengths = [[len(example.input_ids) for example in part.examples] for (part,) in passes]
+    assert [len(own) for own in lengths] == [3, 3, 2]
+    every = sorted((len(e.input_ids) for e in llama.examples[:8]), reverse=True)
+    assert len(set(every)) > 3
+    assert [*chain(*lengths)] == every
 
 
 # Schedules

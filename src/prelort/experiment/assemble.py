@@ -317,7 +317,10 @@ def prepare_model(
         if loaded is not None:
             model = base.shared_copy(loaded, name, task.kind, labels, pad_id=pad_id)
         else:
-            model = base.load_model(config.model, task.kind, labels, pad_id=pad_id)
+            to_split = processes.split is not None
+            model = base.load_model(
+                config.model, task.kind, labels, pad_id=pad_id, to_split=to_split
+            )
         check_model(config, model, task.kind)
         if processes.split is not None:
             if config.lora.target_parameters:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +22,7 @@ from prelort.metrics import scores
 from prelort.metrics.generate import continuations, fit_prompt
 from prelort.metrics.scores import HIGHER_IS_BETTER
 from prelort.tasks.interface import IGNORED, Batch, Example, Task
+from prelort.training.processes import ALONE, Processes
 from prelort.training.runtime import ComputeMetrics, ModelRuntime, evaluation_mode
 
 T = TypeVar("T")
@@ -64,7 +66,8 @@ def evaluate(
     only for rounding, except that ``rouge_l`` takes the first ``max_generated`` examples that have
     a prompt and a reference. Units: loss in nats per token (causal) or example, accuracy and
     macro_f1 in 0..1, rouge_l in 0..100. ``progress`` is called with the number of steps done and of
-    all steps. The modules' training modes are restored.
+    all steps. The modules' training modes are restored. Of several `ModelRuntime.processes` with
+    whole bases each measures a share of the examples, and all return the values over all of them.
 
     The task's ``compute_metrics`` and the runtime's add values of their own. They get numpy arrays
     in the order of the examples: a classification's logits [examples, classes], or the token that a
@@ -83,8 +86,10 @@ def evaluate(
         return {}
     outputs = {rank: _Outputs() for rank in ranks}
     groups = _RankGroups(ranks, at_once)
-    batches = _batches([len(e.input_ids) for e in examples], settings.batch_size)
-    generated = _batches([e.prompt_length for e in prompts], settings.batch_size)
+    # A base that is split needs all processes in every pass, so that each measures all examples.
+    processes = runtime.processes if runtime.processes.split is None else ALONE
+    batches = _batches([len(e.input_ids) for e in examples], settings.batch_size, processes)
+    generated = _batches([e.prompt_length for e in prompts], settings.batch_size, processes)
     count = _Counter(progress, (len(batches) + len(generated)) * len(ranks))
     own = _own_metrics(runtime, settings.metrics)
     predict = bool(own) or any(metric in FROM_LOGITS for metric in settings.metrics)
@@ -108,6 +113,8 @@ def evaluate(
                 for rank, continued in zip(group, texts, strict=True):
                     outputs[rank].texts.update(zip(indices, continued, strict=True))
                     count()
+    if processes.count > 1:
+        outputs = _of_all(outputs, processes)
     references = [example.reference for example in prompts]
     return {rank: _summary(outputs[rank], settings.metrics, references, own) for rank in ranks}
 
@@ -138,6 +145,30 @@ class _Outputs:
     def truth(self) -> list[int]:
         """The classes' numbers."""
         return [int(label) for label in self.labels.values()]
+
+
+def _of_all(outputs: Mapping[int, _Outputs], processes: Processes) -> dict[int, _Outputs]:
+    """The outputs of all processes together."""
+
+    def listed(rows: Mapping[int, Array]) -> list[tuple[int, str, object]]:
+        return [(index, str(row.dtype), row.tolist()) for index, row in rows.items()]
+
+    def rows(listed: Iterable[tuple[int, str, object]]) -> dict[int, Array]:
+        return {index: np.array(row, dtype) for index, dtype, row in listed}
+
+    own = [
+        (rank, o.nll, o.weight, listed(o.made), listed(o.labels), [*o.texts.items()])
+        for rank, o in outputs.items()
+    ]
+    together = {rank: _Outputs() for rank in outputs}
+    for part in processes.all_gather(json.dumps(own).encode()):
+        for rank, nll, weight, made, labels, texts in json.loads(part):
+            together[rank].nll += nll
+            together[rank].weight += weight
+            together[rank].made |= rows(made)
+            together[rank].labels |= rows(labels)
+            together[rank].texts |= dict(texts)
+    return together
 
 
 class _RankGroups:
@@ -235,9 +266,13 @@ def _check(
         raise ConfigError("metric 'rouge_l' needs test examples with a prompt and a reference")
 
 
-def _batches(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Indices in batches of like length, to save padding; the longest first, to fail early."""
+def _batches(lengths: Sequence[int], size: int, processes: Processes) -> list[list[int]]:
+    """This process's indices, in batches of like length to save padding.
+
+    The longest come first, to fail early.
+    """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    order = order[processes.index :: processes.count]
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 

@@ -138,11 +138,17 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    config: ModelConfig, kind: str, labels: Sequence[str] = (), *, pad_id: int
+    config: ModelConfig,
+    kind: str,
+    labels: Sequence[str] = (),
+    *,
+    pad_id: int,
+    to_split: bool = False,
 ) -> PreTrainedModel:
     """The pretrained model with a causal or a classification head, frozen, on its device.
 
     A new classification head is initialised from torch's global generator: seed it first.
+    ``to_split``: FSDP will split it over the GPUs.
     Raises `ConfigError` for a missing model, for one without safetensors weights, and where
     weights are missing that `new_modules` does not name.
     """
@@ -150,7 +156,7 @@ def load_model(
     options: dict[str, Any] = {}
     if config.quantization != "none":
         new = new_modules(config, kind, labels)
-        options = {"quantization_config": _quantized(config, device, new)}
+        options = {"quantization_config": _quantized(config, device, new, to_split)}
     if options or config.device == BALANCED or _is_quantised(config):
         options |= {"device_map": BALANCED if config.device == BALANCED else str(device)}
     model, loading = _load(config, kind, labels, **options)
@@ -413,7 +419,9 @@ def _from_pretrained(auto: Any, config: ModelConfig, what: str, **options: Any) 
         ) from error
 
 
-def _quantized(config: ModelConfig, device: torch.device, whole: Sequence[str]) -> Any:
+def _quantized(
+    config: ModelConfig, device: torch.device, whole: Sequence[str], to_split: bool
+) -> Any:
     """The settings of bitsandbytes; ``whole``: modules that keep their type because they learn.
 
     Raises `ConfigError` without the library.
@@ -428,11 +436,15 @@ def _quantized(config: ModelConfig, device: torch.device, whole: Sequence[str]) 
     skipped = list(whole) or None  # None: what transformers itself leaves out, the output layer
     if config.quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
-    compute = torch.bfloat16 if device.type == "cuda" else torch.float32
+    on_gpu = device.type == "cuda" or (to_split and torch.cuda.is_available())
+    compute = torch.bfloat16 if on_gpu else torch.float32
+    # FSDP splits floating numbers of one type only; what they hold are four bits all the same.
+    storage = load_configuration(config).dtype if config.dtype == "auto" else config.dtype
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=compute,
         bnb_4bit_use_double_quant=True,
+        bnb_4bit_quant_storage=(storage or torch.float32) if to_split else torch.uint8,
         llm_int8_skip_modules=skipped,
     )

@@ -15,7 +15,7 @@ from prelort.errors import ConfigError
 from prelort.tasks._batches import attention_mask, pad_right
 from prelort.tasks.columns import require_texts
 from prelort.tasks.interface import IGNORED, Batch, Example
-from prelort.tasks.token_losses import cross_entropy, token_losses
+from prelort.tasks.token_losses import token_losses, token_scores
 
 
 class CausalTask:
@@ -61,8 +61,8 @@ class CausalTask:
     def scores(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """The same, and the most likely token after each place (int64 [batch, length])."""
         inputs, following = _inputs_and_labels(batch)
-        logits = model(**inputs, use_cache=False).logits
-        return cross_entropy(logits, following).sum(dim=1), logits.argmax(dim=-1)
+        losses, made = token_scores(model, inputs, following)
+        return losses.sum(dim=1), made
 
     def compute_metrics(self, prediction: EvalPrediction) -> Mapping[str, float]:
         """None of its own."""

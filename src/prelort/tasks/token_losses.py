@@ -9,7 +9,7 @@ decoder (scaling, soft-capping, a bias, an adapted or quantised output layer) st
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -36,11 +36,35 @@ def token_losses(model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor)
     Up to `LIMIT` logits are computed as they are. Of more, only those of tokens with a label are
     computed, in parts, and the result is the same but for rounding.
     """
-    inner = _inner(model)
-    vocabulary = getattr(inner.config.get_text_config(), "vocab_size", None) or 0
-    if labels.numel() * vocabulary <= LIMIT or hasattr(inner, _AT_ONCE):
+    if _all_fit(model, labels):
         return cross_entropy(model(**inputs, use_cache=False).logits, labels)
     return _in_parts(model, inputs, labels, LIMIT)
+
+
+@torch.no_grad()
+def token_scores(
+    model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`token_losses`, and the most likely token after each place (int64 [rows, length])."""
+    head = None if _all_fit(model, labels) else _Head(_inner(model), packed=False)
+    with nullcontext() if head is None else head.of_first_tokens():
+        logits = model(**inputs, use_cache=False).logits
+    if head is None or logits.shape[:2] == labels.shape:
+        return cross_entropy(logits, labels), logits.argmax(dim=-1)
+    hidden = head.output.last_hidden_state
+    size = max(1, LIMIT // (len(labels) * logits.shape[-1]))
+    losses, made = [], []
+    for part, own in _parts(hidden, labels.to(hidden.device), size):
+        logits = head.logits(part)
+        losses.append(cross_entropy(logits, own))
+        made.append(logits.argmax(dim=-1))
+    return torch.cat(losses, dim=1).to(labels.device), torch.cat(made, dim=1).to(labels.device)
+
+
+def _all_fit(model: nn.Module, labels: Tensor) -> bool:
+    inner = _inner(model)
+    vocabulary = getattr(inner.config.get_text_config(), "vocab_size", None) or 0
+    return labels.numel() * vocabulary <= LIMIT or hasattr(inner, _AT_ONCE)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -144,12 +168,17 @@ class _Head:
 
     def losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """The losses of ``labels`` [rows, tokens] from hidden states [rows, tokens, width]."""
+        return cross_entropy(self.logits(hidden), labels)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[rows, tokens, vocabulary]."""
         own = vars(self._decoder).get("forward")
         output = replace(self.output, last_hidden_state=hidden)
         self._decoder.forward = lambda *_, **__: output
         try:
-            tokens = torch.zeros_like(labels)
-            return cross_entropy(self._model(input_ids=tokens, use_cache=False).logits, labels)
+            tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+            logits: Tensor = self._model(input_ids=tokens, use_cache=False).logits
+            return logits
         finally:
             del self._decoder.forward
             if own is not None:

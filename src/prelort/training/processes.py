@@ -67,17 +67,17 @@ class Processes:
         """
         if self.count == 1:
             return loss, over
-        has_gradient = [parameter.grad is not None for parameter in parameters]
-        numbers = loss.new_tensor([over, *has_gradient])
-        numbers = torch.cat([loss[None], numbers])
+        gradients = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in parameters]
+        flags = loss.new_tensor([over, *[p.grad is not None for p in parameters]])
+        # All in one message, since each has a latency of its own.
+        numbers = torch.cat([*[own.flatten() for own in gradients], loss[None], flags])
         dist.all_reduce(numbers)
-        stop, *anywhere = numbers[1:].tolist()
-        for parameter, processes in zip(parameters, anywhere, strict=True):
-            if processes:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                dist.all_reduce(parameter.grad)
-        return numbers[0], stop > 0
+        sizes = [*[parameter.numel() for parameter in parameters], 1, len(flags)]
+        *sums, total, found = torch.split(numbers, sizes)
+        stop, *anywhere = found.tolist()
+        for parameter, own, processes in zip(parameters, sums, anywhere, strict=True):
+            parameter.grad = own.view_as(parameter) if processes else None
+        return total[0], stop > 0
 
     def all_reduce_min(self, number: int) -> int:
         """The smallest of the processes' numbers."""
@@ -85,6 +85,19 @@ class Processes:
         if self.count > 1:
             dist.all_reduce(least, dist.ReduceOp.MIN, self.messages)
         return int(least)
+
+    def all_gather(self, data: bytes) -> list[bytes]:
+        """What each process gives, by their indices. None may be empty."""
+        if self.count == 1:
+            return [data]
+        found = []
+        for source in range(self.count):
+            size = torch.tensor(len(data))
+            dist.broadcast(size, source, self.messages)
+            own = bytearray(data if source == self.index else int(size))
+            dist.broadcast(_bytes(own), source, self.messages)
+            found.append(bytes(own))
+        return found
 
     def send_bytes(self, data: bytes) -> None:
         """Give ``data`` to the other processes, if there are any."""
@@ -122,10 +135,16 @@ def join() -> Processes:
     def split(model: PreTrainedModel) -> None:
         if not all(weight.is_floating_point() for weight in model.parameters()):
             raise ConfigError(
-                "model.quantization does not work with FSDP: use 'none', or a distributed_type "
-                "without FSDP, where each GPU holds the base"
+                "FSDP cannot split a base in 8 bits, or one that is stored in 4 bits: use "
+                "model.quantization = '4bit' or 'none' with the whole weights, or a "
+                "distributed_type without FSDP, where each GPU holds the base"
             )
+        whole = dict(model.named_parameters())
         fsdp2_prepare_model(accelerator, model)
+        for name, part in model.named_parameters():
+            for key in ("compress_statistics", "quant_type"):  # of 4 bits, which PEFT reads
+                if hasattr(whole[name], key):
+                    setattr(part, key, getattr(whole[name], key))
 
     if fsdp:
         plugin = accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()

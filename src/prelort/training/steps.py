@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import NoReturn
 
 import torch
@@ -86,11 +86,16 @@ class LocalSteps:
     def next(self, runtime: ModelRuntime) -> list[list[ForwardPass]]:
         """The passes of the next step, for each of its (at most) ``gradient_accumulation`` batches.
 
-        Their weights make the sum of the losses the objective per token (or per example).
+        Their weights make the sum of the losses the objective per token (or per example). Examples
+        of like length share a batch, to save padding: a step's gradient is a sum over all of them.
         """
         chosen = islice(self._order, self.settings.gradient_accumulation)
         micro = [[self._examples[i] for i in batch] for batch in chosen]
         packing = self.settings.packing
+        if len(micro) > 1:
+            of_step = sorted(chain(*micro), key=lambda example: -len(example.input_ids))
+            size = self.settings.batch_size
+            micro = [of_step[start : start + size] for start in range(0, len(of_step), size)]
         collated = [runtime.collate(examples, packing=packing) for examples in micro]
         total = max(1, sum(runtime.task.weight(batch) for batch in collated))
         objective, passes = self.assignment.objective, []
