@@ -1,15 +1,13 @@
 """Cost of sending large adapters over Flower's SuperLink and SuperNodes.
 
 A SuperLink and four SuperNodes on this machine, each a process, without TLS and without a model:
-clients add noise to adapters with the shapes of Llama-2-7B at ranks 16, 32, 64 and 64. ``qv``
+clients send back adapters with the shapes of Llama-2-7B at ranks 16, 32, 64 and 64. ``qv``
 adapts two layers of each block (33.6 million numbers at rank 64), ``all`` all seven (160 million),
 ``none`` next to nothing, so that its time is that of the processes, which Flower starts for every
 message.
 
     python benchmarks/transport.py [--case none qv all] [--dtype float32 bfloat16 int8] [--rounds 1]
-        [--database file|memory] [--keep]
-
-The SuperLink stores messages in its database: a file, as `prelort new` configures it, or memory.
+        [--ranks 16 32 64 64] [--keep]
 """
 
 from __future__ import annotations
@@ -18,8 +16,10 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,6 +33,7 @@ import tomli_w
 from common import RESULTS, machine, report
 
 BIN, HERE = Path(sys.executable).parent, Path(__file__).parent
+FLOWER = (sys.executable, "-m", "prelort.deployment.flower_commands")
 MIB, SPARE = 2**20, 4 * 2**30
 APP = {
     "project": {"name": "transport", "version": "1.0.0", "license": "Apache-2.0"},
@@ -56,33 +57,31 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=dtypes)
     parser.add_argument("--ranks", nargs="+", type=int, default=[16, 32, 64, 64])
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--database", choices=["file", "memory"], default="file")
     parser.add_argument("--keep", action="store_true", help="the rows of earlier commands too")
     arguments = parser.parse_args()
     rows = _earlier() if arguments.keep else []
     for case in arguments.case:
         for dtype in arguments.dtype:
-            row = measured(case, dtype, arguments.database, arguments.ranks, arguments.rounds)
+            row = measured(case, dtype, arguments.ranks, arguments.rounds)
             key = list(row.values())[:3]
             rows = [r for r in rows if list(r.values())[:3] != key] + [row]
-            facts = {"ranks": arguments.ranks, **machine(), "memory GiB": _memory()}
+            facts = {**machine(), "memory GiB": _memory()}
             facts["command"] = "python benchmarks/transport.py"
             title = "A round of large adapters over a SuperLink (peaks: resident MiB)"
             report("transport", title, rows, facts)
 
 
-def measured(
-    case: str, dtype: str, database: str, ranks: Sequence[int], rounds: int
-) -> dict[str, Any]:
+def measured(case: str, dtype: str, ranks: Sequence[int], rounds: int) -> dict[str, Any]:
     """The row of one case, from processes started for it."""
     with tempfile.TemporaryDirectory(prefix="transport-") as folder:
         out = Path(folder) / "out.json"
         settings = f'case="{case}" dtype="{dtype}" rounds={rounds} nodes={len(ranks)} out="{out}"'
-        with federation(Path(folder), database, ranks) as (superlink, nodes, environment):
+        with federation(Path(folder), ranks) as (superlink, nodes, environment):
             command = ["flwr", "run", "app", "federation", "--stream", "--run-config", settings]
             run = _start(command, Path(folder), environment)
             peaks = _watch(run, superlink, nodes)
             _end([run])
+        shown = (Path(folder) / f"{Path(FLOWER[0]).name}.log").read_text()
         if not out.is_file():
             logs = "\n".join(log.read_text()[-3000:] for log in Path(folder).glob("*.log"))
             raise SystemExit(f"no result:\n{logs}")
@@ -93,21 +92,24 @@ def measured(
     return {
         "case": case,
         "dtype": dtype,
-        "database": database,
+        "ranks": " ".join(map(str, ranks)),
         "M numbers": found["parameters"] / 1e6,
         "MiB down": sum(event["stats"]["bytes_down"] for event in done) / rounds / MIB,
         "MiB up": sum(event["stats"]["bytes_up"] for event in done) / rounds / MIB,
+        "MB/s down": _rate(shown, "Received"),
+        "MB/s up": _rate(shown, "Sent"),
         "s a round": sum(sum(event["stats"]["seconds"].values()) for event in done) / rounds,
         "server before": found["before"] // MIB,
         "server peak": peaks["server"] // MIB,
         "SuperLink peak": peaks["superlink"] // MIB,
+        "SuperNode peak": peaks["node"] // MIB,
         "client peak": peaks["client"] // MIB,
     }
 
 
 @contextlib.contextmanager
 def federation(
-    folder: Path, database: str, ranks: Sequence[int]
+    folder: Path, ranks: Sequence[int]
 ) -> Iterator[tuple[psutil.Process, list[psutil.Process], dict[str, str]]]:
     """A SuperLink and a SuperNode for each rank; they end with the block."""
     app = folder / "app"
@@ -133,13 +135,13 @@ def federation(
     }
     started: list[subprocess.Popen[bytes]] = []
     try:
-        link = ["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port)]
-        link += ["--database", str(home / "superlink.db")] if database == "file" else []
+        link = [*FLOWER, "superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port)]
+        link += ["--database", str(home / "superlink.db")]
         link += ["--disable-runtime-dependency-installation"]
         started.append(_start(link, folder, environment))
         _until_listening(port)
         for number, rank in enumerate(ranks):
-            node = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}"]
+            node = [*FLOWER, "supernode", "--insecure", "--superlink", f"127.0.0.1:{port}"]
             node += ["--host", "127.0.0.1", "--port", str(_free_port())]
             node += ["--node-config", f"partition-id={number} rank={rank}"]
             started.append(_start(node, folder, environment))
@@ -153,7 +155,7 @@ def _watch(
     run: subprocess.Popen[bytes], superlink: psutil.Process, nodes: Sequence[psutil.Process]
 ) -> dict[str, int]:
     """Peak resident memory, in bytes, of each kind of process until the run ends."""
-    peaks = {"server": 0, "superlink": 0, "client": 0}
+    peaks = {"server": 0, "superlink": 0, "node": 0, "client": 0}
     while run.poll() is None:
         if psutil.virtual_memory().available < SPARE:
             raise SystemExit("stopped: less than 4 GiB of memory are left")
@@ -163,11 +165,18 @@ def _watch(
                 if "flwr-serverapp" in " ".join(process.cmdline()):
                     _note(peaks, "server", process)
         for node in nodes:
+            _note(peaks, "node", node)
             with contextlib.suppress(psutil.Error):
                 for process in node.children(recursive=True):
                     _note(peaks, "client", process)
         time.sleep(0.1)
     return peaks
+
+
+def _rate(shown: str, done: str) -> float | None:
+    """The median rate of whole messages between SuperLink and SuperNodes, in MB/s."""
+    rates = [float(rate) for rate in re.findall(rf"{done} \d+ MB \(100 %\), ([\d.]+) MB/s", shown)]
+    return statistics.median(rates) if rates else None
 
 
 def _note(peaks: dict[str, int], kind: str, process: psutil.Process) -> None:
@@ -178,7 +187,7 @@ def _note(peaks: dict[str, int], kind: str, process: psutil.Process) -> None:
 def _start(
     command: Sequence[str], folder: Path, environment: dict[str, str]
 ) -> subprocess.Popen[bytes]:
-    with (folder / f"{command[0]}.log").open("ab") as log:
+    with (folder / f"{Path(command[0]).name}.log").open("ab") as log:
         return subprocess.Popen(
             command,
             cwd=folder,

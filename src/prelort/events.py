@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -68,6 +68,19 @@ class RoundStarted(Event):
     """``clients``: the names of those sampled to train."""
 
     clients: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Transferring(Event):
+    """A message to ("down") or from ("up") a client has been on its way for a while.
+
+    ``bytes``: of it so far, between the server and the SuperLink; ``share``: of its parts.
+    """
+
+    client: str
+    direction: Literal["down", "up"]
+    bytes: int
+    share: float
 
 
 @dataclass(frozen=True, slots=True)

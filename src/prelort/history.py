@@ -32,6 +32,7 @@ from prelort.events import (
     RunFinished,
     RunResumed,
     RunStarted,
+    Transferring,
     Waiting,
 )
 
@@ -77,6 +78,8 @@ class ClientRecord:
     rank: int | None = None
     status: Status = "idle"
     reason: str = ""
+    transfer: Transferring | None = None
+    """What is on its way to or from it, while it trains."""
     last: ClientFinished | None = None
     rounds: int = 0
     """Number of rounds in which its reply counted."""
@@ -143,6 +146,9 @@ class RunHistory:
                 self.rounds[event.round].failures[event.client] = event
                 record = self._client(event.client)
                 record.rank, record.status, record.reason = event.rank, "failed", event.reason
+                record.transfer = None
+            case Transferring():
+                self._client(event.client).transfer = event
             case RoundFinished():
                 self.rounds[event.round].stats = event.stats
                 self.round = event.round
@@ -255,6 +261,7 @@ class RunHistory:
         self.round, self.waiting = event.round, None
         self.rounds[event.round] = RoundRecord(event.round, event.time, event.clients)
         for record in self.clients.values():
+            record.transfer = None
             if record.status != "left":
                 record.status, record.reason = "idle", ""
         for name in event.clients:
@@ -266,6 +273,7 @@ class RunHistory:
         if record.last is None or record.last.round != event.round:  # a repeated round counts once
             record.rounds += 1
         record.rank, record.status, record.reason = event.rank, "answered", ""
+        record.transfer = None
         record.last = event
         self.passes += event.passes
         self.client_seconds += 0.0 if math.isnan(event.seconds) else event.seconds

@@ -151,3 +151,29 @@ def test_triples_that_are_not_kept_are_not_made(own, rank, seed):
     torch.testing.assert_close(part[1], whole[1][:count], rtol=1e-12, atol=1e-12)
     expected = whole[0][:, :count] * whole[1][:count] @ whole[2][:count]
     torch.testing.assert_close(part[0] * part[1] @ part[2], expected, rtol=1e-9, atol=1e-9)
+
+
+DEVICES = [torch.device("cpu", 0), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+def test_the_svd_is_computed_on_another_device_and_comes_back(device, monkeypatch):
+    adapter = random_adapter(6)
+    expected = algebra.best_approximation(adapter, 3)
+    moved, to = [], torch.Tensor.to
+
+    def recorded(tensor, *arguments, **named):
+        if arguments and arguments[0] == device:
+            moved.append(tensor.shape)
+        return to(tensor, *arguments, **named)
+
+    monkeypatch.setattr(torch.Tensor, "to", recorded)
+    with algebra.computing_on(device):
+        found = algebra.best_approximation(adapter, 3)
+    assert moved == [t.shape for f in adapter.layers.values() for t in (f.B, f.A)]
+    for name, product in dense(found).items():
+        assert found.layers[name].A.device == adapter.layers[name].A.device
+        torch.testing.assert_close(product, dense(expected)[name], rtol=0, atol=1e-6)
+    moved.clear()
+    algebra.best_approximation(adapter, 3)
+    assert moved == []

@@ -12,10 +12,12 @@ import pytest
 from prelort.federation.content import content_of
 from prelort.federation.flower import Error, Message, MessageType, RecordDict
 from prelort.federation.transport import (
+    EARLY_BYTES,
     MARGIN_SECONDS,
     NO_ANSWER,
     NOT_SENT,
     PULL_BYTES,
+    PULL_RATE,
     Transport,
 )
 from small_federation import PlannedGrid
@@ -186,8 +188,13 @@ class TestBusySuperLink:
         found = outcomes(FailingGrid("pull", 500, times=3))
         assert found == [(2000, "good"), (2001, "good")]
 
+    def test_a_message_is_sent_again(self) -> None:
+        grid = FailingGrid("push", 500, times=3)
+        assert outcomes(grid) == [(2000, "good"), (2001, "good")]
+        assert 21.0 <= grid.now < 22.0
+
     def test_who_cannot_be_sent_anything_is_left_out(self) -> None:
-        grid = FailingGrid("push", 503, times=1)
+        grid = FailingGrid("push", 503, times=4)
         first, second = transport(grid).send_and_receive(messages_to(*grid.arrivals))
         assert (first.error.code, first.error.reason) == (NOT_SENT, "cannot be reached")
         assert first.metadata.src_node_id == 2000
@@ -197,3 +204,46 @@ class TestBusySuperLink:
     def test_other_errors_are_raised(self, call: str) -> None:
         with pytest.raises(httpx.HTTPStatusError):
             outcomes(FailingGrid(call, 403, times=1))
+
+
+LARGE = EARLY_BYTES // 2
+"""Bytes of an adapter of which two may be early."""
+
+
+def large(message: Message) -> Message:
+    return Message(content_of("{}", b"x" * LARGE), reply_to=message)
+
+
+class TestEarlyReplies:
+    """Who adds replies up in a fixed order keeps the early ones: the rest stay at the SuperLink."""
+
+    def early(self, first: float, deadline: float) -> tuple[list[tuple[int, str]], PlannedGrid]:
+        """Six large replies, the first after so many seconds; without their content."""
+        arrivals = {node: [(0.0, large)] for node in range(2000, 2006)}
+        grid = PlannedGrid({**arrivals, 2000: [(first, large)]})
+        found = []
+        for reply in transport(grid, deadline=deadline).send_and_receive(
+            messages_to(*grid.arrivals, size=LARGE)
+        ):
+            reason = reply.error.reason if reply.has_error() else "good"
+            found.append((reply.metadata.src_node_id, reason))
+            if grid.now < min(first, deadline):
+                assert len(found) <= 2
+        return found, grid
+
+    def test_only_so_many_are_pulled_before_the_first(self) -> None:
+        found, grid = self.early(first=5.0, deadline=100.0)
+        assert [node for node, _ in found] == [2001, 2002, 2000, 2003, 2004, 2005]
+        assert grid.now < 5.5
+
+    def test_they_are_pulled_after_the_deadline_if_the_first_does_not_come(self) -> None:
+        found, grid = self.early(first=1000.0, deadline=10.0)
+        late = (2000, "did not answer within 10 s")
+        good = [(node, "good") for node in range(2001, 2006)]
+        assert found == [*good[:2], late, *good[2:]]
+        ttl = [message.metadata.ttl for message in grid.sent.values()]
+        assert ttl == [10 + MARGIN_SECONDS + n * LARGE / PULL_RATE for n in range(6)]
+
+    def test_small_ones_are_all_pulled(self) -> None:
+        grid = PlannedGrid({node: [(float(2010 - node), good)] for node in range(2000, 2010)})
+        assert [node for node, _ in outcomes(grid)] == list(range(2009, 1999, -1))

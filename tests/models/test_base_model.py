@@ -12,7 +12,13 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from prelort.config import ModelConfig
 from prelort.errors import ConfigError
 from prelort.models import base
-from prelort.models.base import device_of, fingerprint, load_model, load_tokenizer
+from prelort.models.base import (
+    device_of,
+    fingerprint,
+    linear_algebra_device,
+    load_model,
+    load_tokenizer,
+)
 from tiny_models import LABELS, base_model, logits, token_batch
 
 
@@ -135,6 +141,14 @@ def test_cuda_asked_for_and_absent_is_an_error(tiny_llama, monkeypatch):
         with pytest.raises(ConfigError, match=rf"model\.device = '{name}', but no CUDA device"):
             load_model(ModelConfig(name=str(tiny_llama), device=name), "causal", pad_id=0)
     assert device_of("auto") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_server_computes_on_cuda_if_it_has_it(there, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert linear_algebra_device("cpu") == torch.device("cpu")
+    assert linear_algebra_device("auto") == torch.device("cuda" if there else "cpu")
+    assert linear_algebra_device("cuda:1") == torch.device("cuda:1" if there else "cpu")
 
 
 def test_a_base_over_several_devices_must_fit_them(tiny_llama, monkeypatch):

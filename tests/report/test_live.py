@@ -29,6 +29,7 @@ from prelort.events import (
     RoundStarted,
     RunResumed,
     RunStarted,
+    Transferring,
     Waiting,
     encode,
 )
@@ -132,6 +133,21 @@ class TestLines:
         display.event("a", Checkpointed(1))
         assert "round 1/2" in out.file.getvalue()
         assert heads(shown(events[:stop], stops=True))[-1] == "round 1/2"
+
+    def test_a_long_transfer_is_a_line_and_on_a_terminal_the_clients_status(self) -> None:
+        started = RoundStarted(1, ("a", "b"), time=START)
+        events = [
+            STARTED,
+            started,
+            Transferring(1, "a", "down", 320_000_000, 0.49, time=START),
+            Transferring(1, "b", "up", 64_000_000, 0.1, time=START),
+        ]
+        text = shown(events, stops=True)
+        assert "prelort: round 1: a: 320 MB (49%) sent" in text
+        assert "prelort: round 1: b: 64 MB (10%) received" in text
+        assert any("training, 320 MB (49%) sent" in line for line in drawn(events))
+        failed = ClientFailed(1, "a", 2, "gone", time=START)
+        assert not any("sent" in line for line in drawn([*events, failed]))
 
     def test_a_dumb_terminal_gets_lines_and_quiet_nothing(self) -> None:
         events = run_events(rounds=2, failures={1: ["json"]})

@@ -28,6 +28,7 @@ from prelort.history import RunHistory
 E = TypeVar("E", bound=Event)
 
 BIN = Path(sys.executable).parent
+FLOWER = (sys.executable, "-m", "prelort.deployment.flower_commands")
 TINY: dict[str, Any] = {
     "seed": 3,
     "threads": 1,
@@ -184,7 +185,8 @@ class Federation:
             superlink = {"superlink": {"default": "federation", "federation": address}}
             (self.path / ".flower" / "config.toml").write_text(tomli_w.dumps(superlink))
             command = [
-                "flower-superlink",
+                *FLOWER,
+                "superlink",
                 "--insecure",
                 *("--host", "127.0.0.1", "--port", str(self.port)),
                 *("--database", str(self.path / ".flower" / "superlink.db")),
@@ -205,13 +207,16 @@ class Federation:
         self.nodes[site] = self.background(f"{site}.log", script, site, str(free_port()))
         return self.nodes[site]
 
-    def start_plain_node(self, name: str, node_config: str) -> subprocess.Popen[bytes]:
-        """A SuperNode without TLS."""
+    def start_plain_node(
+        self, name: str, node_config: str, port: int | None = None
+    ) -> subprocess.Popen[bytes]:
+        """A SuperNode without TLS; ``port``: of what is between it and the SuperLink."""
         self.nodes[name] = self.background(
             f"{name}.log",
-            "flower-supernode",
+            *FLOWER,
+            "supernode",
             "--insecure",
-            *("--superlink", f"127.0.0.1:{self.port}"),
+            *("--superlink", f"127.0.0.1:{port or self.port}"),
             *("--host", "127.0.0.1", "--port", str(free_port())),
             *("--node-config", node_config),
         )

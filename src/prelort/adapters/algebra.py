@@ -8,7 +8,9 @@ float64, since norms of differences cancel.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Literal
 
 import torch
@@ -16,6 +18,22 @@ from torch import Tensor
 
 from prelort.adapters.adapter import Factors, LoraAdapter
 from prelort.errors import AdapterError
+
+_DEVICE: ContextVar[torch.device | None] = ContextVar("device", default=None)
+
+
+@contextmanager
+def computing_on(device: torch.device) -> Iterator[None]:
+    """Let `factored_svd` compute on this device within the block, one layer at a time.
+
+    The rest stays where the factors are: a mean touches each number once, and moving it takes as
+    long as averaging it.
+    """
+    token = _DEVICE.set(device)
+    try:
+        yield
+    finally:
+        _DEVICE.reset(token)
 
 
 def concatenate(adapters: Sequence[LoraAdapter], weights: Sequence[float]) -> LoraAdapter:
@@ -160,13 +178,16 @@ def factored_svd(
 
     q = min(rank, d_in, d_out), or the number that ``kept`` returns for all singular values. By QR
     of both factors and an SVD of the small core. Q is never formed, but applied to the few triples
-    that are kept.
+    that are kept. Computed on the device of `computing_on`, returned on that of the factors.
     """
-    times_b, r_b = _qr(factors.B)
-    times_a, r_a = _qr(factors.A.T)
+    home = factors.A.device
+    device = _DEVICE.get() or home
+    times_b, r_b = _qr(factors.B.to(device))
+    times_a, r_a = _qr(factors.A.to(device).T)
     u, singular, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
     count = len(singular) if kept is None else min(kept(singular), len(singular))
-    return times_b(u[:, :count]), singular[:count], times_a(vh[:count].T).T
+    left, right = times_b(u[:, :count]), times_a(vh[:count].T).T
+    return left.to(home), singular[:count].to(home), right.to(home)
 
 
 Times = Callable[[Tensor], Tensor]

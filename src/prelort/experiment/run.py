@@ -14,6 +14,7 @@ from rich.console import Console
 from prelort import config as configuration
 from prelort import diagnostics, methods
 from prelort.adapters import LoraAdapter
+from prelort.adapters.algebra import computing_on
 from prelort.config import Config
 from prelort.data.federated import FederatedRows
 from prelort.errors import BudgetSpentError, CheckpointError, ConfigError, QuorumError
@@ -41,6 +42,7 @@ from prelort.files import as_path
 from prelort.history import RunHistory
 from prelort.library_logging import quiet
 from prelort.methods.interface import ServerState
+from prelort.models.base import linear_algebra_device
 from prelort.privacy import PrivateRun
 from prelort.privacy.example import check_ledgers
 from prelort.report import describe, trackers
@@ -92,6 +94,7 @@ def run(
         _claimed(folder, config, resume=resume, patience=patience),
         _logging_to(folder.log_file),
         deterministic(config.threads),
+        computing_on(linear_algebra_device(config.model.device)),
         trackers.Tracking(track, folder.path, configuration.flat(config)) as tracker,
     ):
         log = RunLog(folder, [*listeners, tracker])

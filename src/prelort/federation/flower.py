@@ -1,4 +1,6 @@
-"""The parts of Flower that this project uses; only this module imports it.
+"""The parts of Flower that this project uses.
+
+Besides this module only `prelort.deployment.flower_commands` imports it, which starts its commands.
 
 flwr releases every week or two and sometimes moves things. The private parts used here are the same
 in 1.41 and 1.42; `make test-flwr` runs the tests that depend on them with the other version.
@@ -8,6 +10,9 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 # No telemetry and no update check: sites decide what leaves their machines.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -27,7 +32,11 @@ from flwr.app import (
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import Mod
 from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.supercore.task_identity import TaskIdentity
+
+from prelort.federation.progress import Progress
 
 __all__ = [
     "Array",
@@ -42,6 +51,7 @@ __all__ = [
     "Mod",
     "RecordDict",
     "ServerApp",
+    "counting_parts",
     "envelope",
     "identify_process",
     "is_busy",
@@ -82,10 +92,59 @@ def set_message_id(message: Message, message_id: str) -> None:
 def is_busy(error: Exception) -> bool:
     """Whether the SuperLink failed temporarily, e.g. because its database is being written.
 
-    Its database has one writer at a time, and a request that waits 5 s for it gets an internal
-    error (not configurable). Adapters of some hundred MB from several sites make this normal.
+    Its database has one writer at a time, and a request that waits too long for it gets an internal
+    error; an object that could not be stored for that reason is only said to be refused.
     """
-    return isinstance(error, httpx.HTTPStatusError) and error.response.status_code >= 500
+    if isinstance(error, httpx.HTTPStatusError):
+        return error.response.status_code >= 500
+    return isinstance(error, ObjectPushError)
+
+
+@contextmanager
+def counting_parts(grid: Grid, progress: Progress) -> Iterator[None]:
+    """Count the parts of the one message that the grid sends or receives in the block (private).
+
+    Flower cuts a message into objects of at most 5 MiB. A grid without a SuperLink has none.
+    """
+    client = getattr(grid, "_runtime_client", None)
+    if client is None:
+        yield
+        return
+
+    def push_messages(request: Any) -> Any:
+        response = type(client).PushMessages(client, request)
+        progress.expect(len(response.objects_to_push))
+        return response
+
+    def pull_messages(request: Any) -> Any:
+        response = type(client).PullMessages(client, request)
+        trees = response.message_object_trees
+        progress.expect(sum(1 for tree in trees for _ in iterate_object_tree(tree)))
+        return response
+
+    def push_object(request: Any) -> Any:
+        response = type(client).PushObject(client, request)
+        progress.count(len(request.object_content))
+        return response
+
+    def pull_object(request: Any) -> Any:
+        response = type(client).PullObject(client, request)
+        if response.object_available:
+            progress.count(len(response.object_content))
+        return response
+
+    counting = {
+        "PushMessages": push_messages,
+        "PullMessages": pull_messages,
+        "PushObject": push_object,
+        "PullObject": pull_object,
+    }
+    client.__dict__.update(counting)
+    try:
+        yield
+    finally:
+        for name in counting:
+            del client.__dict__[name]
 
 
 def simulate(

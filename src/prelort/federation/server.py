@@ -26,6 +26,7 @@ from prelort.events import (
     RoundRepeated,
     RoundStarted,
     RoundStats,
+    Transferring,
     Waiting,
     utc_now,
 )
@@ -35,6 +36,7 @@ from prelort.federation.client_manager import Admit, ClientManager, ConnectedCli
 from prelort.federation.flower import Message, MessageType, RecordDict
 from prelort.federation.messages import AdapterSpec
 from prelort.federation.pooled import PooledMetrics, prefix_groups
+from prelort.federation.progress import Direction
 from prelort.federation.replies import checked_metrics
 from prelort.federation.requests import evaluate_request, train_request
 from prelort.federation.round import Round
@@ -105,7 +107,7 @@ class Server:
     ) -> None:
         """``planned_ranks``: rank levels that are expected whoever is connected."""
         self._config = config
-        self._transport = transport
+        self._transport = transport = replace(transport, report=self._transferring)
         self._spec = spec
         self._log = log
         self._allocation = allocation or Allocation()
@@ -381,6 +383,15 @@ class Server:
             del content
             yield message
             del message  # before the next one is made
+
+    def _transferring(
+        self, request: Message, direction: Direction, size: int, share: float
+    ) -> None:
+        node_id = request.metadata.dst_node_id
+        for connected in self.clients:
+            if connected.node_id == node_id:
+                name = connected.client.name
+                self._log(Transferring(self._round, name, direction, size, share))
 
     def _message(self, node_id: int, content: RecordDict, kind: str) -> Message:
         return Message(content, dst_node_id=node_id, message_type=kind, group_id=str(self._round))

@@ -75,6 +75,13 @@ def device_of(name: str) -> torch.device:
     return device
 
 
+def linear_algebra_device(name: str) -> torch.device:
+    """Where a server computes with this ``model.device``: as `device_of`, but the CPU if it has no
+    CUDA device, since the key may be about the sites' machines.
+    """
+    return device_of(name) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def load_configuration(config: ModelConfig) -> PretrainedConfig:
     """The base model's configuration, without its weights. Raises `ConfigError`."""
     return _from_pretrained(AutoConfig, config, "configuration")

@@ -28,12 +28,13 @@ from prelort.events import (
     RankChanged,
     RoundFinished,
     RunFinished,
+    Transferring,
     utc_now,
 )
 from prelort.history import RunHistory
 from prelort.report.formatting import human_seconds, plain
 from prelort.report.incidents import lines
-from prelort.report.status import details, elapsed, share_done, summary
+from prelort.report.status import details, elapsed, on_its_way, share_done, summary
 
 TICK_SECONDS = 0.25
 """Time between two updates of the display."""
@@ -135,6 +136,9 @@ class Display:
                 self._flush(name)
             cell.history.apply(event)
             cell.pending |= isinstance(event, RoundFinished | Evaluated)
+            if isinstance(event, Transferring) and self._live is None:
+                done = f"{plain(event.client)}: {on_its_way(event)}"
+                self._print(f"{plain(name)}: round {event.round}: {done}")
             if not isinstance(event, RankChanged):
                 for line in lines(event):
                     self._print(f"{plain(name)}: {line}", style="yellow")

@@ -11,7 +11,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from prelort.events import RunResumed
+from prelort.events import RunResumed, Transferring
 from prelort.history import ClientRecord, RunHistory, Status
 from prelort.report.formatting import (
     clock_time,
@@ -135,6 +135,12 @@ def details(
         yield _client_table(history, clients, width, now)
 
 
+def on_its_way(event: Transferring) -> str:
+    """``320 MB (49 %) received``."""
+    done = {"down": "sent", "up": "received"}[event.direction]
+    return f"{human_bytes(event.bytes)} ({event.share:.0%}) {done}"
+
+
 def _client_table(
     history: RunHistory, clients: Sequence[ClientRecord], width: int, now: datetime
 ) -> Table:
@@ -154,6 +160,8 @@ def _client_table(
         time_text = "" if seconds is None else human_seconds(seconds)
         old = "" if client.status == "answered" else "dim"  # numbers of an earlier round
         status = client.status + (f": {plain(client.reason)}" if client.reason else "")
+        if client.transfer is not None:
+            status += f", {on_its_way(client.transfer)}"
         table.add_row(
             Text(plain(client.name)),
             Text("–" if client.rank is None else str(client.rank)),
