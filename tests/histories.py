@@ -54,6 +54,7 @@ def run_events(
     own: Mapping[str, float] | None = None,
     diagnostics: Callable[[int], dict[str, Any]] | None = None,
     loss: Callable[[int, int, int], float] | None = None,
+    epsilon: float | None = None,
 ) -> list[Event]:
     """The events of a run, a second apart.
 
@@ -62,6 +63,7 @@ def run_events(
     evaluations (0: one after the last round). ``failures``: round -> clients without a usable
     reply. ``own``: client -> the metric on its own examples, after the last round.
     ``diagnostics``: round -> what was measured. ``loss``: (round, client, rank) -> training loss.
+    ``epsilon``: what has been spent of a privacy budget.
     """
     levels = tuple(sorted(finals)) or (2, 8)
     done = rounds if stop is None else stop
@@ -111,6 +113,7 @@ def run_events(
             bytes_down=1500 * len(clients),
             seconds=RoundSeconds(2.0, 0.1, 0.25 if diagnostics else 0.0),
             diagnostics=diagnostics(number) if diagnostics else None,
+            epsilon=epsilon,
         )
         events.append(RoundFinished(number, stats, time=now()))
         if number == rounds or (every and number % every == 0):

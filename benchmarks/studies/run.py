@@ -21,7 +21,7 @@ RESULTS = HERE.parent / "results" / "studies"
 ORDER = (
     "claim-python", "claim-agnews", "claim-e2e", "cut-python", "ablation-python", "byun-lee-share",
     "byun-lee-allocation", "tasks-superni", "settings-python", "sorted-python", "settings-agnews",
-    "settings-e2e", "mixed-ranks",
+    "settings-e2e", "privacy-e2e", "privacy-agnews", "mixed-ranks",
 )  # fmt: skip
 PICTURES = HERE.parents[1] / "docs" / "pictures" / "results"
 KEPT = ("results.md", "*.csv", "study.toml")

@@ -32,7 +32,7 @@ from prelort.methods.objective import Objective, TailPenalty, plain
 from prelort.metrics.evaluate import EvaluationSettings, evaluate
 from prelort.models.base import load_tokenizer
 from prelort.models.lora import attach, extract, install
-from prelort.privacy.example import ExampleLedger
+from prelort.privacy.example import ExampleLedger, ExamplePrivacy
 from prelort.tasks.interface import Example
 from prelort.training.local import train
 from prelort.training.settings import LocalTraining
@@ -461,7 +461,7 @@ def test_with_noise_its_reply_has_the_adapter_and_what_was_spent_but_no_loss(
     head, tensors = limited.train(sent, private=ASKED)
     assert head.loss is head.validation_loss is None
     assert 0 < head.epsilon < 3.0  # of one round of three
-    assert head.epsilon == limited.client.ledger.epsilon(1e-3)
+    assert head.epsilon == limited.client.ledger.epsilon(ExamplePrivacy(**ASKED))
     assert tensors.keys() == sent.trainable.tensors().keys()
     assert limited.train(sent, private=ASKED)[0].epsilon > head.epsilon
 
@@ -478,7 +478,7 @@ def test_what_exceeds_its_limit_is_refused_and_not_trained(
     limited: Bench, changes: dict[str, Any], sentence: str
 ) -> None:
     assert re.search(sentence, limited.refusal(Broadcast(limited.trained.prefix(4)), **changes))
-    assert limited.client.ledger.epsilon(1e-3) == 0
+    assert limited.client.ledger.epsilon(ExamplePrivacy(**ASKED)) == 0
 
 
 def test_with_a_limit_it_measures_nothing_on_its_own_rows(limited: Bench) -> None:

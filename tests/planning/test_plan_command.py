@@ -113,3 +113,20 @@ def test_privacy_of_examples_is_planned_for_clients_of_several_sizes(
     noise = re.findall(r"of ([\d,]+) examples draws .* of (\d+) steps.* ([\d.]+) clip", out)
     assert [found[:2] for found in noise] == [("100", "16"), ("1,000", "16"), ("10,000", "16")]
     assert float(noise[0][2]) > float(noise[1][2]) > float(noise[2][2])
+
+
+def test_privacy_alone_needs_no_plan_of_memory(command_line: CommandLine) -> None:
+    shown = ("plan", "--privacy", "--model", "/no/such/folder", "--set", "partition.clients=50")
+    secure = ("--set", "privacy.secure_aggregation=true", "--set", "privacy.min_holders=4")
+    few = ("--set", "federation.clients_per_round=10", "--set", "ranks.mix='2*0.8, 16*0.2'")
+    assert "nothing is guaranteed" in command_line(*shown).out
+    out = command_line(*shown, *secure, *few).out
+    assert "7 of a round's 10 clients must stay" in out
+    assert "and 4 of those that hold a rank dimension" in out
+    assert "2 holders of rank dimension 16 on average: those with fewer than 4 leave it" in out
+    assert "epsilon" not in out
+    noise = ("--set", "privacy.epsilon=8", "--set", "privacy.adaptive_clipping=false")
+    out = command_line(*shown, *secure, *noise, *few).out
+    assert re.search(r"epsilon = 8 at .*10 of 50 clients take part and add the noise", out)
+    assert "must stay" in out
+    assert "--json has no plan of privacy" in command_line(*shown, "--json").error

@@ -6,6 +6,8 @@ import math
 from statistics import NormalDist
 
 import pytest
+from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
+from dp_accounting.pld import PLDAccountant
 
 from prelort.config import PrivacyConfig
 from prelort.errors import ConfigError
@@ -34,6 +36,18 @@ class TestNoise:
         assert 0.97 * budget.epsilon <= budget.spent(noise, budget.releases) <= budget.epsilon
         assert budget.spent(noise, budget.releases + 1) > budget.epsilon
         assert budget.spent(noise, 0) == 0
+
+    @pytest.mark.parametrize(
+        "budget", [Budget(8.0, 1e-5, 1000, 0.3), Budget(3.0, 1e-5, 20, 0.04)], ids=["many", "few"]
+    )
+    def test_the_noise_of_a_large_budget_is_that_of_a_finer_accountant(
+        self, budget: Budget
+    ) -> None:
+        noise = budget.noise_multiplier()
+        step = PoissonSampledDpEvent(budget.rate, GaussianDpEvent(noise))
+        finer = PLDAccountant(value_discretization_interval=1e-3)
+        finer.compose(SelfComposedDpEvent(step, budget.releases))
+        assert 0.98 * budget.epsilon < finer.get_epsilon(budget.delta) <= budget.epsilon
 
     def test_sampling_needs_less_noise(self) -> None:
         noise = [Budget(3.0, 1e-5, 10, rate).noise_multiplier() for rate in (0.05, 0.3, 1.0)]

@@ -54,7 +54,7 @@ class TestAccounting:
     def test_one_step_has_the_epsilon_of_the_sampled_gaussian(
         self, noise: float, rate: float
     ) -> None:
-        epsilon = epsilon_of([Releases(noise, rate, 1)], 1e-4)
+        epsilon = epsilon_of([Releases(noise, rate, 1)], 1.0, 1e-4)
         assert delta_of_one_step(epsilon, noise, rate) <= 1e-4
         assert delta_of_one_step(epsilon - 0.01, noise, rate) > 1e-4
 
@@ -65,7 +65,7 @@ class TestAccounting:
         step = PoissonSampledDpEvent(0.08, GaussianDpEvent(noise))
         renyi = RdpAccountant().compose(SelfComposedDpEvent(step, 65)).get_epsilon(1e-5)
         assert 4.0 < renyi < 1.25 * 4.0
-        assert 0.98 * 4.0 < epsilon_of([Releases(noise, 0.08, 65)], 1e-5) <= 4.0
+        assert 0.98 * 4.0 < epsilon_of([Releases(noise, 0.08, 65)], 4.0, 1e-5) <= 4.0
 
     def test_a_client_with_fewer_examples_than_a_batch_uses_all_of_them(self) -> None:
         assert budget_of(ASKED, 5, STEPS, rounds=1).rate == 1.0
@@ -85,10 +85,10 @@ class TestLedger:
         for _ in range(3):
             self.pay(ExampleLedger(tmp_path / "ledger"))  # as after a restart
         ledger = ExampleLedger(tmp_path / "ledger")
-        assert 3.9 < ledger.epsilon(1e-5) <= 4.0
+        assert 3.9 < ledger.epsilon(ASKED) <= 4.0
         with pytest.raises(PrelortError, match=r"has spent its privacy budget: .* = 4,"):
             self.pay(ledger)
-        assert ledger.epsilon(1e-5) <= 4.0
+        assert ledger.epsilon(ASKED) <= 4.0
 
     def test_more_rounds_than_were_planned_exceed_it(self, tmp_path: Path) -> None:
         ledger = ExampleLedger(tmp_path / "ledger")
@@ -102,7 +102,7 @@ class TestLedger:
         for _ in range(3):
             self.pay(ledger)
         self.pay(ledger, more)
-        assert 4.0 < ledger.epsilon(1e-5) < 8.0
+        assert 4.0 < ledger.epsilon(ASKED) < 8.0
 
     @pytest.mark.parametrize("changes", [{"epsilon": 4.1}, {"delta": 1e-4}])
     def test_a_site_has_a_limit_of_its_own(self, tmp_path: Path, changes: dict[str, float]) -> None:

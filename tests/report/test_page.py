@@ -191,3 +191,40 @@ def test_draws_its_charts_in_a_browser_without_a_network(tmp_path):
     assert done.stdout.count('class="marks"') == charts > 0
     assert "Refused to" not in done.stderr
     assert "Uncaught" not in done.stderr
+
+
+CLIENTS = {"epsilon": 4.0, "delta": 1e-5, "unit": "client", "min_holders": 3}
+TESTED = {"data": {"test": "test.csv"}}
+
+
+@pytest.mark.parametrize(
+    "config, spent, given, not_given",
+    [
+        ({"privacy": CLIENTS} | TESTED, 3.5,
+         ["(3.5, 1e-05)-differential privacy of the budget of 4 for each client", "but the server"],
+         ["losses: all on this page", "their budgets add up"]),
+        ({"privacy": {**CLIENTS, "secure_aggregation": True}} | TESTED, 3.5,
+         ["the server too", "sums of the replies of 3 clients or more"], ["that deviates"]),
+        ({"privacy": {**CLIENTS, "unit": "example"}}, 3.5,
+         ["for each training example"], ["in common", "measured on the clients' rows"]),
+        ({"privacy": {**CLIENTS, "secure_aggregation": True}} | TESTED, None,
+         ["sums of the replies"], ["they are exact"]),
+        ({"robustness": {"rule": "krum"}}, None, ["the rule 'krum' worked"], ["too few holders"]),
+    ],
+    ids=["clients", "clients, masked", "examples", "masked", "robust"],
+)  # fmt: skip
+def test_says_what_was_guaranteed_and_what_was_not(config, spent, given, not_given):
+    results = runs(prelort=run_history(epsilon=spent))
+    page = Page(render(replace(results, cells=[replace(results.cells[0], config=config)])))
+    kept, rest = page.texts.index("Guaranteed"), page.texts.index("Not guaranteed")
+    end = page.texts.index("Results")
+    for sentences, found in ((given, page.texts[kept:rest]), (not_given, page.texts[rest:end])):
+        for sentence in sentences:
+            assert sentence in " ".join(found)
+    assert ("measured on the clients' rows" in " ".join(page.texts[rest:end])) == (
+        spent is not None and "data" not in config
+    )
+
+
+def test_without_protection_it_promises_nothing():
+    assert "Guaranteed" not in Page(render(runs(prelort=run_history()))).texts

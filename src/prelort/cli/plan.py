@@ -6,13 +6,17 @@ import json
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 
 from prelort.cli.options import Overrides
 from prelort.cli.screen import escaped, wide_console
 from prelort.errors import ConfigError
+
+if TYPE_CHECKING:
+    from prelort.config import Config
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -24,7 +28,7 @@ EXAMPLES = """[bold]Examples[/bold]
 
   prelort plan --ranks 8,12,16 --json
 
-  prelort plan my.toml --set privacy.epsilon=8 --set partition.clients=200
+  prelort plan my.toml --privacy --set privacy.epsilon=8 --set partition.clients=200
 
 Only the model's configuration is read, never its weights. Everything else (batch size, tokens,
 precision, method, ...) comes from CONFIG as in `prelort run`. Leave a margin: docs/choose-ranks.md
@@ -52,6 +56,10 @@ def plan(
     ] = 2,
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, sizes in bytes.")] = False,
+    only_privacy: Annotated[
+        bool,
+        typer.Option("--privacy", help="Only what [privacy] means: noise and clients."),
+    ] = False,
 ) -> None:
     """Estimate the memory and traffic of each rank, and name the largest rank that fits."""
     from prelort import config as configuration
@@ -59,12 +67,17 @@ def plan(
     named = [f"model.name={json.dumps(model)}"] if model is not None else []
     settings = configuration.load(config, [*(overrides or []), *named])
     chosen = _ranks(ranks) if ranks is not None else []
+    console = wide_console()
+    if only_privacy:
+        if as_json:
+            raise ConfigError("--json has no plan of privacy: leave out --json or --privacy")
+        _print_privacy(settings, console)
+        return
 
     from prelort.planning import plan as planning
     from prelort.planning import sizes, tables
 
     budget = None if memory is None else sizes.parse(memory, "--memory")
-    console = wide_console()
     with console.status("planning", spinner="dots") if not as_json else nullcontext():
         found = planning.plan(settings, memory=budget, ranks=chosen, labels=labels)
     estimates, largest = found.estimates, found.largest
@@ -83,11 +96,16 @@ def plan(
         where = found.where if memory is None else "--memory"
         text = tables.conclusion(largest, found.budget, where, found.max_rank)
         console.print(text, soft_wrap=True)
-    if not as_json and settings.privacy.epsilon is not None:
-        from prelort.planning import privacy
+    privacy = settings.privacy
+    if not as_json and (privacy.epsilon is not None or privacy.secure_aggregation):
+        _print_privacy(settings, console)
 
-        for sentence in privacy.sentences(settings):
-            console.print(sentence, soft_wrap=True)
+
+def _print_privacy(settings: Config, console: Console) -> None:
+    from prelort.planning import privacy
+
+    for sentence in privacy.sentences(settings):
+        console.print(sentence, soft_wrap=True)
 
 
 def _ranks(text: str) -> list[int]:

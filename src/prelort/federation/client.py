@@ -175,7 +175,7 @@ def train_reply(
         seconds=trained.result.seconds,
         next_rank=next_rank,
         validation_loss=_validation_loss(client) if request.with_validation else None,
-        epsilon=client.ledger.epsilon(private.delta) if private and client.ledger else None,
+        epsilon=client.ledger.epsilon(private) if private and client.ledger else None,
     )
     answer = adapter.prefix(rank)
     if reply.change:

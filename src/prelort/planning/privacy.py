@@ -17,16 +17,53 @@ EXAMPLES = (100, 1000, 10_000)
 
 
 def sentences(config: Config) -> list[str]:
-    """The noise that the budget asks for, in clip norms, and on which numbers.
+    """How many clients must stay, and the noise that the budget asks for, in clip norms.
 
     Raises `ConfigError` where the number of clients is not configured, which examples' privacy does
     not depend on.
     """
-    if config.privacy.of_examples:
-        return _of_examples(config)
-    clients, federation = config.partition.clients, config.federation
-    if clients is None:
-        raise ConfigError("privacy.epsilon needs partition.clients to be planned with")
+    privacy, lines = config.privacy, []
+    if privacy.of_examples:
+        lines += _of_examples(config)
+    if privacy.of_clients:
+        lines += _of_clients(config)
+    if privacy.secure_aggregation:
+        lines += _masked(config)
+    return lines or [
+        "Privacy: nothing is guaranteed, since privacy.epsilon and privacy.secure_aggregation are "
+        "not set. The server sees the adapter of each client."
+    ]
+
+
+def _clients(config: Config) -> int:
+    if config.partition.clients is None:
+        raise ConfigError("[privacy] needs partition.clients to be planned with")
+    return config.partition.clients
+
+
+def _masked(config: Config) -> list[str]:
+    """How many of a round's clients must stay, and which rank dimensions have too few holders."""
+    privacy, clients = config.privacy, _clients(config)
+    sampled = clients_of_a_round(clients, config.federation.clients_per_round)
+    stay = max(math.ceil(privacy.threshold * sampled - 1e-9), privacy.min_holders)
+    lines = [
+        f"Secure aggregation: {stay} of a round's {sampled} clients must stay to its end "
+        f"(privacy.threshold), and {privacy.min_holders} of those that hold a rank dimension "
+        "(privacy.min_holders): else its sum is not opened."
+    ]
+    ranks = assign(config.ranks, [0] * clients, config.seed)
+    for rank in sorted(set(ranks)):
+        expected = sampled / clients * sum(own >= rank for own in ranks)
+        if expected < privacy.min_holders:
+            lines.append(
+                f"A round has {expected:.3g} holders of rank dimension {rank} on average: those "
+                f"with fewer than {privacy.min_holders} leave it as it is."
+            )
+    return lines
+
+
+def _of_clients(config: Config) -> list[str]:
+    clients, federation = _clients(config), config.federation
     ledger = ledger_of(config.privacy, clients, federation.clients_per_round, federation.rounds)
     budget = ledger.budget
     noise, _ = mechanism_of(config.privacy, ledger).multipliers()

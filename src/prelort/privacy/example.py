@@ -110,9 +110,9 @@ class ExampleLedger:
             self._add(Releases(noise, budget.rate, steps), privacy)
         return NoisyGradients(privacy.clip, noise, budget.rate)
 
-    def epsilon(self, delta: float) -> float:
-        """What has been spent."""
-        return epsilon_of(self._read(), delta)
+    def epsilon(self, privacy: ExamplePrivacy) -> float:
+        """What has been spent, at the delta of a request."""
+        return epsilon_of(self._read(), privacy.epsilon, privacy.delta)
 
     def _add(self, releases: Releases, privacy: ExamplePrivacy) -> None:
         spent = self._read()
@@ -120,10 +120,10 @@ class ExampleLedger:
         kind = releases.noise_multiplier, releases.rate
         counts[kind] = counts.get(kind, 0) + releases.count
         after = [Releases(*kind, count) for kind, count in counts.items()]
-        if not epsilon_of(after, privacy.delta) <= privacy.epsilon:
+        if not epsilon_of(after, privacy.epsilon, privacy.delta) <= privacy.epsilon:
             raise PrelortError(
-                f"{SPENT}: {epsilon_of(spent, privacy.delta):.4g} of privacy.epsilon = "
-                f"{privacy.epsilon:g}, repeated rounds were paid for too"
+                f"{SPENT}: {self.epsilon(privacy):.4g} of privacy.epsilon = {privacy.epsilon:g}, "
+                "repeated rounds were paid for too"
             )
         write_atomically(self.file, json.dumps([asdict(one) for one in after], indent=2).encode())
 

@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 from prelort.report import tables
 from prelort.report.formatting import human_bytes, human_seconds, listing, plain
+from prelort.report.guarantees import guarantees
 from prelort.report.incidents import incidents, waits_for
 from prelort.report.results import CellResult, Results
 
@@ -115,6 +116,7 @@ def _cell(results: Results, cell: CellResult, place: Path) -> dict[str, Any]:
         "finished": history.finished,
         "waiting": waits_for(history.waiting) if history.waiting else "",
         "facts": _facts(_facts_of(cell)),
+        "guarantees": guarantees(cell.config, history),
         "adapters": _adapters(results.folder, cell, place),
         "charts": _specifications(built),
         "clients": tables.clients(alone),
@@ -152,14 +154,8 @@ def _facts_of(cell: CellResult) -> dict[str, Any]:
             "time": human_seconds(sum(history.seconds.values())),
         }
     if history.epsilon is not None:
-        covered = (
-            "each training example of a client, against the server too: adapters; not what was "
-            "measured on clients' own rows"
-            if config.get("privacy", {}).get("unit") == "example"
-            else "each client: adapters and what was measured of them; not what single clients "
-            "state below"
-        )
-        facts["privacy"] = f"epsilon = {history.epsilon:.3g} for {covered}"
+        delta = config.get("privacy", {}).get("delta")
+        facts["privacy spent"] = f"epsilon = {history.epsilon:.3g}, delta = {delta:g}"
     return facts
 
 
