@@ -72,10 +72,13 @@ class RoundStarted(Event):
 
 @dataclass(frozen=True, slots=True)
 class ClientFinished(Event):
-    """A reply counts. ``passes``: forward passes of a batch, each with its backward pass."""
+    """A reply counts. ``passes``: forward passes of a batch, each with its backward pass.
+
+    ``rank``, here and below: None where ranks are hidden.
+    """
 
     client: str
-    rank: int
+    rank: int | None
     loss: float
     examples: int
     steps: int
@@ -90,7 +93,7 @@ class ClientFailed(Event):
     """A sampled client gave no usable reply."""
 
     client: str
-    rank: int
+    rank: int | None
     reason: str
 
 
@@ -202,7 +205,7 @@ class ClientJoined(Event):
     """A client has connected, or is back with another rank."""
 
     client: str
-    rank: int
+    rank: int | None
 
 
 @dataclass(frozen=True, slots=True)
