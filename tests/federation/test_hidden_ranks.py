@@ -230,6 +230,17 @@ def test_a_count_that_no_ranks_have_ends_the_run() -> None:
     assert "counts 1 rank dimensions, not 8" in run.of(ClientRefused)[0].reason
 
 
+def test_a_count_of_another_session_is_refused() -> None:
+    def of_another(content: RecordDict) -> RecordDict:
+        reply = read(header_of(content), CountReply)
+        return content_of(reply.model_copy(update={"session": "0" * 32}).text())
+
+    run = hidden_run(masked_app({(3, "count"): of_another}))
+    run.train()
+    (refused,) = run.of(ClientRefused)
+    assert refused.reason == "answers for another session of secure aggregation"
+
+
 def test_a_wrong_masked_vector_does_not_become_the_adapter() -> None:
     with pytest.raises(QuorumError, match="a client has sent a wrong masked vector"):
         hidden_run(masked_app({(3, "train"): noise})).train()
@@ -275,6 +286,13 @@ def test_few_holders_of_the_highest_rank_are_refused() -> None:
         hidden_run(masked_app(clients=few)).train()
 
 
+def test_a_rank_that_would_show_itself_by_its_refusal_is_refused() -> None:
+    method = build(MethodConfig(name="prelort", level_weights={"8": 1.0}), 0)
+    state = ServerState(make_adapter(8), levels=(2, 8))
+    with pytest.raises(ConfigError, match="leaves nothing to train for a client of rank 2"):
+        check_prefixes(method, state, 8)
+
+
 @pytest.mark.parametrize("name", ["homogeneous-min", "fslora", "fedsa-lora", "fed-plora"])
 def test_methods_whose_clients_cannot_cut_for_themselves_are_refused(name: str) -> None:
     method = build(MethodConfig(name=name), 0)
@@ -308,8 +326,7 @@ def test_holders_of_those_who_are_there() -> None:
 # With a model
 
 
-@pytest.mark.parametrize("together", [1, 6])
-@pytest.mark.parametrize("method", ["prelort", "ffa-lora"])
+@pytest.mark.parametrize("method, together", [("prelort", 1), ("ffa-lora", 6)])
 def test_a_run_is_the_plain_one_and_its_folder_has_no_ranks(
     method: str, together: int, make_config: Callable[..., Config], tmp_path: Path
 ) -> None:

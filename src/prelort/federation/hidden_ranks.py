@@ -138,6 +138,8 @@ def count_holders(
         )
 
     def add(number: int, reply: CountReply) -> None:
+        if reply.session != sums.session:
+            raise UpdateRefused("answers for another session of secure aggregation")
         if len(reply.words) != 8 * rank:
             raise UpdateRefused(f"counts {len(reply.words) / 8:g} rank dimensions, not {rank}")
         sums.add(number, np.frombuffer(reply.words, dtype="<u8").astype(np.uint64))
@@ -156,17 +158,23 @@ def count_holders(
             f"{len(counted)} clients count {list(counts)} holders of the rank dimensions, which no "
             "ranks have: a client has sent a wrong masked vector"
         )
+    log.info("of %d clients each rank dimension has this many holders: %s", len(counted), counts)
     return Holders(frozenset(counted), counts)
 
 
 def check_prefixes(method: Method, state: ServerState, rank: int) -> None:
-    """Raise `ConfigError` unless clients of all ranks receive prefixes of what ``rank`` receives.
+    """Raise `ConfigError` unless clients of all ranks train prefixes of what ``rank`` receives.
+
+    Also if a client of one of the levels had nothing to train: that it refuses would show its rank.
 
     Args:
         method: of the run.
         state: of whose adapter no factor is zero (`prelort.methods.parts.without_zeros`).
         rank: the highest.
     """
+    for own in state.levels:
+        with calling(method, "objective()"):
+            method.objective(state, Client("", own, 1))
     with calling(method, "broadcast()"):
         whole = method.broadcast(state, Client("", rank, 1))
         for own in {1, *state.levels}:
