@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,20 @@ from masked_federation import (
     run_of,
 )
 from prelort.config import Config, MethodConfig, check
-from prelort.errors import ConfigError, QuorumError
-from prelort.events import ClientFailed, ClientFinished, ClientRefused, DimensionsLeftOut
-from prelort.federation import wire
+from prelort.errors import ConfigError, PrelortError, QuorumError
+from prelort.events import (
+    ClientFailed,
+    ClientFinished,
+    ClientJoined,
+    ClientRefused,
+    DimensionsLeftOut,
+)
+from prelort.federation import masking, wire
 from prelort.federation.content import content_of
 from prelort.federation.flower import Context, Message, MessageType, RecordDict
 from prelort.federation.hidden_ranks import Holders, check_prefixes
+from prelort.federation.in_process import InProcessGrid
+from prelort.federation.transport import Transport
 from prelort.methods import build
 from prelort.methods.interface import Client, ServerState
 from prelort.secure.messages import CountReply, read
@@ -43,6 +51,7 @@ from small_federation import (
     header_of,
     make_adapter,
     make_properties,
+    make_run,
     small_client_app,
 )
 
@@ -272,12 +281,59 @@ def test_a_client_of_another_rank_than_counted_does_not_train() -> None:
     assert failed.reason == "has another rank than that with which it was counted"
 
 
+def test_a_client_that_was_restarted_since_the_count_does_not_train() -> None:
+    app, counted = masked_app(), []
+
+    def restarted(message: Message, context: Context) -> Message:
+        kind, index = message.metadata.message_type, int(context.node_config["partition-id"])
+        if index == 5 and kind == "query.keys":
+            counted.append(index)
+            if len(counted) == 2:
+                context.state.clear()
+        return app(message, context)
+
+    run = hidden_run(restarted)
+    run.train()
+    (failed,) = run.of(ClientFailed)
+    assert failed.reason.startswith("was not counted: it was restarted")
+
+
 def test_a_second_count_and_an_open_reply_are_refused() -> None:
     run = hidden_run(masked_app())
     run.server.connect(run.method, run.state)
-    with pytest.raises((QuorumError, ConfigError)):
+    with pytest.raises(QuorumError):
         run.server.connect(run.method, run.state)
     assert "has been counted in this run already" in {e.reason for e in run.of(ClientRefused)}
+    unmasked = content_of('{"rank": 8, "by_rank": {"2": {}}}')
+    with pytest.raises(PrelortError, match="a reply that is not masked, which shows its rank"):
+        masking.masked(unmasked, content_of("{}"), RecordDict())
+
+
+def test_who_comes_after_the_count_waits_for_the_next_start() -> None:
+    class Late(InProcessGrid):
+        late = True
+
+        def get_node_ids(self) -> Iterable[int]:
+            nodes = list(super().get_node_ids())
+            return nodes[:-1] if self.late else nodes
+
+    grid = Late(masked_app(), [{"partition-id": i} for i in range(7)])
+    config = make_config(2, **HIDDEN)
+    federation = config.federation.model_copy(update={"min_clients": 6})
+    for known in (config, config.model_copy(update={"federation": federation})):
+        run = make_run(masked_app(), known, transport=Transport(grid, 1, patience=5.0))
+        run.state = replace(run.state, levels=(2, 8))
+        if known is config:
+            with pytest.raises(ConfigError, match=r"hide_ranks needs federation\.min_clients"):
+                run.train()
+    run.train(after_round=lambda state: setattr(grid, "late", False))
+    (refused,) = run.of(ClientRefused)
+    assert (refused.client, refused.reason[:37]) == (
+        "site-6",
+        "was not there when ranks were counted",
+    )
+    assert [event.client for event in run.of(ClientFinished)].count("site-5") == 2
+    assert all(event.rank is None for event in run.of(ClientJoined))
 
 
 def test_few_holders_of_the_highest_rank_are_refused() -> None:
