@@ -14,6 +14,7 @@ import torch
 
 import prelort
 from backends import in_this_process
+from command_line import CommandLine
 from masked_federation import (
     CLIENTS,
     Noisy,
@@ -357,6 +358,14 @@ def test_methods_whose_clients_cannot_cut_for_themselves_are_refused(name: str) 
 
 
 @pytest.mark.parametrize(
+    "name", ["prelort", "zero-padding", "replication", "fedhl", "ffa-lora", "rolora"]
+)
+def test_methods_that_cut_prefixes_are_served(name: str) -> None:
+    state = ServerState(make_adapter(8), levels=(2, 3, 8))
+    check_prefixes(build(MethodConfig(name=name), 0), state, 8)
+
+
+@pytest.mark.parametrize(
     "values, reason",
     [
         ({"privacy": {"hide_ranks": True}}, "needs privacy.secure_aggregation = true"),
@@ -384,7 +393,11 @@ def test_holders_of_those_who_are_there() -> None:
 
 @pytest.mark.parametrize("method, together", [("prelort", 1), ("ffa-lora", 6)])
 def test_a_run_is_the_plain_one_and_its_folder_has_no_ranks(
-    method: str, together: int, make_config: Callable[..., Config], tmp_path: Path
+    method: str,
+    together: int,
+    make_config: Callable[..., Config],
+    command_line: CommandLine,
+    tmp_path: Path,
 ) -> None:
     config = make_config(
         ranks={"mix": "2, 2, 2, 8, 8, 8"},
@@ -404,7 +417,9 @@ def test_a_run_is_the_plain_one_and_its_folder_has_no_ranks(
     assert distance(hidden.global_adapter, plain.global_adapter) < 1e-5
     results = prelort.read(tmp_path / "hidden")
     assert results.replies["rank"].isna().all()
-    assert set(results.clients["ranks"]) == {""}
+    assert results.clients["ranks"].isna().all()
+    command_line("report", tmp_path / "hidden")
+    assert "Who holds what" not in (tmp_path / "hidden" / "report.html").read_text()
     lines = (tmp_path / "hidden" / "metrics.jsonl").read_text().splitlines()
     of_clients = [line for line in lines if '"client"' in line]
     assert of_clients
