@@ -193,6 +193,8 @@ def small_client_app(
             return Message(wire.pack(evaluate_reply(client, measured)), reply_to=message)
         request = wire.header(message.content, TrainRequest)
         received, _ = wire.adapter(message.content, request)
+        if request.by_rank:
+            request, received = request.at(client.rank), received.prefix(client.rank)
         # The rank is the request's: it may have changed since the client stated its own.
         change = request.masked is not None or carries_change(request.dtype)
         changes = {"dtype": request.reply_dtype, "change": change, "rank": request.rank}

@@ -440,6 +440,11 @@ class PrivacyConfig(Section):
     min_holders: Annotated[int, Field(ge=2)] = Field(
         3, description="clients that a rank dimension's sum needs; with fewer it is left out"
     )
+    hide_ranks: bool = Field(
+        False,
+        description="with secure_aggregation: the server learns how many clients hold each rank "
+        "dimension, and not which",
+    )
 
     @property
     def of_clients(self) -> bool:
@@ -603,6 +608,8 @@ class Config(Section):
             "data.source = 'sites' without data.test: what sites measure on their rows is not "
             "noisy": self.data.source == SITES and self.data.test is None,
         }
+        if privacy.hide_ranks:
+            exclusive |= self._excluded_by_hidden_ranks()
         if privacy.of_examples:
             impossible = "privacy.unit = 'example' is not possible with"
             exclusive |= {f"{impossible} {reason}": is_set for reason, is_set in reasons.items()}
@@ -610,6 +617,28 @@ class Config(Section):
             if is_asked:
                 raise ValueError(sentence)
         return self
+
+    def _excluded_by_hidden_ranks(self) -> dict[str, bool]:
+        """Sentence -> whether it applies, where ``privacy.hide_ranks`` is set."""
+        per_round, weights = self.federation.clients_per_round, self.method.weights
+        ranks, key = self.ranks, "privacy.hide_ranks"
+        return {
+            f"{key} needs privacy.secure_aggregation = true: a single reply shows its rank": (
+                not self.privacy.secure_aggregation
+            ),
+            f"{key} needs method.weights = 'uniform', it is {weights!r}: the server knows the "
+            "numbers of examples, and their sum over the holders of a rank dimension would tell "
+            "who they are": weights != "uniform",
+            f"{key} needs federation.clients_per_round = 1.0, it is {per_round}: of a random "
+            "cohort nobody knows how many hold a rank dimension": per_round != 1.0
+            or isinstance(per_round, int),
+            f"{key} is not possible with ranks.allocation = {ranks.allocation!r} or a "
+            "ranks.schedule: the server would change ranks that it does not know": bool(
+                ranks.allocation != "fixed" or ranks.schedule
+            ),
+            f"{key} is not possible with evaluation.at_clients: each would measure at its own "
+            "rank": self.evaluation.at_clients,
+        }
 
 
 def load(path: Path | str | None = None, overrides: Sequence[str] = ()) -> Config:

@@ -85,10 +85,13 @@ class Transferring(Event):
 
 @dataclass(frozen=True, slots=True)
 class ClientFinished(Event):
-    """A reply counts. ``passes``: forward passes of a batch, each with its backward pass."""
+    """A reply counts. ``passes``: forward passes of a batch, each with its backward pass.
+
+    ``rank``, here and below: None where ranks are hidden.
+    """
 
     client: str
-    rank: int
+    rank: int | None
     loss: float
     examples: int
     steps: int
@@ -103,7 +106,7 @@ class ClientFailed(Event):
     """A sampled client gave no usable reply."""
 
     client: str
-    rank: int
+    rank: int | None
     reason: str
 
 
@@ -215,7 +218,7 @@ class ClientJoined(Event):
     """A client has connected, or is back with another rank."""
 
     client: str
-    rank: int
+    rank: int | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,84 +15,33 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 import prelort
 from backends import in_this_process
-from prelort import methods
-from prelort.adapters import LoraAdapter
-from prelort.config import Config, MethodConfig, check
-from prelort.errors import ConfigError, PrelortError, QuorumError
+from masked_federation import (
+    CLIENTS,
+    Noisy,
+    Sabotage,
+    broken,
+    distance,
+    lost,
+    masked_app,
+    noise,
+    run_of,
+)
+from prelort.config import Config, check
+from prelort.errors import ConfigError, QuorumError
 from prelort.events import ClientFailed, ClientFinished, DimensionsLeftOut
-from prelort.federation import masking
-from prelort.federation.client_app import handler
 from prelort.federation.content import blob_in, content_of, text_in
-from prelort.federation.flower import Context, Message, MessageType, RecordDict
+from prelort.federation.flower import Message, RecordDict
 from prelort.secure import graph
-from prelort.secure.messages import Noise
 from prelort.secure.signatures import Identity
 from random_adapters import same_bits
-from small_federation import App, SmallRun, clients_of, make_run, small_client_app
+from small_federation import clients_of, small_client_app
 
-RANKS = [2, 2, 2, 8, 8, 8, 8]
-CLIENTS = clients_of(RANKS)
 SECURE = {"secure_aggregation": True}
-Sabotage = Callable[[RecordDict], RecordDict]
 
 
 def make_config(rounds: int = 1, **privacy: Any) -> Config:
     federation = {"rounds": rounds, "clients_per_round": 1.0, "quorum": 0.3}
     return check({"federation": federation, "privacy": privacy})
-
-
-def lost(content: RecordDict) -> RecordDict:
-    raise PrelortError("is gone")
-
-
-def masked_app(
-    sabotage: Mapping[tuple[int, str], Sabotage] | None = None,
-    clients: list[Any] = CLIENTS,
-    identities: Sequence[Identity | None] = [None] * len(CLIENTS),
-) -> App:
-    """Clients that answer all messages of secure aggregation.
-
-    ``sabotage``: index and action ("train" for the masked reply) -> what becomes of the reply.
-    ``identities``: what they sign with.
-    """
-    usual = small_client_app(clients)
-
-    def reply(message: Message, context: Context) -> Message:
-        index = int(context.node_config["partition-id"])
-        kind, _, action = message.metadata.message_type.partition(".")
-
-        def content(request: RecordDict, context: Context) -> RecordDict:
-            if action in masking.STEPS:
-                step = masking.STEPS[action](
-                    text_in(request) or "", context.state, identities[index]
-                )
-                found = content_of(step.text())
-            else:
-                trained = usual(message, context)
-                if kind != MessageType.TRAIN:
-                    return trained.content
-                found = masking.masked(request, trained.content, context.state)
-            return (sabotage or {}).get((index, action or kind), lambda same: same)(found)
-
-        return handler(content)(message, context)
-
-    return reply
-
-
-def run_of(
-    app: App,
-    config: Config,
-    method: str = "prelort",
-    options: dict[str, Any] | None = None,
-    private: Any = None,
-) -> SmallRun:
-    built = methods.build(MethodConfig(name=method, options={method: options or {}}), 0)
-    return make_run(app, config, clients=len(CLIENTS), method=built, private=private)
-
-
-def distance(x: LoraAdapter, y: LoraAdapter) -> float:
-    a, b = x.tensors(), y.tensors()
-    return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["everyone", "nearest"])
@@ -156,10 +105,6 @@ def test_a_client_that_drops_out_is_left_out(action: str) -> None:
     assert failures == expected
 
 
-def broken(message: Message, context: Context) -> Message:
-    return handler(lambda content, context: lost(content))(message, context)
-
-
 @pytest.mark.parametrize("action", ["keys", "shares", "train", "unmask"])
 def test_too_few_survivors_end_the_round_with_the_state_as_it_was(action: str) -> None:
     run = run_of(masked_app({(i, action): lost for i in range(1, 7)}), make_config(**SECURE))
@@ -167,23 +112,6 @@ def test_too_few_survivors_end_the_round_with_the_state_as_it_was(action: str) -
     with pytest.raises(QuorumError, match=r"privacy\.(threshold|min_holders)|usable replies"):
         run.train()
     assert same_bits(run.state.adapter, before)
-
-
-@dataclass
-class Noisy:
-    """Differential privacy with so little noise that sums stay what they are."""
-
-    terms: Noise = field(default_factory=lambda: Noise(clip=1e3, deviation=1e-9))
-    releases: int = 0
-
-    def noise(self) -> Noise:
-        return self.terms
-
-    def count_release(self) -> None:
-        self.releases += 1
-
-    def epsilon(self) -> float:
-        return 1.0
 
 
 @pytest.mark.parametrize("action", ["nobody", "keys", "shares", "train", "unmask"])
@@ -224,12 +152,6 @@ def replayed() -> Sabotage:
         return seen[0]
 
     return again
-
-
-def noise(content: RecordDict) -> RecordDict:
-    vector = masking.vector_in(content)
-    random = np.random.default_rng(0).integers(0, 2**64, vector.size, dtype=np.uint64)
-    return content_of(text_in(content) or "", masking.blob_of(random))
 
 
 def cut(content: RecordDict) -> RecordDict:

@@ -13,6 +13,7 @@ from transformers import LlamaConfig
 
 import prelort
 from prelort.config import Config, PrivacyConfig, check
+from prelort.data.ranks import levels
 from prelort.errors import ConfigError
 from prelort.methods import REGISTRY
 from prelort.models.base import load_model
@@ -71,6 +72,10 @@ def test_the_parts_are_those_of_the_shapes(settings: Callable[..., Config]) -> N
     secure = config.model_copy(update={"privacy": PrivacyConfig(secure_aggregation=True)})
     masked = Planner(secure).exact(4)
     assert (masked.down, masked.up) == (4 * numbers, 8 * numbers)
+    hidden = PrivacyConfig(secure_aggregation=True, hide_ranks=True)
+    whole = Planner(config.model_copy(update={"privacy": hidden})).exact(2)
+    highest = Planner(secure).exact(max(levels(config.ranks.mix)))
+    assert (whole.down, whole.up) == (highest.down, highest.up)
     assert 2 * 4 * numbers <= found.optimiser <= 2 * 4 * numbers + 4 * 8  # and steps counted
     base = load_model(config.model, "causal", pad_id=0)
     assert found.weights == sum(t.nbytes for t in [*base.parameters(), *base.buffers()])

@@ -18,6 +18,12 @@ MASKED: dict[str, Any] = {
     "privacy": {"secure_aggregation": True, "min_holders": 2},
 }
 """Sums of masked replies are exact, hence equal on every engine too."""
+HIDDEN: dict[str, Any] = {
+    **MASKED,
+    "federation": {"rounds": 2, "clients_per_round": 1.0, "min_clients": 3},
+    "method": {"weights": "uniform"},
+    "privacy": {"secure_aggregation": True, "min_holders": 2, "hide_ranks": True},
+}
 
 
 def sign(federation: Federation) -> None:
@@ -32,17 +38,21 @@ def sign(federation: Federation) -> None:
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize("changes", [PLAIN, MASKED], ids=["plain", "signed and masked"])
+@pytest.mark.parametrize(
+    "changes", [PLAIN, MASKED, HIDDEN], ids=["plain", "signed and masked", "of hidden rank"]
+)
 def test_real_sites_give_the_adapters_of_a_run_in_one_process(
     changes: dict[str, Any], tmp_path: Path
 ) -> None:
     with Federation(tmp_path, changes) as federation:
         federation.start()
-        if changes is MASKED and shutil.which("ssh-keygen"):
+        if changes is not PLAIN and shutil.which("ssh-keygen"):
             sign(federation)
         federation.run()
         found = adapters_of(federation.folder())
+        log = (federation.folder() / "metrics.jsonl").read_bytes()
     expected = adapters_of(run_here(tmp_path / "here", changes))
+    assert (b'"rank":null' in log) == (changes is HIDDEN)
     assert len({Path(name).parent.name for name in expected}) > 1
     assert found == expected
 
@@ -53,7 +63,9 @@ needs_ray = pytest.mark.skipif(
 
 
 @needs_ray
-@pytest.mark.parametrize("changes", [PLAIN, MASKED], ids=["plain", "masked"])
+@pytest.mark.parametrize(
+    "changes", [PLAIN, MASKED, HIDDEN], ids=["plain", "masked", "of hidden rank"]
+)
 def test_the_simulation_gives_the_adapters_of_a_run_in_one_process(
     changes: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -49,13 +49,15 @@ def site_check(
     from prelort.deployment.worker import make_client
 
     own = settings.read(file)
-    site, identity = make_client(configuration.load(federation), own, file), own.identity(file)
+    config = configuration.load(federation)
+    site, identity = make_client(config, own, file), own.identity(file)
     spec = site.runtime.spec
     console = Console()
     console.print(f"{len(site.examples)} examples to train on, {len(site.test)} to test on")
     console.print("the server learns this, and nothing else before the first round:")
-    facts = {"client": site.name, "examples": len(site.examples), "rank": site.rank}
-    facts |= {"max_rank": max(site.max_rank, site.rank), "base": spec.base}
+    facts = {"client": site.name, "examples": len(site.examples), "base": spec.base}
+    if not config.privacy.hide_ranks:
+        facts |= {"rank": site.rank, "max_rank": max(site.max_rank, site.rank)}
     for key, value in facts.items():
         console.print(f"  {key} = {value!r}", highlight=False)
     if identity is not None:

@@ -149,6 +149,7 @@ def with_all_data(
         tokenizer=assembly.tokenizer,
         transport=transport,
         allocation=assembly.allocation,
+        planned_ranks=tuple(sorted({client.rank for client in assembly.clients})),
         evaluate=lambda adapters, progress: measure(
             assembly.config,
             runtimes or [assembly.runtime],

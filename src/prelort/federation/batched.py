@@ -17,11 +17,11 @@ import torch
 
 from prelort.adapters import LoraAdapter
 from prelort.errors import PrelortError
-from prelort.federation import masking, messages, wire
+from prelort.federation import masking, messages
 from prelort.federation.client import (
     LocalClient,
     assignment_of,
-    read_adapters,
+    read_request,
     respond,
     train_reply,
 )
@@ -85,8 +85,7 @@ def respond_batched(clients: Sequence[LocalClient], contents: Sequence[RecordDic
     batches: dict[object, list[_Job]] = {}
     for place, (client, content) in enumerate(zip(clients, contents, strict=True)):
         try:
-            request = wire.header(content, messages.TrainRequest)
-            received, frozen = read_adapters(client, content, request)
+            request, received, frozen = read_request(client, content)
         except PrelortError as error:
             replies[place] = error
             continue

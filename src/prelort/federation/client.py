@@ -92,8 +92,7 @@ def _properties(client: LocalClient) -> messages.ClientProperties:
 def _train(client: LocalClient, content: RecordDict) -> RecordDict:
     """Check the request, train its adapter, and pack the reply."""
     runtime = client.runtime
-    request = wire.header(content, messages.TrainRequest)
-    received, frozen = read_adapters(client, content, request)
+    request, received, frozen = read_request(client, content)
     install(
         runtime.model,
         received,
@@ -261,6 +260,20 @@ def _evaluate_at(
     return {rank: {**values[index]} for index, rank in enumerate(ranks)}
 
 
+def read_request(
+    client: LocalClient, content: RecordDict
+) -> tuple[messages.TrainRequest, LoraAdapter, LoraAdapter | None]:
+    """A request to train, its adapter to train and its frozen one, all at the client's rank.
+
+    Raises `UpdateRefused` as `read_adapters` does.
+    """
+    request = wire.header(content, messages.TrainRequest)
+    received, frozen = read_adapters(client, content, request)
+    if request.by_rank:
+        request, received = request.at(client.rank), received.prefix(client.rank)
+    return request, received, frozen
+
+
 def read_adapters(
     client: LocalClient, content: RecordDict, request: messages.Delivery
 ) -> tuple[LoraAdapter, LoraAdapter | None]:
@@ -273,7 +286,8 @@ def read_adapters(
     if isinstance(request, messages.TrainRequest):
         request.check_features()
         max_rank = max(client.max_rank, client.rank)
-        if request.rank > max_rank:  # evaluation needs no gradients: any rank will do
+        # Evaluation needs no gradients: any rank will do. One of ``by_rank`` is the client's own.
+        if request.rank > max_rank and not request.by_rank:
             raise UpdateRefused(f"affords rank {max_rank} at most, requested was {request.rank}")
     received, frozen = wire.adapter(content, request, _known_tensors(client, request))
     wire.check_adapter(received, spec.schema, request.rank, float("inf"))

@@ -34,8 +34,9 @@ def client_app(
 ) -> ClientApp:
     """A `ClientApp` that states its properties (query), trains and evaluates.
 
-    query.end: a run over real sites has ended. query.keys, query.shares, query.unmask: secure
-    aggregation. The message of a `PrelortError` that ``answer`` raises is sent to the server.
+    query.end: a run over real sites has ended. query.keys, query.shares, query.count,
+    query.unmask: secure aggregation. The message of a `PrelortError` that ``answer`` raises is sent
+    to the server.
     ``mods``: Flower's, around every message. ``identity_of``: what the client signs its keys with.
     """
     app = ClientApp(mods=list(mods))
@@ -46,7 +47,10 @@ def client_app(
     def train(content: RecordDict, context: Context) -> RecordDict:
         return masking.masked(content, answer("train", content, context), context.state)
 
-    app.query()(of_kind("query"))
+    def query(content: RecordDict, context: Context) -> RecordDict:
+        return masking.properties(content, answer("query", content, context), context.state)
+
+    app.query()(handler(query))
     app.query("end")(of_kind("end"))
     app.train()(handler(train))
     app.evaluate()(of_kind("evaluate"))

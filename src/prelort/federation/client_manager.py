@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from prelort.errors import ConfigError, UpdateRefused
 from prelort.federation import wire
 from prelort.federation.flower import Message, MessageType, envelope
-from prelort.federation.messages import AdapterSpec, ClientProperties
+from prelort.federation.messages import AdapterSpec, ClientProperties, PropertiesRequest
 from prelort.federation.replies import check_examples
 from prelort.federation.site_keys import SiteKeys
 from prelort.federation.transport import POLL_SECONDS, Transport, as_addressed
@@ -44,6 +44,7 @@ class ClientManager:
     it may have returned with another rank. ``report_refusal`` is called with a node's or client's
     name and the reason for each that is refused. ``max_examples``: what a client may claim.
     ``site_keys``: which node's key may use which name; None where names are not verified.
+    ``hide_ranks``: ask clients not to state theirs; all have the highest then.
     """
 
     def __init__(
@@ -53,12 +54,14 @@ class ClientManager:
         report_refusal: Callable[[str, str], None],
         max_examples: int,
         site_keys: SiteKeys | None = None,
+        hide_ranks: bool = False,
     ) -> None:
         self._transport = transport
         self._spec = spec
         self._report_refusal = report_refusal
         self._max_examples = max_examples
         self._site_keys = site_keys
+        self._hide_ranks = hide_ranks
         self._public_keys: dict[int, bytes] = {}
         """The key of each node that is online."""
         self._connected: dict[int, ConnectedClient] = {}
@@ -158,7 +161,9 @@ class ClientManager:
         return received
 
     def _query(self, node: int) -> None:
-        content = wire.pack(self._spec.header(1))
+        head = self._spec.header(self._spec.schema.rank if self._hide_ranks else 1)
+        request = PropertiesRequest(**head.model_dump(), hide_rank=self._hide_ranks)
+        content = wire.pack(request)
         message = Message(content, dst_node_id=node, message_type=MessageType.QUERY)
         message_id = self._transport.push(message)
         if message_id is not None:
@@ -199,6 +204,8 @@ class ClientManager:
         self._spec.check(properties)
         check_examples(properties.examples, self._max_examples)
         highest = self._spec.schema.rank
+        if self._hide_ranks and properties.rank != highest:
+            raise UpdateRefused("states its rank, which was to stay hidden: update prelort there")
         if properties.rank > highest:
             raise UpdateRefused(
                 f"offers rank {properties.rank}, but the global adapter has {highest}"

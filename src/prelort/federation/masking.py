@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import safetensors.numpy
+from pydantic import Field
 
 from prelort.errors import PrelortError
 from prelort.federation.content import blob_in, content_of, text_in
@@ -17,6 +18,7 @@ from prelort.federation.flower import ConfigRecord, RecordDict
 from prelort.secure import blocks, client
 from prelort.secure.client import Session
 from prelort.secure.messages import (
+    CountReply,
     KeysRequest,
     MaskedInput,
     Part,
@@ -31,12 +33,25 @@ MASKED = "masked"
 """The name of the masked vector among a reply's tensors, uint64 [n]."""
 
 _STATE = "secure-aggregation"
+_RANK = "rank"
+"""The client's rank, which the server does not know."""
+_COUNTED = "counted-rank"
+"""The rank with which it was counted: the sums are divided by those numbers."""
+
+
+class _PropertiesRequest(Part):
+    """What concerns a hidden rank in the server's first message."""
+
+    hide_rank: bool = False
+    rank: int = 0
 
 
 class _TrainRequest(Part):
-    """What concerns masks in a request to train."""
+    """What concerns masks in a request to train; ``by_rank``: not empty where ranks are hidden."""
 
     masked: MaskedInput | None = None
+    rank: int = 0
+    by_rank: dict[int, object] = Field(default_factory=dict)
 
 
 def input_of(text: str) -> MaskedInput | None:
@@ -44,22 +59,40 @@ def input_of(text: str) -> MaskedInput | None:
     return read(text, _TrainRequest).masked
 
 
+def properties(request: RecordDict, reply: RecordDict, state: RecordDict) -> RecordDict:
+    """The reply to the server's first message, with another rank if it asks for hidden ones."""
+    asked = read(text_in(request) or "{}", _PropertiesRequest)
+    if not asked.hide_rank:
+        return reply
+    stated = json.loads(text_in(reply) or "{}")
+    state[_RANK] = ConfigRecord({"rank": int(stated["rank"])})
+    return content_of(json.dumps({**stated, "rank": asked.rank, "max_rank": asked.rank}))
+
+
 def masked(request: RecordDict, reply: RecordDict, state: RecordDict) -> RecordDict:
     """The reply to a request to train, masked if the request is of secure aggregation.
 
     ``state``: of the node's context. Raises `PrelortError` if it may not or cannot be masked.
     """
-    how = input_of(text_in(request) or "")
+    asked = read(text_in(request) or "", _TrainRequest)
+    how = asked.masked
     if how is None:
+        if asked.by_rank:
+            raise PrelortError("was asked for a reply that is not masked, which shows its rank")
         return reply
-    tensors = safetensors.numpy.load(blob_in(reply) or b"")
-    parts = blocks.split(tensors, len(how.holds) - 1)
-    session, vector = client.mask(_load(state), how, [part.astype(np.float64) for part in parts])
+    tensors, head = safetensors.numpy.load(blob_in(reply) or b""), json.loads(text_in(reply) or "")
+    rank = len(how.holds) - 1
+    if asked.by_rank:
+        rank = int(head["rank"])
+        if rank != _rank_in(state, _COUNTED):
+            raise PrelortError("has another rank than that with which it was counted")
+        head |= {"rank": asked.rank, "next_rank": None, "loss": None, "validation_loss": None}
+    parts = [part.astype(np.float64) for part in blocks.split(tensors, rank)]
+    session, vector = client.mask(_load(state), how, parts)
     _save(state, session)
-    text = text_in(reply) or ""
     if session.noise is not None:  # the server is not to learn more than the noisy sum
-        text = json.dumps({**json.loads(text), "loss": None, "validation_loss": None})
-    return content_of(text, blob_of(vector))
+        head |= {"loss": None, "validation_loss": None}
+    return content_of(json.dumps(head), blob_of(vector))
 
 
 def blob_of(vector: Words) -> bytes:
@@ -91,6 +124,17 @@ def _shares(text: str, state: RecordDict, identity: Identity | None) -> Part:
     return reply
 
 
+def _count(text: str, state: RecordDict, identity: Identity | None) -> Part:
+    if _COUNTED in state:  # several counts of different clients would tell whose rank is whose
+        raise PrelortError("has been counted in this run already")
+    how, rank = read(text, MaskedInput), _rank_in(state, _RANK)
+    held = np.arange(sum(how.lengths)) < rank
+    session, vector = client.mask(_load(state), how, [held.astype(np.float64)])
+    _save(state, session)
+    state[_COUNTED] = ConfigRecord({"rank": rank})
+    return CountReply(session=session.session, words=vector.astype("<u8").tobytes())
+
+
 def _unmask(text: str, state: RecordDict, identity: Identity | None) -> Part:
     reply = client.reveal(_load(state), read(text, UnmaskRequest))
     del state[_STATE]
@@ -102,9 +146,20 @@ Step = Callable[[str, RecordDict, Identity | None], Part]
 STEPS: Mapping[str, Step] = {
     "keys": _keys,
     "shares": _shares,
+    "count": _count,
     "unmask": _unmask,
 }
 """By the action of the query that asks for them."""
+
+
+def _rank_in(state: RecordDict, name: str) -> int:
+    record = state.get(name)
+    if not isinstance(record, ConfigRecord):
+        raise PrelortError(
+            "was not counted: it was restarted, or came after the run had started, and can take "
+            "part when the run is started again"
+        )
+    return int(str(record["rank"]))
 
 
 def _load(state: RecordDict) -> Session:

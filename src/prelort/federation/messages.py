@@ -8,7 +8,7 @@ name refuses, with a sentence that says so. Everything else is a new protocol.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Annotated, Literal
 
@@ -19,7 +19,7 @@ from prelort.errors import UpdateRefused
 from prelort.federation.encoding import Dtype
 from prelort.methods.objective import Kind, Objective, TailPenalty
 from prelort.privacy.example import EXAMPLE_PRIVACY, ExamplePrivacy
-from prelort.secure.messages import FEATURE, MaskedInput
+from prelort.secure.messages import FEATURE, HIDDEN_RANKS, MaskedInput
 from prelort.training.settings import LocalTraining
 
 PROTOCOL = 4
@@ -27,7 +27,7 @@ MAX_NAME = 200
 """Characters of a client's name."""
 B_RATE_RATIO = "b-rate-ratio"
 MAGNITUDES = "magnitudes"
-FEATURES = frozenset({FEATURE, B_RATE_RATIO, MAGNITUDES, EXAMPLE_PRIVACY})
+FEATURES = frozenset({FEATURE, HIDDEN_RANKS, B_RATE_RATIO, MAGNITUDES, EXAMPLE_PRIVACY})
 """What this version knows of the names in ``TrainRequest.requires``."""
 
 Seconds = Annotated[float, PlainSerializer(lambda value: f"{value:.6e}", when_used="json")]
@@ -62,6 +62,12 @@ class Header(BaseModel):
         return ScaleRule(self.scale_rule, self.scale)
 
 
+class PropertiesRequest(Header):
+    """The server's first message. ``hide_rank``: the client is to state ``rank`` as its own."""
+
+    hide_rank: bool = False
+
+
 class ClientProperties(Header):
     """A client's reply to the server's first message."""
 
@@ -88,6 +94,16 @@ class Delivery(Header):
     scale_multiplier: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] = 1.0
 
 
+class AtRank(BaseModel):
+    """What a client of one rank is asked to train, where the server does not know its rank."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    learning_rate: float
+    levels: tuple[int, ...]
+    level_weights: tuple[float, ...]
+
+
 class TrainRequest(Delivery):
     """A request to train the adapter in the message.
 
@@ -112,6 +128,25 @@ class TrainRequest(Delivery):
     """How the reply is masked, a float32 change; None: it is sent as it is."""
     private: ExamplePrivacy | None = None
     """Differential privacy of the client's examples; None: not asked for."""
+    by_rank: dict[int, AtRank] = Field(default_factory=dict)
+    """Where ranks are hidden: every rank -> its request, which a client takes the adapter's prefix
+    for. Empty: the request is for its ``rank``."""
+
+    def at(self, rank: int) -> TrainRequest:
+        """The request for a client of this rank.
+
+        Raises `UpdateRefused`, without the rank, if there is nothing to train at it.
+        """
+        own = self.by_rank.get(rank)
+        if own is None:
+            raise UpdateRefused("has nothing to train at its rank (method.level_weights)")
+        changes = {
+            "rank": rank,
+            "training": replace(self.training, learning_rate=own.learning_rate),
+            "levels": own.levels,
+            "level_weights": own.level_weights,
+        }
+        return self.model_copy(update=changes)
 
     @property
     def reply_dtype(self) -> Dtype:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from prelort.config import Config
+from prelort.errors import ConfigError
 from prelort.federation import wire
 from prelort.federation.flower import RecordDict
 from prelort.federation.messages import (
     B_RATE_RATIO,
     MAGNITUDES,
     AdapterSpec,
+    AtRank,
     Delivery,
     EvaluateRequest,
     TrainRequest,
 )
 from prelort.methods.interface import Broadcast, Client, Method, ServerState
 from prelort.privacy.example import EXAMPLE_PRIVACY, example_privacy
-from prelort.secure.messages import FEATURE, MaskedInput
+from prelort.secure.messages import FEATURE, HIDDEN_RANKS, MaskedInput
 from prelort.training.settings import LocalTraining
 
 
@@ -38,8 +41,10 @@ def train_request(
     objective = method.objective(state, client)
     broadcast = method.broadcast(state, client)
     private = example_privacy(config.privacy)
+    by_rank = _by_rank(config, method, state, client) if config.privacy.hide_ranks else {}
     features = {
         FEATURE: masked is not None,
+        HIDDEN_RANKS: bool(by_rank),
         B_RATE_RATIO: config.training.b_rate_ratio != 1,
         EXAMPLE_PRIVACY: private is not None,
         MAGNITUDES: broadcast.magnitude_rate_ratio is not None,
@@ -48,7 +53,7 @@ def train_request(
         **dict(_delivery(config, spec, broadcast, state.round)),
         rounds=config.federation.rounds,
         seed=config.seed,
-        training=_training(config, method, broadcast, spec.schema.rank),
+        training=_training(config, method, broadcast, broadcast.trainable.rank, spec.schema.rank),
         objective=objective.kind,
         levels=objective.levels,
         level_weights=objective.weights,
@@ -59,6 +64,7 @@ def train_request(
         requires=tuple(name for name, used in features.items() if used),
         masked=masked,
         private=private,
+        by_rank=by_rank,
     )
     without = wire.not_sent_down(request)
     return wire.pack(request, broadcast.trainable, broadcast.frozen, without=without)
@@ -100,10 +106,28 @@ def _delivery(
     )
 
 
+def _by_rank(
+    config: Config, method: Method, state: ServerState, client: Client
+) -> dict[int, AtRank]:
+    """What each rank up to the client's is asked to train; without those that train nothing."""
+    broadcast, found = method.broadcast(state, client), {}
+    for rank in range(1, client.rank + 1):
+        try:
+            objective = method.objective(state, replace(client, rank=rank))
+        except ConfigError:
+            continue
+        found[rank] = AtRank(
+            learning_rate=_training(config, method, broadcast, rank, client.rank).learning_rate,
+            levels=objective.levels,
+            level_weights=objective.weights,
+        )
+    return found
+
+
 def _training(
-    config: Config, method: Method, broadcast: Broadcast, highest_rank: int
+    config: Config, method: Method, broadcast: Broadcast, rank: int, highest_rank: int
 ) -> LocalTraining:
-    """The settings with this client's own learning rates.
+    """The settings with the learning rates of a client of ``rank``.
 
     The factors' rate grows with highest rank / client's rank, to the power of the rank exponent; a
     head has no rank, so all clients share its rate.
@@ -113,7 +137,7 @@ def _training(
     if exponent is None:
         exponent = float(getattr(method, "rank_exponent", 0.0))
     head = training.head_learning_rate or training.learning_rate
-    rate = training.learning_rate * (highest_rank / broadcast.trainable.rank) ** exponent
+    rate = training.learning_rate * (highest_rank / rank) ** exponent
     return LocalTraining.of(
         training,
         learning_rate=rate,

@@ -102,7 +102,7 @@ class Round:
             ClientFinished(
                 self.number,
                 client=client.name,
-                rank=client.rank,
+                rank=self._stated_rank(client),
                 loss=math.nan if head.loss is None else head.loss,
                 examples=head.examples,
                 steps=head.steps,
@@ -120,7 +120,7 @@ class Round:
     def fail(self, client: Client, reason: str) -> None:
         """Leave a client out of the round."""
         self.failures[client.name] = reason
-        self._log(ClientFailed(self.number, client.name, client.rank, reason))
+        self._log(ClientFailed(self.number, client.name, self._stated_rank(client), reason))
         self._buffer.skip(client.name)
 
     def _checked(
@@ -201,6 +201,10 @@ class Round:
         """Client -> its loss on its validation rows, if it was requested."""
         losses = {name: head.validation_loss for name, head in self._replies.items()}
         return {name: loss for name, loss in losses.items() if loss is not None}
+
+    def _stated_rank(self, client: Client) -> int | None:
+        """The client's rank; None where it is hidden."""
+        return None if self._config.privacy.hide_ranks else client.rank
 
     def _aggregate(self, update: Update) -> None:
         started = time.monotonic()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -21,8 +21,9 @@ from prelort.adapters import LoraAdapter
 from prelort.errors import ConfigError, PrelortError, QuorumError, UpdateRefused
 from prelort.events import DimensionsLeftOut
 from prelort.federation import wire
-from prelort.federation.content import content_of, text_in
-from prelort.federation.flower import Message, RecordDict
+from prelort.federation.content import content_of
+from prelort.federation.flower import Message
+from prelort.federation.hidden_ranks import Holders, SendQuery, answers, check_prefixes
 from prelort.federation.masking import vector_in
 from prelort.federation.messages import TrainReply
 from prelort.federation.replies import checked_head
@@ -41,15 +42,11 @@ from prelort.secure.messages import (
     Part,
     SharesReply,
     UnmaskReply,
-    read,
 )
 from prelort.secure.noise import fraction_bits, largest_sum
 from prelort.secure.server import MaskedSum
 
 log = logging.getLogger(__name__)
-
-SendQuery = Callable[[str, Mapping[str, RecordDict]], Iterator[tuple[Client, Message]]]
-"""Sends a query with this action to clients, by name, and yields their replies."""
 
 
 class NoiseAtClients(Protocol):
@@ -113,11 +110,16 @@ def contribution_of(
 
 
 def check_clients(
-    min_holders: int, method: Method, state: ServerState, clients: Sequence[Client]
+    min_holders: int,
+    method: Method,
+    state: ServerState,
+    clients: Sequence[Client],
+    hide_ranks: bool = False,
 ) -> None:
     """Raise `ConfigError` if these clients cannot take part in secure aggregation together.
 
-    With fewer than ``min_holders`` of the highest rank its dimensions would never be aggregated.
+    With fewer than ``min_holders`` of the highest rank its dimensions would never be aggregated;
+    with ``hide_ranks`` all seem to have it.
     """
     probe = without_zeros(state)
     with calling(method, "aggregator()"):
@@ -126,6 +128,8 @@ def check_clients(
         len(contribution_of(aggregator, method, probe, client).dimensions) for client in clients
     ]
     highest = max(trained)
+    if hide_ranks:
+        check_prefixes(method, probe, highest)
     if aggregator.dimensions_of is None and trained.count(highest) < min_holders:
         raise ConfigError(
             f"privacy.min_holders = {min_holders}: {trained.count(highest)} of {len(clients)} "
@@ -138,6 +142,8 @@ class SecureRound(Round):
     """A `Round` whose replies are masked.
 
     ``send_query``: how clients are queried. ``private``: has the noise that clients add.
+    ``holders``: of each rank dimension, where ranks are hidden and every client is treated as one
+    of the highest.
     """
 
     def __init__(
@@ -145,9 +151,11 @@ class SecureRound(Round):
         *arguments: Any,
         send_query: SendQuery,
         private: NoiseAtClients | None = None,
+        holders: Holders | None = None,
         **named: Any,
     ) -> None:
         super().__init__(*arguments, **named)
+        self._holders = holders
         self._send_query = send_query
         self._private = private
         noise = None if private is None else private.noise()
@@ -168,9 +176,11 @@ class SecureRound(Round):
             }
         self._numbers = {client.name: i for i, client in enumerate(self.clients, start=1)}
         privacy = self._config.privacy
-        holders = Counter(j for one in self._contributions.values() for j in one.dimensions)
-        self._kept = {j for j, count in holders.items() if count >= privacy.min_holders}
-        left_out = tuple(j + 1 for j in sorted(holders.keys() - self._kept))
+        counts = Counter(j for one in self._contributions.values() for j in one.dimensions)
+        if holders is not None:
+            counts = Counter(holders.at_least(len(self.clients)))
+        self._kept = {j for j, count in counts.items() if count >= privacy.min_holders}
+        left_out = tuple(j + 1 for j in sorted(counts.keys() - self._kept))
         if left_out:
             self._log(DimensionsLeftOut(self.number, left_out, privacy.min_holders))
         self._shapes = self._sent_shapes()
@@ -193,8 +203,9 @@ class SecureRound(Round):
         sums = self._sum
         present = self._query("keys", self._numbers, sums.keys_request, KeysReply, sums.add_keys)
         sums.draw_graph()
-        self._query("shares", present, sums.shares_request, SharesReply, sums.add_shares)
+        joined = self._query("shares", present, sums.shares_request, SharesReply, sums.add_shares)
         sums.check_joined()
+        self._check_counted(joined)
 
     def masked(self, client: Client) -> MaskedInput:
         """How the client is to mask its reply."""
@@ -214,6 +225,7 @@ class SecureRound(Round):
         super().complete()
         sums = self._sum
         sums.check_survivors()
+        self._check_counted(self._replies)
         if self._private is not None:
             self._private.count_release()
         self._query("unmask", self._replies, sums.unmask_request, UnmaskReply, sums.add_revealed)
@@ -242,7 +254,9 @@ class SecureRound(Round):
             self._spec,
             limits,
             broadcast,
-            states_loss=self._private is None and not self._config.privacy.of_examples,
+            states_loss=self._private is None
+            and not self._config.privacy.of_examples
+            and self._holders is None,
         )
         try:
             self._sum.add(self._numbers[client.name], vector_in(content))
@@ -263,19 +277,27 @@ class SecureRound(Round):
         for content in contents.values():
             self.count_sent(wire.size(content))
         answered: list[str] = []
-        for client, reply in self._send_query(action, contents):
-            try:
-                content = wire.reply_content(reply)
-                take(self._numbers[client.name], read(text_in(content) or "", kind))
-            except PrelortError as error:
-                if client.name in self._replies:  # its reply counts, if enough others reveal
-                    log.warning("%s does not help to open the sum: %s", client.name, error)
-                else:
-                    self.fail(client, str(error))
-                continue
-            self._bytes_up += wire.size(content)
-            answered.append(client.name)
+        for client, size, error in answers(
+            self._send_query,
+            action,
+            contents,
+            kind,
+            lambda name, reply: take(self._numbers[name], reply),
+        ):
+            if error is None:
+                self._bytes_up += size
+                answered.append(client.name)
+            elif client.name in self._replies:  # its reply counts, if enough others reveal
+                log.warning("%s does not help to open the sum: %s", client.name, error)
+            else:
+                self.fail(client, str(error))
         return answered
+
+    def _check_counted(self, present: Collection[str]) -> None:
+        """Raise `QuorumError` if these may be too few holders of a rank dimension."""
+        if self._holders is not None:
+            least = self._config.privacy.min_holders
+            self._holders.check(len(present), self._kept, least)
 
     def _blocks(self, name: str) -> tuple[int, ...]:
         """The blocks that a client sends.
@@ -302,9 +324,13 @@ class SecureRound(Round):
     def _weights(self) -> dict[str, Tensor]:
         """Layer -> the weight of each rank dimension's holders, of those that replied."""
         weights = torch.zeros(self._spec.schema.rank, dtype=torch.float64)
-        for name in self._replies:
-            one = self._contributions[name]
-            weights[[j for j in one.dimensions if j in self._kept]] += one.weight
+        if self._holders is not None:  # all weigh the same
+            for j, count in enumerate(self._holders.expected(len(self._replies))):
+                weights[j] = count if j in self._kept else 0.0
+        else:
+            for name in self._replies:
+                one = self._contributions[name]
+                weights[[j for j in one.dimensions if j in self._kept]] += one.weight
         layers = self._state.adapter.layers.items()
         return {name: weights[: factors.rank] for name, factors in layers}
 

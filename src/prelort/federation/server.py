@@ -34,6 +34,7 @@ from prelort.federation import wire
 from prelort.federation.allocation import Allocation
 from prelort.federation.client_manager import Admit, ClientManager, ConnectedClient
 from prelort.federation.flower import Message, MessageType, RecordDict
+from prelort.federation.hidden_ranks import Holders, count_holders
 from prelort.federation.messages import AdapterSpec
 from prelort.federation.pooled import PooledMetrics, prefix_groups
 from prelort.federation.progress import Direction
@@ -121,7 +122,10 @@ class Server:
         self._finished = 0
         """Number of finished rounds."""
         limit = config.federation.max_client_examples
-        self._manager = ClientManager(transport, spec, self._refuse, limit, site_keys)
+        hide = config.privacy.hide_ranks
+        self._manager = ClientManager(transport, spec, self._refuse, limit, site_keys, hide)
+        self._holders: Holders | None = None
+        """Where ranks are hidden: of each rank dimension, since `connect`."""
         self._failed: set[str] = set()
         """Clients without a usable reply in the last attempt."""
         self.clients: list[ConnectedClient] = []
@@ -143,6 +147,8 @@ class Server:
         state = self._with_levels(state)
         self._check_method(method, state)
         self._check_robustness(method, state)
+        if self._config.privacy.hide_ranks:
+            self._holders = self._count_holders()
         return state
 
     def train(
@@ -271,7 +277,7 @@ class Server:
         if privacy.secure_aggregation:
             # At real sites others may join; until then each round leaves such dimensions out.
             needed = 0 if self._transport.clients_change else privacy.min_holders
-            check_clients(needed, method, state, clients)
+            check_clients(needed, method, state, clients, privacy.hide_ranks)
 
     def _check_robustness(self, method: Method, state: ServerState) -> None:
         """Refuse what the robust rule cannot protect, and report what it protects only in part."""
@@ -296,6 +302,30 @@ class Server:
                 )
             )
 
+    def _count_holders(self) -> Holders:
+        """Count the holders of each rank dimension; who could not be counted takes no part."""
+        federation, privacy = self._config.federation, self._config.privacy
+        changing, rank = self._transport.clients_change, self._spec.schema.rank
+        if changing and federation.min_clients is None:
+            raise ConfigError(
+                "privacy.hide_ranks needs federation.min_clients, the number of sites that must be "
+                "connected when ranks are counted: others cannot take part"
+            )
+        clients = {one.node_id: one.client for one in self.clients}
+        send = partial(self._send_query, clients)
+        holders = count_holders(list(clients.values()), rank, privacy, send, self._refuse)
+        if not changing and holders.counts[-1] < privacy.min_holders:
+            raise ConfigError(
+                f"privacy.min_holders = {privacy.min_holders}: {holders.counts[-1]} of "
+                f"{len(holders.names)} clients hold rank {rank}, so its sum would show them; set "
+                f"ranks.mix so that at least {privacy.min_holders} clients have the highest rank"
+            )
+        for client in clients.values():
+            if client.name not in holders.names:
+                self._manager.disconnect(client.name)
+        self.clients = [one for one in self.clients if one.client.name in holders.names]
+        return holders
+
     def _train_once(
         self, method: Method, state: ServerState, server_round: int
     ) -> tuple[ServerState, RoundStats]:
@@ -306,7 +336,12 @@ class Server:
         kind: Callable[..., Round] = Round
         if self._config.privacy.secure_aggregation:
             send_query = partial(self._send_query, clients)
-            kind = partial(SecureRound, send_query=send_query, private=self._private)
+            kind = partial(
+                SecureRound,
+                send_query=send_query,
+                private=self._private,
+                holders=self._holders,
+            )
         current = kind(
             server_round,
             method,
@@ -451,14 +486,25 @@ class Server:
         for name in self._failed & old_ranks.keys():
             self._manager.disconnect(name)
         self._failed = set()
-        self.clients = self._gather(lambda clients: method.check(state, clients))
+
+        def admit(clients: Sequence[Client]) -> None:
+            method.check(state, clients)
+            new = clients[-1].name
+            if self._holders is not None and new not in self._holders.names:
+                raise ConfigError(
+                    "was not there when ranks were counted (privacy.hide_ranks): it can take part "
+                    "when the run is started again"
+                )
+
+        self.clients = self._gather(admit)
         new_ranks = {connected.client.name: connected.client.rank for connected in self.clients}
         for name in sorted(old_ranks.keys() - new_ranks.keys()):
             self._log(ClientLeft(self._round, name))
         ranks = dict(state.ranks)
         for name, rank in sorted(new_ranks.items()):
             if old_ranks.get(name) != rank:
-                self._log(ClientJoined(self._round, name, rank))
+                stated = None if self._holders is not None else rank
+                self._log(ClientJoined(self._round, name, stated))
                 ranks.pop(name, None)  # its new offer replaces what the server allocated
         return self._with_levels(replace(state, ranks=ranks))
 

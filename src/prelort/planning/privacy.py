@@ -88,8 +88,9 @@ def _of_clients(config: Config) -> list[str]:
         expected = sampled / clients * holders
         total = noise
         if at_clients:  # those who stay have enough without those who may drop out
-            fewest = max(expected - may_drop_out, config.privacy.min_holders)
-            total *= math.sqrt(max(expected / fewest, 1.0))
+            adding = sampled if config.privacy.hide_ranks else expected
+            fewest = max(adding - may_drop_out, config.privacy.min_holders)
+            total *= math.sqrt(max(adding / fewest, 1.0))
         lines.append(
             f"A mean over the {holders} holders of rank dimension {rank} has noise of "
             f"{total / expected:.2g} clip norms on every number."

@@ -134,7 +134,9 @@ class Rehearser:
     def rehearse(self, rank: int) -> Rehearsal:
         """One round at this rank. Raises `ConfigError` for a method that cannot train it."""
         broadcast, objective = self._broadcast(rank)
-        down, up = self._traffic(broadcast)
+        hidden = self.config.privacy.hide_ranks  # then messages are the same for all ranks
+        highest = max(self._levels | {rank})
+        down, up = self._traffic(self._broadcast(highest)[0] if hidden else broadcast)
         with self._mode, OnFakeTensors(), _without_gc():
             install(
                 self._model,

@@ -90,7 +90,8 @@ def _described(event: Event) -> Iterator[tuple[str, str, str, bool]]:
         case Waiting():
             yield "waiting", "", waits_for(event), False
         case ClientJoined():
-            yield "joined", event.client, f"with rank {event.rank}", False
+            rank = f"with rank {event.rank}" if event.rank is not None else ""
+            yield "joined", event.client, rank, False
         case ClientLeft():
             yield "left", event.client, "", False
         case BudgetSpent():

@@ -245,8 +245,9 @@ class Results:
     def clients(self) -> pd.DataFrame:
         """A row for each client of each cell, lowest rank first.
 
-        ``ranks``: as text, with every change. ``sampled``, ``replies``, ``failures``: rounds.
-        ``loss``: of the last reply, nats. ``bytes_up``: in total. ``seconds``: mean of a round.
+        ``ranks``: as text, with every change; None where they are hidden. ``sampled``, ``replies``,
+        ``failures``: rounds. ``loss``: of the last reply, nats. ``bytes_up``: in total.
+        ``seconds``: mean of a round.
         """
         columns = ("client", "ranks", "examples", "sampled", "replies", "failures", "loss",
                    "bytes_up", "seconds")  # fmt: skip
@@ -259,7 +260,7 @@ class Results:
                 sampled = rounds.get(key, self.replies[:0])
                 replies = sampled[sampled["steps"].notna()]
                 ranks = [*sampled["rank"].dropna().astype(int), *filter(None, [record.rank])]
-                changes = " → ".join(str(rank) for rank, _ in itertools.groupby(ranks))
+                changes = " → ".join(str(rank) for rank, _ in itertools.groupby(ranks)) or None
                 last = record.last
                 examples, loss = (last.examples, last.loss) if last else (None, None)
                 counts = (examples, len(sampled), len(replies), int(sampled["failed"].sum()))

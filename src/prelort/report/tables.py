@@ -188,7 +188,7 @@ def summary(results: Results, setting: str) -> str:
 
 def holders(results: Results, setting: str) -> list[ResultTable]:
     """How many clients and examples there are of each rank, in the reference's first run."""
-    frame = results.select(results.clients, setting).dropna(subset=["examples"])
+    frame = results.select(results.clients, setting).dropna(subset=["examples", "ranks"])
     frame = frame[frame["method"] == results.reference]
     if not len(frame):
         return []

@@ -1,4 +1,4 @@
-"""Attacks on a round, to try defences with: tests and `benchmarks/robustness.py` use them.
+"""Attacks on a round, to try defences with: tests and `benchmarks/studies/robustness.py` use them.
 
 A model attack gets what the attackers have honestly changed and returns what they send instead.
 Label flips and backdoors poison the attackers' data, after which they train honestly.

@@ -14,6 +14,8 @@ from prelort.errors import PrelortError
 
 FEATURE = "secure-aggregation"
 """The feature's name in ``TrainRequest.requires``."""
+HIDDEN_RANKS = "hidden-ranks"
+"""The name of the feature that clients keep their ranks to themselves."""
 
 Number = Annotated[int, Field(ge=1)]
 Key = Annotated[bytes, Field(min_length=32, max_length=32)]
@@ -122,6 +124,16 @@ class MaskedInput(Step):
     weight: Annotated[float, Field(ge=0.0)]
     fraction_bits: Annotated[int, Field(ge=0, le=1000)]
     bound: Annotated[float, Field(gt=0.0)]
+
+
+class CountReply(Step):
+    """``query.count``: a masked 1 for each rank dimension that the client holds, and 0 for others.
+
+    The request is a `MaskedInput` with one block of all rank dimensions. ``words``: elements of the
+    ring, 8 bytes each, little-endian.
+    """
+
+    words: bytes
 
 
 class UnmaskRequest(Step):
