@@ -31,7 +31,8 @@ def guarantees(config: Mapping[str, Any], history: RunHistory) -> tuple[list[str
                 f"{spent} {of} for each client: against whoever sees the adapters and what was "
                 f"measured of them on rows that are no client's, {who}."
             )
-            stated = "Who took part and failed, ranks and numbers of examples"
+            ranks = "" if privacy.get("hide_ranks") else ", ranks"
+            stated = f"Who took part and failed{ranks} and numbers of examples"
             not_given.append(f"{stated}." if masked else f"{stated}, and losses: all on this page.")
         if _measured_at_clients(config):
             not_given.append("What was measured on the clients' rows, which is exact.")
