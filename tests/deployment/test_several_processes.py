@@ -188,6 +188,7 @@ def test_two_processes_train_what_one_would(
     assert_end(first)
 
 
+@pytest.mark.chaos  # half a minute, for a second start of processes
 def test_fsdp_splits_a_base_in_4_bits(
     site: Path, requests: dict[str, Request], tmp_path: Path
 ) -> None:
