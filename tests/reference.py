@@ -157,7 +157,7 @@ def predicted_product(
     weights = weights_of(updates, weighting)
     ends = sorted({*levels, *(update.adapter.rank for update in updates), previous.rank})
     result = {name: torch.zeros_like(product(previous, name)) for name in previous.layers}
-    segments, agreeing, pairs = [], 0.0, 0.0
+    segments, along, whole = [], [], []
     for low, high in itertools.pairwise([0, *ends]):
         names = [name for name, factors in previous.layers.items() if factors.rank > low]
         old = {name: product(previous, name, low, high) for name in names}
@@ -167,14 +167,15 @@ def predicted_product(
             if update.adapter.rank >= high
         }
         segments.append((old, changes))
-        if len(changes) > 1:
-            squares = {k: weights[k] ** 2 for k in changes}
-            square = sum(squares[k] * inner(d, d) for k, d in changes.items())
-            square /= sum(squares.values())
-            for i, j in itertools.permutations(changes, 2):
-                agreeing += weights[i] * weights[j] * inner(changes[i], changes[j]) / square
-                pairs += weights[i] * weights[j]
-    rho = min(max(agreeing / pairs, 0.0), 1.0) if pairs else 0.0
+        units = {name: m / m.norm() for name, m in old.items() if m.norm() > 0}
+        gains = {
+            k: {name: (d[name] * unit).sum() for name, unit in units.items()}
+            for k, d in changes.items()
+        }
+        own = {k: weights[k] for k in changes}
+        along += [(own, gains)] if len(changes) > 1 and units else []
+        whole += [(own, changes)] if len(changes) > 1 else []
+    rho = agreement(along or whole)
     for old, changes in segments:
         held = sum(weights[k] for k in changes)
         number = held**2 / sum(weights[k] ** 2 for k in changes) if changes else 0.0
@@ -186,6 +187,18 @@ def predicted_product(
                 missing = sum(weights) - held
                 result[name] += (held * mean + missing * prediction) / sum(weights)
     return result
+
+
+def agreement(segments: Sequence[tuple[Mapping[int, float], Mapping[int, dict]]]) -> float:
+    """The mean inner product of two clients' vectors relative to their mean square, over pairs."""
+    agreeing = pairs = 0.0
+    for weights, vectors in segments:
+        square = sum(weights[k] ** 2 * inner(v, v) for k, v in vectors.items())
+        square /= sum(weight**2 for weight in weights.values())
+        for i, j in itertools.permutations(vectors, 2):
+            agreeing += weights[i] * weights[j] * inner(vectors[i], vectors[j]) / square
+            pairs += weights[i] * weights[j]
+    return min(max(agreeing / pairs, 0.0), 1.0) if pairs else 0.0
 
 
 def inner(x: Mapping[str, torch.Tensor], y: Mapping[str, torch.Tensor]) -> float:
