@@ -148,7 +148,7 @@ class RunHistory:
                 record.rank, record.status, record.reason = event.rank, "failed", event.reason
                 record.transfer = None
             case Transferring():
-                self._client(event.client).transfer = event
+                self._client(event.client).transfer = event if event.share < 1 else None
             case RoundFinished():
                 self.rounds[event.round].stats = event.stats
                 self.round = event.round

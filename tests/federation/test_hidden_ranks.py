@@ -272,6 +272,16 @@ def test_a_client_that_states_its_rank_is_refused() -> None:
     assert (refused.client, refused.reason[:16]) == ("site-2", "states its rank,")
 
 
+def test_a_client_of_a_higher_rank_than_the_run_has_is_refused() -> None:
+    clients = list(CLIENTS)
+    clients[5] = Client("site-5", 16, clients[5].examples)
+    run = hidden_run(masked_app(clients=clients))
+    run.train()
+    (refused,) = run.of(ClientRefused)
+    assert refused.reason == "offers a higher rank than the global adapter has: 8"
+    assert not run.of(ClientFailed)
+
+
 def test_a_client_of_another_rank_than_counted_does_not_train() -> None:
     clients = list(CLIENTS)
     run = hidden_run(masked_app(clients=clients))

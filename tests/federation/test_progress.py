@@ -71,8 +71,10 @@ def test_a_transfer_is_reported_every_half_minute_until_it_is_complete() -> None
     messages = iter([Message(RecordDict(), dst_node_id=2000, message_type=MessageType.TRAIN)])
     (reply,) = Transport(grid, clock=grid, report=report).send_and_receive(messages)
     assert not reply.has_error()
-    # 20, 40, 60 and 80 s; at the end there is the reply itself.
-    assert told == [(2000, "down", 2 * PART, 0.5), (2000, "up", 2 * PART, 0.5)]
+    # Of 20, 40, 60 and 80 s.
+    assert told == [
+        (2000, way, parts * PART, parts / PARTS) for way in ("down", "up") for parts in (2, PARTS)
+    ]
     assert not vars(grid._runtime_client).keys() & {"PushObject", "PullObject"}
 
 
@@ -93,7 +95,9 @@ def test_the_server_says_whose_message_it_is() -> None:
     run = make_run(None, transport=Transport(grid, 1, clock=clock))
     run.train()
     told = [(event.round, event.client, event.direction) for event in run.of(Transferring)]
-    assert told == [(n, name, "down") for n in (1, 2) for name in ("site-0", "site-1")]
+    assert told == [
+        (n, name, "down") for n in (1, 2) for name in ("site-0", "site-1") for _ in range(2)
+    ]
 
 
 def test_a_large_message_that_is_complete_is_reported_once() -> None:

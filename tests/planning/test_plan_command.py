@@ -125,6 +125,12 @@ def test_privacy_alone_needs_no_plan_of_memory(command_line: CommandLine) -> Non
     assert "and 4 of those that hold a rank dimension" in out
     assert "2 holders of rank dimension 16 on average: those with fewer than 4 leave it" in out
     assert "epsilon" not in out
+    hidden = "privacy.hide_ranks=true", "method.weights=uniform", "federation.clients_per_round=1.0"
+    chosen = [part for one in hidden for part in ("--set", one)]
+    out = command_line(*shown, *secure, *chosen, "--set", "ranks.mix='2*0.8, 16*0.2'").out
+    assert "44 of a round's 50 clients must stay" in out
+    unknown = command_line(*shown[:4], *secure).out  # the number of clients is not configured
+    assert "a share of 0.67 of a round's clients must stay" in unknown
     noise = ("--set", "privacy.epsilon=8", "--set", "privacy.adaptive_clipping=false")
     out = command_line(*shown, *secure, *noise, *few).out
     assert re.search(r"epsilon = 8 at .*10 of 50 clients take part and add the noise", out)

@@ -209,9 +209,11 @@ TESTED = {"data": {"test": "test.csv"}}
          ["for each training example"], ["in common", "measured on the clients' rows"]),
         ({"privacy": {**CLIENTS, "secure_aggregation": True}} | TESTED, None,
          ["sums of the replies"], ["they are exact"]),
+        ({"privacy": {**CLIENTS, "secure_aggregation": True, "hide_ranks": True}} | TESTED, None,
+         ["how many clients hold each rank dimension"], ["absent when the run was started again"]),
         ({"robustness": {"rule": "krum"}}, None, ["the rule 'krum' worked"], ["too few holders"]),
     ],
-    ids=["clients", "clients, masked", "examples", "masked", "robust"],
+    ids=["clients", "clients, masked", "examples", "masked", "hidden ranks", "robust"],
 )  # fmt: skip
 def test_says_what_was_guaranteed_and_what_was_not(config, spent, given, not_given):
     results = runs(prelort=run_history(epsilon=spent))

@@ -300,11 +300,9 @@ def test_all_truncations_of_a_batch_in_one_pass_are_those_one_by_one(still, kind
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_a_loss_that_is_not_finite_is_an_error_with_step_and_rate(llama, optimizer):
-    with pytest.raises(
-        PrelortError,
-        match=r"loss became (nan|inf) at local step 2 of 5 with .* learning rate 1e\+30",
-    ):
+def test_a_loss_that_is_not_finite_is_an_error_with_its_step(llama, optimizer):
+    reason = r"loss became (nan|inf) at local step 2 of 5: lower training.learning_rate$"
+    with pytest.raises(PrelortError, match=reason):
         llama.train(optimizer=optimizer, learning_rate=1e30, local_steps=5, max_grad_norm=0)
 
 

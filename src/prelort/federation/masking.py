@@ -60,11 +60,16 @@ def input_of(text: str) -> MaskedInput | None:
 
 
 def properties(request: RecordDict, reply: RecordDict, state: RecordDict) -> RecordDict:
-    """The reply to the server's first message, with another rank if it asks for hidden ones."""
+    """The reply to the server's first message, with another rank if it asks for hidden ones.
+
+    Raises `PrelortError` where the client's rank is above all that the run has.
+    """
     asked = read(text_in(request) or "{}", _PropertiesRequest)
     if not asked.hide_rank:
         return reply
     stated = json.loads(text_in(reply) or "{}")
+    if int(stated["rank"]) > asked.rank:
+        raise PrelortError(f"offers a higher rank than the global adapter has: {asked.rank}")
     state[_RANK] = ConfigRecord({"rank": int(stated["rank"])})
     return content_of(json.dumps({**stated, "rank": asked.rank, "max_rank": asked.rank}))
 

@@ -35,7 +35,8 @@ class Progress:
     """Counts the parts of one message, from any thread.
 
     Args:
-        report: called every `REPORT_SECONDS`, and when a large message is complete.
+        report: called every `REPORT_SECONDS`, and when a message is complete that is large or has
+            been reported before.
         clock: returns the time.
     """
 
@@ -55,7 +56,8 @@ class Progress:
             self._parts += 1
             self._bytes += size
             now = self._clock.monotonic()
-            complete = self._parts == self._total and self._bytes >= LARGE_BYTES
+            worth_it = self._bytes >= LARGE_BYTES or self._reported > self._started
+            complete = self._parts == self._total and worth_it
             if complete or now - self._reported >= REPORT_SECONDS:
                 self._reported = now
                 share = self._parts / max(self._total, self._parts)

@@ -185,10 +185,12 @@ class Transport:
         """Report while the block sends this message, or receives the reply to it."""
         if self.report is None or message is None:
             return nullcontext()
-        report, request = self.report, envelope(message)
+        report, request, takes_long = self.report, envelope(message), False
 
         def told(size: int, share: float, seconds: float) -> None:
-            if share < 1:
+            nonlocal takes_long
+            takes_long = takes_long or share < 1
+            if takes_long:
                 report(request, direction, size, share)
 
         return counting_parts(self.grid, Progress(told, self.clock))

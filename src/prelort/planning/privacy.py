@@ -43,15 +43,31 @@ def _clients(config: Config) -> int:
 
 def _masked(config: Config) -> list[str]:
     """How many of a round's clients must stay, and which rank dimensions have too few holders."""
-    privacy, clients = config.privacy, _clients(config)
-    sampled = clients_of_a_round(clients, config.federation.clients_per_round)
-    stay = max(math.ceil(privacy.threshold * sampled - 1e-9), privacy.min_holders)
-    lines = [
-        f"Secure aggregation: {stay} of a round's {sampled} clients must stay to its end "
+    privacy, clients = config.privacy, config.partition.clients
+    of_holders = (
         f"(privacy.threshold), and {privacy.min_holders} of those that hold a rank dimension "
         "(privacy.min_holders): else its sum is not opened."
-    ]
+    )
+    if clients is None:
+        return [
+            f"Secure aggregation: a share of {privacy.threshold:g} of a round's clients must stay "
+            f"to its end {of_holders}"
+        ]
+    sampled = clients_of_a_round(clients, config.federation.clients_per_round)
+    stay = max(math.ceil(privacy.threshold * sampled - 1e-9), privacy.min_holders)
     ranks = assign(config.ranks, [0] * clients, config.seed)
+    if privacy.hide_ranks:  # whoever is gone may have held any dimension
+        holders = [sum(own >= rank for own in ranks) for rank in set(ranks)]
+        fewest = min((one for one in holders if one >= privacy.min_holders), default=clients)
+        stay = max(stay, clients - fewest + privacy.min_holders)
+        of_holders = (
+            "(privacy.threshold, and privacy.min_holders even if all that are gone held the same "
+            "rank dimension): else no sum is opened."
+        )
+    lines = [
+        f"Secure aggregation: {stay} of a round's {sampled} clients must stay to its end "
+        + of_holders
+    ]
     for rank in sorted(set(ranks)):
         expected = sampled / clients * sum(own >= rank for own in ranks)
         if expected < privacy.min_holders:

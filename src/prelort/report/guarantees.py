@@ -42,6 +42,12 @@ def guarantees(config: Mapping[str, Any], history: RunHistory) -> tuple[list[str
             "Secure aggregation: the server got sums of the replies of "
             f"{privacy['min_holders']} clients or more, no single one."
         )
+        if privacy.get("hide_ranks"):
+            given.append(
+                "Hidden ranks: the server learnt how many clients hold each rank dimension, and "
+                "not which."
+            )
+            not_given.append("The rank of a client that was absent when the run was started again.")
         if history.epsilon is None:
             not_given.append("What the sums say of a client: they are exact.")
         not_given.append("A server that deviates from the protocol.")

@@ -119,8 +119,8 @@ class LocalSteps:
         self.losses.append(loss)
         if not math.isfinite(loss):
             raise PrelortError(
-                f"the loss became {loss} {self._place()} with this client's "
-                f"learning rate {self.settings.learning_rate:g}: lower training.learning_rate"
+                # Not the client's own rate: it tells the rank, which may be hidden.
+                f"the loss became {loss} {self._place()}: lower training.learning_rate"
             )
 
     @property
