@@ -5,7 +5,6 @@
 In README.md and docs/ a table stands between two comments, the first of which names its source:
 
   <!-- study: claim-python | SETTING | METRIC -->   from benchmarks/results/studies/claim-python
-  <!-- settings: privacy-e2e | METRIC -->           the same, over all ranks in each setting
   <!-- results: studies_noise -->                   from benchmarks/results/studies_noise.json
   <!-- end -->
 
@@ -26,7 +25,7 @@ from prelort.metrics.scores import HIGHER_IS_BETTER
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-BLOCK = re.compile(r"<!-- (study|settings|results): (.*?) -->\n.*?<!-- end -->", re.DOTALL)
+BLOCK = re.compile(r"<!-- (study|results): (.*?) -->\n.*?<!-- end -->", re.DOTALL)
 PERCENT = {"accuracy", "macro_f1"}
 GAP = "\u00a0"
 """A non-breaking space."""
@@ -57,25 +56,6 @@ def study_table(name: str, setting: str = "", metric: str = "perplexity", only: 
     return "\n".join(lines)
 
 
-def settings_table(name: str, metric: str) -> str:
-    """Means and spread over all ranks: a row for each method, a column for each setting."""
-    path = RESULTS / "studies" / name / "summary.csv"
-    settings = list(dict.fromkeys(row["setting"] for row in _read(path)))
-    of: dict[tuple[str, str], dict[str, str]] = {}
-    for setting in settings:
-        for row in _read(path, setting):
-            if (row["metric"], row["at"]) == (metric, "AURAC"):
-                of[row["method"], setting] = row
-    methods = list(dict.fromkeys(method for method, _ in of))
-    scale = 100 if metric in PERCENT else 1
-    best = {setting: _best(setting, methods, of, metric) for setting in settings}
-    lines = [_line(["", *settings]), "|---" + "|---:" * len(settings) + "|"]
-    for method in methods:
-        cells = [_mean(of.get((method, one)), scale, method in best[one]) for one in settings]
-        lines.append(_line([method.replace(" ", GAP), *cells]))
-    return "\n".join(lines)
-
-
 def results_table(name: str) -> str:
     """The rows of a benchmark's JSON."""
     rows = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["rows"]
@@ -83,11 +63,10 @@ def results_table(name: str) -> str:
     return "\n".join([*lines, *(_line([_text(v) for v in row.values()]) for row in rows)])
 
 
-def _read(path: Path, setting: str | None = None) -> list[dict[str, str]]:
-    """The rows of one setting; None: of all."""
+def _read(path: Path, setting: str) -> list[dict[str, str]]:
     with path.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    found = [row for row in rows if setting in (None, row["setting"])]
+    found = [row for row in rows if row["setting"] == setting]
     if not found:
         known = sorted({row["setting"] for row in rows})
         raise SystemExit(f"{path} has no setting {setting!r}: there are {known}")
@@ -150,16 +129,13 @@ def _line(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-TABLES = {"study": study_table, "settings": settings_table, "results": results_table}
-
-
 def filled(text: str) -> str:
     """A page's text with its tables from the kept results."""
 
     def table(match: re.Match[str]) -> str:
         kind, what = match.groups()
         parts = [part.strip() for part in what.split("|")]
-        body = TABLES[kind](*parts)
+        body = study_table(*parts) if kind == "study" else results_table(*parts)
         return f"<!-- {kind}: {what} -->\n{body}\n<!-- end -->"
 
     return BLOCK.sub(table, text)

@@ -312,29 +312,6 @@ class TestTables:
         with pytest.raises(SystemExit, match="no setting 'iid'"):
             tables.study_table("one", "iid", "accuracy")
 
-    def test_a_table_of_settings_has_a_column_for_each(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        folder = tmp_path / "studies" / "one"
-        folder.mkdir(parents=True)
-        lines = [
-            "setting,method,metric,at,seeds,mean,deviation",
-            "epsilon 1,prelort,perplexity,AURAC,3,30.0,1.0",
-            "epsilon 1,other,perplexity,AURAC,3,20.0,0.5",
-            "epsilon 1,other,perplexity,4,3,1.0,0.5",
-            "epsilon 1,other,loss,AURAC,3,2.0,0.5",
-            "without,prelort,perplexity,AURAC,3,10.0,",
-        ]
-        (folder / "summary.csv").write_text("\n".join(lines))
-        monkeypatch.setattr(tables, "RESULTS", tmp_path)
-        found = tables.settings_table("one", "perplexity").replace(tables.GAP, " ")
-        assert found.splitlines() == [
-            "|  | epsilon 1 | without |",
-            "|---|---:|---:|",
-            "| prelort | 30.0 ± 1.0 | **10.0** |",
-            "| other | **20.0** ± 0.5 | – |",
-        ]
-
 
 class TestClaims:
     def test_what_the_documentation_says_about_winners_is_what_was_kept(self) -> None:

@@ -77,7 +77,7 @@ def patient(connect: Connect, clock: Clock = time) -> Connect:
     return connected
 
 
-def _patient(functions: list[Callable[..., Any]], clock: Clock) -> Iterator[Callable[..., Any]]:
+def _patient(functions: list[Callable[..., Any]], clock: Clock) -> Connection:
     push_once = functions[5]
     receive, send, get_run, get_fab, pull_object, _, confirm = (
         _tried_again(function, clock) for function in functions
@@ -122,7 +122,7 @@ def _patient(functions: list[Callable[..., Any]], clock: Clock) -> Iterator[Call
         _tried_again(once, clock)()
         up.count(len(content))
 
-    return iter((received, sent, get_run, get_fab, pull, push, confirm))
+    return received, sent, get_run, get_fab, pull, push, confirm
 
 
 def _tried_again(function: Callable[P, R], clock: Clock) -> Callable[P, R]:

@@ -445,13 +445,15 @@ def _quantized(
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     on_gpu = device.type == "cuda" or (to_split and torch.cuda.is_available())
     compute = torch.bfloat16 if on_gpu else torch.float32
-    # FSDP splits floating numbers of one type only; what they hold are four bits all the same.
-    storage = load_configuration(config).dtype if config.dtype == "auto" else config.dtype
+    storage: torch.dtype | str = torch.uint8
+    if to_split:  # FSDP splits floating numbers of one type only; they hold four bits all the same
+        own = load_configuration(config).dtype if config.dtype == "auto" else config.dtype
+        storage = own or torch.float32
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=compute,
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_quant_storage=(storage or torch.float32) if to_split else torch.uint8,
+        bnb_4bit_quant_storage=storage,
         llm_int8_skip_modules=skipped,
     )

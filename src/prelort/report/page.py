@@ -154,7 +154,7 @@ def _facts_of(cell: CellResult) -> dict[str, Any]:
             "time": human_seconds(sum(history.seconds.values())),
         }
     if history.epsilon is not None:
-        delta = config.get("privacy", {}).get("delta")
+        delta = config["privacy"]["delta"]
         facts["privacy spent"] = f"epsilon = {history.epsilon:.3g}, delta = {delta:g}"
     return facts
 

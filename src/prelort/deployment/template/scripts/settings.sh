@@ -15,3 +15,6 @@ export FLWR_HOME="${FLWR_HOME:-$here/.flower}"
 export FLWR_TELEMETRY_ENABLED=0
 export FLWR_DISABLE_UPDATE_CHECK=1
 mkdir -p "$FLWR_HOME" "$here/logs"
+
+# The Python of the environment that has Flower and prelort: another may come first on the PATH.
+PYTHON="$(dirname "$(command -v flwr)")/python3"

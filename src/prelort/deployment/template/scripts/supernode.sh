@@ -13,7 +13,7 @@ fi
 # One that was killed counts as connected for up to a minute, and is refused as long: try again.
 for attempt in 1 2 3 4 5 6 7 8; do
   started=$SECONDS
-  python3 -m prelort.deployment.flower_commands supernode \
+  "$PYTHON" -m prelort.deployment.flower_commands supernode \
     --superlink "$SERVER:$PORT" \
     --root-certificates "$here/certificates/ca.crt" \
     --auth-supernode-private-key "$here/sites/$site/key" \
