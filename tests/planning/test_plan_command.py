@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -135,4 +136,17 @@ def test_privacy_alone_needs_no_plan_of_memory(command_line: CommandLine) -> Non
     out = command_line(*shown, *secure, *noise, *few).out
     assert re.search(r"epsilon = 8 at .*10 of 50 clients take part and add the noise", out)
     assert "must stay" in out
+    everyone = ("--set", "federation.clients_per_round=1.0", "--set", "ranks.mix='2*0.8, 16*0.2'")
+    stated = command_line(*shown, *secure, *noise, *everyone).out
+    hidden_noise = command_line(*shown, *secure, *noise, *everyone, *chosen).out
+    # 10 clients add noise to dimension 16, of whom 4 stay for sure; hidden all 50 do, of whom 34.
+    ratio = _noise_of_rank(16, stated) / _noise_of_rank(16, hidden_noise)
+    assert ratio == pytest.approx(math.sqrt((10 / 4) / (50 / 34)), rel=0.1)
     assert "--json has no plan of privacy" in command_line(*shown, "--json").error
+
+
+def _noise_of_rank(rank: int, text: str) -> float:
+    """The noise of a mean over the holders, in clip norms."""
+    found = re.search(rf"holders of rank dimension {rank} has noise of (\S+) clip norms", text)
+    assert found is not None
+    return float(found[1])
